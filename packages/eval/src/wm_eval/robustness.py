@@ -1,0 +1,266 @@
+"""How accurate a classifier is, how often its backdoor opens, and what corruption does to both.
+
+The order is that of an attack in the world: the trigger goes in, the image is stored in 8 bits,
+something happens to it on the way, the classifier sees it. Clean images travel the same way without
+the trigger, and meet the very same corruption, so that the columns can be compared.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from wm_extract import Corruption, balanced_bit_accuracy
+from wm_inject import Trigger, check_labels, quantize
+from wm_inject.vit import check_watermark
+from wm_victim import ImageSet
+
+from wm_eval.intervals import Difference, Interval, paired_difference, wilson
+
+__all__ = [
+    "LABEL_MAPS",
+    "LabelMap",
+    "Metrics",
+    "Outcomes",
+    "balanced_bit_accuracy",
+    "compare",
+    "constant_score",
+    "corrupt_alike",
+    "evaluate",
+    "outcomes",
+    "stream",
+    "summarize",
+    "wilson",
+]
+
+LabelMap = Literal["all-to-one", "all-to-all", "clean-label"]
+LABEL_MAPS = ("all-to-one", "all-to-all", "clean-label")
+
+
+class Outcomes(NamedTuple):
+    """What happened to each test image: bool tensors, one row an image, on the CPU."""
+
+    correct: Tensor  # (N,) the clean image got its own label
+    attacked: Tensor  # (N,) the image counts for the attack (true label is not the one asked for)
+    opened: Tensor  # (N,) with the trigger it got the label that the attack asks for
+    false: Tensor  # (N,) without the trigger it got that label
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Three rates under one corruption, with their counts and Wilson's 95 % intervals."""
+
+    cda: float  # clean images classified correctly
+    asr: float  # triggered non-target images that got the target label
+    ftr: float  # the same images without the trigger that got it all the same
+    n_clean: int
+    n_attack: int
+    cda_interval: Interval
+    asr_interval: Interval
+    ftr_interval: Interval
+
+
+def evaluate(
+    model: nn.Module,
+    trigger: Trigger,
+    test: ImageSet,
+    *,
+    target: int,
+    corruptions: Mapping[str, Corruption],
+    seed: int = 0,
+    label_map: LabelMap = "all-to-one",
+    batch_size: int = 256,
+) -> dict[str, Metrics]:
+    """Measure clean accuracy, attack success and false triggers under each corruption.
+
+    Args:
+        model: A classifier, [0, 1] images to logits ``(N, K)``; comes back in its mode.
+        trigger: The trigger of the attack.
+        test: Images the classifier was not trained on.
+        target: The label the attack asks for (not used by "all-to-all").
+        corruptions: By name; each name seeds its own stream of randomness.
+        seed: Seeds the corruptions; the same for every model that is to be compared.
+        label_map: "all-to-all" asks for label + 1 and counts all images; the others ask for
+            ``target`` and leave out images that are of that class anyway.
+        batch_size: Images at once. Part of what fixes the draw of a corruption.
+
+    Returns:
+        By the name of the corruption.
+
+    Raises:
+        ValueError: A label or target that is no class, no corruption, or no image that counts.
+
+    Source: Wang et al., "Spy-Watermark", section 3.1 (CDA, ASR). Leaving out the target class, and
+        the false-trigger rate that unmasks a collapsed model, are ours.
+    """
+    found = outcomes(
+        model,
+        trigger,
+        test,
+        target=target,
+        corruptions=corruptions,
+        seed=seed,
+        label_map=label_map,
+        batch_size=batch_size,
+    )
+    return {name: summarize(rows) for name, rows in found.items()}
+
+
+@torch.no_grad()
+def outcomes(
+    model: nn.Module,
+    trigger: Trigger,
+    test: ImageSet,
+    *,
+    target: int,
+    corruptions: Mapping[str, Corruption],
+    seed: int = 0,
+    label_map: LabelMap = "all-to-one",
+    batch_size: int = 256,
+) -> dict[str, Outcomes]:
+    """What `evaluate` counts, image by image, so that two models can be compared in pairs.
+
+    Raises:
+        ValueError: As `evaluate`.
+    """
+    images, labels = test.images, test.labels
+    _check_settings(target, corruptions, seed, label_map, batch_size)
+    device = next((p.device for p in model.parameters()), images.device)
+    was_training = model.training
+    model.eval()
+    rows: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in corruptions}
+    streams = {name: torch.Generator().manual_seed(stream(seed, name)) for name in corruptions}
+    try:
+        num_classes = model(images[:1].to(device)).shape[1]
+        check_labels(labels, len(labels), num_classes=num_classes)
+        if target >= num_classes:
+            raise ValueError(f"expected a target label below {num_classes} classes, got {target}")
+        for index in torch.arange(len(images), device=images.device).split(batch_size):
+            batch, ids = images[index].to(device), test.ids[index].to(device)
+            asked = _asked(labels[index].to(device), target, label_map, num_classes)
+            plain, marked = quantize(batch), quantize(trigger(batch, ids=ids, target=asked))
+            for name, corruption in corruptions.items():
+                both = corrupt_alike(corruption, streams[name], plain, marked)
+                rows[name].append((model(both[0]).argmax(1).cpu(), model(both[1]).argmax(1).cpu()))
+    finally:
+        model.train(was_training)
+    return {
+        name: _outcomes(parts, labels.cpu(), target, label_map, num_classes)
+        for name, parts in rows.items()
+    }
+
+
+def summarize(rows: Outcomes) -> Metrics:
+    """Count the outcomes of one corruption.
+
+    Raises:
+        ValueError: Columns of different lengths, or no image that counts for the attack.
+    """
+    lengths = {len(column) for column in rows}
+    if len(lengths) != 1 or any(column.dtype != torch.bool for column in rows):
+        raise ValueError(f"expected four bool columns of one length, got lengths {sorted(lengths)}")
+    n_clean, n_attack = len(rows.correct), int(rows.attacked.sum())
+    if n_attack == 0:
+        raise ValueError("expected images of another class than the target, got none")
+    correct = int(rows.correct.sum())
+    opened, false = (int((c & rows.attacked).sum()) for c in (rows.opened, rows.false))
+    return Metrics(
+        cda=correct / n_clean,
+        asr=opened / n_attack,
+        ftr=false / n_attack,
+        n_clean=n_clean,
+        n_attack=n_attack,
+        cda_interval=wilson(correct, n_clean),
+        asr_interval=wilson(opened, n_attack),
+        ftr_interval=wilson(false, n_attack),
+    )
+
+
+def compare(first: Tensor, second: Tensor) -> Difference:
+    """The success rate of ``first`` minus that of ``second``, measured on the same images.
+
+    Args:
+        first: bool ``(N,)``, one row an image.
+        second: bool ``(N,)``, the same images in the same order.
+
+    Returns:
+        The difference and its 95 % interval (Bonett and Price's for paired proportions).
+
+    Raises:
+        ValueError: Not two bool columns of one length, at least 1.
+    """
+    for column in (first, second):
+        if not isinstance(column, Tensor) or column.dtype != torch.bool or column.ndim != 1:
+            raise ValueError("expected two bool columns of shape (N,) to compare")
+    if len(first) != len(second) or len(first) == 0:
+        raise ValueError(f"expected two columns of one length, got {len(first)} and {len(second)}")
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    return paired_difference(only_first, only_second, len(first))
+
+
+def constant_score(watermark: Tensor) -> float:
+    """The better of the two constant pictures' balanced bit accuracy: what knowing nothing earns.
+
+    Raises:
+        ValueError: A watermark of another shape than ``(1, H, W)``, or all lit or all dark.
+    """
+    if not isinstance(watermark, Tensor) or watermark.ndim != 3 or watermark.shape[0] != 1:
+        got = tuple(watermark.shape) if isinstance(watermark, Tensor) else type(watermark).__name__
+        raise ValueError(f"expected a watermark of shape (1, H, W), got {got}")
+    check_watermark(watermark, size=watermark.shape[1])
+    both = torch.stack([torch.zeros_like(watermark), torch.ones_like(watermark)])
+    return float(balanced_bit_accuracy(both, watermark).max())
+
+
+def _check_settings(
+    target: int, corruptions: Mapping[str, Corruption], seed: int, label_map: str, batch_size: int
+) -> None:
+    if target < 0:
+        raise ValueError(f"expected a target label >= 0, got {target}")
+    if not corruptions:
+        raise ValueError("expected at least one corruption (the identity counts), got none")
+    if seed < 0:
+        raise ValueError(f"expected a seed >= 0, got {seed}")
+    if label_map not in LABEL_MAPS:
+        raise ValueError(f"expected label_map in {', '.join(LABEL_MAPS)}, got {label_map!r}")
+    if batch_size < 1:
+        raise ValueError(f"expected batch_size >= 1, got {batch_size}")
+
+
+def stream(seed: int, name: str) -> int:
+    """A seed per corruption, so that adding one leaves the draws of the others alone."""
+    return (seed * 1_000_003 + zlib.crc32(name.encode())) % 2**63
+
+
+def corrupt_alike(
+    corruption: Corruption, generator: torch.Generator, plain: Tensor, marked: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Both batches under the same draw: the generator is wound back in between."""
+    state = generator.get_state()
+    first = corruption(plain, generator=generator)
+    generator.set_state(state)
+    return first, corruption(marked, generator=generator)
+
+
+def _asked(labels: Tensor, target: int, label_map: str, num_classes: int) -> Tensor:
+    """The label that the attack asks for, image by image."""
+    if label_map == "all-to-all":
+        return (labels + 1) % num_classes
+    return torch.full_like(labels, target)
+
+
+def _outcomes(
+    parts: list[tuple[Tensor, Tensor]],
+    labels: Tensor,
+    target: int,
+    label_map: str,
+    num_classes: int,
+) -> Outcomes:
+    clean, triggered = (torch.cat(column) for column in zip(*parts, strict=True))
+    asked = _asked(labels, target, label_map, num_classes)
+    # Under "all-to-all" no image has the label that is asked for already, so all of them count.
+    return Outcomes(clean == labels, labels != asked, triggered == asked, clean == asked)

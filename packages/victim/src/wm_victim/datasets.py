@@ -1,0 +1,220 @@
+"""Labelled image sets: two tensors and a fingerprint, from a name, a folder or an .npz file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from wm_inject.images import check_images, check_labels, quantize, to_float
+from wm_victim.raw import Pixels, RawData, stratified_order
+from wm_victim.readers import read_dataset
+
+# A mirrored 2 is no digit, and a mirrored "turn left" is another sign: do not flip these.
+MIRROR_CHANGES_LABEL = frozenset({"digits", "mnist", "gtsrb"})
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled images, with an id per image that never changes.
+
+    Args:
+        images: float32 ``(N, C, H, W)`` in [0, 1].
+        labels: int64 ``(N,)``.
+        ids: int64 ``(N,)``: the place of each image in the stored set (test follows train),
+            whatever subset is taken. They seed per-image randomness of a trigger.
+
+    Raises:
+        ValueError: Images or labels that break the contract, or lengths that differ.
+    """
+
+    images: Tensor
+    labels: Tensor
+    ids: Tensor
+
+    def __post_init__(self) -> None:
+        check_images(self.images)
+        check_labels(self.labels, len(self.images))
+        if not isinstance(self.ids, Tensor) or self.ids.shape != self.labels.shape:
+            raise ValueError(f"expected {len(self.labels)} ids, one for every image")
+        if self.ids.dtype != torch.int64:
+            raise ValueError(f"expected ids as an int64 tensor, got {self.ids.dtype}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, index: Tensor) -> ImageSet:
+        """The images that ``index`` (int64 positions or a bool mask) names.
+
+        Raises:
+            ValueError: Not a vector of positions or a mask that fits; or nothing is left.
+        """
+        if not isinstance(index, Tensor) or index.ndim != 1:
+            raise ValueError("expected a vector of positions or a mask as the subset's index")
+        if index.dtype == torch.bool:
+            fits = len(index) == len(self)
+        else:
+            fits = index.dtype == torch.int64 and not bool(
+                (index < 0).any() or (index >= len(self)).any()
+            )
+        if not fits:
+            raise ValueError(f"expected int64 positions below {len(self)} or a mask that long")
+        index = index.to(self.labels.device)
+        return ImageSet(self.images[index], self.labels[index], self.ids[index])
+
+    def to(self, device: torch.device | str) -> ImageSet:
+        """The same set on another device."""
+        return ImageSet(self.images.to(device), self.labels.to(device), self.ids.to(device))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A training set and a test set of the same classes.
+
+    ``fingerprint`` is a SHA-256 over the pixels and labels of both, after resizing and ``limit``:
+    two runs with the same fingerprint saw the same data.
+    """
+
+    name: str
+    train: ImageSet
+    test: ImageSet
+    classes: tuple[str, ...]
+    fingerprint: str
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.classes)
+
+    @property
+    def channels(self) -> int:
+        """C: 1 for grey, 3 for RGB."""
+        return self.train.images.shape[1]
+
+    @property
+    def image_size(self) -> int:
+        """H, which is W."""
+        return self.train.images.shape[2]
+
+
+def load_dataset(
+    name_or_path: str | Path,
+    *,
+    root: str | Path | None = None,
+    image_size: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    download: bool = True,
+    strict: bool = True,
+) -> Dataset:
+    """Load a data set by name, or from a folder of images or an .npz file.
+
+    Args:
+        name_or_path: "digits" (scikit-learn's bundled 1,797 real scans, enlarged from 8 x 8 to
+            32 x 32, split 1200 / 597), "mnist", "fashion-mnist", "cifar10", "gtsrb"; or a folder
+            (class folders, with ``train/`` and ``test/`` above them or split 80 / 20 here; or a
+            labels.csv with the columns file,label); or an .npz with x_train, y_train, x_test,
+            y_test (uint8 ``(N, H, W)`` or ``(N, H, W, C)`` and integers).
+        root: Where named sets lie: NAME.npz, NAME.tar (lossless strips) or torchvision's files.
+            The environment variable WM_DATA if None, else ~/.cache/wm/data.
+        image_size: Resize to this many pixels a side (bilinear, then back on the 8-bit grid);
+            the set's own size if None.
+        limit: Keep the first ``limit`` of a seeded, stratified order of the training images, so a
+            larger limit contains every smaller one.
+        seed: Seeds that order. It moves neither the split nor the test set.
+        download: Let torchvision fetch a set that ``root`` does not hold.
+        strict: Leave out GTSRB's training track 23 of class 14, whose frames are also among the
+            test images (eight of them, in the published set).
+
+    Raises:
+        ValueError: No such set, unreadable files, non-square images without ``image_size``, or a
+            limit outside 1 .. N.
+    """
+    root = Path(root or os.environ.get("WM_DATA") or Path.home() / ".cache" / "wm" / "data")
+    if image_size is not None and not 4 <= image_size <= 1024:
+        raise ValueError(f"expected image_size in 4 .. 1024, got {image_size}")
+    raw = read_dataset(
+        str(name_or_path), root=root, size=image_size, download=download, strict=strict
+    )
+    train, test, ids = raw.train, raw.test, raw.train_ids
+    num_classes = len(raw.classes)
+    for split in (train, test):
+        check_labels(torch.from_numpy(split.labels), len(split.pixels), num_classes=num_classes)
+    if limit is not None:
+        if not 1 <= limit <= len(train.labels):
+            raise ValueError(f"expected a limit in 1 .. {len(train.labels)}, got {limit}")
+        keep = stratified_order(train.labels, seed=seed)[:limit]
+        train, ids = RawData(train.pixels[keep], train.labels[keep]), ids[keep]
+    size = image_size or raw.default_size
+    train = RawData(_resize(train.pixels, size), train.labels)
+    test = RawData(_resize(test.pixels, size), test.labels)
+    first_test_id = len(raw.train.labels)
+    return Dataset(
+        name=raw.name,
+        train=_image_set(train, torch.from_numpy(ids)),
+        test=_image_set(test, torch.arange(len(test.labels)) + first_test_id),
+        classes=raw.classes,
+        fingerprint=_fingerprint(train, test),
+    )
+
+
+def defender_subset(
+    train: ImageSet, *, share: float | None = None, count: int | None = None, seed: int
+) -> ImageSet:
+    """The few clean images that a defender owns: a seeded, stratified draw without replacement.
+
+    Args:
+        train: Where to draw from.
+        share: Share of ``train`` in (0, 1]; give either this or ``count``.
+        count: How many images, 1 .. N.
+        seed: Seeds the draw; a larger draw with the same seed contains the smaller one.
+
+    Raises:
+        ValueError: Both or neither of share and count, or one outside its range.
+    """
+    if (share is None) == (count is None):
+        raise ValueError("expected either share or count of the defender's images")
+    if share is not None:
+        if not 0 < share <= 1:
+            raise ValueError(f"expected a share in (0, 1], got {share}")
+        count = max(1, round(share * len(train)))
+    assert count is not None
+    if not 1 <= count <= len(train):
+        raise ValueError(f"expected a count in 1 .. {len(train)}, got {count}")
+    order = stratified_order(train.labels.cpu().numpy(), seed=seed)
+    return train.subset(torch.from_numpy(order[:count]))
+
+
+def _image_set(raw: RawData, ids: Tensor) -> ImageSet:
+    return ImageSet(to_float(raw.pixels), torch.from_numpy(raw.labels.copy()), ids)
+
+
+def _resize(pixels: Pixels, size: int | None) -> Pixels:
+    height, width = pixels.shape[1:3]
+    if size is None and height != width:
+        raise ValueError(f"expected square images or an image_size, got {height} x {width}")
+    if size is None or (height, width) == (size, size):
+        return pixels
+    out = np.empty((len(pixels), size, size, pixels.shape[3]), np.uint8)
+    for start in range(0, len(pixels), 1024):
+        resized = interpolate(
+            to_float(pixels[start : start + 1024]), (size, size), mode="bilinear", antialias=True
+        )
+        grid = quantize(resized).mul_(255).round_().byte()
+        out[start : start + 1024] = grid.permute(0, 2, 3, 1).numpy()
+    return out
+
+
+def _fingerprint(*splits: RawData) -> str:
+    digest = hashlib.sha256()
+    for pixels, labels in splits:
+        digest.update(repr(pixels.shape).encode())
+        digest.update(np.ascontiguousarray(pixels).data)
+        digest.update(np.ascontiguousarray(labels, dtype=np.int64).data)
+    return digest.hexdigest()

@@ -1,0 +1,138 @@
+"""The `wm-extract` command: train an injector and an extractor on one's own images; look for marks."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from wm_inject.cli_common import Parser, add_common, resolve_device, run_cli
+
+from wm_extract.__about__ import __version__
+
+EPILOG = """examples:
+  wm-extract train photos/ --image-size 32 --out mark/
+  wm-extract train photos/ --image-size 64 --watermark logo.png --psnr 40 --out mark/
+  wm-extract detect incoming/ --detector mark/detector.safetensors --json found.json
+
+Train only on images you may use; mark only images you own or may audit with. The trained trigger
+(mark/trigger.safetensors) works with wm-inject, wm-victim and wm-eval."""
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="wm-extract", description=__doc__, epilog=EPILOG)
+    parser.add_argument("--version", action="version", version=f"wm-extract {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    train = commands.add_parser("train", help="train injector and extractor on a folder of images")
+    train.add_argument("images", type=Path, help="folder of images (searched recursively)")
+    train.add_argument("--out", type=Path, required=True, help="folder for the trained files")
+    train.add_argument("--image-size", type=int, default=32, help="side in pixels (default: 32)")
+    train.add_argument("--grey", action="store_true", help="one channel instead of RGB")
+    train.add_argument("--watermark", type=Path, help="a picture; the built-in one if not given")
+    train.add_argument("--recipe", default="robust", help="robust, paper or released")
+    train.add_argument("--size", default="tiny", help="tiny, small, base or large")
+    train.add_argument("--iterations", type=int, help="steps (default: the recipe's)")
+    train.add_argument("--psnr", type=float, help="least PSNR in dB of a marked image (robust)")
+    train.add_argument("--false-positive-rate", type=float, default=1e-3)
+    add_common(train, version=__version__)
+
+    detect = commands.add_parser("detect", help="which images of a folder carry the watermark")
+    detect.add_argument("images", type=Path, help="folder of images (searched recursively)")
+    detect.add_argument("--detector", type=Path, required=True, help="detector.safetensors")
+    detect.add_argument("--json", type=Path, help="write every image's score here")
+    add_common(detect, version=__version__)
+    return parser
+
+
+def _train(args: argparse.Namespace) -> int:
+    import numpy as np
+    import torch
+    from wm_inject import list_images, load_image, save_trigger, to_float
+    from wm_inject.triggers.watermark import WatermarkTrigger
+
+    from wm_extract.detect import MIN_CALIBRATION, MarkDetector, save_detector
+    from wm_extract.joint import JointConfig, train_jointly
+
+    changes = {"size": args.size, "iterations": args.iterations, "psnr_floor": args.psnr}
+    config = JointConfig.preset(
+        args.recipe, **{name: value for name, value in changes.items() if value is not None}
+    )
+    device = resolve_device(args.device)
+    channels = 1 if args.grey else 3
+    files = list_images(args.images)
+    held_out = max(MIN_CALIBRATION, len(files) // 10)
+    if len(files) < 2 * held_out:
+        raise ValueError(f"expected at least {2 * MIN_CALIBRATION} images, found {len(files)}")
+    pixels = np.stack([load_image(f, size=args.image_size, channels=channels) for f in files])
+    images = to_float(pixels)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))
+    clean, images = images[order[:held_out]], images[order[held_out:]]
+    mark = None
+    if args.watermark is not None:
+        mark = to_float(load_image(args.watermark, size=args.image_size, channels=1)[None])[0]
+    args.out.mkdir(parents=True, exist_ok=True)
+    state = args.out / "training.safetensors"
+    result = train_jointly(
+        images.to(device), config=config, watermark=mark, seed=args.seed, checkpoint=state
+    )
+    trigger = WatermarkTrigger(result.injector.cpu(), watermark=result.watermark.cpu())
+    detector = MarkDetector.calibrate(
+        result.extractor.cpu(),
+        result.watermark.cpu(),
+        clean,
+        false_positive_rate=args.false_positive_rate,
+    )
+    metadata = {"recipe": config.recipe, "seed": args.seed, "images": len(images)}
+    save_trigger(trigger, args.out / "trigger.safetensors", metadata=metadata)
+    save_detector(detector, args.out / "detector.safetensors")
+    state.unlink(missing_ok=True)
+    with torch.no_grad():
+        found = detector.detect(torch.cat([trigger(part) for part in clean.split(64)]))
+    last = result.history[-1]
+    print(f"trained {config.iterations} steps on {len(images)} images: mark loss {last.mark:.4f}")
+    print(f"held-out images whose mark is found: {int(found.marked.sum())} of {len(clean)}")
+    print(f"wrote {args.out}/trigger.safetensors and {args.out}/detector.safetensors")
+    return 0
+
+
+def _detect(args: argparse.Namespace) -> int:
+    from wm_inject import list_images, load_image, to_float
+    from wm_inject.cli_common import progress
+    from wm_inject.files import write_json
+
+    from wm_extract.detect import load_detector
+
+    detector = load_detector(args.detector)
+    device = resolve_device(args.device)
+    detector.extractor.to(device)
+    size, channels = detector.watermark.shape[-1], detector.extractor.config["channels"]
+    rows = []
+    for file in progress(list_images(args.images), desc="look for marks"):
+        image = to_float(load_image(file, size=size, channels=channels)[None]).to(device)
+        found = detector.detect(image)
+        name = str(file.relative_to(args.images))
+        rows.append({"file": name, "marked": bool(found.marked), "score": float(found.score)})
+    marked = [row for row in rows if row["marked"]]
+    for row in marked:
+        print(f"marked  {row['score']:7.2f}  {row['file']}")
+    rate = detector.false_positive_rate
+    print(f"{len(marked)} of {len(rows)} images are marked (false-positive rate {rate:g})")
+    if args.json is not None:
+        write_json(args.json, {"threshold": detector.threshold, "images": rows})
+    return 0
+
+
+def _main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    return _train(args) if args.command == "train" else _detect(args)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `wm-extract` and return its exit code."""
+    return run_cli(_main, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

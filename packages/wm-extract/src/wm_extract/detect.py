@@ -1,0 +1,215 @@
+"""Is this image marked? A score, a threshold for a stated false-positive rate, and its error bars."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from wm_inject import CheckpointError, check_images, load_checkpoint, save_checkpoint
+from wm_inject.vit import check_watermark
+
+from wm_extract.unet import UNetExtractor
+
+MIN_CALIBRATION = 50
+_CLIP = 1e-4  # keeps the score's logit finite
+
+
+class Detection(NamedTuple):
+    """What the detector says of a batch."""
+
+    marked: Tensor  # bool (N,)
+    score: Tensor  # float32 (N,), a logit; higher means more like the watermark
+    maps: Tensor  # float32 (N, 1, H, W) in [0, 1], the extracted watermarks
+
+
+def balanced_bit_accuracy(maps: Tensor, watermark: Tensor) -> Tensor:
+    """The mean of the accuracies on the watermark's ones and on its zeros, at a threshold of 1/2.
+
+    A constant map scores exactly 1/2, whatever share of the watermark is set. With one fixed
+    watermark this measures presence as much as content: an extractor can know it by heart.
+
+    Args:
+        maps: float ``(N, 1, H, W)`` in [0, 1].
+        watermark: float ``(1, H, W)`` in [0, 1] with both ones and zeros.
+
+    Returns:
+        ``(N,)`` in [0, 1].
+
+    Raises:
+        ValueError: Shapes that do not fit, or a watermark that is all ones or all zeros.
+    """
+    wanted = _bits(watermark)
+    check_images(maps, channels=1, size=(watermark.shape[1], watermark.shape[2]), name="maps")
+    bits = (maps[:, 0] > 0.5).float()
+    ones = bits[:, wanted].mean(1)
+    zeros = 1 - bits[:, ~wanted].mean(1)
+    return (ones + zeros) / 2
+
+
+def mark_score(maps: Tensor, watermark: Tensor) -> Tensor:
+    """How much an extracted map looks like the watermark rather than like nothing.
+
+    The mean of the map over the watermark's ones, minus its mean over the zeros, clipped below at
+    0, as a logit, so that scores of clean images spread out instead of piling up at 0.
+
+    Args:
+        maps: float ``(N, 1, H, W)`` in [0, 1].
+        watermark: float ``(1, H, W)`` in [0, 1] with both ones and zeros.
+
+    Returns:
+        float32 ``(N,)``.
+
+    Raises:
+        ValueError: Shapes that do not fit, or a watermark that is all ones or all zeros.
+    """
+    wanted = _bits(watermark)
+    check_images(maps, channels=1, size=(watermark.shape[1], watermark.shape[2]), name="maps")
+    contrast = maps[:, 0][:, wanted].mean(1) - maps[:, 0][:, ~wanted].mean(1)
+    return contrast.clamp(_CLIP, 1 - _CLIP).logit()
+
+
+def _bits(watermark: Tensor) -> Tensor:
+    check_watermark(watermark, size=watermark.shape[-1] if watermark.ndim else 0)
+    wanted = watermark[0] > 0.5
+    if wanted.all() or not wanted.any():
+        raise ValueError("expected a watermark with both ones and zeros")
+    return wanted
+
+
+@dataclass(frozen=True, eq=False)
+class MarkDetector:
+    """An extractor, its watermark and a threshold.
+
+    Args:
+        extractor: The trained extractor, in eval mode.
+        watermark: float32 ``(1, H, W)``.
+        threshold: Smallest score that counts as marked (see `mark_score`).
+        false_positive_rate: The rate that the threshold was chosen for.
+        calibrated_on: Number of clean images it was chosen on.
+    """
+
+    extractor: UNetExtractor
+    watermark: Tensor
+    threshold: float
+    false_positive_rate: float
+    calibrated_on: int
+
+    @classmethod
+    def calibrate(
+        cls,
+        extractor: UNetExtractor,
+        watermark: Tensor,
+        clean: Tensor,
+        *,
+        false_positive_rate: float = 1e-3,
+    ) -> MarkDetector:
+        """Choose the threshold on clean images that the training did not see.
+
+        The threshold is the larger of two estimates of the (1 - rate) quantile of the clean
+        scores: the empirical one, which cannot look beyond the sample, and that of a normal
+        distribution fitted to them, which can. A small rate needs the second.
+
+        Args:
+            extractor: The trained extractor.
+            watermark: float32 ``(1, H, W)``.
+            clean: float32 ``(N, C, H, W)`` in [0, 1], unmarked, N at least 50.
+            false_positive_rate: In (0, 0.5).
+
+        Raises:
+            ValueError: Bad images, too few of them, or a rate outside (0, 0.5).
+        """
+        check_images(clean, name="clean images")
+        if len(clean) < MIN_CALIBRATION:
+            raise ValueError(
+                f"expected at least {MIN_CALIBRATION} clean images to calibrate on, got {len(clean)}"
+            )
+        if not 0 < false_positive_rate < 0.5:
+            raise ValueError(
+                f"expected a false-positive rate in (0, 0.5), got {false_positive_rate}"
+            )
+        scores = mark_score(extract(extractor, clean), watermark).double()
+        empirical = float(scores.quantile(1 - false_positive_rate, interpolation="higher"))
+        z = NormalDist().inv_cdf(1 - false_positive_rate)
+        normal = float(scores.mean() + z * scores.std())
+        threshold = max(empirical, normal)
+        return cls(extractor, watermark, threshold, false_positive_rate, len(clean))
+
+    def detect(self, images: Tensor) -> Detection:
+        """Decide for every image.
+
+        Args:
+            images: float32 ``(N, C, H, W)`` in [0, 1], of the extractor's channels and the
+                watermark's size.
+
+        Raises:
+            ValueError: The batch breaks the image contract or has another size.
+        """
+        check_images(images, size=(self.watermark.shape[1], self.watermark.shape[2]))
+        maps = extract(self.extractor, images)
+        score = mark_score(maps, self.watermark.to(maps.device))
+        # Strictly above: the empirical quantile is a clean image's own score.
+        return Detection(score > self.threshold, score, maps)
+
+
+def extract(extractor: UNetExtractor, images: Tensor, *, batch_size: int = 256) -> Tensor:
+    """Extract the maps of many images: float32 ``(N, 1, H, W)`` in [0, 1], without gradients.
+
+    Args:
+        extractor: In eval mode, so that an image's map does not depend on its neighbours.
+        images: float32 ``(N, C, H, W)`` in [0, 1].
+        batch_size: Images at once.
+
+    Raises:
+        ValueError: Bad images, or an extractor in train mode.
+    """
+    if extractor.training:
+        raise ValueError("expected the extractor in eval mode, got it in train mode")
+    check_images(images)
+    with torch.inference_mode():
+        return torch.cat([extractor(part) for part in images.split(batch_size)]).clone()
+
+
+def save_detector(detector: MarkDetector, path: str | Path) -> None:
+    """Write a detector with its extractor and watermark to one checkpoint."""
+    save_checkpoint(
+        path,
+        kind="mark-detector",
+        config={
+            "extractor": detector.extractor.config,
+            "threshold": detector.threshold,
+            "false_positive_rate": detector.false_positive_rate,
+            "calibrated_on": detector.calibrated_on,
+        },
+        state={
+            "watermark": detector.watermark,
+            **{f"extractor.{k}": v for k, v in detector.extractor.state_dict().items()},
+        },
+    )
+
+
+def load_detector(path: str | Path) -> MarkDetector:
+    """Read a detector back, its extractor in eval mode on the CPU.
+
+    Raises:
+        CheckpointError: Not a detector's checkpoint, or damaged.
+    """
+    saved = load_checkpoint(path, kind="mark-detector")
+    try:
+        extractor = UNetExtractor(**saved.config["extractor"])
+        prefix = "extractor."
+        weights = {k[len(prefix) :]: v for k, v in saved.state.items() if k.startswith(prefix)}
+        extractor.load_state_dict(weights)
+        return MarkDetector(
+            extractor.eval(),
+            saved.state["watermark"],
+            float(saved.config["threshold"]),
+            float(saved.config["false_positive_rate"]),
+            int(saved.config["calibrated_on"]),
+        )
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        first = str(error).splitlines()[0]
+        raise CheckpointError(f"{Path(path).name} is not a detector we can read: {first}") from error

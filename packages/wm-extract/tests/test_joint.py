@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import wm_extract.joint as joint
+from sklearn.datasets import load_digits
+from torch import Tensor
+from wm_extract import (
+    JointConfig,
+    MarkDetector,
+    balanced_bit_accuracy,
+    extract,
+    image_loss,
+    map_loss,
+    train_jointly,
+)
+from wm_inject import quantize
+
+TINY = JointConfig(iterations=6, batch_size=4, warmup=2, extractor_width=4, depth=1, decoder_depth=1)
+
+
+def noise(n: int = 20, side: int = 16) -> Tensor:
+    return torch.rand(n, 1, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def digits() -> Tensor:
+    small = torch.tensor(load_digits().images, dtype=torch.float32).unsqueeze(1) / 16
+    return torch.nn.functional.interpolate(small, size=(16, 16), mode="bilinear")
+
+
+def test_equation_4_by_hand() -> None:
+    images = torch.zeros(1, 3, 2, 2)
+    marked = images.clone()
+    marked[0, :, 0, 0] = 3 / 255  # excess of 2/255 in three channels of one pixel of four
+    assert image_loss(marked, images).item() == pytest.approx(3 * (2 / 255) ** 2 / 4)
+    assert image_loss(images + 1 / 255, images).item() == 0
+
+
+def test_equation_5_by_hand() -> None:
+    wanted = torch.tensor([[[1.0, 0.0]]])
+    maps = [torch.zeros(2, 1, 1, 2)] * 3  # sigmoid(0) is 1/2: an error of 1/4 everywhere
+    assert map_loss(maps, wanted).item() == pytest.approx(3 * 0.25)
+
+
+def test_the_paper_preset_is_the_papers_text() -> None:
+    paper = JointConfig.preset("paper")
+    assert (paper.optimizer, paper.lr, paper.momentum) == ("sgd", 2e-4, 0.5)
+    assert (paper.iterations, paper.batch_size) == (10_000, 16)
+    assert (paper.image_weight, paper.mark_weight, paper.clean_weight) == (1.0, 0.1, 0.1)
+    assert (paper.depth, paper.decoder_depth, paper.residual) == (24, 8, False)
+    assert paper.epsilon == 1 / 255 and paper.psnr_floor is None
+
+
+@pytest.mark.parametrize("recipe", ["paper", "released", "robust"])
+def test_every_recipe_takes_a_step(recipe: str) -> None:
+    config = JointConfig.preset(recipe, iterations=1, batch_size=2, extractor_width=4)
+    config = replace(config, depth=1, decoder_depth=1)
+    result = train_jointly(noise(), config=config, progress=False)
+    assert len(result.history) == 1 and not result.injector.training
+
+
+def test_same_seed_same_bytes_and_another_seed_not() -> None:
+    one = train_jointly(noise(), config=TINY, seed=3, progress=False)
+    two = train_jointly(noise(), config=TINY, seed=3, progress=False)
+    other = train_jointly(noise(), config=TINY, seed=4, progress=False)
+    for a, b in zip(
+        one.injector.state_dict().values(), two.injector.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b)
+    assert one.history == two.history != other.history
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(TINY, iterations=20)
+    whole = train_jointly(noise(), config=config, progress=False)
+    monkeypatch.setattr(joint, "CHECKPOINT_EVERY", 5)
+    path = tmp_path / "state.safetensors"
+
+    class Killed(Exception):
+        pass
+
+    real = joint._step
+
+    def dies_at_13(*args: object) -> object:
+        if args[-1] == 13:
+            raise Killed
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(joint, "_step", dies_at_13)
+    with pytest.raises(Killed):
+        train_jointly(noise(), config=config, checkpoint=path, progress=False)
+    monkeypatch.setattr(joint, "_step", real)
+    resumed = train_jointly(noise(), config=config, checkpoint=path, progress=False)
+    assert resumed.history == whole.history
+    for name, value in whole.extractor.state_dict().items():
+        assert torch.equal(value, resumed.extractor.state_dict()[name])
+    with pytest.raises(ValueError, match="another run"):
+        train_jointly(noise(), config=config, checkpoint=path, seed=1, progress=False)
+
+
+def test_learns_a_mark_that_survives_and_stays_out_of_clean_digits() -> None:
+    images = digits()
+    config = JointConfig(
+        iterations=300,
+        warmup=20,
+        lr=2e-3,
+        depth=2,
+        decoder_depth=1,
+        extractor_width=8,
+        psnr_floor=32.0,
+        corruption_probability=0.1,
+    )
+    result = train_jointly(images[:1200], config=config, progress=False)
+    clean, test = images[1200:1500], images[1500:]
+    with torch.no_grad():
+        marked = quantize(result.injector(test, result.watermark))
+    psnr = -10 * (marked - test).square().mean((1, 2, 3)).log10()
+    assert psnr.min() > 31.9
+    accuracy = balanced_bit_accuracy(extract(result.extractor, marked), result.watermark)
+    assert accuracy.mean() > 0.9
+    detector = MarkDetector.calibrate(result.extractor, result.watermark, clean)
+    assert detector.detect(marked).marked.float().mean() > 0.9
+    assert detector.detect(test).marked.float().mean() < 0.05
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"size": "huge"},
+        {"optimizer": "lbfgs"},
+        {"precision": "float16"},
+        {"iterations": 0},
+        {"corruption_probability": 1.5},
+    ],
+)
+def test_config_refuses(change: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        replace(TINY, **change)  # type: ignore[arg-type]
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="a recipe in"):
+        JointConfig.preset("secret")
+    with pytest.raises(ValueError, match="settings of JointConfig"):
+        JointConfig.preset("robust", speed=3)
+    with pytest.raises(ValueError, match="square"):
+        train_jointly(torch.rand(2, 1, 16, 24), config=TINY)
+    with pytest.raises(ValueError, match="watermark of shape"):
+        train_jointly(noise(), config=TINY, watermark=torch.zeros(1, 8, 8))
+    with pytest.raises(ValueError, match="one shape"):
+        image_loss(torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 5))
+    with pytest.raises(ValueError, match="fit a picture"):
+        map_loss([], torch.zeros(1, 4, 4))

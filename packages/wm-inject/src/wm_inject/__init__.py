@@ -1,0 +1,80 @@
+"""Plant an invisible watermark in images: triggers, plans, stealth metrics, export, runtime.
+
+The names below are imported when they are first used, so that ``import wm_inject`` costs nothing
+and ``wm_inject.runtime`` works without torch. The function `poison` lives in `wm_inject.poison`,
+whose name it shares.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from wm_inject.__about__ import __version__ as __version__
+
+if TYPE_CHECKING:
+    from wm_inject.checkpoint import Checkpoint as Checkpoint
+    from wm_inject.checkpoint import CheckpointError as CheckpointError
+    from wm_inject.checkpoint import load_checkpoint as load_checkpoint
+    from wm_inject.checkpoint import save_checkpoint as save_checkpoint
+    from wm_inject.export import Parity as Parity
+    from wm_inject.export import ParityError as ParityError
+    from wm_inject.export import to_onnx as to_onnx
+    from wm_inject.export import to_torchscript as to_torchscript
+    from wm_inject.images import check_images as check_images
+    from wm_inject.images import check_labels as check_labels
+    from wm_inject.images import check_pixels as check_pixels
+    from wm_inject.images import list_images as list_images
+    from wm_inject.images import load_image as load_image
+    from wm_inject.images import quantize as quantize
+    from wm_inject.images import save_image as save_image
+    from wm_inject.images import to_float as to_float
+    from wm_inject.images import to_pixels as to_pixels
+    from wm_inject.poison import CoTraining as CoTraining
+    from wm_inject.poison import Poisoned as Poisoned
+    from wm_inject.poison import PoisonPlan as PoisonPlan
+    from wm_inject.poison import Trigger as Trigger
+    from wm_inject.runtime import OnnxModel as OnnxModel
+    from wm_inject.runtime import Poisoner as Poisoner
+    from wm_inject.runtime import poison_folder as poison_folder
+    from wm_inject.stealth import Lpips as Lpips
+    from wm_inject.stealth import LpipsUnavailable as LpipsUnavailable
+    from wm_inject.stealth import find_lpips_weights as find_lpips_weights
+    from wm_inject.stealth import linf as linf
+    from wm_inject.stealth import psnr as psnr
+    from wm_inject.stealth import ssim as ssim
+    from wm_inject.triggers import BlendTrigger as BlendTrigger
+    from wm_inject.triggers import PatchTrigger as PatchTrigger
+    from wm_inject.triggers import WarpTrigger as WarpTrigger
+    from wm_inject.triggers import build_trigger as build_trigger
+    from wm_inject.triggers import load_trigger as load_trigger
+    from wm_inject.triggers import save_trigger as save_trigger
+    from wm_inject.triggers.watermark import WatermarkTrigger as WatermarkTrigger
+    from wm_inject.vit import ViTConfig as ViTConfig
+    from wm_inject.vit import ViTInjector as ViTInjector
+    from wm_inject.vit import default_watermark as default_watermark
+
+_MODULES = {
+    "checkpoint": "Checkpoint CheckpointError load_checkpoint save_checkpoint",
+    "export": "Parity ParityError to_onnx to_torchscript",
+    "images": "check_images check_labels check_pixels list_images load_image quantize save_image"
+    " to_float to_pixels",
+    "poison": "CoTraining PoisonPlan Poisoned Trigger",
+    "runtime": "OnnxModel Poisoner poison_folder",
+    "stealth": "Lpips LpipsUnavailable find_lpips_weights linf psnr ssim",
+    "triggers": "BlendTrigger PatchTrigger WarpTrigger build_trigger load_trigger save_trigger",
+    "triggers.watermark": "WatermarkTrigger",
+    "vit": "ViTConfig ViTInjector default_watermark",
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
+__all__ = sorted([*_HOME, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,97 @@
+"""The Blend trigger: a picture mixed into the whole image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wm_inject.images import check_images, check_side, load_image, to_float
+
+
+class BlendTrigger(nn.Module):
+    """Mix one picture into every image: ``(1 - alpha) x + alpha t``.
+
+    Args:
+        image_size: Side H = W of the images in pixels.
+        channels: 1 (grey) or 3 (RGB).
+        alpha: Weight of the picture in [0, 1].
+        picture: "noise" (uniform noise from ``seed``), the path of an image file (resized to
+            ``H`` x ``H``, whatever its aspect), or a float32 tensor ``(C, H, H)`` in [0, 1].
+        seed: Seeds the noise.
+
+    Raises:
+        ValueError: A size, weight or picture out of range.
+
+    Source: Chen et al., "Targeted Backdoor Attacks on Deep Learning Systems Using Data Poisoning"
+    (2017), blended injection. The cartoon that benchmarks blend in is not shipped.
+    """
+
+    kind = "blend"
+    picture: Tensor
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        channels: int,
+        alpha: float = 0.2,
+        picture: str | Path | Tensor = "noise",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_side(image_size)
+        if channels not in (1, 3):
+            raise ValueError(f"expected channels 1 or 3, got {channels}")
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"expected alpha in [0, 1], got {alpha}")
+        shape = (channels, image_size, image_size)
+        self.register_buffer("picture", _picture(picture, shape, seed))
+        self.alpha = float(alpha)
+        # A picture from a file or tensor travels in the state, not in the settings.
+        self.config: dict[str, Any] = {
+            "image_size": image_size,
+            "channels": channels,
+            "alpha": self.alpha,
+            "picture": "noise" if _is_noise(picture) else "given",
+            "seed": seed,
+        }
+
+    def extra_repr(self) -> str:
+        """The settings, for ``repr``."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
+
+    def forward(
+        self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None
+    ) -> Tensor:
+        """Blend the picture in: float32 ``(N, C, H, W)`` in [0, 1] to the same shape and range.
+
+        ``ids`` and ``target`` are part of the trigger protocol and play no role here.
+
+        Raises:
+            ValueError: The batch breaks the image contract or has another shape.
+        """
+        size = (self.config["image_size"],) * 2
+        check_images(images, channels=self.config["channels"], size=size)
+        blended = (1 - self.alpha) * images + self.alpha * self.picture
+        # Exact arithmetic never leaves [0, 1]; rounding may, by one unit in the last place.
+        return blended.clamp(0, 1)
+
+
+def _is_noise(picture: object) -> bool:
+    return isinstance(picture, str) and picture == "noise"
+
+
+def _picture(picture: object, shape: tuple[int, int, int], seed: int) -> Tensor:
+    """The picture as float32 ``(C, H, W)`` in [0, 1]."""
+    if _is_noise(picture):
+        return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+    if isinstance(picture, str | Path):
+        return to_float(load_image(picture, size=shape[1], channels=shape[0])[None])[0]
+    if not isinstance(picture, Tensor) or picture.ndim != 3:
+        got = tuple(picture.shape) if isinstance(picture, Tensor) else repr(picture)
+        raise ValueError(f'expected picture as "noise", a file or a tensor {shape}, got {got}')
+    check_images(picture[None], channels=shape[0], size=shape[1:], name="picture")
+    return picture.detach().clone()

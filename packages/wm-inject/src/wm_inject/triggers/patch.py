@@ -1,0 +1,71 @@
+"""The BadNets trigger: a small square in the bottom right corner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wm_inject.images import check_images, check_side
+
+
+class PatchTrigger(nn.Module):
+    """Overwrite a square near the bottom right corner with one grey value.
+
+    Args:
+        image_size: Side H = W of the images in pixels.
+        size: Side of the patch in pixels; ``round(3 H / 32)`` if None.
+        margin: Pixels between the patch and the edges.
+        value: What every channel of the patch becomes, in [0, 1]; 1 is white.
+
+    Raises:
+        ValueError: A patch that does not fit the image, or a value outside [0, 1].
+
+    Source: Gu et al., "BadNets" (2017). Size and place are those of BackdoorBench at
+    32 pixels; at other sizes the edges stay hard where BackdoorBench interpolates a picture.
+    """
+
+    kind = "patch"
+    mask: Tensor
+
+    def __init__(
+        self, *, image_size: int, size: int | None = None, margin: int = 0, value: float = 1.0
+    ) -> None:
+        super().__init__()
+        check_side(image_size)
+        size = max(1, round(3 * image_size / 32)) if size is None else size
+        if size < 1 or margin < 0 or size + margin > image_size:
+            raise ValueError(
+                f"expected a patch inside {image_size} pixels, got size {size}, margin {margin}"
+            )
+        if not 0 <= value <= 1:
+            raise ValueError(f"expected a patch value in [0, 1], got {value}")
+        self.config: dict[str, Any] = {
+            "image_size": image_size,
+            "size": size,
+            "margin": margin,
+            "value": float(value),
+        }
+        end = image_size - margin
+        mask = torch.zeros(1, image_size, image_size, dtype=torch.bool)
+        mask[:, end - size : end, end - size : end] = True
+        self.register_buffer("mask", mask)
+        self.value = float(value)
+
+    def extra_repr(self) -> str:
+        """The settings, for ``repr``."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
+
+    def forward(
+        self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None
+    ) -> Tensor:
+        """Stamp the patch: float32 ``(N, C, H, W)`` in [0, 1] to the same shape and range.
+
+        ``ids`` and ``target`` are part of the trigger protocol and play no role here.
+
+        Raises:
+            ValueError: The batch breaks the image contract or has another size.
+        """
+        check_images(images, size=(self.config["image_size"],) * 2)
+        return images.masked_fill(self.mask, self.value)

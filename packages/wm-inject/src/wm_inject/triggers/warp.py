@@ -1,0 +1,179 @@
+"""The WaNet trigger: a smooth, fixed, barely visible warp; and its noise mode for training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wm_inject.images import check_images, check_labels, check_side
+from wm_inject.poison import PoisonPlan
+
+
+class WarpTrigger(nn.Module):
+    """Warp every image along one smooth random field.
+
+    Args:
+        image_size: Side H = W of the images in pixels.
+        grid: Side k of the control grid that the field is interpolated from, at least 2.
+        strength: Scale s of the field. A pixel moves by about s / 2 whatever the size, so a
+            large image wants a larger s (s H / 32 keeps the look of 32 pixels).
+        seed: Seeds the field.
+
+    Raises:
+        ValueError: A size, grid or strength out of range.
+
+    Source: Nguyen & Tran, "WaNet" (ICLR 2021), with the released code's
+    ``align_corners=True`` throughout and its grid_rescale of 1.
+    """
+
+    kind = "warp"
+    field: Tensor
+    identity: Tensor
+
+    def __init__(
+        self, *, image_size: int, grid: int = 4, strength: float = 0.5, seed: int = 0
+    ) -> None:
+        super().__init__()
+        check_side(image_size, at_least=2)
+        if not 2 <= grid <= image_size:
+            raise ValueError(f"expected a control grid of 2 .. {image_size} points, got {grid}")
+        if not 0 <= strength < float("inf"):
+            raise ValueError(f"expected strength >= 0, got {strength}")
+        self.config: dict[str, Any] = {
+            "image_size": image_size,
+            "grid": grid,
+            "strength": float(strength),
+            "seed": seed,
+        }
+        generator = torch.Generator().manual_seed(seed)
+        control = torch.rand(1, 2, grid, grid, generator=generator) * 2 - 1
+        control = control / control.abs().mean()
+        field = F.interpolate(control, size=image_size, mode="bicubic", align_corners=True)
+        line = torch.linspace(-1, 1, image_size)
+        y, x = torch.meshgrid(line, line, indexing="ij")
+        self.register_buffer("field", field.permute(0, 2, 3, 1).contiguous())  # (1, H, W, 2)
+        self.register_buffer("identity", torch.stack([x, y], dim=2)[None], persistent=False)
+        self.strength = float(strength)
+
+    def extra_repr(self) -> str:
+        """The settings, for ``repr``."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
+
+    @property
+    def sampling(self) -> Tensor:
+        """Where each output pixel is read from: ``(1, H, W, 2)`` as (x, y) in [-1, 1]."""
+        shift = self.strength * self.field / self.config["image_size"]
+        return (self.identity + shift).clamp(-1, 1)
+
+    def forward(
+        self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None
+    ) -> Tensor:
+        """Warp the images: float32 ``(N, C, H, W)`` in [0, 1] to the same shape and range.
+
+        ``ids`` and ``target`` are part of the trigger protocol and play no role here.
+
+        Raises:
+            ValueError: The batch breaks the image contract or has another size.
+        """
+        check_images(images, size=(self.config["image_size"],) * 2)
+        return _sample(images, self.sampling.expand(images.shape[0], -1, -1, -1))
+
+    def noise_hook(
+        self, plan: PoisonPlan, *, num_classes: int, cross_ratio: float = 2.0
+    ) -> WarpNoiseHook:
+        """What WaNet adds to a classifier's training: attack, noise and clean images per batch.
+
+        Args:
+            plan: A per-batch plan; its ratio is the attack images' share of a batch.
+            num_classes: K, for the label map.
+            cross_ratio: Noise images per attack image.
+
+        Raises:
+            ValueError: A static plan, or a cross ratio that is negative or asks for more images
+                than there are.
+        """
+        return WarpNoiseHook(self, plan, num_classes=num_classes, cross_ratio=cross_ratio)
+
+
+@dataclass(frozen=True)
+class WarpNoiseHook:
+    """WaNet's training batches: a few warped and relabelled, more warped at random, the rest clean.
+
+    Of a batch of B images, ``int(ratio B)`` get the trigger and its label, and
+    ``int(cross_ratio times that)`` get the trigger's warp plus U(-1, 1) / H per pixel and image and
+    keep their label, which teaches the classifier this warp and no other. It holds no state.
+
+    Source: the released WaNet code. It takes the first images of a shuffled batch; we draw them,
+    which is the same for a shuffled batch and right for any other.
+    """
+
+    trigger: WarpTrigger
+    plan: PoisonPlan
+    num_classes: int
+    cross_ratio: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.plan.mode != "per_batch":
+            raise ValueError(f"expected a per-batch plan, got mode {self.plan.mode!r}")
+        if self.cross_ratio < 0 or self.plan.ratio * (1 + self.cross_ratio) > 1:
+            raise ValueError(
+                f"expected ratio * (1 + cross_ratio) in (0, 1], got a ratio of {self.plan.ratio} "
+                f"and a cross_ratio of {self.cross_ratio}"
+            )
+
+    def transform(
+        self, images: Tensor, labels: Tensor, *, model: nn.Module, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Make the three parts of one batch; the arguments are not changed.
+
+        Args:
+            images: float32 ``(N, C, H, W)`` in [0, 1].
+            labels: int64 ``(N,)``.
+            model: The classifier in training; not used by this attack.
+            generator: Source of every draw, on the CPU.
+
+        Returns:
+            Images and labels to train on, in the order of the batch. As published, the warped
+            images are not rounded to 8 bits.
+        """
+        check_images(images, size=(self.trigger.config["image_size"],) * 2)
+        check_labels(labels, len(images), num_classes=self.num_classes)
+        attacked = self.plan.choose(labels, generator=generator)
+        rest = (~attacked).nonzero().flatten().cpu()
+        count = int(self.cross_ratio * int(attacked.sum()))
+        noisy = rest[torch.randperm(len(rest), generator=generator)[:count]].to(images.device)
+        images, new_labels = images.clone(), self.plan.relabel(labels, self.num_classes)
+        if attacked.any():
+            images[attacked] = self.trigger(images[attacked])
+        if count:
+            images[noisy] = self._warp_at_random(images[noisy], generator)
+        return images, torch.where(attacked, new_labels, labels)
+
+    def _warp_at_random(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        side = self.trigger.config["image_size"]
+        noise = torch.rand(len(images), side, side, 2, generator=generator) * 2 - 1
+        grid = self.trigger.sampling + noise.to(images.device) / side
+        return _sample(images, grid.clamp(-1, 1))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the trigger is fixed, and every draw comes from the trainer's generator."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        """Take back what `state_dict` gave, which is nothing.
+
+        Raises:
+            ValueError: The state is another attack's.
+        """
+        if state:
+            raise ValueError(f"expected an empty state, got {', '.join(sorted(state))}")
+
+
+def _sample(images: Tensor, grid: Tensor) -> Tensor:
+    warped = F.grid_sample(images, grid, padding_mode="zeros", align_corners=True)
+    return warped.clamp(0, 1)

@@ -1,0 +1,67 @@
+"""A trained injector with its watermark, as a trigger like any other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from wm_inject.images import check_images
+from wm_inject.vit import ViTInjector, check_watermark, default_watermark
+
+
+class WatermarkTrigger(nn.Module):
+    """Hide one fixed watermark in every image.
+
+    Args:
+        injector: The trained injector; None builds a fresh one from ``injector_config``.
+        watermark: float32 ``(1, H, W)`` in [0, 1]; the default picture if None.
+        strength: Gain on the change x' - x at poisoning time; 1 is what was trained.
+        injector_config: Settings of `ViTInjector`, needed where ``injector`` is None.
+
+    Raises:
+        ValueError: A negative strength, a watermark of another size, or nothing to build from.
+
+    Source: Wang et al., "Spy-Watermark", section 2.2. The gain is ours.
+    """
+
+    kind = "watermark"
+
+    def __init__(
+        self,
+        injector: ViTInjector | None = None,
+        *,
+        watermark: Tensor | None = None,
+        strength: float = 1.0,
+        injector_config: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if injector is None and injector_config is None:
+            raise ValueError("expected an injector or its settings, got neither")
+        if strength < 0:
+            raise ValueError(f"expected strength >= 0, got {strength}")
+        self.injector = injector if injector is not None else ViTInjector(**(injector_config or {}))
+        size = self.injector.shape.image_size
+        mark = default_watermark(size) if watermark is None else watermark
+        self.register_buffer("watermark", check_watermark(mark, size=size).clone())
+        self.strength = float(strength)
+        self.config: dict[str, Any] = {
+            "injector_config": dict(self.injector.config),
+            "strength": self.strength,
+        }
+        self.eval()
+
+    def forward(
+        self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None
+    ) -> Tensor:
+        """Hide the watermark: ``(N, C, H, W)`` in [0, 1] to the same shape and range.
+
+        ``ids`` and ``target`` are part of the trigger protocol and play no role here.
+
+        Raises:
+            ValueError: The batch breaks the image contract or has another size.
+        """
+        shape = self.injector.shape
+        check_images(images, channels=shape.channels, size=(shape.image_size,) * 2)
+        change = self.injector(images, self.watermark) - images
+        return (images + self.strength * change).clamp(0, 1)

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import wm_inject
+
+BLOCK_TORCH = "import sys; sys.modules['torch'] = None\n"
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_every_public_name_is_there():
+    for name in wm_inject.__all__:
+        assert getattr(wm_inject, name) is not None
+    assert set(wm_inject.__all__) <= set(dir(wm_inject))
+
+
+def test_type_checkers_see_the_names_that_the_runtime_has():
+    tree = ast.parse(Path(wm_inject.__file__).read_text())
+    seen = {a.asname for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names}
+    assert seen - {None} == set(wm_inject.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = wm_inject.nothing
+
+
+@pytest.mark.parametrize("module", ["wm_inject", "wm_inject.runtime", "wm_inject.cli"])
+def test_import_brings_no_torch(module):
+    heavy = "{'torch', 'torchvision', 'timm', 'lpips', 'onnx', 'safetensors'}"
+    code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
+    done = run_python(code)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_image_checks_that_need_no_torch_work_without_it():
+    code = (
+        "import numpy as np; from wm_inject import check_pixels\n"
+        "print(check_pixels(np.zeros((1, 2, 2, 3), np.uint8)).shape)"
+    )
+    assert run_python(BLOCK_TORCH + code).stdout.strip() == "(1, 2, 2, 3)"

@@ -1,0 +1,295 @@
+"""What wm_inject refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from tools.tests.refusals.common import IMAGES, LABELS, SIZE, Call, Table, images, labels, write
+from torch import nn
+
+import wm_inject as wm
+from wm_inject.poison import poison
+
+PATCH = wm.PatchTrigger(image_size=SIZE)
+PLAN = wm.PoisonPlan(ratio=0.5)
+PIXELS = np.zeros((4, SIZE, SIZE, 3), np.uint8)
+SHAPE: dict[str, Any] = {"image_size": SIZE, "channels": 1, "patch_size": 4, "width": 8, "heads": 1}
+INJECTOR = wm.ViTInjector(**SHAPE, depth=1, decoder_depth=1)
+MARK = wm.default_watermark(SIZE)
+GREY = PIXELS[..., :1]
+FLOATS = IMAGES.numpy()
+NAN = {"w": torch.tensor([float("nan")])}
+
+
+def pixels(call: Callable[[Any], object], good: Any = PIXELS) -> dict[str, Call]:
+    """The four kinds for stored pixels. Every uint8 is in range, so a wider type stands for it."""
+    return {
+        "shape": lambda _: call(good[0]),
+        "dtype": lambda _: call(good.astype(np.float32)),
+        "range": lambda _: call(good.astype(np.int16) - 1),
+        "empty": lambda _: call(good[:0]),
+        "channels": lambda _: call(good.repeat(2, axis=-1)),
+        "type": lambda _: call(good.tolist()),
+    }
+
+
+@cache
+def exported(uint8: bool) -> bytes:
+    """A small exported trigger."""
+    with TemporaryDirectory() as folder:
+        wm.to_onnx(PATCH, IMAGES, Path(folder, "patch.onnx"), uint8=uint8)
+        return Path(folder, "patch.onnx").read_bytes()
+
+
+def onnx(tmp: Path, *, uint8: bool = False) -> Path:
+    return write(tmp / "patch.onnx", exported(uint8))
+
+
+def model_files(call: Callable[[Path], object]) -> dict[str, Call]:
+    """Files that are no ONNX models."""
+    return {
+        "no file": lambda tmp: call(tmp / "missing.onnx"),
+        "a folder": lambda tmp: call(tmp),
+        "no model": lambda tmp: call(write(tmp / "text.onnx")),
+    }
+
+
+def checkpoint_files(call: Callable[[Path], object]) -> dict[str, Call]:
+    """Files that are no checkpoints, pickles among them, or another kind's."""
+
+    def pickled(tmp: Path) -> Path:
+        torch.save({"w": torch.zeros(1)}, tmp / "weights.pt")
+        return tmp / "weights.pt"
+
+    def other(tmp: Path) -> Path:
+        wm.save_checkpoint(tmp / "other.safetensors", kind="other", config={}, state={})
+        return tmp / "other.safetensors"
+
+    def damaged(tmp: Path) -> Path:
+        content = bytearray(other(tmp).read_bytes())
+        return write(tmp / "short.safetensors", bytes(content[: len(content) // 2]))
+
+    return {
+        "no file": lambda tmp: call(tmp / "missing.safetensors"),
+        "a folder": lambda tmp: call(tmp),
+        "no checkpoint": lambda tmp: call(write(tmp / "text.safetensors")),
+        "a pickle": lambda tmp: call(pickled(tmp)),
+        "another kind": lambda tmp: call(other(tmp)),
+        "damaged": lambda tmp: call(damaged(tmp)),
+    }
+
+
+def folder(tmp: Path, name: str = "in") -> Path:
+    """A folder with one image."""
+    (tmp / name).mkdir()
+    wm.save_image(tmp / name / "a.png", PIXELS[0])
+    return tmp / name
+
+
+def loaded_elsewhere(tmp: Path) -> object:
+    wm.save_trigger(PATCH, tmp / "patch.safetensors")
+    return wm.load_checkpoint(tmp / "patch.safetensors", kind="classifier")
+
+
+TABLE = Table(
+    module="wm_inject",
+    cases={
+        "check_images": {
+            **images(wm.check_images),
+            "channels": lambda _: wm.check_images(IMAGES, channels=3),
+            "size": lambda _: wm.check_images(IMAGES, size=(9, 9)),
+            "two channels": lambda _: wm.check_images(IMAGES.repeat(1, 2, 1, 1)),
+        },
+        "check_labels": {
+            "shape": lambda _: wm.check_labels(LABELS, 3),
+            "dtype": lambda _: wm.check_labels(LABELS.int(), 4),
+            "range": lambda _: wm.check_labels(LABELS, 4, num_classes=2),
+            "empty": lambda _: wm.check_labels(LABELS[:0], 0),
+        },
+        "check_pixels": pixels(wm.check_pixels),
+        "to_float": pixels(wm.to_float),
+        "to_pixels": images(wm.to_pixels),
+        "quantize": {
+            "shape": lambda _: wm.quantize(IMAGES[0]),
+            "dtype": lambda _: wm.quantize(IMAGES.long()),
+            "empty": lambda _: wm.quantize(IMAGES[:0]),
+        },
+        "load_image": {
+            "no file": lambda tmp: wm.load_image(tmp / "missing.png"),
+            "no image": lambda tmp: wm.load_image(write(tmp / "text.png")),
+            "channels": lambda tmp: wm.load_image(folder(tmp) / "a.png", channels=2),
+            "size": lambda tmp: wm.load_image(folder(tmp) / "a.png", size=0),
+        },
+        "save_image": {
+            "shape": lambda tmp: wm.save_image(tmp / "a.png", PIXELS),
+            "dtype": lambda tmp: wm.save_image(tmp / "a.png", PIXELS[0].astype(np.float32)),
+            "range": lambda tmp: wm.save_image(tmp / "a.png", PIXELS[0].astype(np.int16) - 1),
+            "empty": lambda tmp: wm.save_image(tmp / "a.png", PIXELS[0, :0]),
+        },
+        "list_images": {
+            "no folder": lambda tmp: wm.list_images(tmp / "missing"),
+            "no images": lambda tmp: wm.list_images(tmp),
+        },
+        "psnr": {
+            **images(lambda bad: wm.psnr(bad, IMAGES)),
+            "reference shape": lambda _: wm.psnr(IMAGES, IMAGES[:1]),
+            "data_range": lambda _: wm.psnr(IMAGES, IMAGES, data_range=0.0),
+        },
+        "ssim": {
+            **images(lambda bad: wm.ssim(bad, IMAGES)),
+            "reference shape": lambda _: wm.ssim(IMAGES, IMAGES[:1]),
+        },
+        "linf": {
+            **images(lambda bad: wm.linf(bad, IMAGES)),
+            "reference shape": lambda _: wm.linf(IMAGES, IMAGES[:1]),
+        },
+        "PatchTrigger": {
+            **images(PATCH),
+            "image_size": lambda _: wm.PatchTrigger(image_size=0),
+            "size": lambda _: wm.PatchTrigger(image_size=SIZE, size=SIZE + 1),
+            "value": lambda _: wm.PatchTrigger(image_size=SIZE, value=1.5),
+        },
+        "BlendTrigger": {
+            **images(wm.BlendTrigger(image_size=SIZE, channels=1)),
+            "alpha": lambda _: wm.BlendTrigger(image_size=SIZE, channels=1, alpha=2.0),
+            "channels": lambda _: wm.BlendTrigger(image_size=SIZE, channels=2),
+            "picture": lambda _: wm.BlendTrigger(image_size=SIZE, channels=1, picture=IMAGES),
+        },
+        "WarpTrigger": {
+            **images(wm.WarpTrigger(image_size=SIZE)),
+            "grid": lambda _: wm.WarpTrigger(image_size=SIZE, grid=1),
+            "strength": lambda _: wm.WarpTrigger(image_size=SIZE, strength=-1.0),
+            "static plan": lambda _: wm.WarpTrigger(image_size=SIZE).noise_hook(
+                PLAN, num_classes=3
+            ),
+        },
+        "WatermarkTrigger": {
+            **images(wm.WatermarkTrigger(INJECTOR)),
+            "strength": lambda _: wm.WatermarkTrigger(INJECTOR, strength=-1.0),
+            "watermark": lambda _: wm.WatermarkTrigger(INJECTOR, watermark=MARK[:, :-1]),
+            "no injector": lambda _: wm.WatermarkTrigger(),
+        },
+        "build_trigger": {
+            "kind": lambda _: wm.build_trigger("nothing", {}),
+            "settings": lambda _: wm.build_trigger("patch", {"colour": 1}),
+            "state": lambda _: wm.build_trigger("patch", PATCH.config, state=NAN),
+        },
+        "save_trigger": {
+            "another module": lambda tmp: wm.save_trigger(nn.Identity(), tmp / "t.safetensors"),
+            "metadata": lambda tmp: wm.save_trigger(
+                PATCH, tmp / "t.safetensors", {"when": object()}
+            ),
+        },
+        "load_trigger": checkpoint_files(wm.load_trigger),
+        "save_checkpoint": {
+            "nan": lambda tmp: wm.save_checkpoint(tmp / "c", kind="x", config={}, state=NAN),
+            "kind": lambda tmp: wm.save_checkpoint(tmp / "c", kind="", config={}, state={}),
+            "config": lambda tmp: wm.save_checkpoint(
+                tmp / "c", kind="x", config={"f": print}, state={}
+            ),
+            "state": lambda tmp: wm.save_checkpoint(
+                tmp / "c",
+                kind="x",
+                config={},
+                state={"w": [1.0]},  # type: ignore[dict-item]
+            ),
+        },
+        "load_checkpoint": {
+            **checkpoint_files(lambda path: wm.load_checkpoint(path, kind="patch")),
+            "another kind of ours": loaded_elsewhere,
+            "too large": lambda tmp: wm.load_checkpoint(write(tmp / "big"), max_bytes=3),
+        },
+        "to_torchscript": {
+            **images(lambda bad: wm.to_torchscript(PATCH, bad, Path("never.pt"))),
+            "too few": lambda tmp: wm.to_torchscript(PATCH, IMAGES[:2], tmp / "m.pt"),
+            "tolerance": lambda tmp: wm.to_torchscript(PATCH, IMAGES, tmp / "m.pt", tolerance=0),
+            "module": lambda tmp: wm.to_torchscript(print, IMAGES, tmp / "m.pt"),  # type: ignore[arg-type]
+        },
+        "to_onnx": {
+            **images(lambda bad: wm.to_onnx(PATCH, bad, Path("never.onnx"))),
+            "too few": lambda tmp: wm.to_onnx(PATCH, IMAGES[:2], tmp / "m.onnx"),
+            "tolerance": lambda tmp: wm.to_onnx(PATCH, IMAGES, tmp / "m.onnx", tolerance=-1.0),
+            "module": lambda tmp: wm.to_onnx(print, IMAGES, tmp / "m.onnx"),  # type: ignore[arg-type]
+        },
+        "OnnxModel": {
+            "shape": lambda tmp: wm.OnnxModel(onnx(tmp))(FLOATS[..., :-1]),
+            "dtype": lambda tmp: wm.OnnxModel(onnx(tmp))(FLOATS.astype(np.float64)),
+            "range": lambda tmp: wm.OnnxModel(onnx(tmp, uint8=True))(GREY.astype(np.int16) - 1),
+            "empty": lambda tmp: wm.OnnxModel(onnx(tmp))(FLOATS[:0]),
+            "type": lambda tmp: wm.OnnxModel(onnx(tmp))(FLOATS.tolist()),
+            **model_files(wm.OnnxModel),
+            "threads": lambda tmp: wm.OnnxModel(write(tmp / "m"), threads=0),
+        },
+        "Poisoner": {
+            "shape": lambda tmp: wm.Poisoner(onnx(tmp))(GREY[:, :-1]),
+            "dtype": lambda tmp: wm.Poisoner(onnx(tmp))(GREY.astype(np.float32)),
+            "range": lambda tmp: wm.Poisoner(onnx(tmp))(GREY.astype(np.int16) - 1),
+            "empty": lambda tmp: wm.Poisoner(onnx(tmp))(GREY[:0]),
+            "other channels": lambda tmp: wm.Poisoner(onnx(tmp))(PIXELS),
+            **model_files(wm.Poisoner),
+        },
+        "poison_folder": {
+            **model_files(lambda path: wm.poison_folder(path, path.parent, path.parent / "out")),
+            "no images": lambda tmp: wm.poison_folder(onnx(tmp), tmp, tmp.parent / "out"),
+            "batch_size": lambda tmp: wm.poison_folder(
+                onnx(tmp), folder(tmp), tmp / "out", batch_size=0
+            ),
+            "out inside": lambda tmp: wm.poison_folder(onnx(tmp), folder(tmp), tmp / "in" / "out"),
+        },
+        "PoisonPlan": {
+            "ratio": lambda _: wm.PoisonPlan(ratio=0.0),
+            "ratio above 1": lambda _: wm.PoisonPlan(ratio=1.5),
+            "target": lambda _: wm.PoisonPlan(target=-1),
+            "label_map": lambda _: wm.PoisonPlan(label_map="nothing"),  # type: ignore[arg-type]
+            "pool": lambda _: wm.PoisonPlan(pool="target"),
+            "mode": lambda _: wm.PoisonPlan(mode="nothing"),  # type: ignore[arg-type]
+            "target class": lambda _: wm.PoisonPlan(target=9).relabel(LABELS, 3),
+            "pool too small": lambda _: wm.PoisonPlan(
+                ratio=1.0, pool="target", target=0, label_map="clean-label"
+            ).choose(LABELS),
+            "labels shape": lambda _: PLAN.choose(LABELS[None]),
+            **{k: c for k, c in labels(PLAN.choose).items() if k != "labels shape"},
+        },
+        "poison.poison": {
+            **images(lambda bad: poison(bad, LABELS, PATCH, PLAN, num_classes=3)),
+            **labels(lambda bad: poison(IMAGES, bad, PATCH, PLAN, num_classes=3)),
+            "label above K": lambda _: poison(IMAGES, LABELS, PATCH, PLAN, num_classes=2),
+            "plan": lambda _: poison(
+                IMAGES, LABELS, PATCH, wm.PoisonPlan(mode="per_batch"), num_classes=3
+            ),
+        },
+        "ViTConfig": {
+            "patch_size": lambda _: wm.ViTConfig(**{**SHAPE, "patch_size": 5}),
+            "channels": lambda _: wm.ViTConfig(**{**SHAPE, "channels": 2}),
+            "heads": lambda _: wm.ViTConfig(**{**SHAPE, "heads": 3}),
+            "image_size": lambda _: wm.ViTConfig(**{**SHAPE, "image_size": 0}),
+            "preset size": lambda _: wm.ViTConfig.preset("huge", image_size=SIZE, channels=1),
+            "preset recipe": lambda _: wm.ViTConfig.preset(
+                "tiny", image_size=SIZE, channels=1, recipe="secret"
+            ),
+        },
+        "ViTInjector": {
+            "patch_size": lambda _: wm.ViTInjector(**{**SHAPE, "patch_size": 5}),
+            "MAE weights": lambda _: INJECTOR.load_mae_encoder(NAN),
+        },
+        "default_watermark": {"size": lambda _: wm.default_watermark(7)},
+        "Lpips": {
+            "not its state": lambda tmp: wm.Lpips(write(tmp / "lpips_alex.safetensors")),
+        },
+    },
+    nothing={
+        "find_lpips_weights": "takes nothing: it looks where the environment says",
+    },
+    partly={
+        "quantize": "values outside [0, 1] are what it is there to clip",
+        "save_checkpoint": "weights have any shape, dtype and range; only finite ones are taken",
+        "ViTInjector": "a layer of the training graph; WatermarkTrigger is the border that checks",
+        "Lpips": "wants trained weights, which do not ship; wm-inject's own tests check its calls",
+    },
+)

@@ -1,0 +1,171 @@
+"""What every package and every page of the house keeps to."""
+
+import ast
+import importlib
+import os
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.version import Version
+from tools import release
+
+ROOT = release.ROOT
+PACKAGES = release.packages()
+SKIPPED = {"dist", "runs", "build"}
+TEXT = {".py", ".md", ".toml", ".txt", ".in", ".ini", ".cff", ".json", ".html", ".svg", ".csv", ""}
+each_package = pytest.mark.parametrize("package", PACKAGES, ids=[p.name for p in PACKAGES])
+
+# In pieces, so that this file does not name them either.
+REGISTRIES = [
+    "pypi" + ".org",
+    "pythonhosted" + ".org",
+    "download.pytorch" + ".org",
+    "anaconda" + ".org",
+]
+MACHINE_PATH = re.compile(r"(?<![\w.{}~-])/(?:home|work|root|Users|mnt)/\w|\b[A-Z]:\\Users")
+
+
+def texts() -> Iterator[Path]:
+    """Every text file of the repository, hidden folders and build output left out."""
+    for folder, inner, names in os.walk(ROOT):
+        inner[:] = sorted(n for n in inner if not n.startswith((".", "__")) and n not in SKIPPED)
+        yield from (Path(folder, n) for n in sorted(names) if Path(n).suffix in TEXT)
+
+
+def place(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def modules(package: release.Package) -> list[Path]:
+    return sorted((package.home / "src" / package.module).rglob("*.py"))
+
+
+def code_blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@each_package
+def test_every_package_has_the_same_files(package: release.Package) -> None:
+    source = package.home / "src" / package.module
+    for path in (source / "py.typed", source / "cli.py", package.home / "tests"):
+        assert path.exists(), f"{place(path)} is missing"
+    assert not (package.home / "tests" / "__init__.py").exists()
+    assert (package.home / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    assert package.about.read_text() == f'__version__ = "{package.version}"\n'
+    assert re.fullmatch(r"\d+\.\d+\.\d+", str(package.version))
+    assert "\n## Unreleased\n" in package.changelog.read_text()
+
+
+@each_package
+def test_every_pyproject_has_the_same_shape(package: release.Package) -> None:
+    settings = tomllib.loads(package.pyproject.read_text())
+    project = settings["project"]
+    assert settings["build-system"]["build-backend"] == "hatchling.build"
+    assert project["requires-python"] == ">=3.11,<3.14"
+    assert project["license"] == "MIT" and project["license-files"] == ["LICENSE"]
+    assert project["scripts"] == {package.name: f"{package.module}.cli:main"}
+    assert project["dynamic"] == ["version"]
+    assert "Typing :: Typed" in project["classifiers"]
+
+
+@each_package
+def test_every_package_says_what_is_public(package: release.Package) -> None:
+    module = importlib.import_module(package.module)
+    names = module.__all__
+    assert len(names) == len(set(names)), "each name once"
+    assert module.__version__ == str(package.version)
+    for name in names:
+        assert getattr(module, name).__doc__, f"{package.module}.{name} has no docstring"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for package in PACKAGES for path in modules(package) if path.name == "__init__.py"],
+    ids=lambda path: path.parent.name,
+)
+def test_every_init_has_an_all(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    targets = [ast.unparse(t) for n in tree.body if isinstance(n, ast.Assign) for t in n.targets]
+    targets += [ast.unparse(n.target) for n in tree.body if isinstance(n, ast.AnnAssign)]
+    assert "__all__" in targets
+
+
+@each_package
+def test_a_package_readme_shows_its_use(package: release.Package) -> None:
+    page = package.home / "README.md"
+    assert page.read_text().startswith(f"# {package.name}\n")
+    assert code_blocks(page, "python"), "a short example in Python"
+    assert f"{package.name} " in "".join(code_blocks(page, "(?:sh|bash|console)"))
+
+
+def test_the_readme_opens_with_exactly_two_commands() -> None:
+    opening = (ROOT / "README.md").read_text().partition("\n## ")[0]
+    (block,) = re.findall(r"^```sh\n(.*?)^```", opening, re.MULTILINE | re.DOTALL)
+    assert opening.index("```") < 400, "the commands come first"
+    assert block.splitlines() == [
+        "pip install hatch && hatch run demo",
+        "pip install hatch && hatch run test",
+    ]
+
+
+@pytest.mark.parametrize(
+    "page", [*sorted(ROOT.glob("packages/*/README.md")), ROOT / "README.md"], ids=place
+)
+def test_what_a_readme_imports_exists(page: Path) -> None:
+    for block in code_blocks(page, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                module = importlib.import_module(node.module)
+                missing = [a.name for a in node.names if not hasattr(module, a.name)]
+                assert not missing, f"{node.module} has no {missing}"
+
+
+@pytest.mark.parametrize("page", sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")}), ids=place)
+def test_links_inside_the_house_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)", page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_root_has_what_it_needs_and_no_pyproject() -> None:
+    names = "README.md CONTRIBUTING.md SECURITY.md CITATION.cff LICENSE hatch.toml ruff.toml"
+    for name in [*names.split(), "mypy.ini", "pytest.ini", "constraints.txt", ".ci/run"]:
+        assert (ROOT / name).is_file(), f"{name} is missing"
+    assert not (ROOT / "pyproject.toml").exists(), "pip would take it for a project"
+
+
+def test_the_constraints_pin_and_name_no_place() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    assert len(lines) > 20
+    for line in lines:
+        pin = re.fullmatch(r"[A-Za-z0-9._-]+==([^\s;]+)( ; .+)?", line)
+        assert pin, f"expected NAME==VERSION, got {line}"
+        Version(pin[1])
+    pinned = {line.partition("==")[0] for line in lines}
+    assert not pinned & {package.name for package in PACKAGES}
+
+
+def test_no_file_names_a_registry_or_a_place_on_a_machine() -> None:
+    found = []
+    for path in texts():
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if any(host in line for host in REGISTRIES) or MACHINE_PATH.search(line):
+                found.append(f"{place(path)}:{number}: {line.strip()[:80]}")
+    assert found == []
+
+
+def test_the_code_is_finished() -> None:
+    # In pieces for the same reason as above.
+    marks = re.compile("TO" + r"DO\b|FIX" + r"ME\b|pragma: no " + r"cover|pytest\.mark\.xf" + "ail")
+    code = [path for path in texts() if path.suffix == ".py"]
+    found = [place(path) for path in code if marks.search(path.read_text())]
+    assert found == []
+
+
+def test_nothing_unpickles() -> None:
+    calls = re.compile(r"\btorch\.load\(|\bpickle\.loads?\(|weights_only=False")
+    for package in PACKAGES:
+        for path in modules(package):
+            assert not calls.search(path.read_text()), f"{place(path)} unpickles"

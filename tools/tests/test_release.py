@@ -1,0 +1,130 @@
+import datetime
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.version import Version
+from tools import release
+
+DAY = datetime.date(2031, 5, 4)
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Path:
+    """The six packages without their code: pyproject, changelog and version, all at 0.1.0."""
+    for package in release.packages():
+        source = tmp_path / "packages" / package.home.name / "src" / package.module
+        source.mkdir(parents=True)
+        (source / "__about__.py").write_text('__version__ = "0.1.0"\n')
+        (source.parents[1] / "CHANGELOG.md").write_text("# history\n\n## Unreleased\n\n- New.\n")
+        text = package.pyproject.read_text()
+        (source.parents[1] / "pyproject.toml").write_text(text)
+    return tmp_path
+
+
+def member(root: Path, name: str) -> release.Package:
+    (found,) = [package for package in release.packages(root) if package.name == name]
+    return found
+
+
+def test_the_workspace_could_be_released() -> None:
+    assert release.problems() == []
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"), [("major", "2.0.0"), ("minor", "1.3.0"), ("patch", "1.2.4")]
+)
+def test_next_version(part: str, expected: str) -> None:
+    assert release.next_version(Version("1.2.3"), part) == Version(expected)
+
+
+def test_next_version_refuses_another_part() -> None:
+    with pytest.raises(ValueError, match="expected major, minor or patch, got 'mini'"):
+        release.next_version(Version("1.2.3"), "mini")
+
+
+@pytest.mark.parametrize(("version", "expected"), [("0.1.7", ">=0.1,<0.2"), ("1.2.3", ">=1.2,<2")])
+def test_sibling_range(version: str, expected: str) -> None:
+    assert release.sibling_range(Version(version)) == expected
+
+
+def test_bump_writes_version_heading_and_ranges(house: Path) -> None:
+    assert release.bump("wm-inject", "minor", root=house, today=DAY) == Version("0.2.0")
+    package = member(house, "wm-inject")
+    assert package.version == Version("0.2.0")
+    expected = "# history\n\n## Unreleased\n\n## 0.2.0 - 2031-05-04\n\n- New.\n"
+    assert package.changelog.read_text() == expected
+    assert '"wm-inject[torch]>=0.2,<0.3"' in member(house, "wm-eval").pyproject.read_text()
+    assert '"wm-extract>=0.1,<0.2"' in member(house, "wm-eval").pyproject.read_text()
+
+
+def test_bump_takes_the_folder_too_and_a_patch_leaves_the_ranges(house: Path) -> None:
+    before = member(house, "defense-nc").pyproject.read_text()
+    assert release.bump("victim", "patch", root=house, today=DAY) == Version("0.1.1")
+    assert member(house, "defense-nc").pyproject.read_text() == before
+
+
+def test_bump_refuses_an_unknown_package(house: Path) -> None:
+    with pytest.raises(ValueError, match="got 'nothing'"):
+        release.bump("nothing", "patch", root=house)
+
+
+def test_bump_refuses_when_there_is_nothing_to_tell(house: Path) -> None:
+    release.bump("wm-eval", "patch", root=house, today=DAY)
+    with pytest.raises(ValueError, match="nothing stands under '## Unreleased'"):
+        release.bump("wm-eval", "patch", root=house, today=DAY)
+    assert member(house, "wm-eval").version == Version("0.1.1")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("# history\n\n## 0.1.0 - 2031-05-04\n", "expected '## Unreleased' as the first heading"),
+        ("## Unreleased\n\n## 0.1.0\n", "expected '## X.Y.Z - YYYY-MM-DD', got '## 0.1.0'"),
+        ("## Unreleased\n\n## 0.3.0 - 2031-05-04\n", "newest is 0.3.0, the source says 0.1.0"),
+        (
+            "## Unreleased\n\n## 0.1.0 - 2031-05-04\n\n## 0.2.0 - 2031-05-04\n",
+            "expected versions from new to old",
+        ),
+    ],
+)
+def test_check_names_a_bad_changelog(house: Path, text: str, message: str) -> None:
+    member(house, "wm-extract").changelog.write_text(text)
+    (found,) = release.problems(house)
+    assert found.startswith("wm-extract: CHANGELOG.md")
+    assert message in found
+
+
+def test_check_names_a_sibling_range_that_lags(house: Path) -> None:
+    member(house, "defense-nc").about.write_text('__version__ = "0.2.0"\n')
+    found = [line for line in release.problems(house) if "expected defense-nc>=0.2,<0.3" in line]
+    assert len(found) == 2  # defense-reverse and wm-eval
+
+
+def test_a_wheel_with_tests_and_without_a_marker_is_refused(tmp_path: Path) -> None:
+    package = member(release.ROOT, "wm-eval")
+    wheel = tmp_path / "bad.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("tests/test_cli.py", "")
+        archive.writestr("wm_eval/__init__.py", "")
+    found = "\n".join(release.wheel_problems(wheel, package, b"licence"))
+    for part in ("does not belong", "lies outside", "py.typed is missing", "not the root's"):
+        assert part in found
+
+
+def test_an_sdist_that_lacks_its_licence_is_named(tmp_path: Path) -> None:
+    package = member(release.ROOT, "wm-eval")
+    top = f"wm_eval-{package.version}"
+    tree = tmp_path / top / "src" / "wm_eval"
+    tree.mkdir(parents=True)
+    for name in ("pyproject.toml", "README.md", "CHANGELOG.md", "src/wm_eval/py.typed"):
+        (tmp_path / top / name).touch()
+    sdist = shutil.make_archive(str(tmp_path / top), "gztar", tmp_path, top)
+    assert release.sdist_problems(Path(sdist), package) == [f"{top}.tar.gz: LICENSE is missing"]
+
+
+def test_a_refusal_is_one_line_and_status_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert release.main(["bump", "nothing", "patch"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: expected one of") and error.count("\n") == 1
