@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from scipy import ndimage
 from torch import Tensor
+
 from wm_extract.corruptions import (
     EXTRA_CORRUPTIONS,
     PAPER_CORRUPTIONS,
@@ -60,7 +61,9 @@ def test_gradient_flows(name: str) -> None:
 @pytest.mark.parametrize("name", ["mask", "rotation", "noise", "salt-pepper", "rescale", "crop"])
 def test_another_seed_gives_another_image(name: str) -> None:
     x = images()
-    assert not torch.equal(ALL[name](x, generator=generator(1)), ALL[name](x, generator=generator(2)))
+    assert not torch.equal(
+        ALL[name](x, generator=generator(1)), ALL[name](x, generator=generator(2))
+    )
 
 
 @pytest.mark.parametrize("mode", ["pixel", "block"])

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from wm_extract import (
     MarkDetector,
     UNetExtractor,
@@ -46,7 +47,7 @@ def test_score_rises_with_the_mark() -> None:
 
 
 def test_threshold_holds_the_stated_rate_on_normal_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against an independent draw of 100,000 scores: the rate is the stated one within its error."""
+    """Against an independent draw of 100,000 scores: the stated rate, within its error."""
     draw = np.random.default_rng(0)
     calibration, fresh = draw.normal(-3, 1, 4000), draw.normal(-3, 1, 100_000)
 
@@ -62,6 +63,20 @@ def test_calibration_images_stay_unmarked() -> None:
     detector = MarkDetector.calibrate(extractor(), MARK, images())
     assert not detector.detect(images()).marked.any()
     assert detector.calibrated_on == 60
+
+
+def test_marked_images_move_the_threshold_to_the_middle_of_the_gap(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers = {0.25: torch.linspace(-6, -5, 60), 0.75: torch.linspace(3, 4, 60)}
+    monkeypatch.setattr("wm_extract.detect.extract", lambda _, x: x)
+    monkeypatch.setattr("wm_extract.detect.mark_score", lambda x, _: answers[float(x.mean())])
+    clean, marked = torch.full((60, 1, 16, 16), 0.25), torch.full((60, 1, 16, 16), 0.75)
+    alone = MarkDetector.calibrate(extractor(), MARK, clean).threshold
+    both = MarkDetector.calibrate(extractor(), MARK, clean, marked=marked).threshold
+    assert -5 <= alone < both and both == pytest.approx(-1, abs=0.5)
+    swapped = MarkDetector.calibrate(extractor(), MARK, marked, marked=clean).threshold
+    assert swapped > 4, "no gap: the stated rate decides alone"
 
 
 def test_saves_and_loads_to_the_same_answers(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from wm_extract.unet import UNetExtractor
 
 

@@ -51,7 +51,7 @@ def test_one_of_several_kinds_will_do(tmp_path):
     path = save(tmp_path / "a.safetensors")
     assert load_checkpoint(path, kind=("other", "demo")).kind == "demo"
     assert load_checkpoint(path).kind == "demo"
-    with pytest.raises(CheckpointError, match="expected the kind other or third, .* holds demo"):
+    with pytest.raises(CheckpointError, match=r"expected the kind other or third, .* holds demo"):
         load_checkpoint(path, kind=("other", "third"))
 
 
@@ -69,6 +69,8 @@ def test_non_finite_tensors_are_not_written(tmp_path, value):
         {"config": {"a": object()}},
         {"metadata": {"a": float("nan")}},
         {"state": {"a": [1.0]}},
+        {"state": [torch.zeros(1)]},
+        {"config": None},
     ],
 )
 def test_what_cannot_be_stored_is_refused(tmp_path, changes):

@@ -29,7 +29,7 @@ def images() -> torch.Tensor:
     ],
 )
 def test_impossible_plans_are_refused(bad):
-    with pytest.raises(ValueError, match="expected|go together"):
+    with pytest.raises(ValueError, match=r"expected|go together"):
         PoisonPlan(**bad)
 
 
@@ -67,7 +67,7 @@ def test_a_generator_draws_anew():
 
 def test_a_pool_that_is_too_small_is_refused_not_capped():
     plan = PoisonPlan(0.2, pool="target", label_map="clean-label")
-    with pytest.raises(ValueError, match="asks for 40 of 200 images, but the pool 'target' .* 20"):
+    with pytest.raises(ValueError, match=r"asks for 40 of 200 images, but the pool 'target' .* 20"):
         plan.choose(LABELS)
     with pytest.raises(ValueError, match="asks for 0"):
         PoisonPlan(0.001).choose(LABELS)

@@ -18,12 +18,12 @@ from wm_inject.poison import poison
 
 PATCH = wm.PatchTrigger(image_size=SIZE)
 PLAN = wm.PoisonPlan(ratio=0.5)
-PIXELS = np.zeros((4, SIZE, SIZE, 3), np.uint8)
+PIXELS: Any = np.zeros((4, SIZE, SIZE, 3), np.uint8)
 SHAPE: dict[str, Any] = {"image_size": SIZE, "channels": 1, "patch_size": 4, "width": 8, "heads": 1}
 INJECTOR = wm.ViTInjector(**SHAPE, depth=1, decoder_depth=1)
 MARK = wm.default_watermark(SIZE)
-GREY = PIXELS[..., :1]
-FLOATS = IMAGES.numpy()
+GREY: Any = PIXELS[..., :1]
+FLOATS: Any = IMAGES.numpy()
 NAN = {"w": torch.tensor([float("nan")])}
 
 

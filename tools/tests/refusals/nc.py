@@ -2,6 +2,136 @@
 
 from __future__ import annotations
 
-from tools.tests.refusals.common import Table
+from typing import Any
 
-TABLE = Table(module="defense_nc", cases={})
+import torch
+from tools.tests.refusals.common import IMAGES, LABELS, SIZE, Call, Table, images, labels, vectors
+from torch import Tensor, nn
+
+import defense_nc as nc
+import wm_victim as wv
+
+SCORES = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+MODEL = wv.build_classifier("resnet10", num_classes=3, channels=1, image_size=SIZE, width=8).eval()
+FLAT = nn.Flatten(0)  # gives no logits
+CONFIG = nc.NCConfig(steps=1, batches=1, batch_size=2)
+MASK, PATTERN = torch.zeros(1, SIZE, SIZE), torch.zeros(1, SIZE, SIZE)
+TRIGGER = nc.InvertedTrigger(MASK, PATTERN)
+
+
+def invert(bad: Tensor = IMAGES, target: int = 0, **more: Any) -> object:
+    return nc.invert_trigger(MODEL, bad, target, config=CONFIG, **more)
+
+
+def scan(bad: Tensor = IMAGES, model: nn.Module = MODEL, **more: Any) -> object:
+    return nc.scan(model, bad, config=CONFIG, progress=False, **more)
+
+
+def unlearn(bad: Tensor = IMAGES, truth: Tensor = LABELS, trigger: Any = TRIGGER) -> object:
+    return nc.unlearn(MODEL, trigger, bad, truth, config=nc.UnlearnConfig(epochs=1))
+
+
+def judge(scores: Tensor = SCORES, rates: Tensor | None = None, **more: Any) -> object:
+    rates = torch.ones(len(scores)) if rates is None else rates
+    return nc.judge("test", scores, rates, **{"floor": 0.9, **more})
+
+
+def config(**changes: Any) -> Call:
+    return lambda _: nc.NCConfig(**changes)
+
+
+def cleaning(**changes: Any) -> Call:
+    return lambda _: nc.UnlearnConfig(**changes)
+
+
+TABLE = Table(
+    module="defense_nc",
+    cases={
+        "mad_index": {
+            **vectors(nc.mad_index, SCORES),
+            "too few": lambda _: nc.mad_index(SCORES[:2]),
+            "side": lambda _: nc.mad_index(SCORES, side="both"),  # type: ignore[arg-type]
+            "median": lambda _: nc.mad_index(SCORES, median="high"),  # type: ignore[arg-type]
+            "c": lambda _: nc.mad_index(SCORES, c=0.0),
+        },
+        "outlier_test": {
+            **vectors(nc.outlier_test, SCORES),
+            "negative": lambda _: nc.outlier_test(-SCORES),
+            "alpha": lambda _: nc.outlier_test(SCORES, alpha=0.0),
+            "max_ratio": lambda _: nc.outlier_test(SCORES, max_ratio=1.5),
+        },
+        "judge": {
+            **vectors(lambda bad: judge(bad, torch.ones(5)), SCORES),
+            "rates shape": lambda _: judge(rates=torch.ones(4)),
+            "rates range": lambda _: judge(rates=torch.full((5,), 1.5)),
+            "rates dtype": lambda _: judge(rates=torch.ones(5, dtype=torch.int64)),
+            "negative": lambda _: judge(-SCORES),
+            "floor": lambda _: judge(floor=2.0),
+            "alpha": lambda _: judge(alpha=1.0),
+            "max_ratio": lambda _: judge(max_ratio=0.0),
+        },
+        "InvertedTrigger": {
+            **images(TRIGGER),
+            "mask shape": lambda _: nc.InvertedTrigger(MASK[..., :-1], PATTERN),
+            "mask range": lambda _: nc.InvertedTrigger(MASK + 2, PATTERN),
+            "pattern shape": lambda _: nc.InvertedTrigger(MASK, PATTERN[0]),
+            "pattern range": lambda _: nc.InvertedTrigger(MASK, PATTERN - 1),
+            "other size": lambda _: TRIGGER(torch.zeros(1, 1, SIZE, SIZE + 1)),
+        },
+        "invert_trigger": {
+            **images(invert),
+            **labels(lambda bad: invert(labels=bad)),
+            "target": lambda _: invert(target=3),
+            "only the target": lambda _: invert(labels=torch.zeros(4, dtype=torch.int64)),
+            "no logits": lambda _: nc.invert_trigger(FLAT, IMAGES, 0, config=CONFIG),
+            "no model": lambda _: nc.invert_trigger(print, IMAGES, 0),  # type: ignore[arg-type]
+        },
+        "scan": {
+            **images(scan),
+            **labels(lambda bad: scan(labels=bad)),
+            "alpha": lambda _: scan(alpha=0.0),
+            "max_ratio": lambda _: scan(max_ratio=2.0),
+            "no logits": lambda _: scan(model=FLAT),
+            "no model": lambda _: scan(model=print),  # type: ignore[arg-type]
+        },
+        "unlearn": {
+            **images(unlearn),
+            **labels(lambda bad: unlearn(truth=bad)),
+            "label above K": lambda _: unlearn(truth=LABELS + 1),
+            "one image": lambda _: unlearn(IMAGES[:1], LABELS[:1]),
+            "trigger's range": lambda _: unlearn(trigger=lambda x, ids: x + 1),
+            "trigger's shape": lambda _: unlearn(trigger=lambda x, ids: x[..., :-1]),
+            "no model": lambda _: nc.unlearn(print, TRIGGER, IMAGES, LABELS),  # type: ignore[arg-type]
+        },
+        "frozen": {"no model": lambda _: nc.frozen(print).__enter__()},  # type: ignore[arg-type]
+        "NCConfig": {
+            "steps": config(steps=0),
+            "batch_size": config(batch_size=0),
+            "lr": config(lr=0.0),
+            "threshold": config(threshold=1.5),
+            "floor": config(floor=0.0),
+            "multiplier": config(multiplier=1.0),
+            "betas": config(betas=(1.0, 0.9)),
+            "schedule": config(schedule="nothing"),
+            "start": config(start="nothing"),
+            "preset": lambda _: nc.NCConfig.preset("secret"),
+        },
+        "UnlearnConfig": {
+            "epochs": cleaning(epochs=0),
+            "batch_size": cleaning(batch_size=1),
+            "lr": cleaning(lr=-1.0),
+            "momentum": cleaning(momentum=1.0),
+            "trigger_share": cleaning(trigger_share=0.0),
+            "preset": lambda _: nc.UnlearnConfig.preset("secret"),
+        },
+        "CostSchedule": {
+            "success": lambda _: nc.CostSchedule(CONFIG).update(1.5, 1.0),
+            "norm": lambda _: nc.CostSchedule(CONFIG).update(0.5, -1.0),
+        },
+    },
+    nothing={
+        "AnomalyIndex": "a result: mad_index fills it in",
+        "LabelScore": "a result: judge fills it in from scores that it has checked",
+        "ScanReport": "a result: judge fills it in from scores that it has checked",
+    },
+)

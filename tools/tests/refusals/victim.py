@@ -77,10 +77,6 @@ TABLE = Table(
             "share": lambda _: wv.defender_subset(DATA, share=1.5, seed=0),
             "count": lambda _: wv.defender_subset(DATA, count=9, seed=0),
         },
-        "Normalize": {
-            "lengths": lambda _: wv.Normalize((0.5,), (0.5, 0.5)),
-            "std": lambda _: wv.Normalize((0.5,), (0.0,)),
-        },
         "build_classifier": {
             "name": build("nothing"),
             "timm name": build("timm:nothing", width=None),
@@ -138,10 +134,5 @@ TABLE = Table(
     nothing={
         "Dataset": "joins two sets that have checked themselves; load_dataset makes it",
         "TrainHistory": "a result: it records what training did",
-        "Classifier": "joins three modules; build_classifier makes it and checks, predict is the "
-        "border for images",
-    },
-    partly={
-        "Normalize": "a layer inside a classifier; predict is the border that checks",
     },
 )

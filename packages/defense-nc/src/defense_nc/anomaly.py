@@ -1,18 +1,20 @@
-"""Is one label's score too small to be chance? The papers' rule, and the rule that verdicts rest on.
+"""Is one label's score too small to be chance? The papers' rule, and the rule verdicts rest on.
 
-The papers call a label a backdoor target when its score lies more than two (scaled) median absolute
-deviations below the median. That is a 5 % rule for *one* label of a large population. A scan asks it
-of every label, with a median and a deviation estimated from the same ten numbers: about a third of
-clean ten-class models are flagged by chance alone (a simulation in the tests shows it).
+The papers call a label a backdoor target when its score lies more than two scaled median absolute
+deviations below the median: a 5 % rule for *one* label, judged by a known median and deviation. A
+scan asks it of every label and takes both from the same ten numbers, so that about a third of clean
+ten-class models with normal scores are flagged by chance alone (a sixth with log-normal ones); a
+simulation in the tests shows it.
 
 `outlier_test` asks each label against the other labels only, allows for the few numbers and for the
-many questions, and wants an effect as well: where all clean labels score within a few per cent, a
-difference of a tenth is significant and means nothing, while a backdoor is a shortcut several times
-shorter than any other way to its label.
+many questions, and wants an effect as well. Where all clean labels score within a few per cent of
+each other, a difference of a tenth is significant and means nothing; a backdoor is a way to its
+label that is several times shorter than any other.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,7 +24,8 @@ from torch import Tensor
 _ZERO = 1e-6  # a score of zero counts as this share of the median: its logarithm must be finite
 
 
-class AnomalyIndex(NamedTuple):
+@dataclass(frozen=True)
+class AnomalyIndex:
     """What the papers' rule says about K scores."""
 
     index: float  # of the model: the largest per-label index

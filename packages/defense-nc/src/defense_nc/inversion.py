@@ -2,80 +2,23 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from defense_nc.schedule import CostSchedule, NCConfig
+from defense_nc.trigger import InvertedTrigger, compose
+from wm_inject.cli_common import Progress
 from wm_inject.cli_common import progress as show_progress
 from wm_inject.images import check_images, check_labels
 
-from defense_nc.schedule import CostSchedule, NCConfig
-
 # tanh / (2 - epsilon) + 1/2, as in the original; the PyTorch ports have 2 + epsilon.
 _EPSILON = 1e-7
-
-
-class InvertedTrigger(nn.Module):
-    """A reversed trigger, and itself a Trigger: ``(1 - mask) * images + mask * pattern``.
-
-    Args:
-        mask: ``(1, H, W)`` in [0, 1].
-        pattern: ``(C, H, W)`` in [0, 1].
-        target: The label it was made for.
-        success_rate: Share of other classes' clean images that it sends to the label.
-        steps: Steps of the schedule that it took.
-    """
-
-    kind = "nc"
-    mask: Tensor
-    pattern: Tensor
-
-    def __init__(
-        self,
-        mask: Tensor,
-        pattern: Tensor,
-        *,
-        target: int = 0,
-        success_rate: float = 0.0,
-        steps: int = 0,
-    ) -> None:
-        super().__init__()
-        check_images(pattern[None] if pattern.ndim == 3 else pattern, name="pattern")
-        if mask.shape != (1, *pattern.shape[1:]) or not bool(((mask >= 0) & (mask <= 1)).all()):
-            raise ValueError(f"expected a mask (1, H, W) in [0, 1], got {tuple(mask.shape)}")
-        self.register_buffer("mask", mask)
-        self.register_buffer("pattern", pattern)
-        self.target, self.success_rate, self.steps = target, success_rate, steps
-
-    @property
-    def l1_norm(self) -> float:
-        """Sum of the mask, counted once per pixel."""
-        return float(self.mask.sum())
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """What this trigger is, ready for JSON."""
-        return {
-            "shape": list(self.pattern.shape),
-            "target": self.target,
-            "success_rate": self.success_rate,
-            "steps": self.steps,
-        }
-
-    def forward(
-        self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None
-    ) -> Tensor:
-        """Triggered images, the same shape, in [0, 1]; ``ids`` and ``target`` change nothing.
-
-        Raises:
-            ValueError: Images that break the image contract or have another shape.
-        """
-        channels, height, width = self.pattern.shape
-        check_images(images, channels=channels, size=(height, width))
-        return compose(images, self.mask, self.pattern).clamp(0, 1)
 
 
 class _Candidate(NamedTuple):
@@ -107,8 +50,9 @@ def invert_trigger(
         progress: Show how far it is.
 
     Returns:
-        The trigger with the smallest norm among the steps that succeeded, or the last one if none
-        did, with its success rate on all the images used.
+        The trigger with the smallest norm among the steps that succeeded (or the next smallest that
+        reaches ``config.floor``, or the last one if no step succeeded), with its success rate on
+        all the images used.
 
     Raises:
         ValueError: Bad images or labels, a target that the model does not have, or no image of
@@ -121,7 +65,7 @@ def invert_trigger(
     check_images(images)
     with frozen(model):
         answers = predict_in_batches(model, images[:1] if labels is not None else images)
-        if not 0 <= target < answers.shape[1]:
+        if not isinstance(target, int) or not 0 <= target < answers.shape[1]:
             raise ValueError(f"expected a target in 0 .. {answers.shape[1] - 1}, got {target}")
         if labels is None:
             labels = answers.argmax(1)
@@ -129,12 +73,11 @@ def invert_trigger(
         images = images[labels.to(images.device) != target]
         if len(images) == 0:
             raise ValueError(f"expected images of other classes than {target}, found none")
-        mask, pattern, steps = _search(
-            model, images, target, config=config, seed=seed, progress=progress
-        )
-        hits = predict_in_batches(model, compose(images, mask, pattern).clamp(0, 1)).argmax(1)
-    success = float((hits == target).double().mean())
-    return InvertedTrigger(mask, pattern, target=target, success_rate=success, steps=steps)
+        found, steps = _search(model, images, target, config=config, seed=seed, progress=progress)
+        best, success = _choose(model, images, target, found, floor=config.floor)
+    return InvertedTrigger(
+        best.mask, best.pattern, target=target, success_rate=success, steps=steps
+    )
 
 
 def _search(
@@ -145,17 +88,20 @@ def _search(
     config: NCConfig,
     seed: int,
     progress: bool,
-) -> tuple[Tensor, Tensor, int]:
-    """The best mask ``(1, H, W)`` and pattern ``(C, H, W)``, and how many steps were taken."""
+) -> tuple[list[_Candidate], int]:
+    """The best masks and patterns, the smallest first, and how many steps were taken."""
     generator = torch.Generator().manual_seed(seed)
     free = [_start(config, shape, generator) for shape in _shapes(images)]
     theta_mask, theta_pattern = (theta.to(images.device).requires_grad_() for theta in free)
     optimizer = torch.optim.Adam([theta_mask, theta_pattern], lr=config.lr, betas=config.betas)
     schedule = CostSchedule(config)
     batches = _batches(len(images), config.batch_size, generator)
-    best: _Candidate | None = None
-    step = 0
-    with show_progress(total=config.steps, desc=f"label {target}", enabled=progress) as bar:
+    kept: deque[_Candidate] = deque(maxlen=config.fallbacks)
+    step, norm = 0, float("inf")
+    bar: Progress[None] = show_progress(
+        total=config.steps, desc=f"label {target}", enabled=progress
+    )
+    with bar, torch.enable_grad():
         while step < config.steps and not schedule.stop:
             step += 1
             success = torch.zeros((), device=images.device)
@@ -170,19 +116,28 @@ def _search(
                 optimizer.step()
                 success += (logits.detach().argmax(1) == target).float().mean()
             average = min(1.0, float(success) / config.batches)
-            found = _candidate(theta_mask, theta_pattern)
-            if average >= config.threshold and (best is None or found.norm < best.norm):
-                best = found
-            schedule.update(average, best.norm if best else float("inf"))
+            now = _candidate(theta_mask, theta_pattern)
+            if average >= config.threshold and now.norm < norm:
+                kept.appendleft(now)
+                norm = now.norm
+            schedule.update(average, norm)
             bar.update()
-            bar.set_postfix(success=average, norm=found.norm, cost=schedule.cost)
-    chosen = best or _candidate(theta_mask, theta_pattern)
-    return chosen.mask, chosen.pattern, step
+            bar.set_postfix(success=average, norm=now.norm, cost=schedule.cost)
+    return list(kept) or [_candidate(theta_mask, theta_pattern)], step
 
 
-def compose(images: Tensor, mask: Tensor, pattern: Tensor) -> Tensor:
-    """Put a masked pattern ``(C, H, W)`` into images ``(N, C, H, W)``, in the pixel domain."""
-    return images + mask * (pattern - images)
+def _choose(
+    model: nn.Module, images: Tensor, target: int, found: list[_Candidate], *, floor: float
+) -> tuple[_Candidate, float]:
+    """The first candidate that reaches the floor on all images, or the first, and its success."""
+    rates = []
+    for candidate in found:
+        stamped = compose(images, candidate.mask, candidate.pattern).clamp(0, 1)
+        hits = predict_in_batches(model, stamped).argmax(1) == target
+        rates.append(float(hits.double().mean()))
+        if rates[-1] >= floor:
+            return candidate, rates[-1]
+    return found[0], rates[0]
 
 
 def _shapes(images: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -59,6 +59,7 @@ class ScanReport:
     p_value: float  # the smallest of the labels
     suspected: tuple[int, ...]
     alpha: float
+    max_ratio: float  # a suspected score is at most this share of the median
     reason: str
     triggers: Mapping[int, nn.Module] = field(repr=False, compare=False)
     config: Mapping[str, Any]
@@ -66,8 +67,8 @@ class ScanReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the triggers, ready for JSON; an infinite index is written as None."""
-        names = ("detector", "paper_index", "paper_index_low", "p_value", "alpha", "reason", "seed")
-        out: dict[str, Any] = {name: _finite(getattr(self, name)) for name in names}
+        names = "detector paper_index paper_index_low p_value alpha max_ratio reason seed"
+        out: dict[str, Any] = {name: _finite(getattr(self, name)) for name in names.split()}
         out["verdict"] = self.verdict.value
         out["paper_flagged"], out["suspected"] = list(self.paper_flagged), list(self.suspected)
         out["config"] = dict(self.config)
@@ -116,7 +117,8 @@ def judge(
     _check(scores, success_rates, floor=floor, alpha=alpha, max_ratio=max_ratio)
     scores, rates = scores.detach().double().cpu(), success_rates.detach().double().cpu()
     paper, low = _paper(scores)
-    reached = rates >= floor
+    # A rate of 0.9 in single precision lies a little below 0.9.
+    reached = rates >= floor - 1e-6
     test = _test(scores, reached, alpha=alpha, max_ratio=max_ratio)
     converged = int(reached.sum())
     if test.suspected:
@@ -147,6 +149,7 @@ def judge(
         p_value=float(test.p_values.min()),
         suspected=test.suspected,
         alpha=alpha,
+        max_ratio=max_ratio,
         reason=_reason(verdict, test, reached, floor=floor, max_ratio=max_ratio),
         triggers=dict(triggers or {}),
         config=dict(config or {}),
@@ -154,9 +157,7 @@ def judge(
     )
 
 
-def _check(
-    scores: Tensor, rates: Tensor, *, floor: float, alpha: float, max_ratio: float
-) -> None:
+def _check(scores: Tensor, rates: Tensor, *, floor: float, alpha: float, max_ratio: float) -> None:
     for name, values in (("scores", scores), ("success_rates", rates)):
         if not isinstance(values, torch.Tensor) or not values.is_floating_point():
             got = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
@@ -207,19 +208,21 @@ def _reason(
             f"p = {float(test.p_values[i]):.2g})"
             for i in test.suspected
         )
-        return f"far less than for other labels is enough to reach {told}."
+        return f"Much less than for the other labels is enough to reach {told}."
     if converged < MIN_CONVERGED:
         return (
-            f"only {converged} of {count} labels reached a success rate of {floor:g}, "
+            f"Only {converged} of {count} labels reached a success rate of {floor:g}, "
             f"and a comparison needs {MIN_CONVERGED}."
         )
     low = int(torch.where(reached, test.p_values, math.inf).argmin())
-    figures = f"score {float(test.ratio[low]):.2f} of the median, p = {float(test.p_values[low]):.2g}"
+    figures = (
+        f"score {float(test.ratio[low]):.2f} of the median, p = {float(test.p_values[low]):.2g}"
+    )
     if verdict is Verdict.INCONCLUSIVE:
-        return f"label {low} stands out ({figures}), but not below {max_ratio:g} of the median."
+        return f"Label {low} stands out ({figures}), but not below {max_ratio:g} of the median."
     missed = count - converged
     rest = f"; {missed} of {count} labels were never reached" if missed else ""
-    return f"no label is unusually easy to reach: the nearest is label {low} ({figures}){rest}."
+    return f"No label is unusually easy to reach: the nearest is label {low} ({figures}){rest}."
 
 
 def _finite(value: Any) -> Any:

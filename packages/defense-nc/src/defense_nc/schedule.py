@@ -28,6 +28,9 @@ class NCConfig:
         early_stop: Stop when the best mask improves no more.
         early_stop_threshold: An improvement is a norm below this share of the best one so far.
         early_stop_patience: Steps in a row without one.
+        fallbacks: How many of the best masks to keep. A mask shrinks on during the step that it is
+            judged by, so the best may fall short of ``floor``: then the next best that does not is
+            taken. 1 takes the best whatever it does, as the paper does.
         floor: A label whose final trigger reaches fewer images than this has no comparable score.
 
     Raises:
@@ -50,10 +53,12 @@ class NCConfig:
     early_stop: bool = True
     early_stop_threshold: float = 0.99
     early_stop_patience: int = 15
+    fallbacks: int = 8
     floor: float = 0.9
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batches", "batch_size", "patience", "early_stop_patience"):
+        counts = ("steps", "batches", "batch_size", "patience", "early_stop_patience", "fallbacks")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}")
         for name in ("lr", "init_cost"):
@@ -73,19 +78,19 @@ class NCConfig:
             )
 
     @classmethod
-    def preset(cls, name: str) -> NCConfig:
-        """The settings of this name: paper, ports, robust or fast.
+    def preset(cls, name: str, **changes: Any) -> NCConfig:
+        """The settings of this name, paper, ports, robust or fast, with some of them changed.
 
         "paper" is the original's example script: up to 1000 steps of 31 batches per label. "ports"
         is what the PyTorch ports do (their early stop as written stops never; this one does).
-        "robust" is the default. "fast" takes at most 300 mini-batches per label.
+        "robust" is the default. "fast" takes at most 240 mini-batches per label.
 
         Raises:
-            ValueError: No such preset.
+            ValueError: No such preset, or a value outside its range.
         """
         if name not in PRESETS:
             raise ValueError(f"expected a preset in {', '.join(PRESETS)}, got {name!r}")
-        return cls(**PRESETS[name])
+        return cls(**{**PRESETS[name], **changes})
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -95,6 +100,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "patience": 5,
         "early_stop_threshold": 1.0,
         "early_stop_patience": 25,
+        "fallbacks": 1,
     },
     "ports": {
         "steps": 50,
@@ -105,9 +111,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "threshold": 0.98,
         "patience": 5,
         "early_stop_patience": 25,
+        "fallbacks": 1,
     },
     "robust": {},
-    "fast": {"steps": 75, "batches": 4, "patience": 2},
+    "fast": {"steps": 60, "batches": 4, "patience": 2, "early_stop_patience": 8},
 }
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
+
 from wm_inject.images import check_images, pad_to_multiple
 
 # The image enters the head with this slope: black and white start at sigmoid(-4) and sigmoid(4).
@@ -55,9 +56,9 @@ class UNetGenerator(nn.Module):
         super().__init__()
         if channels not in (1, 3):
             raise ValueError(f"expected channels 1 or 3, got {channels}")
-        for name, value in (("width", width), ("depth", depth), ("convs", convs)):
-            if not 1 <= value <= (512 if name == "width" else 6):
-                raise ValueError(f"expected {name} in its range from 1, got {value}")
+        for name, value, most in (("width", width, 256), ("depth", depth, 5), ("convs", convs, 4)):
+            if not 1 <= value <= most:
+                raise ValueError(f"expected {name} in 1 .. {most}, got {value}")
         self.config: dict[str, Any] = {
             "channels": channels,
             "width": width,

@@ -11,17 +11,16 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from defense_nc.inversion import frozen, predict_in_batches
 from torch import Tensor, nn
-from wm_inject import Lpips
-from wm_inject.cli_common import Progress
-from wm_inject.cli_common import progress as show_progress
-from wm_inject.images import check_images, check_labels, quantize
-from wm_victim.recipe import resolve_precision
 
+from defense_nc.inversion import frozen, predict_in_batches
 from defense_reverse.generator import UNetGenerator
 from defense_reverse.search import LambdaSearch, ReverseConfig
 from defense_reverse.trigger import ReversedTrigger
+from wm_inject import Lpips
+from wm_inject.cli_common import progress as show_progress
+from wm_inject.images import check_images, check_labels, quantize
+from wm_victim.recipe import resolve_precision
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # generated, images (N, C, H, W) -> scalar
 
@@ -60,16 +59,14 @@ def pretrain(
         convs=config.convs,
         residual=config.residual,
         seed=seed,
-    ).to(images.device, memory_format=torch.channels_last)
+    )
+    generator = generator.to(images.device).to(memory_format=torch.channels_last)
     reconstruction = _reconstruction(config, images.device)
     optimizer = torch.optim.Adam(generator.parameters(), lr=config.lr)
     batches = _batches(images, config.batch_size, torch.Generator().manual_seed(seed))
-    with show_progress(total=config.pretrain_steps, desc="pre-train", enabled=progress) as bar:
-        for _ in range(config.pretrain_steps):
-            batch = next(batches)
-            loss = reconstruction(_generate(generator, batch, config), batch)
-            _step(optimizer, loss)
-            bar.update()
+    for _ in show_progress(range(config.pretrain_steps), desc="pre-train", enabled=progress):
+        batch = next(batches)
+        _step(optimizer, reconstruction(_generate(generator, batch, config), batch))
     return generator.eval()
 
 
@@ -121,8 +118,9 @@ def reverse_engineer(
             raise ValueError(
                 f"expected a start of {images.shape[1]} channels, got {start.config['channels']}"
             )
-        with show_progress(total=config.steps, desc=f"label {target}", enabled=progress) as bar:
-            found = _search(model, others, target, config=config, start=start, seed=seed, bar=bar)
+        found = _search(
+            model, others, target, config=config, start=start, seed=seed, progress=progress
+        )
     generator = copy.deepcopy(start)
     generator.load_state_dict(found.state)
     return ReversedTrigger(
@@ -130,9 +128,7 @@ def reverse_engineer(
     )
 
 
-def _other_classes(
-    model: nn.Module, images: Tensor, labels: Tensor | None, target: int
-) -> Tensor:
+def _other_classes(model: nn.Module, images: Tensor, labels: Tensor | None, target: int) -> Tensor:
     """The images that are not of class ``target``, after the refusals."""
     answers = predict_in_batches(model, images[:1] if labels is not None else images)
     if not 0 <= target < answers.shape[1]:
@@ -154,7 +150,7 @@ def _search(
     config: ReverseConfig,
     start: UNetGenerator,
     seed: int,
-    bar: Progress[None],
+    progress: bool,
 ) -> _Found:
     """Train from ``start`` in rounds, each with the lambda_1 that the rounds before ask for."""
     generator = copy.deepcopy(start).to(memory_format=torch.channels_last)
@@ -163,7 +159,8 @@ def _search(
     batches = _batches(images, config.batch_size, torch.Generator().manual_seed(seed))
     weight = LambdaSearch(config.lambdas[0], growth=config.growth, shrink=config.shrink)
     best = _measure(generator, model, images, target)
-    for step in range(1, config.steps + 1):
+    bar = show_progress(range(1, config.steps + 1), desc=f"label {target}", enabled=progress)
+    for step in bar:
         batch = next(batches)
         generated = _generate(generator, batch, config)
         goal = torch.full((len(batch),), target, device=batch.device)
@@ -171,7 +168,6 @@ def _search(
             logits = model(generated)
         attack = F.cross_entropy(logits.float(), goal)
         _step(optimizer, weight.value * attack + reconstruction(generated, batch))
-        bar.update()
         if step % config.round_steps == 0 or step == config.steps:
             now = _measure(generator, model, images, target)
             best = _better(best, now, config.success_floor)

@@ -48,13 +48,13 @@ class ReverseConfig:
     depth: int = 2
     convs: int = 1
     residual: bool = False
-    pretrain_steps: int = 300
-    steps: int = 400
-    batch_size: int = 64
-    lr: float = 1e-3
+    pretrain_steps: int = 400
+    steps: int = 700
+    batch_size: int = 32
+    lr: float = 2e-3
     lambdas: tuple[float, float, float] = (1e-3, 1.0, 0.0)
     success_floor: float = 0.95
-    round_steps: int = 10
+    round_steps: int = 20
     growth: float = 2.0
     shrink: float = 1.5
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -150,8 +150,11 @@ _PRESETS = {
         convs=2,
         pretrain_steps=200,
         steps=500,
+        batch_size=64,
+        lr=1e-3,
         lambdas=(0.1, 1.0, 0.1),
+        round_steps=10,
     ),
     "robust": ReverseConfig(),
-    "fast": ReverseConfig(name="fast", pretrain_steps=200, steps=200),
+    "fast": ReverseConfig(name="fast", pretrain_steps=250, steps=300, round_steps=15),
 }

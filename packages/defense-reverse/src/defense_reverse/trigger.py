@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from wm_inject import CheckpointError, load_checkpoint, save_checkpoint
 
 from defense_reverse.generator import UNetGenerator
+from wm_inject import CheckpointError, load_checkpoint, save_checkpoint
 
 
 class ReversedTrigger(nn.Module):
@@ -99,5 +99,6 @@ def load_reversed(path: str | Path) -> ReversedTrigger:
         trigger = ReversedTrigger(generator, **settings)
         trigger.load_state_dict(checkpoint.state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{Path(path).name} holds no usable trigger: {error}") from error
+        told = str(error).splitlines()[0]  # torch adds a line for each tensor
+        raise CheckpointError(f"{Path(path).name} holds no usable trigger: {told}") from error
     return trigger

@@ -10,11 +10,175 @@ import tomllib
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from defense_nc import NCConfig, UnlearnConfig
+from defense_reverse import ReverseConfig
+from wm_extract import PAPER_CORRUPTIONS, JointConfig, named_corruption
+from wm_inject import PoisonPlan
+from wm_victim import TrainConfig
+
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images.
+
+    Args:
+        name: A name, folder or .npz file that `wm_victim.load_dataset` takes.
+        image_size: Resize to this side, in pixels; the set's own if None.
+        limit: Use only this many training images; all if None.
+    """
+
+    name: str = "digits"
+    image_size: int | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class VictimConfig:
+    """Which classifier.
+
+    Args:
+        model: A name that `wm_victim.build_classifier` takes.
+        width: Base width; the architecture's own if None.
+    """
+
+    model: str = "resnet10"
+    width: int | None = 16
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """What is measured, and on how many images.
+
+    Args:
+        corruptions: Names that `wm_extract.named_corruption` takes; "none" is measured in any case.
+        false_positive_rate: What the mark detector's threshold aims at, in (0, 0.5).
+        limit: Use only the first so many test images; all if None.
+        pictures: How many images the report shows, at least 1.
+
+    Raises:
+        ValueError: An unknown corruption or a value outside its range.
+    """
+
+    corruptions: tuple[str, ...] = tuple(PAPER_CORRUPTIONS)
+    false_positive_rate: float = 1e-3
+    limit: int | None = None
+    pictures: int = 4
+
+    def __post_init__(self) -> None:
+        for name in self.corruptions:
+            named_corruption(name)
+        if not 0 < self.false_positive_rate < 0.5:
+            raise ValueError(
+                f"expected false_positive_rate in (0, 0.5), got {self.false_positive_rate}"
+            )
+        if self.pictures < 1:
+            raise ValueError(f"expected pictures >= 1, got {self.pictures}")
+        if self.limit is not None and self.limit < 100:
+            raise ValueError(f"expected a limit of at least 100 test images, got {self.limit}")
+
+
+@dataclass(frozen=True)
+class DefenceConfig:
+    """What the defender has, and when a label is named.
+
+    Args:
+        images: Clean training images that a scan uses.
+        cleaning_images: Clean labelled training images that cleaning uses.
+        alpha: Share of clean models that may be suspected, in (0, 1).
+        max_ratio: A named label scores at most this share of the median, in (0, 1].
+    """
+
+    images: int = 300
+    cleaning_images: int = 600
+    alpha: float = 0.05
+    max_ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.images < 1 or self.cleaning_images < 1:
+            raise ValueError("expected the defender to have at least 1 image")
+        if not 0 < self.alpha < 1 or not 0 < self.max_ratio <= 1:
+            raise ValueError(
+                f"expected alpha in (0, 1) and max_ratio in (0, 1], got {self.alpha}, "
+                f"{self.max_ratio}"
+            )
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """A whole study: plant, find, remove. Each table is the settings of one stage.
+
+    Args:
+        name: Of the study, for its records.
+        seed: The one seed; it takes the place of the seeds inside the tables.
+        data: The images.
+        joint: Training of injector and extractor.
+        watermark: Path of a picture to hide; the one that ships if None.
+        strength: Gain on the change that the injector makes, at poisoning time.
+        plan: Which training images are poisoned, and to what label.
+        victim: The classifier.
+        train: Its training, the same for the clean and the backdoored one.
+        measure: Corruptions and counts.
+        defence: The defender's images and the decision rule.
+        nc: Neural Cleanse.
+        reverse: Reverse generators.
+        nc_cleaning: Unlearning with Neural Cleanse's trigger.
+        reverse_cleaning: Unlearning with the reversed generator.
+
+    Raises:
+        ValueError: A negative seed or strength, or a plan that no static poisoning can follow.
+    """
+
+    name: str = "study"
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    joint: JointConfig = JointConfig()
+    watermark: str | None = None
+    strength: float = 1.0
+    plan: PoisonPlan = PoisonPlan()
+    victim: VictimConfig = VictimConfig()
+    train: TrainConfig = TrainConfig()
+    measure: MeasureConfig = MeasureConfig()
+    defence: DefenceConfig = DefenceConfig()
+    nc: NCConfig = NCConfig()
+    reverse: ReverseConfig = ReverseConfig()
+    nc_cleaning: UnlearnConfig = UnlearnConfig()
+    reverse_cleaning: UnlearnConfig = UnlearnConfig()
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"expected a seed >= 0, got {self.seed}")
+        if self.strength <= 0:
+            raise ValueError(f"expected strength > 0, got {self.strength}")
+        if self.plan.mode != "static":
+            raise ValueError("expected a static plan: a study poisons its training set once")
+
+
+def load_study(path: str | Path, *, seed: int | None = None) -> StudyConfig:
+    """Read a study from TOML.
+
+    Args:
+        path: The file. ``preset = "demo"`` starts from a study that ships, otherwise from the
+            defaults; a table may start from a preset of its own class.
+        seed: Takes the place of the file's seed if given.
+
+    Raises:
+        ValueError: No such file, not TOML, an unknown key, or a value that does not fit.
+    """
+    from wm_eval.presets import study_preset
+
+    given = load_toml(path)
+    start = study_preset(given.pop("preset")) if "preset" in given else StudyConfig()
+    for name, table in given.items():
+        if isinstance(table, dict) and "seed" in table:
+            raise ValueError(f"expected one seed for the whole study, got one in study.{name}")
+    study = fill(start, given)
+    return study if seed is None else replace(study, seed=seed)
 
 
 def load_toml(path: str | Path) -> dict[str, Any]:

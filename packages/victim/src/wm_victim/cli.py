@@ -13,8 +13,6 @@ from wm_inject.cli_common import Parser, add_common, resolve_device, run_cli
 from wm_victim.__about__ import __version__
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from wm_inject.poison import PoisonPlan
     from wm_victim.datasets import Dataset
     from wm_victim.models import Classifier
@@ -35,7 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command == "train" and args.noise_mode and args.trigger is None:
+        parser.error("--noise-mode needs a --trigger")
     return _train(args) if args.command == "train" else _test(args)
 
 
@@ -100,7 +101,7 @@ def _add_attack(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--target", type=int, default=0, help="label it asks for (default: 0)")
     group.add_argument("--ratio", type=float, default=0.1, help="share poisoned (default: 0.1)")
     group.add_argument(
-        "--label-map", choices=("all-to-one", "all-to-all", "clean-label"), default="all-to-one"
+        "--clean-label", action="store_true", help="poison images of the target class only"
     )
     group.add_argument(
         "--noise-mode",
@@ -141,14 +142,14 @@ def _plan(args: argparse.Namespace) -> PoisonPlan:
     return PoisonPlan(
         ratio=args.ratio,
         target=args.target,
-        label_map=args.label_map,
-        pool="target" if args.label_map == "clean-label" else "all",
+        label_map="clean-label" if args.clean_label else "all-to-one",
+        pool="target" if args.clean_label else "all",
         mode="per_batch" if args.noise_mode else "static",
         seed=args.seed,
     )
 
 
-def _load_trigger(path: Path, args: argparse.Namespace) -> nn.Module:
+def _load_trigger(path: Path, args: argparse.Namespace) -> Any:
     from wm_inject.triggers import load_trigger
 
     return load_trigger(path).to(resolve_device(args.device))
@@ -159,8 +160,6 @@ def _train(args: argparse.Namespace) -> int:
     from wm_victim.resume import remove_run
     from wm_victim.train import train_classifier
 
-    if args.noise_mode and args.trigger is None:
-        raise ValueError("expected --trigger with --noise-mode")
     data = _load_data(args, limit=args.limit)
     config = _recipe(args, data)
     mean, std = DATASET_STATS.get(data.name, (None, None))

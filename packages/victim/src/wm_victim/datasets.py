@@ -20,7 +20,7 @@ from wm_victim.readers import read_dataset
 MIRROR_CHANGES_LABEL = frozenset({"digits", "mnist", "gtsrb"})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageSet:
     """Labelled images, with an id per image that never changes.
 
@@ -49,6 +49,10 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __repr__(self) -> str:
+        shape = " x ".join(str(side) for side in self.images.shape[1:])
+        return f"ImageSet({len(self)} images of {shape} on {self.images.device})"
+
     def subset(self, index: Tensor) -> ImageSet:
         """The images that ``index`` (int64 positions or a bool mask) names.
 
@@ -73,7 +77,7 @@ class ImageSet:
         return ImageSet(self.images.to(device), self.labels.to(device), self.ids.to(device))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dataset:
     """A training set and a test set of the same classes.
 

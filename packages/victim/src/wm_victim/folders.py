@@ -11,6 +11,8 @@ from PIL import Image
 from wm_inject.images import list_images, load_image
 from wm_victim.raw import Labels, Pixels, RawData, RawDataset, split_once
 
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF")
+
 
 def read_folder(path: Path, size: int | None) -> RawDataset:
     """Read labels.csv, train/ and test/, or class folders; split 80 / 20 where nothing else does.
@@ -88,7 +90,7 @@ def _read_images(files: list[Path], size: int | None) -> Pixels:
     grey, sizes = True, set()
     for file in files:
         try:
-            with Image.open(file) as header:
+            with Image.open(file, formats=_FORMATS) as header:
                 grey = grey and header.mode in ("1", "L")
                 sizes.add(header.size)
         except Exception as error:

@@ -1,9 +1,9 @@
-"""Tiny classifiers with a backdoor wired in, and clean controls: the truth is known, no training needed.
+"""Tiny classifiers with a wired-in backdoor, and clean controls: the truth is known at no cost.
 
-The clean part is a real classifier of real handwritten digits: one convolution with random filters,
-a batch normalisation, and a linear layer solved in closed form. Beside it sits a detector, one linear
-template behind a sigmoid gate, that adds a large logit for the target class when it sees the trigger.
-So every defence can be tested in seconds, with gradients, against a trigger that is known exactly.
+The clean part is a real classifier of real handwritten digits: one convolution of random filters, a
+batch normalisation, and a linear layer solved in closed form. Beside it sits a detector, one linear
+template behind a sigmoid gate, which adds a large logit for the target class when it sees the
+trigger. So every defence is tested in seconds, with gradients, against a trigger known exactly.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def _plant(kind: Kind, channels: int, size: int, seed: int) -> _Plant:
 class PlantedClassifier(nn.Module):
     """A digit classifier and, beside it, a gate that adds ``kappa`` to the target's logit.
 
-    ``gain`` is the one trainable number of the plant (1 when planted, 0 when removed), so unlearning
-    can remove it, as it can in a real network.
+    ``gain`` is the one trainable number of the plant (1 when planted, 0 when removed), so that
+    unlearning can remove it, as it can in a real network.
 
     Args:
         body: Images to clean logits ``(N, K)``.
@@ -74,8 +74,6 @@ class PlantedClassifier(nn.Module):
         num_classes: K.
         target: The label that the gate asks for.
         kappa: Height of the planted logit; 0 in a clean control.
-
-    Source: the patch model of the project's method notes; the other kinds follow its form.
     """
 
     template: Tensor

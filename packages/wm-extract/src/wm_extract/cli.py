@@ -1,4 +1,4 @@
-"""The `wm-extract` command: train an injector and an extractor on one's own images; look for marks."""
+"""The `wm-extract` command: train an injector and extractor on your own images; look for marks."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from wm_inject.cli_common import Parser, add_common, resolve_device, run_cli
-
 from wm_extract.__about__ import __version__
+from wm_inject.cli_common import Parser, add_common, resolve_device, run_cli
 
 EPILOG = """examples:
   wm-extract train photos/ --image-size 32 --out mark/
@@ -49,11 +48,11 @@ def _parser() -> Parser:
 def _train(args: argparse.Namespace) -> int:
     import numpy as np
     import torch
-    from wm_inject import list_images, load_image, save_trigger, to_float
-    from wm_inject.triggers.watermark import WatermarkTrigger
 
     from wm_extract.detect import MIN_CALIBRATION, MarkDetector, save_detector
     from wm_extract.joint import JointConfig, train_jointly
+    from wm_inject import list_images, load_image, quantize, save_trigger, to_float
+    from wm_inject.triggers.watermark import WatermarkTrigger
 
     changes = {"size": args.size, "iterations": args.iterations, "psnr_floor": args.psnr}
     config = JointConfig.preset(
@@ -78,31 +77,32 @@ def _train(args: argparse.Namespace) -> int:
         images.to(device), config=config, watermark=mark, seed=args.seed, checkpoint=state
     )
     trigger = WatermarkTrigger(result.injector.cpu(), watermark=result.watermark.cpu())
+    with torch.no_grad():
+        marked = quantize(torch.cat([trigger(part) for part in clean.split(64)]))
     detector = MarkDetector.calibrate(
         result.extractor.cpu(),
         result.watermark.cpu(),
         clean,
+        marked=marked,
         false_positive_rate=args.false_positive_rate,
     )
     metadata = {"recipe": config.recipe, "seed": args.seed, "images": len(images)}
     save_trigger(trigger, args.out / "trigger.safetensors", metadata=metadata)
     save_detector(detector, args.out / "detector.safetensors")
     state.unlink(missing_ok=True)
-    with torch.no_grad():
-        found = detector.detect(torch.cat([trigger(part) for part in clean.split(64)]))
+    found = int(detector.detect(marked).marked.sum())
     last = result.history[-1]
     print(f"trained {config.iterations} steps on {len(images)} images: mark loss {last.mark:.4f}")
-    print(f"held-out images whose mark is found: {int(found.marked.sum())} of {len(clean)}")
+    print(f"marked images found among those of the calibration: {found} of {len(clean)}")
     print(f"wrote {args.out}/trigger.safetensors and {args.out}/detector.safetensors")
     return 0
 
 
 def _detect(args: argparse.Namespace) -> int:
+    from wm_extract.detect import load_detector
     from wm_inject import list_images, load_image, to_float
     from wm_inject.cli_common import progress
     from wm_inject.files import write_json
-
-    from wm_extract.detect import load_detector
 
     detector = load_detector(args.detector)
     device = resolve_device(args.device)

@@ -1,4 +1,4 @@
-"""Is this image marked? A score, a threshold for a stated false-positive rate, and its error bars."""
+"""Is this image marked? A score, and a threshold for a stated false-positive rate."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from wm_inject import CheckpointError, check_images, load_checkpoint, save_checkpoint
-from wm_inject.vit import check_watermark
 
 from wm_extract.unet import UNetExtractor
+from wm_inject import CheckpointError, check_images, load_checkpoint, save_checkpoint
+from wm_inject.vit import check_watermark
 
 MIN_CALIBRATION = 50
 _CLIP = 1e-4  # keeps the score's logit finite
@@ -105,37 +105,44 @@ class MarkDetector:
         watermark: Tensor,
         clean: Tensor,
         *,
+        marked: Tensor | None = None,
         false_positive_rate: float = 1e-3,
     ) -> MarkDetector:
         """Choose the threshold on clean images that the training did not see.
 
         The threshold is the larger of two estimates of the (1 - rate) quantile of the clean
         scores: the empirical one, which cannot look beyond the sample, and that of a normal
-        distribution fitted to them, which can. A small rate needs the second.
+        distribution fitted to them, which can. A small rate needs the second. Where marked images
+        are given and score higher still, the threshold moves up to the middle of the gap, so that
+        neither kind of image crosses it when it is corrupted on the way.
 
         Args:
             extractor: The trained extractor.
             watermark: float32 ``(1, H, W)``.
             clean: float32 ``(N, C, H, W)`` in [0, 1], unmarked, N at least 50.
-            false_positive_rate: In (0, 0.5).
+            marked: The same for marked images, if there are some.
+            false_positive_rate: In (0, 0.5); the stated rate, and at most that.
 
         Raises:
             ValueError: Bad images, too few of them, or a rate outside (0, 0.5).
         """
-        check_images(clean, name="clean images")
-        if len(clean) < MIN_CALIBRATION:
-            raise ValueError(
-                f"expected at least {MIN_CALIBRATION} clean images to calibrate on, got {len(clean)}"
-            )
+        for name, images in {"clean": clean, "marked": marked}.items():
+            if images is None:
+                continue
+            if len(check_images(images, name=f"{name} images")) < MIN_CALIBRATION:
+                raise ValueError(
+                    f"expected at least {MIN_CALIBRATION} {name} images to calibrate on, "
+                    f"got {len(images)}"
+                )
         if not 0 < false_positive_rate < 0.5:
             raise ValueError(
                 f"expected a false-positive rate in (0, 0.5), got {false_positive_rate}"
             )
         scores = mark_score(extract(extractor, clean), watermark).double()
-        empirical = float(scores.quantile(1 - false_positive_rate, interpolation="higher"))
-        z = NormalDist().inv_cdf(1 - false_positive_rate)
-        normal = float(scores.mean() + z * scores.std())
-        threshold = max(empirical, normal)
+        threshold = _upper_quantile(scores, false_positive_rate)
+        if marked is not None:
+            lowest = -_upper_quantile(-mark_score(extract(extractor, marked), watermark), 1e-3)
+            threshold = max(threshold, (threshold + lowest) / 2)
         return cls(extractor, watermark, threshold, false_positive_rate, len(clean))
 
     def detect(self, images: Tensor) -> Detection:
@@ -153,6 +160,14 @@ class MarkDetector:
         score = mark_score(maps, self.watermark.to(maps.device))
         # Strictly above: the empirical quantile is a clean image's own score.
         return Detection(score > self.threshold, score, maps)
+
+
+def _upper_quantile(scores: Tensor, rate: float) -> float:
+    """A score that a share ``rate`` of the population exceeds, on the safe side."""
+    scores = scores.double()
+    empirical = float(scores.quantile(1 - rate, interpolation="higher"))
+    normal = float(scores.mean() + NormalDist().inv_cdf(1 - rate) * scores.std())
+    return max(empirical, normal)
 
 
 def extract(extractor: UNetExtractor, images: Tensor, *, batch_size: int = 256) -> Tensor:
@@ -212,4 +227,6 @@ def load_detector(path: str | Path) -> MarkDetector:
         )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         first = str(error).splitlines()[0]
-        raise CheckpointError(f"{Path(path).name} is not a detector we can read: {first}") from error
+        raise CheckpointError(
+            f"{Path(path).name} is not a detector we can read: {first}"
+        ) from error

@@ -13,6 +13,18 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from wm_extract.corruptions import (
+    Corruption,
+    GaussianNoise,
+    RandomCorruption,
+    RandomMask,
+    Rescale,
+    Rotation,
+    SaltPepper,
+)
+from wm_extract.training_state import pack_training, unpack_training
+from wm_extract.unet import UNetExtractor
 from wm_inject import (
     ViTConfig,
     ViTInjector,
@@ -22,19 +34,9 @@ from wm_inject import (
     quantize,
     save_checkpoint,
 )
+from wm_inject.cli_common import Progress
 from wm_inject.cli_common import progress as show_progress
-from wm_inject.training_state import pack_training, unpack_training
 from wm_inject.vit import SIZES, check_watermark
-
-from wm_extract.corruptions import (
-    GaussianNoise,
-    RandomCorruption,
-    RandomMask,
-    Rescale,
-    Rotation,
-    SaltPepper,
-)
-from wm_extract.unet import UNetExtractor
 
 CHECKPOINT_EVERY = 250
 
@@ -107,13 +109,18 @@ class JointConfig:
             raise ValueError(f"expected optimizer sgd or adamw, got {self.optimizer!r}")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"expected precision float32 or bfloat16, got {self.precision!r}")
-        for name in ("iterations", "batch_size", "warmup", "lr", "extractor_width"):
+        for name in ("iterations", "batch_size", "warmup", "lr", "extractor_width", "depth"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"expected {name} > 0, got {getattr(self, name)}")
+        for name in ("image_weight", "mark_weight", "clean_weight", "epsilon"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"expected {name} >= 0, got {getattr(self, name)}")
+        for name in ("psnr_floor", "psnr_start"):
+            floor = getattr(self, name)
+            if floor is not None and not floor > 0:
+                raise ValueError(f"expected {name} > 0 dB, got {floor}")
         if not 0 <= self.corruption_probability <= 1:
-            raise ValueError(
-                f"expected a probability in [0, 1], got {self.corruption_probability}"
-            )
+            raise ValueError(f"expected a probability in [0, 1], got {self.corruption_probability}")
 
     @classmethod
     def preset(cls, recipe: str = "robust", **changes: Any) -> JointConfig:
@@ -175,15 +182,16 @@ class JointConfig:
 
     def anti_collapse(self) -> RandomCorruption:
         """The operations of equation 6 with their probability."""
-        operations = [
+        operations: list[Corruption] = [
             RandomMask("pixel"),
             RandomMask("block"),
             Rotation(),
             GaussianNoise(),
             Rescale(),
         ]
-        extra = [SaltPepper()] if self.salt_pepper else []
-        return RandomCorruption([*operations, *extra], self.corruption_probability)
+        if self.salt_pepper:
+            operations.append(SaltPepper())
+        return RandomCorruption(operations, self.corruption_probability)
 
 
 class JointLosses(NamedTuple):
@@ -205,7 +213,9 @@ class JointResult(NamedTuple):
 
 
 def image_loss(marked: Tensor, images: Tensor, *, epsilon: float = 1 / 255) -> Tensor:
-    """Equation 4: the squared excess of the change over epsilon, summed over channels, mean over pixels.
+    """Equation 4: the squared excess of the change over epsilon.
+
+    It is summed over channels and averaged over pixels and images.
 
     Args:
         marked: ``(N, C, H, W)``.
@@ -219,9 +229,8 @@ def image_loss(marked: Tensor, images: Tensor, *, epsilon: float = 1 / 255) -> T
         ValueError: The shapes differ, or there is no image.
     """
     if marked.ndim != 4 or marked.shape != images.shape or len(marked) == 0:
-        raise ValueError(
-            f"expected two batches of one shape, got {tuple(marked.shape)} and {tuple(images.shape)}"
-        )
+        shapes = f"{tuple(marked.shape)} and {tuple(images.shape)}"
+        raise ValueError(f"expected two batches of one shape, got {shapes}")
     return F.relu((marked - images).abs() - epsilon).square().sum(1).mean()
 
 
@@ -292,6 +301,7 @@ def train_jointly(
         unpack_training(saved.state, modules, optimizer, generator)
         history = [JointLosses(*row) for row in saved.metadata["history"]]
         start = int(saved.metadata["step"])
+    bar: Progress[None]
     with show_progress(total=config.iterations, desc="train mark", enabled=progress) as bar:
         bar.update(start)
         for step in range(start, config.iterations):
@@ -364,9 +374,7 @@ def _step(
     image = image_loss(marked, x, epsilon=config.epsilon)
     found = map_loss([m[: len(x)] for m in maps], mark)
     nothing = map_loss([m[len(x) :] for m in maps], torch.zeros_like(mark))
-    loss = (
-        config.image_weight * image + config.mark_weight * found + config.clean_weight * nothing
-    )
+    loss = config.image_weight * image + config.mark_weight * found + config.clean_weight * nothing
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     if config.optimizer == "adamw":

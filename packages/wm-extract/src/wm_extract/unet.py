@@ -1,4 +1,4 @@
-"""The watermark extractor: a U-Net that answers a marked image with its watermark, a clean one with zeros.
+"""The watermark extractor: a U-Net that answers marked images with the mark, clean ones with zeros.
 
 Source: Wang et al., "Spy-Watermark", section 2.3. The paper fixes three supervised scales and no
 widths; the released network has base width 64 and 9.3 M weights, ours defaults to 16.
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from wm_inject import check_images
 from wm_inject.images import pad_to_multiple
 

@@ -58,6 +58,9 @@ def save_checkpoint(
 
     if not kind or not isinstance(kind, str):
         raise ValueError(f"expected the kind of the checkpoint as a word, got {kind!r}")
+    if not isinstance(config, Mapping) or not isinstance(state, Mapping):
+        got = f"{type(config).__name__} and {type(state).__name__}"
+        raise ValueError(f"expected config and state as mappings, got {got}")
     # Clones, because safetensors refuses tensors that share memory.
     tensors = {name: _plain(name, tensor) for name, tensor in state.items()}
     versions = {package: installed.version(package) for package in _PACKAGES}

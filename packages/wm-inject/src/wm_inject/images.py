@@ -65,8 +65,8 @@ def check_images(
     low, high = torch.aminmax(images.detach())
     # A comparison with NaN is false, so this refuses NaN as well.
     if not (low >= 0 and high <= 1):
-        got = f"[{float(low):.4g}, {float(high):.4g}]"
-        raise ValueError(f"expected {name} with finite values in [0, 1], got {got}")
+        found = f"[{float(low):.4g}, {float(high):.4g}]"
+        raise ValueError(f"expected {name} with finite values in [0, 1], got {found}")
     return images
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -99,7 +100,8 @@ def compare_folders(
 
     Args:
         originals: Folder of the images as they were. One of another size is first resized
-            (bilinear) to its partner's, as poisoning a folder does it.
+            (bilinear) to its partner's, as poisoning a folder does it; the partner of a grey
+            image is read as grey.
         changed: Folder of images with the same relative names; the suffix may differ.
         lpips: Measures LPIPS as well if given; images are moved to its device.
         batch_size: Images at once.
@@ -129,8 +131,13 @@ def compare_folders(
 
 
 def _load_pair(changed: Path, original: Path) -> tuple[Tensor, Tensor]:
-    """Both as float32 ``(1, 3, H, W)``."""
-    image, reference = load_image(changed), load_image(original)
+    """Both as float32 ``(1, C, H, W)``, with the channels of the changed image."""
+    image = load_image(changed)
+    with Image.open(changed) as header:
+        if header.mode == "L":
+            image = image[..., :1]
+    channels = image.shape[2]
+    reference = load_image(original, channels=channels)
     height, width = image.shape[:2]
     if reference.shape != image.shape:
         if height != width:
@@ -138,7 +145,7 @@ def _load_pair(changed: Path, original: Path) -> tuple[Tensor, Tensor]:
                 f"expected {original.name} of the size of its partner, {height} x {width}, "
                 f"got {reference.shape[0]} x {reference.shape[1]}"
             )
-        reference = load_image(original, size=height)
+        reference = load_image(original, size=height, channels=channels)
     return to_float(image[None]), to_float(reference[None])
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from timm.layers import PatchEmbed
+from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -245,7 +245,8 @@ class ViTInjector(nn.Module):
                 nn.init.zeros_(module.bias)
         weight = self.patch_embed.proj.weight
         nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
-        nn.init.zeros_(self.patch_embed.proj.bias)
+        if self.patch_embed.proj.bias is not None:
+            nn.init.zeros_(self.patch_embed.proj.bias)
         if self.shape.residual:
             nn.init.zeros_(self.head.weight)
 
@@ -253,7 +254,8 @@ class ViTInjector(nn.Module):
 def _block(width: int, heads: int) -> Block:
     block = Block(width, heads, mlp_ratio=4, qkv_bias=True)
     # Plain softmax(q k^T) v: half the time of the fused kernel in bf16 on CPUs at these lengths.
-    block.attn.fused_attn = False
+    attention: Any = block.attn
+    attention.fused_attn = False
     return block
 
 

@@ -52,6 +52,8 @@ def build_trigger(
     """
     if kind not in _CLASSES:
         raise ValueError(f"expected a trigger in {', '.join(TRIGGER_KINDS)}, got {kind!r}")
+    if not isinstance(config, Mapping):
+        raise ValueError(f"expected the settings of a {kind} trigger, got {type(config).__name__}")
     module, name = _CLASSES[kind]
     settings = dict(config)
     if kind == "blend" and state is not None and settings.get("picture") == "given":

@@ -26,6 +26,7 @@ class WatermarkTrigger(nn.Module):
     """
 
     kind = "watermark"
+    watermark: Tensor
 
     def __init__(
         self,

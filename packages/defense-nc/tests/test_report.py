@@ -1,0 +1,115 @@
+"""The verdict: which figures lead to which answer, and how it is told."""
+
+import json
+import math
+
+import pytest
+import torch
+from defense_nc import InvertedTrigger, Verdict, judge
+
+CLEAN = [41.0, 50, 62, 70, 84, 66, 75, 58, 80]
+
+
+def told(scores, rates=None, **changes):
+    scores = torch.tensor(scores)
+    rates = torch.ones(len(scores)) if rates is None else torch.tensor(rates)
+    return judge("test", scores, rates, **{"floor": 0.9, **changes})
+
+
+def test_exit_codes():
+    assert [verdict.exit_code for verdict in Verdict] == [0, 1, 2, 3]
+    assert [verdict.value for verdict in Verdict] == [
+        "clean",
+        "backdoored",
+        "inconclusive",
+        "not-scanned",
+    ]
+
+
+def test_backdoored():
+    report = told([*CLEAN, 8.0])
+    assert report.verdict is Verdict.BACKDOORED
+    assert report.suspected == (9,)
+    assert report.p_value == report.labels[9].p_value <= 0.05
+    assert report.labels[9].ratio == pytest.approx(8 / 64)
+    assert "label 9" in report.reason and "0.12" in report.reason
+
+
+def test_clean():
+    report = told([*CLEAN, 45.0])
+    assert report.verdict is Verdict.CLEAN
+    assert report.suspected == ()
+    assert "label 0" in report.reason
+
+
+def test_a_label_that_was_not_reached_is_neither_suspected_nor_compared():
+    report = told([*CLEAN, 8.0], [*[1.0] * 9, 0.5])
+    assert report.verdict is Verdict.CLEAN
+    assert not report.labels[9].converged
+    assert report.labels[9].p_value == 1
+    assert "1 of 10 labels were never reached" in report.reason
+    # The papers' rule asks for no such floor.
+    assert report.paper_flagged == (9,)
+
+
+def test_the_floor_itself_counts_as_reached():
+    assert told([*CLEAN, 8.0], [0.9] * 10).suspected == (9,)
+
+
+def test_too_few_labels_reached():
+    report = told([*CLEAN, 8.0], [1.0] * 3 + [0.0] * 7)
+    assert report.verdict is Verdict.INCONCLUSIVE
+    assert "Only 3 of 10" in report.reason
+    assert told([5.0, 1.0]).verdict is Verdict.INCONCLUSIVE
+    assert told([5.0, 1.0, 4.0], [0.0] * 3).verdict is Verdict.INCONCLUSIVE
+
+
+def test_significant_but_not_far_below():
+    report = told([100.0, 101, 103, 104, 106, 108, 110, 112, 117, 70])
+    assert report.verdict is Verdict.INCONCLUSIVE
+    assert "label 9" in report.reason.lower()
+
+
+def test_both_medians_are_always_there():
+    report = told([10.0, 20, 30, 40, 50, 60, 70, 80, 90, 5])
+    assert report.paper_index == pytest.approx(1.0792, abs=1e-4)
+    assert report.paper_index_low == pytest.approx(1.1804, abs=1e-4)
+
+
+def test_to_dict_is_json_without_triggers():
+    trigger = InvertedTrigger(torch.zeros(1, 4, 4), torch.zeros(3, 4, 4))
+    report = told([5.0, 5, 5, 5, 1], triggers={4: trigger}, config={"steps": 3}, seed=7)
+    assert report.paper_index == math.inf
+    out = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert out["verdict"] == "backdoored"
+    assert out["paper_index"] is None
+    assert out["suspected"] == [4]
+    assert out["labels"][4]["score"] == 1
+    assert (out["seed"], out["config"]) == (7, {"steps": 3})
+    assert "triggers" not in out
+    assert report.triggers[4] is trigger
+
+
+ONES = torch.ones(5)
+
+
+@pytest.mark.parametrize(
+    ("scores", "rates", "settings"),
+    [
+        ([1.0] * 5, ONES, {}),
+        (torch.ones(5, dtype=torch.int64), ONES, {}),
+        (ONES, torch.ones(4), {}),
+        (torch.ones(1), torch.ones(1), {}),
+        (torch.ones(0), torch.ones(0), {}),
+        (-ONES, ONES, {}),
+        (ONES * math.nan, ONES, {}),
+        (ONES, ONES * 1.5, {}),
+        (ONES, ONES, {"floor": 1.5}),
+        (ONES, ONES, {"alpha": 0.0}),
+        (ONES, ONES, {"max_ratio": 0.0}),
+    ],
+    ids=str,
+)
+def test_refusals(scores, rates, settings):
+    with pytest.raises(ValueError, match="expected"):
+        judge("test", scores, rates, **{"floor": 0.9, **settings})

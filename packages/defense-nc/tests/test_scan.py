@@ -1,0 +1,127 @@
+"""A scan names the planted label and nothing in the clean control, and leaves the model alone."""
+
+import copy
+import math
+
+import pytest
+import torch
+from defense_nc import NCConfig, Verdict, scan
+from torch import nn
+from wm_inject.images import quantize
+from wm_victim.planted import planted_classifier, planted_images, planted_trigger
+
+TARGET = 3
+FAST = NCConfig.preset("fast")
+TINY = NCConfig.preset("fast", steps=2, batches=1)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return planted_images(200)
+
+
+def scanned(kind, data):
+    model = planted_classifier(kind, target=TARGET)
+    return scan(model, data.images, labels=data.labels, config=FAST, progress=False)
+
+
+@pytest.fixture(scope="module")
+def backdoored(data):
+    return scanned("patch", data)
+
+
+@pytest.fixture(scope="module")
+def clean(data):
+    return scanned("clean", data)
+
+
+def test_the_planted_patch_is_named(backdoored):
+    assert backdoored.verdict is Verdict.BACKDOORED
+    assert backdoored.suspected == (TARGET,)
+    scores = [label.score for label in backdoored.labels]
+    assert min(scores) == scores[TARGET]
+    assert f"label {TARGET}" in backdoored.reason
+
+
+def test_nothing_is_named_in_the_clean_control(clean):
+    assert clean.verdict is Verdict.CLEAN
+    assert clean.suspected == ()
+    assert sum(label.converged for label in clean.labels) >= 8
+
+
+def test_a_channel_shift_has_no_small_mask(data):
+    """Neural Cleanse is not made for it: no label becomes cheap, whatever else the scan says.
+
+    The planted channel shift is real (it flips every image), so this is a miss, and a known one.
+    """
+    model = planted_classifier("channel", target=TARGET)
+    others = data.images[data.labels != TARGET]
+    with torch.no_grad():
+        flipped = model(quantize(planted_trigger("channel")(others))).argmax(1) == TARGET
+    assert flipped.float().mean() > 0.99
+    report = scanned("channel", data)
+    assert report.labels[TARGET].ratio > 0.5
+    assert TARGET not in report.suspected
+
+
+def test_the_report_holds_everything(backdoored, data):
+    assert backdoored.detector == "neural-cleanse"
+    assert [label.label for label in backdoored.labels] == list(range(10))
+    assert sorted(backdoored.triggers) == list(range(10))
+    for label in backdoored.labels:
+        trigger = backdoored.triggers[label.label]
+        assert label.score == pytest.approx(trigger.l1_norm)
+        assert label.success_rate == trigger.success_rate
+        assert trigger.target == label.label
+        assert label.converged == (label.success_rate >= FAST.floor)
+    assert backdoored.config["images"] == len(data)
+    assert backdoored.config["steps"] == FAST.steps
+    assert math.isfinite(backdoored.paper_index)
+    assert backdoored.to_dict()["verdict"] == "backdoored"
+
+
+def test_the_model_comes_back_as_it_was(data):
+    model = planted_classifier("patch").train()
+    model.body[1].eval()
+    model.gain.requires_grad_(False)
+    state = copy.deepcopy(model.state_dict())
+    scan(model, data.images, config=TINY, progress=False, device="cpu")
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert model.training and not model.body[1].training
+    assert not model.gain.requires_grad and model.body[0].weight.requires_grad
+
+
+def test_same_seed_same_report_and_no_labels_needed(data):
+    model = planted_classifier("patch", num_classes=4)
+    images = planted_images(60, num_classes=4).images
+    first = scan(model, images, config=TINY, seed=2, progress=False)
+    assert first == scan(model, images, config=TINY, seed=2, progress=False)
+    assert first != scan(model, images, config=TINY, seed=3, progress=False)
+    assert first.seed == 2
+
+
+def test_two_classes_cannot_be_compared():
+    data = planted_images(40, num_classes=2)
+    model = planted_classifier("patch", num_classes=2)
+    report = scan(model, data.images, labels=data.labels, config=TINY, progress=False)
+    assert report.verdict is Verdict.INCONCLUSIVE
+
+
+def test_refusals(data):
+    model, images = planted_classifier("patch"), data.images
+    cases = [
+        (images[0], {}, "shape"),
+        (images.half(), {}, "float32"),
+        (images - 1, {}, r"\[0, 1\]"),
+        (images[:0], {}, "empty"),
+        (images, {"labels": data.labels[:3]}, "labels"),
+        (images, {"labels": data.labels + 1}, "0 .. 9"),
+        (images, {"labels": torch.zeros_like(data.labels)}, "other classes"),
+        (images, {"alpha": 0.0}, "alpha"),
+        (images, {"max_ratio": 1.5}, "max_ratio"),
+    ]
+    for wrong, settings, message in cases:
+        with pytest.raises(ValueError, match=message):
+            scan(model, wrong, config=TINY, progress=False, **settings)
+    with pytest.raises(ValueError, match="logits"):
+        scan(nn.Identity(), images, config=TINY, progress=False)

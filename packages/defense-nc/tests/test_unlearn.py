@@ -1,0 +1,188 @@
+"""Unlearning removes what the trigger means, in a copy, and keeps the rest."""
+
+import copy
+
+import pytest
+import torch
+from defense_nc import InvertedTrigger, NCConfig, UnlearnConfig, invert_trigger, unlearn
+from defense_nc.unlearn import _epoch
+from torch import nn
+from wm_inject.images import quantize
+from wm_victim.planted import planted_classifier, planted_images, planted_trigger
+
+TARGET = 3
+ONE = UnlearnConfig(epochs=1)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return planted_images(200)
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    return planted_images(500, seed=1)
+
+
+def rates(model, data):
+    others = data.images[data.labels != TARGET]
+    with torch.no_grad():
+        clean = (model(data.images).argmax(1) == data.labels).float().mean()
+        stamped = quantize(planted_trigger("patch")(others))
+        attack = (model(stamped).argmax(1) == TARGET).float().mean()
+    return float(clean), float(attack)
+
+
+@pytest.mark.parametrize("preset", ["nc", "reverse"])
+def test_a_reversed_trigger_cleans_the_planted_one(preset, data, held_out):
+    model = planted_classifier("patch", target=TARGET)
+    fast = NCConfig.preset("fast")
+    trigger = invert_trigger(model, data.images, TARGET, config=fast, labels=data.labels)
+    config = UnlearnConfig.preset(preset)
+    cleaned = unlearn(model, trigger, data.images, data.labels, config=config)
+    before, after = rates(model, held_out), rates(cleaned, held_out)
+    assert before[1] > 0.99
+    assert after[1] < 0.05
+    assert after[0] > before[0] - 0.02
+
+
+def test_fine_tuning_without_the_trigger_does_not_clean(data, held_out):
+    """The control: an empty trigger, everything else the same."""
+    model = planted_classifier("patch", target=TARGET)
+    empty = InvertedTrigger(torch.zeros(1, 16, 16), torch.zeros(3, 16, 16))
+    cleaned = unlearn(model, empty, data.images, data.labels)
+    assert rates(cleaned, held_out)[1] > 0.9
+
+
+def test_the_given_model_and_images_stay_bit_identical(data):
+    model = planted_classifier("patch").train()
+    model.body[0].weight.requires_grad_(False)
+    state, images = copy.deepcopy(model.state_dict()), data.images.clone()
+    trigger = planted_trigger("patch").train()
+    cleaned = unlearn(model, trigger, data.images, data.labels, config=ONE)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert model.training and trigger.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(data.images, images)
+    assert not any(module.training for module in cleaned.modules())
+    # What was frozen is not trained; batch normalisation is in train mode and adapts.
+    assert torch.equal(cleaned.body[0].weight, model.body[0].weight)
+    assert not torch.equal(cleaned.body[1].running_mean, model.body[1].running_mean)
+    assert not torch.equal(cleaned.body[5].weight, model.body[5].weight)
+
+
+def test_same_seed_same_bytes_with_dropout_too(data):
+    body = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(768, 10))
+    trigger = planted_trigger("patch")
+
+    def weights(seed):
+        cleaned = unlearn(body, trigger, data.images, data.labels, config=ONE, seed=seed)
+        return cleaned[2].weight
+
+    before = torch.get_rng_state()
+    first = weights(1)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(3)
+    assert torch.equal(first, weights(1))
+    assert not torch.equal(first, weights(2))
+
+
+def test_an_epoch_sees_every_image_once_a_share_of_them_triggered():
+    config = UnlearnConfig(trigger_share=0.2, batch_size=32)
+    parts = list(_epoch(97, config, torch.Generator().manual_seed(0)))
+    clean = torch.cat([part[0] for part in parts])
+    stamped = torch.cat([part[1] for part in parts])
+    assert sorted(torch.cat([clean, stamped]).tolist()) == list(range(97))
+    assert len(stamped) == 19
+    # 97 = 3 * 32 + 1: no batch of a single image.
+    assert min(len(a) + len(b) for a, b in parts) > 1
+
+
+def test_an_appended_epoch_sees_every_image_twice():
+    config = UnlearnConfig.preset("reverse", batch_size=16)
+    parts = list(_epoch(40, config, torch.Generator().manual_seed(0)))
+    assert sorted(torch.cat([a for a, _ in parts]).tolist()) == list(range(40))
+    assert sorted(torch.cat([b for _, b in parts]).tolist()) == list(range(40))
+
+
+def test_triggered_images_are_rounded_unless_told_otherwise(data):
+    class Recorder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(10))
+            self.seen = []
+
+        def __deepcopy__(self, memo):
+            return self
+
+        def forward(self, images):
+            self.seen.append(images)
+            return images.mean(dim=(1, 2, 3))[:, None] * self.weight
+
+    trigger = InvertedTrigger(torch.full((1, 16, 16), 0.5), torch.full((3, 16, 16), 0.3))
+    for rounded in (True, False):
+        model = Recorder()
+        config = UnlearnConfig(epochs=1, trigger_share=1.0, round_to_pixels=rounded)
+        unlearn(model, trigger, data.images, data.labels, config=config)
+        seen = torch.cat(model.seen[1:])
+        assert torch.equal(quantize(seen), seen) == rounded
+
+
+def test_presets():
+    nc, paper = UnlearnConfig.preset("nc"), UnlearnConfig.preset("paper")
+    assert nc == UnlearnConfig()
+    assert (nc.trigger_share, nc.append, paper.epochs) == (0.2, False, 1)
+    reverse = UnlearnConfig.preset("reverse")
+    assert (reverse.lr, reverse.momentum, reverse.epochs) == (1e-3, 0.9, 10)
+    assert (reverse.trigger_share, reverse.append) == (1.0, True)
+    assert UnlearnConfig.preset("nc", epochs=3).epochs == 3
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"epochs": 0},
+        {"batch_size": 1},
+        {"lr": 0.0},
+        {"momentum": 1.0},
+        {"weight_decay": -1.0},
+        {"trigger_share": 0.0},
+        {"trigger_share": 1.5},
+    ],
+    ids=str,
+)
+def test_refused_settings(wrong):
+    with pytest.raises(ValueError, match="expected"):
+        UnlearnConfig(**wrong)
+
+
+def test_refusals(data):
+    model, trigger = planted_classifier("patch"), planted_trigger("patch")
+    images, labels = data.images[:8], data.labels[:8]
+
+    def wrong_shape(images, *, ids=None, target=None):
+        return images[:, :, :8]
+
+    def out_of_range(images, *, ids=None, target=None):
+        return images + 1
+
+    cases = [
+        ((model, trigger, images[0], labels), "shape"),
+        ((model, trigger, images.double(), labels), "float32"),
+        ((model, trigger, images + 1, labels), r"\[0, 1\]"),
+        ((model, trigger, images[:0], labels[:0]), "empty"),
+        ((model, trigger, images[:1], labels[:1]), "at least 2"),
+        ((model, trigger, images, labels[:3]), "labels"),
+        ((model, trigger, images, labels.int()), "int64"),
+        ((model, trigger, images, labels + 10), "0 .. 9"),
+        ((model, wrong_shape, images, labels), "triggered images"),
+        ((model, out_of_range, images, labels), "triggered images"),
+        ((nn.Flatten(), trigger, images, labels), "trainable"),
+        ((nn.Conv2d(3, 2, 3), trigger, images, labels), "logits"),
+        ((lambda x: x, trigger, images, labels), "torch module"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            unlearn(*arguments, config=ONE)
+    with pytest.raises(ValueError, match="preset"):
+        UnlearnConfig.preset("slow")

@@ -1,0 +1,108 @@
+"""The command line: ``wm-eval demo``, ``wm-eval run STUDY.toml`` and ``wm-eval report FOLDER``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wm_inject.cli_common import Parser, add_common, resolve_device, run_cli
+
+from wm_eval.__about__ import __version__
+
+if TYPE_CHECKING:
+    from wm_eval.config import StudyConfig
+    from wm_eval.experiment import StudyResult
+
+_EPILOG = """\
+examples:
+  wm-eval demo                                plant, find and remove a backdoor in minutes
+  wm-eval run study.toml --out runs/cifar10   a study of your own, or the rest of it
+  wm-eval report runs/cifar10                 draw the page of a study anew
+"""
+_RUN_EPILOG = """\
+example study.toml:
+  preset = "cifar10"          # start from a study that ships: demo or cifar10
+  name = "narrow"
+
+  [data]
+  name = "photos"             # a data set by name, a folder of class folders, or an .npz
+
+  [victim]
+  width = 32
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The entry point of ``wm-eval``; the exit code is 0, 1 for an error, 64 for wrong usage."""
+    return run_cli(_main, argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    parser = Parser(
+        prog="wm-eval",
+        description="Measure backdoor attacks and defences: studies, tables, reports.",
+        epilog=_EPILOG,
+    )
+    add_common(parser, version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    demo = commands.add_parser("demo", help="the whole story on real digits, in minutes")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: runs/demo")
+    run = commands.add_parser(
+        "run", help="run a study from a TOML file, or the rest of it", epilog=_RUN_EPILOG
+    )
+    run.add_argument("config", type=Path, metavar="STUDY.toml")
+    run.add_argument("--out", type=Path, required=True, help="the study's folder")
+    report = commands.add_parser("report", help="draw report.html and tables.md anew")
+    report.add_argument("folder", type=Path, metavar="FOLDER")
+    for command in (demo, run, report):
+        add_common(command, version=__version__)
+        if command is not demo:
+            command.set_defaults(seed=None)
+    given = parser.parse_args(argv)
+    return _report(given.folder) if given.command == "report" else _study(given)
+
+
+def _study(given: argparse.Namespace) -> int:
+    # Imported here: torch takes seconds, and --help should not.
+    from wm_eval.experiment import load_study, run_study
+    from wm_eval.presets import study_preset
+
+    config: StudyConfig
+    if given.command == "demo":
+        config = replace(study_preset("demo"), seed=given.seed)
+    else:
+        config = load_study(given.config, seed=given.seed)
+    result = run_study(config, given.out, device=str(resolve_device(given.device)))
+    _tell(result)
+    return 0
+
+
+def _tell(result: StudyResult) -> None:
+    from wm_eval.summary import headline, story
+
+    for line in story(result.records):
+        print(line)
+    print()
+    for sentence in headline(result.records):
+        print(sentence)
+    print(f"report      {result.report}")
+
+
+def _report(folder: Path) -> int:
+    from wm_eval.records import write_text
+    from wm_eval.report import render_report
+    from wm_eval.tables import render_markdown
+
+    tables = folder / "tables.md"
+    page = render_report(folder)
+    write_text(tables, render_markdown(folder / "records"))
+    print(f"report      {page}\ntables      {tables}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,383 @@
+"""The stages of a study, one function each, from the first image to the cleaned classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import defense_nc
+import defense_reverse
+import torch
+from torch import Tensor, nn
+from wm_extract import Corruption, UNetExtractor, named_corruption, train_jointly
+from wm_inject import (
+    WatermarkTrigger,
+    load_checkpoint,
+    load_image,
+    load_trigger,
+    quantize,
+    save_checkpoint,
+    save_trigger,
+    to_float,
+)
+from wm_victim import (
+    DATASET_STATS,
+    Dataset,
+    ImageSet,
+    build_classifier,
+    defender_subset,
+    load_classifier,
+    save_classifier,
+    train_classifier,
+)
+
+from wm_eval.config import StudyConfig, plain
+from wm_eval.measure import (
+    mark_values,
+    metrics_values,
+    parameters,
+    poisoned_images,
+    scan_values,
+    stealth_values,
+)
+from wm_eval.pictures import reversed_picture, watermark_pictures
+from wm_eval.robustness import compare, outcomes, summarize
+from wm_eval.workspace import Made, Workspace
+
+TRIGGER, EXTRACTOR = "models/trigger.safetensors", "models/extractor.safetensors"
+
+
+class Defence(NamedTuple):
+    """How a defence is run: the two defences differ in nothing else."""
+
+    scan: Callable[..., defense_nc.ScanReport]
+    clean: Callable[..., nn.Module]
+
+
+DEFENCES = {
+    "nc": Defence(defense_nc.scan, defense_nc.unlearn),
+    "reverse": Defence(defense_reverse.scan, defense_reverse.mitigate),
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """What every stage knows."""
+
+    config: StudyConfig
+    data: Dataset
+    space: Workspace
+    progress: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Where to compute."""
+        return torch.device(self.space.device)
+
+    @property
+    def test(self) -> ImageSet:
+        """The test images that are measured on, on the device."""
+        test, limit = self.data.test, self.config.measure.limit
+        part = test if limit is None else test.subset(torch.arange(min(limit, len(test))))
+        return part.to(self.device)
+
+    @property
+    def corruptions(self) -> dict[str, Corruption]:
+        """Those of the settings, with "none" in front."""
+        return {name: named_corruption(name) for name in ("none", *self.config.measure.corruptions)}
+
+    def defender(self, count: int) -> ImageSet:
+        """Clean training images of the defender, on the device."""
+        count = min(count, len(self.data.train))
+        return defender_subset(self.data.train, count=count, seed=self.config.seed).to(self.device)
+
+    def trigger(self) -> WatermarkTrigger:
+        """The planted trigger, from its file."""
+        trigger = load_trigger(self.space.path(TRIGGER))
+        if not isinstance(trigger, WatermarkTrigger):
+            raise ValueError(f"expected a watermark trigger in {TRIGGER}, got {type(trigger)}")
+        return trigger.to(self.device).eval()
+
+    def extractor(self) -> UNetExtractor:
+        """The extractor, from its file."""
+        saved = load_checkpoint(self.space.path(EXTRACTOR), kind=UNetExtractor.kind)
+        extractor = UNetExtractor(**saved.config)
+        extractor.load_state_dict(saved.state)
+        return extractor.to(self.device).eval()
+
+    def victim(self, name: str) -> nn.Module:
+        """A trained classifier, from its file."""
+        return load_classifier(self.space.path(_victim_file(name))).to(self.device).eval()
+
+
+def describe_data(study: Study) -> Made:
+    """What the images are."""
+    data = study.data
+    return Made(
+        {
+            "name": data.name,
+            "n_train": len(data.train),
+            "n_test": len(data.test),
+            "n_measured": len(study.test),
+            "classes": list(data.classes),
+            "channels": data.channels,
+            "image_size": data.image_size,
+            "fingerprint": data.fingerprint,
+        }
+    )
+
+
+def train_mark(study: Study, checkpoint: Path) -> Made:
+    """Train injector and extractor together, without labels and without a victim."""
+    config, space = study.config, study.space
+    result = train_jointly(
+        study.data.train.images.to(study.device),
+        config=config.joint,
+        watermark=_watermark(config.watermark, study.data.image_size),
+        seed=config.seed,
+        checkpoint=checkpoint,
+        progress=study.progress,
+    )
+    trigger = WatermarkTrigger(
+        result.injector.cpu(), watermark=result.watermark.cpu(), strength=config.strength
+    )
+    metadata = {"seed": config.seed, "data": study.data.fingerprint}
+    save_trigger(trigger, space.path(TRIGGER), metadata)
+    save_checkpoint(
+        space.path(EXTRACTOR),
+        kind=UNetExtractor.kind,
+        config=result.extractor.config,
+        state=result.extractor.state_dict(),
+        metadata=metadata,
+    )
+    values = {
+        "recipe": config.joint.recipe,
+        "size": config.joint.size,
+        "injector_parameters": parameters(result.injector),
+        "extractor_parameters": parameters(result.extractor),
+        "history": [row._asdict() for row in result.history],
+    }
+    return Made(values, (TRIGGER, EXTRACTOR))
+
+
+def measure_mark(study: Study) -> Made:
+    """How visible the watermark is, what is read back, and whether marked images are told apart."""
+    trigger, extractor, test = study.trigger(), study.extractor(), study.test
+    images = quantize(test.images)
+    poisoned = poisoned_images(trigger, test)
+    values = mark_values(
+        extractor,
+        trigger.watermark,
+        images,
+        poisoned,
+        corruptions=study.corruptions,
+        false_positive_rate=study.config.measure.false_positive_rate,
+        seed=study.config.seed,
+    )
+    shown = images[: study.config.measure.pictures]
+    folder = study.space.folder / "pictures"
+    pictures = watermark_pictures(folder, trigger, extractor, trigger.watermark, shown)
+    files = [pictures["watermark"], *(p for row in pictures["rows"] for p in row.values())]
+    stealth = stealth_values(poisoned, images)
+    return Made({**values, "stealth": stealth, "pictures": pictures}, _names(files))
+
+
+def train_victim(study: Study, name: str, checkpoint: Path) -> Made:
+    """Train the clean or the backdoored victim: one recipe, one seed, one difference."""
+    config, data = study.config, study.data
+    mean, std = DATASET_STATS.get(data.name, (None, None))
+    model = build_classifier(
+        config.victim.model,
+        num_classes=data.num_classes,
+        channels=data.channels,
+        image_size=data.image_size,
+        width=config.victim.width,
+        mean=mean,
+        std=std,
+        seed=config.seed,
+    )
+    attack: dict[str, Any] = {}
+    if name == "backdoored":
+        attack = {
+            "plan": replace(config.plan, seed=config.seed),
+            "trigger": study.trigger(),
+        }
+    history = train_classifier(
+        model,
+        data.train.to(study.device),
+        config=replace(config.train, seed=config.seed),
+        num_classes=data.num_classes,
+        checkpoint=checkpoint,
+        device=study.device,
+        progress=study.progress,
+        **attack,
+    )
+    path = _victim_file(name)
+    metadata = {"seed": config.seed, "data": data.fingerprint, "victim": name}
+    save_classifier(model.cpu(), study.space.path(path), metadata)
+    values = {"parameters": parameters(model), "history": history.to_dict()}
+    return Made(values, (path,))
+
+
+def measure_victims(study: Study) -> Made:
+    """Both victims under every corruption, compared image by image."""
+    rows = {name: _rows(study, study.victim(name)) for name in ("clean", "backdoored")}
+    victims = {
+        name: {c: metrics_values(summarize(found)) for c, found in by_name.items()}
+        for name, by_name in rows.items()
+    }
+    gaps = {
+        c: compare(rows["backdoored"][c].correct, rows["clean"][c].correct)._asdict()
+        for c in study.corruptions
+    }
+    values = {"target": study.config.plan.target, "label_map": study.config.plan.label_map}
+    return Made({**values, "victims": victims, "cda_gap": gaps})
+
+
+def scan_victim(study: Study, defence: str, victim: str) -> Made:
+    """Run one defence on one victim; keep what it found, and a picture for every label."""
+    config, space = study.config, study.space
+    mine = study.defender(config.defence.images)
+    report = DEFENCES[defence].scan(
+        study.victim(victim),
+        mine.images,
+        config=getattr(config, defence),
+        alpha=config.defence.alpha,
+        max_ratio=config.defence.max_ratio,
+        labels=mine.labels,
+        seed=config.seed,
+        progress=study.progress,
+    )
+    folder, prefix = space.folder / "pictures", f"{defence}-{victim}"
+    pictures = {
+        str(label): reversed_picture(folder, f"{prefix}-{label}", trigger, mine.images[:64].cpu())
+        for label, trigger in sorted(report.triggers.items())
+    }
+    values = scan_values(report)
+    chosen = chosen_label(values)
+    files = list(_names(pictures.values()))
+    if chosen is not None:
+        files.append(_reversed_file(defence, victim))
+        save_reversed(report.triggers[chosen].cpu(), space.path(files[-1]))
+    values |= {
+        "defence": defence,
+        "victim": victim,
+        "max_ratio": config.defence.max_ratio,
+        "n_images": len(mine),
+        "true_target": config.plan.target if victim == "backdoored" else None,
+        "pictures": pictures,
+    }
+    return Made(values, files)
+
+
+def clean_victim(study: Study, defence: str) -> Made:
+    """Clean the backdoored victim with the label that the scan named; with none, say so."""
+    config, space = study.config, study.space
+    scan = space.record(f"scan-{defence}-backdoored").values
+    label = chosen_label(scan)
+    if label is None:
+        why = f"the scan named no label ({scan['verdict']}: {scan['reason']})"
+        return Made({"done": False, "why": why, "label": None})
+    mine = study.defender(config.defence.cleaning_images)
+    before = study.victim("backdoored")
+    after = DEFENCES[defence].clean(
+        before,
+        load_reversed(space.path(_reversed_file(defence, "backdoored"))).to(study.device),
+        mine.images,
+        mine.labels,
+        config=getattr(config, f"{defence}_cleaning"),
+        seed=config.seed,
+    )
+    path = f"models/cleaned-{defence}.safetensors"
+    save_classifier(after.cpu(), space.path(path), {"seed": config.seed, "label": label})
+    cleaned = load_classifier(space.path(path)).to(study.device)
+    first, second = (_rows(study, m, only_none=True)["none"] for m in (before, cleaned))
+    counts = first.attacked
+    values = {
+        "done": True,
+        "why": f"the scan named label {label}",
+        "label": label,
+        "other_labels_named": [k for k in scan["suspected"] if k != label],
+        "n_images": len(mine),
+        "before": metrics_values(summarize(first)),
+        "after": metrics_values(summarize(second)),
+        "cda_change": compare(second.correct, first.correct)._asdict(),
+        "asr_change": compare(second.opened[counts], first.opened[counts])._asdict(),
+    }
+    return Made(values, (path,))
+
+
+def chosen_label(scan: Mapping[str, Any]) -> int | None:
+    """The named label that stands out most; None if none was named."""
+    named = [label for label in scan["labels"] if label["label"] in scan["suspected"]]
+    if not named:
+        return None
+    return int(min(named, key=lambda x: (x["p_value"], x["ratio"], x["label"]))["label"])
+
+
+def save_reversed(trigger: nn.Module, path: Path) -> None:
+    """Keep a reversed trigger of either defence.
+
+    Raises:
+        ValueError: Another kind of trigger.
+    """
+    if isinstance(trigger, defense_reverse.ReversedTrigger):
+        defense_reverse.save_reversed(trigger, path)
+    elif isinstance(trigger, defense_nc.InvertedTrigger):
+        save_checkpoint(path, kind=trigger.kind, config=trigger.config, state=trigger.state_dict())
+    else:
+        raise ValueError(f"expected a reversed trigger, got {type(trigger).__name__}")
+
+
+def load_reversed(path: Path) -> nn.Module:
+    """Read what `save_reversed` wrote.
+
+    Raises:
+        CheckpointError: Not such a file.
+    """
+    kinds = (defense_nc.InvertedTrigger.kind, defense_reverse.ReversedTrigger.kind)
+    saved = load_checkpoint(path, kind=kinds)
+    if saved.kind == defense_reverse.ReversedTrigger.kind:
+        return defense_reverse.load_reversed(path)
+    numbers = {name: saved.config[name] for name in ("target", "success_rate", "steps")}
+    return defense_nc.InvertedTrigger(saved.state["mask"], saved.state["pattern"], **numbers)
+
+
+def stage_settings(config: StudyConfig, *sections: str) -> dict[str, Any]:
+    """The parts of the settings that a stage depends on, for its record."""
+    whole = plain(config)
+    return {name: whole[name] for name in ("name", *sections)}
+
+
+def _rows(study: Study, model: nn.Module, *, only_none: bool = False) -> dict[str, Any]:
+    plan = study.config.plan
+    corruptions = study.corruptions
+    return outcomes(
+        model,
+        study.trigger(),
+        study.test,
+        target=plan.target,
+        corruptions={"none": corruptions["none"]} if only_none else corruptions,
+        seed=study.config.seed,
+        label_map=plan.label_map,
+    )
+
+
+def _watermark(path: str | None, size: int) -> Tensor | None:
+    if path is None:
+        return None
+    return to_float(load_image(path, size=size, channels=1)[None])[0]
+
+
+def _victim_file(name: str) -> str:
+    return f"models/victim-{name}.safetensors"
+
+
+def _reversed_file(defence: str, victim: str) -> str:
+    return f"models/reversed-{defence}-{victim}.safetensors"
+
+
+def _names(pictures: Any) -> tuple[str, ...]:
+    return tuple(sorted({f"pictures/{picture['file']}" for picture in pictures}))

@@ -1,0 +1,128 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from wm_inject.checkpoint import load_checkpoint
+from wm_inject.triggers import PatchTrigger, WarpTrigger, save_trigger
+from wm_victim.cli import main
+
+SMALL = ["--data", "digits", "--image-size", "16", "--device", "cpu"]
+TRAIN = ["train", *SMALL, "--width", "8", "--epochs", "2", "--limit", "400"]
+
+
+@pytest.fixture
+def patch(tmp_path: Path) -> Path:
+    path = tmp_path / "patch.safetensors"
+    save_trigger(PatchTrigger(image_size=16, size=4), path)
+    return path
+
+
+def test_train_and_test_agree(
+    tmp_path: Path, patch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new folder" / "victim.safetensors"
+    attack = ["--trigger", str(patch), "--target", "2"]
+    assert main([*TRAIN, "--out", str(out), *attack, "--ratio", "0.2"]) == 0
+    first = capsys.readouterr().out.splitlines()
+    assert main(["test", str(out), "--data", "digits", "--device", "cpu", *attack]) == 0
+    assert capsys.readouterr().out.splitlines() == first[1:]
+    assert first[1].startswith("accuracy") and first[2].startswith("attack success")
+    assert [path.name for path in out.parent.iterdir()] == ["victim.safetensors"]
+    saved = load_checkpoint(out, kind="classifier")
+    assert saved.metadata["attack"]["plan"]["target"] == 2
+    assert saved.metadata["data"]["name"] == "digits"
+    assert len(saved.metadata["history"]["losses"]) == 2
+
+
+def test_the_same_command_writes_the_same_bytes(tmp_path: Path) -> None:
+    outs = [tmp_path / f"{name}.safetensors" for name in ("a", "b")]
+    for out in outs:
+        torch.rand(1)
+        assert main([*TRAIN, "--out", str(out), "--epochs", "1"]) == 0
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+
+
+def test_noise_mode_is_for_triggers_that_offer_it(
+    tmp_path: Path, patch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    warp = tmp_path / "warp.safetensors"
+    save_trigger(WarpTrigger(image_size=16), warp)
+    command = [*TRAIN, "--out", str(tmp_path / "v.safetensors"), "--noise-mode", "--epochs", "1"]
+    assert main([*command, "--trigger", str(warp)]) == 0
+    capsys.readouterr()
+    assert main([*command, "--trigger", str(patch)]) == 1
+    assert "patch trigger has no noise mode" in capsys.readouterr().err
+
+
+def test_a_kept_checkpoint_stays(tmp_path: Path) -> None:
+    kept = tmp_path / "run.safetensors"
+    command = [*TRAIN, "--out", str(tmp_path / "v.safetensors"), "--checkpoint", str(kept)]
+    assert main([*command, "--epochs", "1"]) == 0
+    assert kept.is_file()
+
+
+def test_digits_are_never_mirrored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*TRAIN, "--out", str(tmp_path / "v.safetensors"), "--epochs", "1"]
+    assert main([*command, "--augment", "crop-flip"]) == 1
+    assert "use --augment crop" in capsys.readouterr().err
+    assert main([*command, "--preset", "paper"]) == 0
+    saved = load_checkpoint(tmp_path / "v.safetensors")
+    assert saved.metadata["recipe"]["augment"] == "crop"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["train", "--data", "digits"],
+        [*TRAIN, "--out", "x", "--schedule", "step"],
+        [*TRAIN, "--out", "x", "--noise-mode"],
+    ],
+)
+def test_wrong_usage_exits_64(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 64
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nothing"], "expected a data set"),
+        (["--model", "resnet99"], "expected a classifier"),
+        (["--lr", "-1"], "positive learning rate"),
+        (["--trigger", "missing.safetensors"], "missing.safetensors"),
+    ],
+)
+def test_errors_are_one_line(
+    tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*TRAIN, "--out", str(tmp_path / "v.safetensors"), *arguments]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+
+
+def test_testing_on_other_data_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "v.safetensors"
+    assert main([*TRAIN, "--out", str(out), "--epochs", "1"]) == 0
+    from PIL import Image
+
+    for label in ("a", "b"):
+        for index in range(3):
+            (tmp_path / "folder" / label).mkdir(parents=True, exist_ok=True)
+            Image.new("L", (16, 16)).save(tmp_path / "folder" / label / f"{index}.png")
+    capsys.readouterr()
+    assert main(["test", str(out), "--data", str(tmp_path / "folder")]) == 1
+    assert "with 10 classes, folder has 2" in capsys.readouterr().err
+
+
+def test_help_and_version_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--help"], ["train", "--help"], ["test", "--version"], ["--version"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 0
+    assert "wm-victim 0.1.0" in capsys.readouterr().out

@@ -1,0 +1,64 @@
+"""Speed as a ratio: two ways of doing the same work, taken in turns within one run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import structural_similarity
+
+from wm_inject.export import to_onnx
+from wm_inject.images import to_float, to_pixels
+from wm_inject.runtime import Poisoner
+from wm_inject.stealth import ssim
+from wm_inject.triggers import WarpTrigger
+
+pytestmark = pytest.mark.bench
+ROUNDS = 9
+
+
+def in_turns(ours: Callable[[], object], other: Callable[[], object]) -> float:
+    """Median time of ``other`` over that of ``ours``: above 1, ours is faster."""
+    spent: tuple[list[float], list[float]] = ([], [])
+    for _ in range(ROUNDS):
+        for function, times in zip((ours, other), spent, strict=True):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+    return statistics.median(spent[1]) / statistics.median(spent[0])
+
+
+def record(benchmark, name: str, ours: Callable[[], object], other: Callable[[], object]) -> None:
+    ours(), other()
+    benchmark.extra_info[name] = round(in_turns(ours, other), 3)
+    benchmark.pedantic(ours, rounds=3)
+
+
+def test_ssim_against_scikit_image(benchmark):
+    images, reference = torch.rand(64, 3, 32, 32), torch.rand(64, 3, 32, 32)
+    settings = {"data_range": 1, "channel_axis": 0, "gaussian_weights": True, "sigma": 1.5}
+
+    def other() -> list[float]:
+        pairs = zip(images.numpy(), reference.numpy(), strict=True)
+        return [
+            structural_similarity(a, b, use_sample_covariance=False, **settings) for a, b in pairs
+        ]
+
+    record(benchmark, "ssim_times_scikit_image", lambda: ssim(images, reference), other)
+
+
+def test_exported_warp_against_torch(benchmark, tmp_path):
+    trigger = WarpTrigger(image_size=32)
+    to_onnx(trigger, torch.rand(3, 3, 32, 32), tmp_path / "m.onnx", uint8=True)
+    poisoner = Poisoner(tmp_path / "m.onnx")
+    pixels = np.random.default_rng(0).integers(0, 256, (256, 32, 32, 3), dtype=np.uint8)
+
+    def other() -> np.ndarray:
+        with torch.no_grad():
+            return to_pixels(trigger(to_float(pixels)))
+
+    record(benchmark, "runtime_times_torch", lambda: poisoner(pixels), other)

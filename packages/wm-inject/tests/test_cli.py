@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from wm_inject.__about__ import __version__
+from wm_inject.cli import main
+from wm_inject.images import load_image, save_image, to_float, to_pixels
+from wm_inject.triggers import BlendTrigger, PatchTrigger, WarpTrigger, save_trigger
+
+SIZE = 16
+
+
+@pytest.fixture
+def photos(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), dtype=np.uint8)
+    for name, image in zip("abc", pixels, strict=True):
+        save_image(tmp_path / "photos" / f"{name}.png", image)
+    return tmp_path / "photos"
+
+
+def read(folder) -> np.ndarray:
+    return np.stack([load_image(folder / f"{name}.png") for name in "abc"])
+
+
+def apply(trigger: torch.nn.Module, folder) -> np.ndarray:
+    return to_pixels(trigger(to_float(read(folder))))
+
+
+@pytest.mark.parametrize(
+    ("options", "trigger"),
+    [
+        (["--trigger", "patch", "--patch-size", "4"], PatchTrigger(image_size=SIZE, size=4)),
+        (
+            ["--trigger", "blend", "--alpha", "0.5", "--seed", "3"],
+            BlendTrigger(image_size=SIZE, channels=3, alpha=0.5, seed=3),
+        ),
+        (
+            ["--trigger", "warp", "--strength", "2", "--seed", "4"],
+            WarpTrigger(image_size=SIZE, strength=2.0, seed=4),
+        ),
+    ],
+)
+def test_poison_with_a_built_in_trigger(photos, tmp_path, capsys, options, trigger):
+    out = tmp_path / "out"
+    code = main(
+        ["poison", *options, "--image-size", str(SIZE), "--device", "cpu", *paths(photos, out)]
+    )
+    assert code == 0
+    assert "3 images poisoned" in capsys.readouterr().out
+    assert np.array_equal(read(out), apply(trigger, photos))
+    plan = json.loads((out / "plan.json").read_text())
+    assert plan["trigger"] == {"kind": trigger.kind, "config": trigger.config}
+    assert len(plan["images"]) == 3
+
+
+def paths(*values) -> list[str]:
+    return [str(value) for value in values]
+
+
+def test_save_export_poison_and_measure(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("wm_inject.perceptual.find_lpips_weights", lambda: None)
+    saved, model = tmp_path / "t.safetensors", tmp_path / "t.onnx"
+    trigger = BlendTrigger(image_size=SIZE, channels=3, alpha=0.1)
+    save_trigger(trigger, saved)
+    assert main(["poison", "--checkpoint", *paths(saved, photos, tmp_path / "one")]) == 0
+    assert main(["export", "--uint8", *paths(saved, model)]) == 0
+    assert "at batch sizes 1 and 3 within" in capsys.readouterr().out
+    assert main(["poison", "--onnx", *paths(model, photos, tmp_path / "two")]) == 0
+    assert np.array_equal(read(tmp_path / "one"), read(tmp_path / "two"))
+    plan = json.loads((tmp_path / "two" / "plan.json").read_text())
+    assert plan["trigger"]["config"] == trigger.config
+    capsys.readouterr()
+    report = tmp_path / "s.json"
+    assert main(["stealth", "--json", *paths(report, photos, tmp_path / "two")]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("3 pairs") and "lpips not measured: LPIPS needs" in shown
+    values = json.loads(report.read_text())
+    assert len(values["psnr"]) == 3 and values["lpips"] is None
+    assert values["files"] == ["a.png", "b.png", "c.png"]
+    assert max(values["linf"]) <= 0.1 + 1 / 255
+
+
+def test_export_to_torchscript(tmp_path):
+    saved, out = tmp_path / "t.safetensors", tmp_path / "t.pt"
+    save_trigger(PatchTrigger(image_size=SIZE), saved)
+    assert main(["export", "--channels", "1", *paths(saved, out)]) == 0
+    images = torch.rand(2, 1, SIZE, SIZE)
+    assert torch.equal(torch.jit.load(str(out))(images), PatchTrigger(image_size=SIZE)(images))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["train"],
+        ["poison", "in", "out"],
+        ["poison", "--onnx", "m.onnx", "--trigger", "patch", "in", "out"],
+        ["poison", "--trigger", "patch", "in", "out"],
+        ["poison", "--trigger", "watermark", "in", "out"],
+        ["poison", "--trigger", "patch", "--image-size", "8", "--alpha", "0.1", "in", "out"],
+        ["poison", "--checkpoint", "t", "--image-size", "8", "in", "out"],
+        ["export", "t.safetensors", "t.zip"],
+        ["export", "--uint8", "t.safetensors", "t.pt"],
+        ["stealth", "one"],
+    ],
+)
+def test_usage_errors_exit_64(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 64
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["poison", "--trigger", "patch", "--image-size", "8", "none", "out"],
+        ["poison", "--onnx", "none.onnx", "none", "out"],
+        ["poison", "--checkpoint", "none.safetensors", "none", "out"],
+        ["export", "none.safetensors", "t.onnx"],
+        ["stealth", "none", "none"],
+    ],
+)
+def test_other_errors_are_one_line_and_exit_1(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_a_checkpoint_of_another_kind_is_refused(photos, tmp_path, capsys):
+    saved = tmp_path / "t.safetensors"
+    save_trigger(PatchTrigger(image_size=SIZE), saved)
+    arguments = [
+        "poison",
+        "--trigger",
+        "warp",
+        "--checkpoint",
+        *paths(saved, photos, tmp_path / "o"),
+    ]
+    assert main(arguments) == 1
+    assert "expected a warp trigger, got patch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["poison"], ["export"], ["stealth"]])
+def test_help_and_version(command, capsys):
+    for option in ("--help", "--version"):
+        with pytest.raises(SystemExit) as caught:
+            main([*command, option])
+        assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert "example" in shown and shown.endswith(f"wm-inject {__version__}\n")
+    if not command:
+        assert 'There is no "wm-inject train"' in shown
