@@ -64,3 +64,4 @@ def test_the_base_wheel_brings_numpy_and_pillow_only(dist: Path, tmp_path: Path)
     )
     assert {entry["name"] for entry in json.loads(listing)} == {"wm-inject", "numpy", "pillow"}
     assert "poison" in run(scripts / "wm-inject", "--help", cwd=tmp_path)
+    run(scripts / "python", "-c", "import wm_inject.runtime", cwd=tmp_path)

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from defense_nc import mad_index, outlier_test
 from scipy import stats
+
+from defense_nc import mad_index, outlier_test
 
 TEN = torch.tensor([10.0, 20, 30, 40, 50, 60, 70, 80, 90, 5])
 

@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
-from defense_nc import InvertedTrigger, NCConfig, frozen, invert_trigger
 from torch import nn
+
+from defense_nc import InvertedTrigger, NCConfig, frozen, invert_trigger
 from wm_victim.planted import planted_classifier, planted_images
 
 TARGET = 3
@@ -51,7 +52,7 @@ def test_it_is_a_trigger(found, data):
     out = found(images)
     assert torch.equal(images, kept)
     assert out.shape == images.shape and out.dtype == images.dtype
-    assert 0 <= out.min() and out.max() <= 1
+    assert out.min() >= 0 and out.max() <= 1
     torch.testing.assert_close(
         out, (1 - found.mask) * images + found.mask * found.pattern, rtol=0, atol=1e-6
     )
@@ -154,7 +155,7 @@ def test_every_preset_runs(data, preset):
     config = NCConfig.preset(preset, steps=2, batches=1)
     found = invert_trigger(planted_classifier("patch"), data.images, 0, config=config)
     assert found.mask.shape == (1, 16, 16)
-    assert 0 <= found.mask.min() and found.mask.max() <= 1
+    assert found.mask.min() >= 0 and found.mask.max() <= 1
 
 
 def test_refusals(data):
@@ -169,7 +170,7 @@ def test_refusals(data):
         ((model, images, 1.5), {}, "target"),
         ((model, images, 0), {"labels": data.labels[:5]}, "labels"),
         ((model, images, 0), {"labels": data.labels.float()}, "int64"),
-        ((model, images, 0), {"labels": data.labels + 5}, "0 .. 9"),
+        ((model, images, 0), {"labels": data.labels + 5}, "labels in 0"),
         ((model, images, 0), {"labels": torch.zeros_like(data.labels)}, "other classes"),
         ((nn.Flatten(0), images, 0), {}, "logits"),
         ((lambda x: x, images, 0), {}, "torch module"),

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+
 from defense_nc import InvertedTrigger, Verdict, judge
 
 CLEAN = [41.0, 50, 62, 70, 84, 66, 75, 58, 80]
@@ -113,3 +114,11 @@ ONES = torch.ones(5)
 def test_refusals(scores, rates, settings):
     with pytest.raises(ValueError, match="expected"):
         judge("test", scores, rates, **{"floor": 0.9, **settings})
+
+
+def test_half_of_the_labels_must_be_reached() -> None:
+    scores = torch.tensor([10.0, 11, 12, 13, 10, 11, 12, 13, 10, 11])
+    rates = torch.tensor([1.0] * 4 + [0.0] * 6)
+    report = judge("nc", scores, rates, floor=0.9)
+    assert report.verdict is Verdict.INCONCLUSIVE
+    assert "needs 5" in report.reason

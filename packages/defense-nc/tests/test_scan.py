@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
-from defense_nc import NCConfig, Verdict, scan
 from torch import nn
+
+from defense_nc import NCConfig, Verdict, invert_trigger, scan
 from wm_inject.images import quantize
 from wm_victim.planted import planted_classifier, planted_images, planted_trigger
 
@@ -30,11 +31,6 @@ def backdoored(data):
     return scanned("patch", data)
 
 
-@pytest.fixture(scope="module")
-def clean(data):
-    return scanned("clean", data)
-
-
 def test_the_planted_patch_is_named(backdoored):
     assert backdoored.verdict is Verdict.BACKDOORED
     assert backdoored.suspected == (TARGET,)
@@ -43,14 +39,15 @@ def test_the_planted_patch_is_named(backdoored):
     assert f"label {TARGET}" in backdoored.reason
 
 
-def test_nothing_is_named_in_the_clean_control(clean):
+def test_nothing_is_named_in_the_clean_control(data):
+    clean = scanned("clean", data)
     assert clean.verdict is Verdict.CLEAN
     assert clean.suspected == ()
     assert sum(label.converged for label in clean.labels) >= 8
 
 
 def test_a_channel_shift_has_no_small_mask(data):
-    """Neural Cleanse is not made for it: no label becomes cheap, whatever else the scan says.
+    """Neural Cleanse is not made for it: the target is no cheaper than other labels.
 
     The planted channel shift is real (it flips every image), so this is a miss, and a known one.
     """
@@ -59,9 +56,11 @@ def test_a_channel_shift_has_no_small_mask(data):
     with torch.no_grad():
         flipped = model(quantize(planted_trigger("channel")(others))).argmax(1) == TARGET
     assert flipped.float().mean() > 0.99
-    report = scanned("channel", data)
-    assert report.labels[TARGET].ratio > 0.5
-    assert TARGET not in report.suspected
+    norms = [
+        invert_trigger(model, data.images, label, config=FAST, labels=data.labels).l1_norm
+        for label in (TARGET, 5, 7)
+    ]
+    assert norms[0] > 0.5 * sum(norms[1:]) / 2
 
 
 def test_the_report_holds_everything(backdoored, data):
@@ -115,7 +114,7 @@ def test_refusals(data):
         (images - 1, {}, r"\[0, 1\]"),
         (images[:0], {}, "empty"),
         (images, {"labels": data.labels[:3]}, "labels"),
-        (images, {"labels": data.labels + 1}, "0 .. 9"),
+        (images, {"labels": data.labels + 1}, "labels in 0"),
         (images, {"labels": torch.zeros_like(data.labels)}, "other classes"),
         (images, {"alpha": 0.0}, "alpha"),
         (images, {"max_ratio": 1.5}, "max_ratio"),

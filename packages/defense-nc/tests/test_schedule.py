@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from defense_nc import CostSchedule, NCConfig
 
 PAPER = NCConfig.preset("paper", patience=2)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from wm_eval.pictures import save_picture
 from wm_eval.records import Record, write_record
 
@@ -133,6 +134,7 @@ def study(tmp_path: Path) -> Path:
             "label": 0,
             "before": metrics(0.965, 0.99),
             "after": metrics(0.96, 0.01),
+            "control": metrics(0.96, 0.6),
             "cda_change": difference(-0.005),
             "asr_change": difference(-0.98),
         },

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from wm_eval import cli
 from wm_eval.__about__ import __version__
 

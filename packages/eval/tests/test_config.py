@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from wm_eval.config import (
     DefenceConfig,
     MeasureConfig,
@@ -93,7 +94,7 @@ def test_other_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected a study in"):
         study_preset("all")
     for wrong in ({"false_positive_rate": 0.5}, {"pictures": 0}):
-        with pytest.raises(ValueError, match="^expected "):
+        with pytest.raises(ValueError, match=r"^expected "):
             MeasureConfig(**wrong)
     with pytest.raises(ValueError, match="at least 1 image"):
         DefenceConfig(images=0)

@@ -9,17 +9,19 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from defense_nc import InvertedTrigger, NCConfig, UnlearnConfig, judge
 from defense_reverse import ReverseConfig
-from torch import nn
 from wm_eval import stages
 from wm_eval.config import DefenceConfig, MeasureConfig, StudyConfig, VictimConfig
 from wm_eval.experiment import run_study
 from wm_eval.stages import Defence, chosen_label
 from wm_extract import JointConfig, JointLosses, JointResult, UNetExtractor
-from wm_inject import ViTInjector, default_watermark
+from wm_inject import ViTInjector, default_watermark, save_image
 from wm_victim import TrainConfig, TrainHistory
 
 STAGES = [
@@ -36,12 +38,14 @@ STAGES = [
     "victim-clean",
     "watermark",
 ]
+# The second cleaning is the control.
+SCANNED = ["scan", "scan", "cleaning", "cleaning"]
 TINY = StudyConfig(
     name="tiny",
     joint=JointConfig(iterations=2, depth=1, decoder_depth=1, extractor_width=4),
     victim=VictimConfig(width=8),
     train=TrainConfig(epochs=1, batch_size=64, precision="float32"),
-    measure=MeasureConfig(corruptions=("rotation",), limit=120, pictures=2),
+    measure=MeasureConfig(corruptions=("rotation",), limit=100, pictures=2),
     defence=DefenceConfig(images=64, cleaning_images=64),
     nc=NCConfig(steps=2, batches=1),
     reverse=ReverseConfig(width=4, depth=1, pretrain_steps=2, steps=2),
@@ -96,7 +100,7 @@ class Fakes:
 
     def clean(self, model, trigger, images, labels, *, config, seed):
         self.called("cleaning")
-        assert isinstance(trigger, InvertedTrigger)
+        assert isinstance(trigger, InvertedTrigger | stages.NoTrigger)
         return copy.deepcopy(model)
 
 
@@ -104,7 +108,7 @@ def study_bytes(folder: Path) -> dict[str, bytes]:
     keep = [*folder.glob("records/*.json"), *folder.rglob("*.png"), *folder.glob("*.html")]
     return {
         str(p.relative_to(folder)): p.read_bytes()
-        for p in keep + [*folder.rglob("*.safetensors")]
+        for p in [*keep, *folder.rglob("*.safetensors")]
         if not p.name.endswith(".env.json")
     }
 
@@ -118,10 +122,10 @@ def test_every_stage_leaves_a_record_and_is_done_once(
     fakes = Fakes(monkeypatch, named=4)
     result = run_study(CONFIG, tmp_path, progress=False)
     assert sorted(result.records) == STAGES
-    assert fakes.calls == ["joint", "clean", "backdoored", *["scan", "scan", "cleaning"] * 2]
+    assert fakes.calls == ["joint", "clean", "backdoored", *SCANNED, *SCANNED]
     first = study_bytes(tmp_path)
     again = run_study(CONFIG, tmp_path, progress=False)
-    assert len(fakes.calls) == 9 and study_bytes(tmp_path) == first
+    assert len(fakes.calls) == 11 and study_bytes(tmp_path) == first
     assert again.records == result.records
     assert "http" not in result.report.read_text(encoding="utf-8").replace("http-equiv", "")
     for path in tmp_path.glob("records/*.json"):
@@ -151,18 +155,20 @@ def test_a_wrong_label_is_cleaned_with_as_the_scan_named_it(
     assert values["before"] == values["after"] and values["cda_change"]["value"] == 0
 
 
-@pytest.mark.parametrize("kill", ["backdoored", "cleaning"])
 def test_a_killed_study_ends_with_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Fakes(monkeypatch, named=4)
     run_study(CONFIG, tmp_path / "whole", progress=False)
-    killed = Fakes(monkeypatch, named=4, kill=kill)
-    with pytest.raises(KeyboardInterrupt):
-        run_study(CONFIG, tmp_path / "killed", progress=False)
+    calls = 0
+    for kill in ("backdoored", "cleaning"):
+        killed = Fakes(monkeypatch, named=4, kill=kill)
+        with pytest.raises(KeyboardInterrupt):
+            run_study(CONFIG, tmp_path / "killed", progress=False)
+        calls += len(killed.calls) - 1  # the call that died is made again
     rest = Fakes(monkeypatch, named=4)
     run_study(CONFIG, tmp_path / "killed", progress=False)
-    assert len(killed.calls) + len(rest.calls) == 9 + 1
+    assert calls + len(rest.calls) == 11
     assert study_bytes(tmp_path / "killed") == study_bytes(tmp_path / "whole")
 
 
@@ -173,7 +179,7 @@ def test_other_settings_do_again_what_they_touch_and_no_more(
     run_study(CONFIG, tmp_path, progress=False)
     fakes.calls.clear()
     run_study(replace(CONFIG, nc=NCConfig(steps=3)), tmp_path, progress=False)
-    assert fakes.calls == ["scan", "scan", "cleaning"]
+    assert fakes.calls == SCANNED
 
 
 def test_a_target_that_is_no_class_is_refused_at_once(tmp_path: Path) -> None:
@@ -183,6 +189,23 @@ def test_a_target_that_is_no_class_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected device"):
         run_study(TINY, tmp_path, device="tpu")
     assert not list(tmp_path.iterdir())
+
+
+def test_another_picture_under_the_same_name_is_trained_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = tmp_path / "mark.png"
+    config = replace(CONFIG, watermark=str(picture))
+    with pytest.raises(ValueError, match="expected a file at"):
+        run_study(config, tmp_path / "study", progress=False)
+    fakes = Fakes(monkeypatch, named=None)
+    for shade, times in ((0, 1), (0, 1), (90, 2)):
+        pixels = np.zeros((32, 32, 1), np.uint8)
+        pixels[8:24, 8:24] = 255
+        pixels[0, 0] = shade
+        save_image(picture, pixels)
+        run_study(config, tmp_path / "study", progress=False)
+        assert fakes.calls.count("joint") == times
 
 
 def test_the_most_unusual_named_label_is_chosen() -> None:

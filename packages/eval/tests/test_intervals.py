@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from scipy import stats
+
 from wm_eval.intervals import exact_interval, exact_lower, exact_upper, paired_difference, wilson
 
 COUNTS = [(0, 1), (1, 1), (0, 300), (3, 299), (150, 300), (299, 300), (300, 300), (9812, 10000)]
@@ -66,7 +67,7 @@ def test_paired_difference_covers_the_truth_about_as_often_as_it_says() -> None:
 @pytest.mark.parametrize("function", [wilson, exact_interval, exact_upper, exact_lower])
 @pytest.mark.parametrize("bad", [(-1, 3), (4, 3), (0, 0), (0.5, 3), (True, 3), (1, 2.0)])
 def test_counts_that_make_no_sense_are_refused(function, bad) -> None:
-    with pytest.raises(ValueError, match="^expected "):
+    with pytest.raises(ValueError, match=r"^expected "):
         function(*bad)
 
 

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from defense_nc import judge
 from torch import Tensor
+
+from defense_nc import judge
 from wm_eval.measure import mark_values, metrics_values, scan_values, stealth_values
 from wm_eval.records import canonical_json
 from wm_eval.robustness import Outcomes, summarize

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from defense_nc import InvertedTrigger
 from wm_eval.pictures import amplified, residual_gain, reversed_picture, save_picture
 from wm_inject import PatchTrigger, load_image

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from wm_eval.records import (
     Record,
     canonical_json,
@@ -78,7 +79,7 @@ def test_read_records_leaves_the_environment_out(tmp_path: Path) -> None:
     ],
 )
 def test_content_that_is_no_record_is_refused(changes: dict) -> None:
-    with pytest.raises(ValueError, match="^expected "):
+    with pytest.raises(ValueError, match=r"^expected "):
         record(**changes)
 
 

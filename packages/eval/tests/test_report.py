@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+
 from wm_eval.records import read_records, write_text
 from wm_eval.report import render_report
 from wm_eval.summary import headline, story
@@ -75,7 +76,7 @@ def test_the_page_is_accessible_and_follows_the_light(study: Path) -> None:
 def test_every_part_of_the_story_is_there(study: Path) -> None:
     _, page = read(study)
     for part in (
-        "Planted: a watermark at 40.0 dB",
+        "Planted: with a watermark at 40.0 dB",
         "change is multiplied by 10",
         "Is this image marked?",
         "absent: no weights",
@@ -105,6 +106,16 @@ def test_an_unfinished_study_has_a_page_too(study: Path) -> None:
     assert "<svg" not in text
 
 
+def test_an_attack_that_failed_is_not_called_planted(study: Path) -> None:
+    path = study / "records" / "robustness.json"
+    content = json.loads(path.read_text())
+    none = content["values"]["victims"]["backdoored"]["none"]
+    none |= {"asr": 0.085, "asr_interval": [0.05, 0.13], "ftr": 0.06, "ftr_interval": [0.03, 0.1]}
+    write_text(path, json.dumps(content))
+    _, page = read(study)
+    assert "Not planted: with a watermark at 40.0 dB, 8.5 %" in page.text
+
+
 def test_only_one_victim_scanned_is_drawn_too(study: Path) -> None:
     (study / "records" / "scan-nc-backdoored.json").unlink()
     assert "Neural Cleanse, clean victim" in read(study)[1].text
@@ -121,7 +132,7 @@ def test_a_picture_that_is_missing_or_elsewhere_is_refused(study: Path, file: st
     content = json.loads(path.read_text())
     content["values"]["pictures"]["watermark"]["file"] = file
     write_text(path, json.dumps(content))
-    with pytest.raises(ValueError, match="^expected the picture"):
+    with pytest.raises(ValueError, match=r"^expected the picture"):
         render_report(study)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score
 from torch import Tensor, nn
+
 from wm_eval.robustness import (
     Outcomes,
     balanced_bit_accuracy,
@@ -202,7 +203,7 @@ def test_knowing_nothing_earns_a_half_and_the_mark_itself_one() -> None:
 )
 def test_evaluate_refuses(bad: dict) -> None:
     given: dict = {"target": 2, "corruptions": {"none": identity}, "test": test_set(), **bad}
-    with pytest.raises(ValueError, match="^expected "):
+    with pytest.raises(ValueError, match=r"^expected "):
         evaluate(Oracle(), stamp, given.pop("test"), **given)
 
 
@@ -221,7 +222,7 @@ def test_evaluate_refuses(bad: dict) -> None:
     ],
 )
 def test_balanced_bit_accuracy_refuses(estimate, mark) -> None:
-    with pytest.raises(ValueError, match="^expected "):
+    with pytest.raises(ValueError, match=r"^expected "):
         balanced_bit_accuracy(estimate, mark)
 
 

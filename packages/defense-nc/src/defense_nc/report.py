@@ -108,8 +108,9 @@ def judge(
         seed: The scan's seed.
 
     Returns:
-        backdoored: some label is suspected. inconclusive: fewer than four labels converged, or a
-        label is significant yet not far below the median. clean: neither.
+        backdoored: some label is suspected. inconclusive: fewer than four labels, or fewer than
+        half of them, converged; or a label is significant yet not far below the median. clean:
+        neither.
 
     Raises:
         ValueError: Wrong type, shape, dtype or range.
@@ -123,7 +124,7 @@ def judge(
     converged = int(reached.sum())
     if test.suspected:
         verdict = Verdict.BACKDOORED
-    elif converged < MIN_CONVERGED or float(test.p_values.min()) <= alpha:
+    elif converged < _needed(len(scores)) or float(test.p_values.min()) <= alpha:
         verdict = Verdict.INCONCLUSIVE
     else:
         verdict = Verdict.CLEAN
@@ -175,6 +176,11 @@ def _check(scores: Tensor, rates: Tensor, *, floor: float, alpha: float, max_rat
         )
 
 
+def _needed(count: int) -> int:
+    """How many of ``count`` labels must converge: a target may hide among those that did not."""
+    return max(MIN_CONVERGED, (count + 1) // 2)
+
+
 def _paper(scores: Tensor) -> tuple[AnomalyIndex, AnomalyIndex]:
     """The papers' rule with both medians; nothing stands out among two labels."""
     if len(scores) < 3:
@@ -209,10 +215,10 @@ def _reason(
             for i in test.suspected
         )
         return f"Much less than for the other labels is enough to reach {told}."
-    if converged < MIN_CONVERGED:
+    if converged < _needed(count):
         return (
             f"Only {converged} of {count} labels reached a success rate of {floor:g}, "
-            f"and a comparison needs {MIN_CONVERGED}."
+            f"and a comparison needs {_needed(count)}."
         )
     low = int(torch.where(reached, test.p_values, math.inf).argmin())
     figures = (

@@ -69,10 +69,12 @@ def scan(
         for label in show_progress(range(num_classes), desc="labels", enabled=progress):
             trigger = invert_trigger(model, images, label, config=config, labels=labels, seed=seed)
             triggers[label] = trigger.cpu()
+    scores = [trigger.l1_norm for trigger in triggers.values()]
+    success_rates = [trigger.success_rate for trigger in triggers.values()]
     return judge(
         "neural-cleanse",
-        torch.tensor([trigger.l1_norm for trigger in triggers.values()]).double(),
-        torch.tensor([trigger.success_rate for trigger in triggers.values()]).double(),
+        torch.tensor(scores, dtype=torch.float64),
+        torch.tensor(success_rates, dtype=torch.float64),
         floor=config.floor,
         alpha=alpha,
         max_ratio=max_ratio,

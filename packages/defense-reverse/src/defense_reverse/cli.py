@@ -176,9 +176,7 @@ def _clean(args: argparse.Namespace) -> int:
     model, data = _open(args)
     report = _report(args, model, data)
     if not report.suspected:
-        raise ValueError(
-            f"not cleaned: no label was named ({report.verdict.value}): {report.reason}"
-        )
+        raise ValueError(f"not cleaned, the verdict is {report.verdict.value}: {report.reason}")
     device = next(model.parameters()).device
     count = args.clean_images or max(2, len(data.train) // 20)
     known: ImageSet = defender_subset(data.train, count=count, seed=args.seed)

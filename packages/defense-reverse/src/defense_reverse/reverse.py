@@ -33,6 +33,7 @@ class _Found(NamedTuple):
     state: dict[str, Tensor]
 
 
+@torch.enable_grad()
 def pretrain(
     images: Tensor, *, config: ReverseConfig | None = None, seed: int = 0, progress: bool = False
 ) -> UNetGenerator:
@@ -67,7 +68,7 @@ def pretrain(
     for _ in show_progress(range(config.pretrain_steps), desc="pre-train", enabled=progress):
         batch = next(batches)
         _step(optimizer, reconstruction(_generate(generator, batch, config), batch))
-    return generator.eval()
+    return generator.to(memory_format=torch.contiguous_format).eval()
 
 
 def reverse_engineer(
@@ -121,7 +122,8 @@ def reverse_engineer(
         found = _search(
             model, others, target, config=config, start=start, seed=seed, progress=progress
         )
-    generator = copy.deepcopy(start)
+    # Contiguous weights, as in a file: the same bits before saving and after loading.
+    generator = copy.deepcopy(start).to(memory_format=torch.contiguous_format)
     generator.load_state_dict(found.state)
     return ReversedTrigger(
         generator, target=target, success_rate=found.success_rate, residual_norm=found.residual
@@ -142,6 +144,7 @@ def _other_classes(model: nn.Module, images: Tensor, labels: Tensor | None, targ
     return others
 
 
+@torch.enable_grad()
 def _search(
     model: nn.Module,
     images: Tensor,

@@ -1,4 +1,4 @@
-"""Measure attacks and defences: robustness tables, records, reports, and the command that runs a whole study.
+"""Measure attacks and defences: robustness tables, records, reports, and whole studies.
 
 The names below are imported when they are first used, so that the command line answers at once.
 """
@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 _MODULES = {
     "config": "DataConfig DefenceConfig MeasureConfig StudyConfig VictimConfig load_study",
     "experiment": "StudyResult run_study",
-    "intervals": "Difference Interval exact_interval exact_lower exact_upper paired_difference wilson",
+    "intervals": "Difference Interval exact_interval exact_lower exact_upper paired_difference"
+    " wilson",
     "presets": "study_preset",
     "records": "Record read_record read_records write_record",
     "report": "render_report",

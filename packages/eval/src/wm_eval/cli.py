@@ -9,9 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wm_inject.cli_common import Parser, add_common, resolve_device, run_cli
-
 from wm_eval.__about__ import __version__
+from wm_inject.cli_common import Parser, add_common, resolve_device, run_cli
 
 if TYPE_CHECKING:
     from wm_eval.config import StudyConfig

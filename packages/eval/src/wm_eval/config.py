@@ -10,7 +10,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,11 +31,20 @@ class DataConfig:
         name: A name, folder or .npz file that `wm_victim.load_dataset` takes.
         image_size: Resize to this side, in pixels; the set's own if None.
         limit: Use only this many training images; all if None.
+
+    Raises:
+        ValueError: A size or limit below 1.
     """
 
     name: str = "digits"
     image_size: int | None = None
     limit: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"expected {name} >= 1, got {value}")
 
 
 @dataclass(frozen=True)
@@ -45,10 +54,17 @@ class VictimConfig:
     Args:
         model: A name that `wm_victim.build_classifier` takes.
         width: Base width; the architecture's own if None.
+
+    Raises:
+        ValueError: A width below 1.
     """
 
     model: str = "resnet10"
     width: int | None = 16
+
+    def __post_init__(self) -> None:
+        if self.width is not None and self.width < 1:
+            raise ValueError(f"expected width >= 1, got {self.width}")
 
 
 @dataclass(frozen=True)
@@ -137,18 +153,18 @@ class StudyConfig:
     name: str = "study"
     seed: int = 0
     data: DataConfig = DataConfig()
-    joint: JointConfig = JointConfig()
+    joint: JointConfig = field(default_factory=JointConfig)
     watermark: str | None = None
     strength: float = 1.0
-    plan: PoisonPlan = PoisonPlan()
+    plan: PoisonPlan = field(default_factory=PoisonPlan)
     victim: VictimConfig = VictimConfig()
-    train: TrainConfig = TrainConfig()
+    train: TrainConfig = field(default_factory=TrainConfig)
     measure: MeasureConfig = MeasureConfig()
     defence: DefenceConfig = DefenceConfig()
-    nc: NCConfig = NCConfig()
-    reverse: ReverseConfig = ReverseConfig()
-    nc_cleaning: UnlearnConfig = UnlearnConfig()
-    reverse_cleaning: UnlearnConfig = UnlearnConfig()
+    nc: NCConfig = field(default_factory=NCConfig)
+    reverse: ReverseConfig = field(default_factory=ReverseConfig)
+    nc_cleaning: UnlearnConfig = field(default_factory=UnlearnConfig)
+    reverse_cleaning: UnlearnConfig = field(default_factory=UnlearnConfig)
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -268,9 +284,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         return float(value)
     elif hint is Path and isinstance(value, str):
         return Path(value)
-    elif hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    elif hint is Any or (hint in (bool, str) and isinstance(value, hint)):
+    elif hint is Any or (hint in (bool, int, str) and type(value) is hint):
         return value
     wanted = getattr(hint, "__name__", None) if origin is None else None
     raise ValueError(f"expected {wanted or hint} for {where}, got {value!r}")

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-import defense_nc
-import defense_reverse
 from defense_nc import NCConfig
 from defense_reverse import ReverseConfig, detection_case
 from wm_eval.config import plain
 from wm_eval.measure import metrics_values, scan_values
 from wm_eval.robustness import outcomes, summarize
+from wm_eval.stages import DEFENCES
 from wm_eval.workspace import Made, Workspace
 from wm_extract import Identity
 from wm_inject import CoTraining, PatchTrigger, PoisonPlan, WarpTrigger
@@ -108,7 +108,6 @@ def run_detection(
     """
     data = load_dataset(config.data, limit=config.limit)
     settings = plain(config)
-    defences = {"nc": defense_nc.scan, "reverse": defense_reverse.scan}
     for seed in config.seeds:
         space = Workspace(Path(out), seed, data.fingerprint, device, say)
         for attack in config.attacks:
@@ -118,18 +117,16 @@ def run_detection(
                 f"victim-{name}",
                 train | {"attack": attack},
                 (),
-                lambda at, a=attack, s=space: _victim(config, data, s, a, at, progress),
+                partial(_victim, config, data, space, attack, progress),
             )
-            for defence, scan in defences.items():
+            for defence in DEFENCES:
                 if getattr(config, defence) is None:
                     continue
                 space.stage(
                     f"scan-{defence}-{name}",
                     {"images": config.images, "settings": settings[defence]},
                     (f"victim-{name}",),
-                    lambda _, d=defence, f=scan, a=attack, s=space: _scan(
-                        config, data, s, d, f, a, progress
-                    ),
+                    partial(_scan, config, data, space, defence, attack, progress),
                 )
     return Path(out) / "records"
 
@@ -139,8 +136,8 @@ def _victim(
     data: Dataset,
     space: Workspace,
     attack: str,
-    checkpoint: Path,
     progress: bool,
+    checkpoint: Path,
 ) -> Made:
     seed = space.seed
     mean, std = DATASET_STATS.get(data.name, (None, None))
@@ -193,13 +190,13 @@ def _scan(
     data: Dataset,
     space: Workspace,
     defence: str,
-    scan: Callable[..., defense_nc.ScanReport],
     attack: str,
     progress: bool,
+    _: Path,
 ) -> Made:
     model = load_classifier(space.path(f"models/victim-{attack}-{space.seed}.safetensors"))
     mine = defender_subset(data.train, count=config.images, seed=space.seed).to(space.device)
-    report = scan(
+    report = DEFENCES[defence].scan(
         model.to(space.device),
         mine.images,
         labels=mine.labels,

@@ -9,10 +9,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from wm_victim import load_dataset
 
 from wm_eval.config import StudyConfig as StudyConfig
 from wm_eval.config import load_study as load_study
@@ -20,7 +19,6 @@ from wm_eval.records import Record, hardware, read_records
 from wm_eval.report import render_report
 from wm_eval.stages import (
     DEFENCES,
-    Study,
     clean_victim,
     describe_data,
     measure_mark,
@@ -30,7 +28,9 @@ from wm_eval.stages import (
     train_mark,
     train_victim,
 )
-from wm_eval.workspace import Workspace
+from wm_eval.study import Study
+from wm_eval.workspace import Made, Workspace, file_digest
+from wm_victim import load_dataset
 
 ATTACK = ("data", "joint", "watermark", "strength")
 
@@ -94,7 +94,9 @@ def _stages(study: Study) -> None:
         return stage_settings(study.config, *sections)
 
     do("data", settings("data", "measure"), (), lambda _: describe_data(study))
-    do("injector", settings(*ATTACK), ("data",), lambda at: train_mark(study, at))
+    # A picture may change under its name; the injector depends on what is in it.
+    mark = {"watermark_sha256": file_digest(study.config.watermark)}
+    do("injector", settings(*ATTACK) | mark, ("data",), lambda at: train_mark(study, at))
     do("watermark", settings("measure"), ("injector",), lambda _: measure_mark(study))
     training = ("data", "victim", "train")
     do(
@@ -121,14 +123,22 @@ def _stages(study: Study) -> None:
                 f"scan-{defence}-{victim}",
                 settings("defence", defence, "plan"),
                 (f"victim-{victim}",),
-                lambda _, d=defence, v=victim: scan_victim(study, d, v),
+                partial(_scan, study, defence, victim),
             )
         do(
             f"cleaning-{defence}",
             settings("defence", f"{defence}_cleaning", "measure", "plan"),
             ("injector", "victim-backdoored", f"scan-{defence}-backdoored"),
-            lambda _, d=defence: clean_victim(study, d),
+            partial(_clean, study, defence),
         )
+
+
+def _scan(study: Study, defence: str, victim: str, _: Path) -> Made:
+    return scan_victim(study, defence, victim)
+
+
+def _clean(study: Study, defence: str, _: Path) -> Made:
+    return clean_victim(study, defence)
 
 
 def _stderr(line: str) -> None:

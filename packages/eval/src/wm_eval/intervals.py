@@ -128,7 +128,7 @@ def paired_difference(
         level: The coverage aimed at, in (0, 1).
 
     Returns:
-        The rate of the first minus the rate of the second as measured, and the interval, in [-1, 1].
+        The first rate minus the second as measured, and the interval, in [-1, 1].
 
     Raises:
         ValueError: Counts that are not whole or do not fit each other, or a level outside (0, 1).

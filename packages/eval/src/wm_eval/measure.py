@@ -7,14 +7,14 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from defense_nc import ScanReport, mad_index
 from torch import Tensor, nn
+
+from defense_nc import ScanReport, mad_index
+from wm_eval.intervals import exact_lower, exact_upper
+from wm_eval.robustness import Metrics, constant_score, corrupt_alike, stream
 from wm_extract import Corruption, MarkDetector, UNetExtractor, balanced_bit_accuracy
 from wm_inject import Lpips, LpipsUnavailable, Trigger, linf, psnr, quantize, ssim
 from wm_victim import ImageSet
-
-from wm_eval.intervals import exact_lower, exact_upper
-from wm_eval.robustness import Metrics, constant_score, corrupt_alike, stream
 
 BATCH = 256
 
@@ -58,8 +58,8 @@ def mark_values(
 ) -> dict[str, Any]:
     """Bit accuracy under each corruption, and whether marked and unmarked images are told apart.
 
-    The threshold is chosen on every other unmarked image, from the first; all counts come from the
-    images in between, marked and unmarked, which chose nothing.
+    The threshold is chosen on every other image, from the first, unmarked and marked; all counts
+    come from the images in between, which chose nothing.
 
     Args:
         extractor: In eval mode.
@@ -76,10 +76,14 @@ def mark_values(
     if "none" not in corruptions:
         raise ValueError('expected the corruption "none" among those to measure')
     detector = MarkDetector.calibrate(
-        extractor, watermark, images[0::2], false_positive_rate=false_positive_rate
+        extractor,
+        watermark,
+        images[0::2],
+        marked=poisoned[0::2],
+        false_positive_rate=false_positive_rate,
     )
     held_out = torch.arange(len(images)) % 2 == 1
-    bits = {}
+    bits: dict[str, dict[str, Any]] = {}
     for name, corruption in corruptions.items():
         generator = torch.Generator().manual_seed(stream(seed, name))
         plain, marked = corrupt_alike(corruption, generator, images, poisoned)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
 from wm_inject import quantize, save_image, to_pixels
 
 GAINS = (1, 2, 5, 10, 20, 50)
@@ -31,7 +32,7 @@ def residual_gain(change: Tensor) -> int:
 
 
 def amplified(change: Tensor, gain: int) -> Tensor:
-    """A signed change as a picture: grey where nothing changed, ``gain`` times the change beside it."""
+    """A signed change as a picture, times ``gain``: grey where nothing changed."""
     return (0.5 + gain * change).clamp(0, 1)
 
 

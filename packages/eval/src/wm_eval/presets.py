@@ -10,11 +10,10 @@ from collections.abc import Callable
 
 from defense_nc import NCConfig, UnlearnConfig
 from defense_reverse import ReverseConfig
+from wm_eval.config import DataConfig, DefenceConfig, MeasureConfig, StudyConfig, VictimConfig
 from wm_extract import JointConfig
 from wm_inject import PoisonPlan
 from wm_victim import TrainConfig
-
-from wm_eval.config import DataConfig, DefenceConfig, MeasureConfig, StudyConfig, VictimConfig
 
 
 def demo() -> StudyConfig:
@@ -22,10 +21,10 @@ def demo() -> StudyConfig:
     return StudyConfig(
         name="demo",
         data=DataConfig(name="digits"),
-        joint=JointConfig.preset("robust"),
+        joint=JointConfig.preset("robust", iterations=600, psnr_floor=39.0),
         plan=PoisonPlan(ratio=0.1, target=0),
         victim=VictimConfig(model="resnet10", width=16),
-        train=TrainConfig.preset("fast", epochs=10),
+        train=TrainConfig.preset("fast", epochs=8),
         measure=MeasureConfig(),
         defence=DefenceConfig(images=300, cleaning_images=600),
         nc=NCConfig.preset("fast"),
@@ -40,7 +39,7 @@ def cifar10() -> StudyConfig:
     return StudyConfig(
         name="cifar10",
         data=DataConfig(name="cifar10", limit=20_000),
-        joint=JointConfig.preset("robust", iterations=3000, psnr_floor=36.5),
+        joint=JointConfig.preset("robust", iterations=2500, psnr_floor=36.6),
         plan=PoisonPlan(ratio=0.1, target=0),
         victim=VictimConfig(model="resnet10", width=16),
         train=TrainConfig.preset("fast", epochs=8),

@@ -1,4 +1,4 @@
-"""Records: the one place where numbers live. Tables and reports are rendered from them, never typed.
+"""Records: where numbers live. Tables and reports are rendered from them, never typed.
 
 A record is a JSON file of what was measured, with which settings, seed, data and versions. It is
 canonical (sorted keys, floats to nine significant digits, a newline at the end), so that a run that

@@ -14,12 +14,12 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from wm_eval.intervals import Difference, Interval, paired_difference, wilson
 from wm_extract import Corruption, balanced_bit_accuracy
 from wm_inject import Trigger, check_labels, quantize
 from wm_inject.vit import check_watermark
 from wm_victim import ImageSet
-
-from wm_eval.intervals import Difference, Interval, paired_difference, wilson
 
 __all__ = [
     "LABEL_MAPS",

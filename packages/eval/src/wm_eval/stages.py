@@ -3,36 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor, nn
+
 import defense_nc
 import defense_reverse
-import torch
-from torch import Tensor, nn
-from wm_extract import Corruption, UNetExtractor, named_corruption, train_jointly
-from wm_inject import (
-    WatermarkTrigger,
-    load_checkpoint,
-    load_image,
-    load_trigger,
-    quantize,
-    save_checkpoint,
-    save_trigger,
-    to_float,
-)
-from wm_victim import (
-    DATASET_STATS,
-    Dataset,
-    ImageSet,
-    build_classifier,
-    defender_subset,
-    load_classifier,
-    save_classifier,
-    train_classifier,
-)
-
 from wm_eval.config import StudyConfig, plain
 from wm_eval.measure import (
     mark_values,
@@ -44,9 +22,42 @@ from wm_eval.measure import (
 )
 from wm_eval.pictures import reversed_picture, watermark_pictures
 from wm_eval.robustness import compare, outcomes, summarize
-from wm_eval.workspace import Made, Workspace
+from wm_eval.study import (
+    EXTRACTOR,
+    TRIGGER,
+    Study,
+    load_reversed,
+    reversed_file,
+    save_reversed,
+    victim_file,
+)
+from wm_eval.workspace import Made
+from wm_extract import UNetExtractor, train_jointly
+from wm_inject import (
+    WatermarkTrigger,
+    load_image,
+    quantize,
+    save_checkpoint,
+    save_trigger,
+    to_float,
+)
+from wm_victim import (
+    DATASET_STATS,
+    build_classifier,
+    load_classifier,
+    save_classifier,
+    train_classifier,
+)
 
-TRIGGER, EXTRACTOR = "models/trigger.safetensors", "models/extractor.safetensors"
+
+class NoTrigger(nn.Module):
+    """Changes nothing: cleaning with it is the control, as many steps without a trigger."""
+
+    def forward(
+        self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None
+    ) -> Tensor:
+        """The images as they are."""
+        return images
 
 
 class Defence(NamedTuple):
@@ -60,56 +71,6 @@ DEFENCES = {
     "nc": Defence(defense_nc.scan, defense_nc.unlearn),
     "reverse": Defence(defense_reverse.scan, defense_reverse.mitigate),
 }
-
-
-@dataclass(frozen=True)
-class Study:
-    """What every stage knows."""
-
-    config: StudyConfig
-    data: Dataset
-    space: Workspace
-    progress: bool
-
-    @property
-    def device(self) -> torch.device:
-        """Where to compute."""
-        return torch.device(self.space.device)
-
-    @property
-    def test(self) -> ImageSet:
-        """The test images that are measured on, on the device."""
-        test, limit = self.data.test, self.config.measure.limit
-        part = test if limit is None else test.subset(torch.arange(min(limit, len(test))))
-        return part.to(self.device)
-
-    @property
-    def corruptions(self) -> dict[str, Corruption]:
-        """Those of the settings, with "none" in front."""
-        return {name: named_corruption(name) for name in ("none", *self.config.measure.corruptions)}
-
-    def defender(self, count: int) -> ImageSet:
-        """Clean training images of the defender, on the device."""
-        count = min(count, len(self.data.train))
-        return defender_subset(self.data.train, count=count, seed=self.config.seed).to(self.device)
-
-    def trigger(self) -> WatermarkTrigger:
-        """The planted trigger, from its file."""
-        trigger = load_trigger(self.space.path(TRIGGER))
-        if not isinstance(trigger, WatermarkTrigger):
-            raise ValueError(f"expected a watermark trigger in {TRIGGER}, got {type(trigger)}")
-        return trigger.to(self.device).eval()
-
-    def extractor(self) -> UNetExtractor:
-        """The extractor, from its file."""
-        saved = load_checkpoint(self.space.path(EXTRACTOR), kind=UNetExtractor.kind)
-        extractor = UNetExtractor(**saved.config)
-        extractor.load_state_dict(saved.state)
-        return extractor.to(self.device).eval()
-
-    def victim(self, name: str) -> nn.Module:
-        """A trained classifier, from its file."""
-        return load_classifier(self.space.path(_victim_file(name))).to(self.device).eval()
 
 
 def describe_data(study: Study) -> Made:
@@ -214,7 +175,7 @@ def train_victim(study: Study, name: str, checkpoint: Path) -> Made:
         progress=study.progress,
         **attack,
     )
-    path = _victim_file(name)
+    path = victim_file(name)
     metadata = {"seed": config.seed, "data": data.fingerprint, "victim": name}
     save_classifier(model.cpu(), study.space.path(path), metadata)
     values = {"parameters": parameters(model), "history": history.to_dict()}
@@ -259,7 +220,7 @@ def scan_victim(study: Study, defence: str, victim: str) -> Made:
     chosen = chosen_label(values)
     files = list(_names(pictures.values()))
     if chosen is not None:
-        files.append(_reversed_file(defence, victim))
+        files.append(reversed_file(defence, victim))
         save_reversed(report.triggers[chosen].cpu(), space.path(files[-1]))
     values |= {
         "defence": defence,
@@ -282,18 +243,17 @@ def clean_victim(study: Study, defence: str) -> Made:
         return Made({"done": False, "why": why, "label": None})
     mine = study.defender(config.defence.cleaning_images)
     before = study.victim("backdoored")
+    settings = {"config": getattr(config, f"{defence}_cleaning"), "seed": config.seed}
+    reversed_trigger = load_reversed(space.path(reversed_file(defence, "backdoored")))
     after = DEFENCES[defence].clean(
-        before,
-        load_reversed(space.path(_reversed_file(defence, "backdoored"))).to(study.device),
-        mine.images,
-        mine.labels,
-        config=getattr(config, f"{defence}_cleaning"),
-        seed=config.seed,
+        before, reversed_trigger.to(study.device), mine.images, mine.labels, **settings
     )
+    control = DEFENCES[defence].clean(before, NoTrigger(), mine.images, mine.labels, **settings)
     path = f"models/cleaned-{defence}.safetensors"
     save_classifier(after.cpu(), space.path(path), {"seed": config.seed, "label": label})
     cleaned = load_classifier(space.path(path)).to(study.device)
-    first, second = (_rows(study, m, only_none=True)["none"] for m in (before, cleaned))
+    rows = [_rows(study, m, only_none=True)["none"] for m in (before, cleaned, control)]
+    first, second, third = rows
     counts = first.attacked
     values = {
         "done": True,
@@ -303,8 +263,10 @@ def clean_victim(study: Study, defence: str) -> Made:
         "n_images": len(mine),
         "before": metrics_values(summarize(first)),
         "after": metrics_values(summarize(second)),
+        "control": metrics_values(summarize(third)),
         "cda_change": compare(second.correct, first.correct)._asdict(),
         "asr_change": compare(second.opened[counts], first.opened[counts])._asdict(),
+        "asr_against_control": compare(second.opened[counts], third.opened[counts])._asdict(),
     }
     return Made(values, (path,))
 
@@ -315,34 +277,6 @@ def chosen_label(scan: Mapping[str, Any]) -> int | None:
     if not named:
         return None
     return int(min(named, key=lambda x: (x["p_value"], x["ratio"], x["label"]))["label"])
-
-
-def save_reversed(trigger: nn.Module, path: Path) -> None:
-    """Keep a reversed trigger of either defence.
-
-    Raises:
-        ValueError: Another kind of trigger.
-    """
-    if isinstance(trigger, defense_reverse.ReversedTrigger):
-        defense_reverse.save_reversed(trigger, path)
-    elif isinstance(trigger, defense_nc.InvertedTrigger):
-        save_checkpoint(path, kind=trigger.kind, config=trigger.config, state=trigger.state_dict())
-    else:
-        raise ValueError(f"expected a reversed trigger, got {type(trigger).__name__}")
-
-
-def load_reversed(path: Path) -> nn.Module:
-    """Read what `save_reversed` wrote.
-
-    Raises:
-        CheckpointError: Not such a file.
-    """
-    kinds = (defense_nc.InvertedTrigger.kind, defense_reverse.ReversedTrigger.kind)
-    saved = load_checkpoint(path, kind=kinds)
-    if saved.kind == defense_reverse.ReversedTrigger.kind:
-        return defense_reverse.load_reversed(path)
-    numbers = {name: saved.config[name] for name in ("target", "success_rate", "steps")}
-    return defense_nc.InvertedTrigger(saved.state["mask"], saved.state["pattern"], **numbers)
 
 
 def stage_settings(config: StudyConfig, *sections: str) -> dict[str, Any]:
@@ -369,14 +303,6 @@ def _watermark(path: str | None, size: int) -> Tensor | None:
     if path is None:
         return None
     return to_float(load_image(path, size=size, channels=1)[None])[0]
-
-
-def _victim_file(name: str) -> str:
-    return f"models/victim-{name}.safetensors"
-
-
-def _reversed_file(defence: str, victim: str) -> str:
-    return f"models/reversed-{defence}-{victim}.safetensors"
 
 
 def _names(pictures: Any) -> tuple[str, ...]:

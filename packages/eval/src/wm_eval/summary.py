@@ -11,7 +11,7 @@ Records = Mapping[str, Record]
 
 
 def headline(records: Records) -> list[str]:
-    """The three sentences a reader must not miss: planted, looked for, removed."""
+    """The three sentences a reader must not miss: was it planted, was it found, was it removed."""
     parts = (_planted(records), _looked_for(records), _removed(records))
     return [sentence for sentence in parts if sentence]
 
@@ -105,11 +105,12 @@ def _names(labels: list[int]) -> str:
 def _cleaning(record: Record, title: str) -> str:
     v = record.values
     if not v["done"]:
-        return f"{title}: not cleaned, {v['why']}"
+        return f"{title}: not cleaned, {v['why'].rstrip('.')}"
+    before, after, control = v["before"], v["after"], v["control"]
     return (
-        f"{title}, label {v['label']}: ASR {percent(v['before']['asr'])} to "
-        f"{percent(v['after']['asr'])}, CDA {percent(v['before']['cda'])} to "
-        f"{percent(v['after']['cda'])}"
+        f"{title}, label {v['label']}: ASR {percent(before['asr'])} to {percent(after['asr'])} "
+        f"(fine-tuning alone {percent(control['asr'])}), CDA {percent(before['cda'])} to "
+        f"{percent(after['cda'])}"
     )
 
 
@@ -122,10 +123,12 @@ def _planted(records: Records) -> str:
         found["victims"]["backdoored"][first],
         records["watermark"].values["stealth"]["psnr"],
     )
+    opens = bad["asr_interval"][0] > bad["ftr_interval"][1]
+    verb = "Planted" if opens else "Not planted"
     return (
-        f"Planted: a watermark at {psnr['mean']:.1f} dB opens the backdoor in "
-        f"{percent(bad['asr'])} of {bad['n_attack']} test images; clean accuracy "
-        f"changes by {points(found['cda_gap'][first])} points."
+        f"{verb}: with a watermark at {psnr['mean']:.1f} dB, {percent(bad['asr'])} of "
+        f"{bad['n_attack']} test images get the target label, without it {percent(bad['ftr'])}; "
+        f"clean accuracy changes by {points(found['cda_gap'][first])} points."
     )
 
 
@@ -152,4 +155,4 @@ def _removed(records: Records) -> str:
         return ""
     if not any(record.values["done"] for _, record in found):
         return "Not cleaned: no scan named a label."
-    return "Removed: " + "; ".join(_cleaning(record, title) for title, record in found) + "."
+    return "Cleaned: " + "; ".join(_cleaning(record, title) for title, record in found) + "."

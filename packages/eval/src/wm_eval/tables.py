@@ -6,9 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wm_extract import EXTRA_CORRUPTIONS, PAPER_CORRUPTIONS
-
 from wm_eval.records import Record, read_records
+from wm_extract import EXTRA_CORRUPTIONS, PAPER_CORRUPTIONS
 
 DEFENCES = {"nc": "Neural Cleanse", "reverse": "Reverse generators"}
 VICTIMS = ("clean", "backdoored")
@@ -58,7 +57,7 @@ def stealth_table(record: Record) -> Table:
     """How visible the watermark is, measured on 8-bit images."""
     values = record.values
     units = {"psnr": "PSNR (dB)", "ssim": "SSIM", "linf": "largest change (of 1)", "lpips": "LPIPS"}
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, label in units.items():
         found = values["stealth"].get(name)
         if found is None:
@@ -158,9 +157,9 @@ def robustness_table(record: Record) -> Table:
     )
     note = (
         f"CDA over {first['n_clean']} test images; ASR and false triggers over the "
-        f"{first['n_attack']} that count for the attack. Intervals: Wilson, 95 %; the difference is "
-        "paired by image (Bonett and Price's adjusted Wald interval). Order: trigger, 8 bits, "
-        "corruption, classifier."
+        f"{first['n_attack']} that count for the attack. Intervals: Wilson, 95 %; the "
+        "difference is paired by image (Bonett and Price's adjusted Wald interval). Order: "
+        "trigger, 8 bits, corruption, classifier."
     )
     return Table("robustness", "Accuracy and attack success", headers, tuple(rows), note)
 
@@ -239,7 +238,7 @@ def cleaning_table(records: Mapping[str, Record]) -> Table:
             continue
         found = record.values
         if not found["done"]:
-            rows.append((title, f"not cleaned: {found['why']}", *(ABSENT,) * 5))
+            rows.append((title, f"not cleaned: {found['why']}", *(ABSENT,) * 6))
             continue
         before, after = found["before"], found["after"]
         rows.append(
@@ -251,6 +250,7 @@ def cleaning_table(records: Mapping[str, Record]) -> Table:
                 points(found["cda_change"]),
                 with_interval(before["asr"], before["asr_interval"]),
                 with_interval(after["asr"], after["asr_interval"]),
+                with_interval(found["control"]["asr"], found["control"]["asr_interval"]),
             )
         )
     headers = (
@@ -261,8 +261,13 @@ def cleaning_table(records: Mapping[str, Record]) -> Table:
         "change (points)",
         "ASR before",
         "ASR after",
+        "ASR, control",
     )
-    note = "ASR is that of the true trigger. Only a label that the scan named is ever used."
+    note = (
+        "ASR is that of the true trigger. Only a label that the scan named is ever used. The "
+        "control is fine-tuned on the same images for as many steps, without the reversed trigger: "
+        "what it removes, the defence did not need the label for."
+    )
     return Table("cleaning", "Before and after cleaning", headers, tuple(rows), note)
 
 

@@ -106,6 +106,19 @@ class Workspace:
         return record if same else None
 
 
+def file_digest(path: str | Path | None) -> str | None:
+    """SHA-256 of a file's bytes; None where no file is meant.
+
+    Raises:
+        ValueError: No such file.
+    """
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise ValueError(f"expected a file at {path}, found none")
+    return _digest(Path(path))
+
+
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

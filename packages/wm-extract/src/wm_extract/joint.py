@@ -67,8 +67,8 @@ class JointConfig:
             leaves invisibility to equation 4 alone.
         psnr_start: Where the floor starts; it rises to ``psnr_floor`` over the first 40 % of the
             steps, so that the extractor first learns from a mark that is easy to see.
-        depth: Encoder blocks; None takes the recipe's.
-        decoder_depth: Decoder blocks; None takes the recipe's.
+        depth: Encoder blocks.
+        decoder_depth: Decoder blocks.
         residual: Add the decoder's output to x instead of reconstructing x.
         extractor_width: Base width of the U-Net.
         precision: "float32", or "bfloat16" autocast.

@@ -1,4 +1,4 @@
-"""One HTML page that tells a whole study, drawn from its records and pictures; nothing is loaded."""
+"""One self-contained HTML page that tells a whole study, drawn from its records and pictures."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from wm_eval.records import Record, read_records, write_text
 from wm_eval.report.figures import cleaning_figure, robustness_figure, scores_figure
 from wm_eval.summary import headline
 from wm_eval.tables import DEFENCES, VICTIMS, Table, labels_table, study_tables
+
+__all__ = ["KINDS", "render_report"]
 
 KINDS = ("original", "poisoned", "residual", "extracted", "extracted-clean")
 
@@ -56,7 +58,7 @@ def _content(records: Mapping[str, Record], pictures: Path) -> dict[str, Any]:
     mark = records["watermark"].values["pictures"] if "watermark" in records else None
     study = records["data"].config["settings"] if "data" in records else first.config["settings"]
     return {
-        "title": f"An invisible backdoor in {name}: planted, found, removed",
+        "title": f"Plant, find and remove an invisible backdoor: {name}",
         "subtitle": f"Seed {first.seed}. Data {first.data[:12]}. Everything here was measured by "
         "one run; nothing was typed.",
         "headline": headline(records),

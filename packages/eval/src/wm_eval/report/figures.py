@@ -109,8 +109,15 @@ def _scores(axes: Axes, values: Mapping[str, Any]) -> None:
     ):
         if shown:
             places, scores = [x["label"] for x in shown], [x["score"] for x in shown]
-            style = {"markersize": 7, "color": colour, "markerfacecolor": fill}
-            axes.plot(places, scores, marker, label=label, **style)
+            axes.plot(
+                places,
+                scores,
+                marker,
+                label=label,
+                markersize=7,
+                color=colour,
+                markerfacecolor=fill,
+            )
     if len(labels) <= 12:
         axes.set_xticks([x["label"] for x in labels])
 

@@ -1,0 +1,158 @@
+"""The command: what it prints, writes and exits with, and what it refuses."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from defense_nc import InvertedTrigger, judge
+from defense_nc.cli import main
+from defense_nc.schedule import PRESETS
+from wm_victim import accuracy, build_classifier, load_classifier, load_dataset, save_classifier
+
+CLEAN = [41.0, 50, 62, 70, 84, 66, 75, 58, 80]
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    path = tmp_path / "victim.safetensors"
+    model = build_classifier(
+        "wanet-mnist", num_classes=10, channels=1, image_size=28, width=None, seed=0
+    )
+    save_classifier(model, path)
+    return path
+
+
+@pytest.fixture
+def scores(monkeypatch):
+    """What the scan finds, said by the test: the command's answers need no real search."""
+    found = [*CLEAN, 8.0]
+
+    def scan(model, images, *, seed, alpha, max_ratio, **_):
+        trigger = InvertedTrigger(torch.zeros(1, 28, 28), torch.zeros(1, 28, 28))
+        return judge(
+            "neural-cleanse",
+            torch.tensor(found),
+            torch.ones(len(found)),
+            floor=0.9,
+            alpha=alpha,
+            max_ratio=max_ratio,
+            triggers=dict.fromkeys(range(10), trigger),
+            seed=seed,
+        )
+
+    monkeypatch.setattr(sys.modules["defense_nc.scan"], "scan", scan)
+    return found
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(("last", "code", "verdict"), [(8.0, 1, "backdoored"), (45.0, 0, "clean")])
+def test_scan_exits_with_its_verdict(classifier, scores, capsys, tmp_path, last, code, verdict):
+    scores[9] = last
+    out = tmp_path / "scan.json"
+    assert run("scan", classifier, "--data", "digits", "--json", out, "--seed", 3) == code
+    printed = capsys.readouterr().out
+    assert f"verdict: {verdict}." in printed
+    assert "paper's rule: index" in printed and "lower median" in printed
+    assert ("<- suspected" in printed) == (code == 1)
+    record = json.loads(out.read_text())
+    assert record["verdict"] == verdict
+    assert (record["data"], record["seed"], len(record["labels"])) == ("digits", 3, 10)
+    assert len(record["fingerprint"]) == 64
+
+
+def test_an_inconclusive_scan_exits_2(classifier, scores):
+    scores[:] = [100.0, 101, 103, 104, 106, 108, 110, 112, 117, 70]
+    assert run("scan", classifier, "--data", "digits") == 2
+
+
+def test_max_ratio_is_passed_on(classifier, scores):
+    scores[:] = [100.0, 101, 103, 104, 106, 108, 110, 112, 117, 70]
+    assert run("scan", classifier, "--data", "digits", "--max-ratio", 0.7) == 1
+
+
+def test_a_real_scan_runs_to_the_end(classifier, capsys, monkeypatch):
+    monkeypatch.setitem(PRESETS, "fast", {"steps": 1, "batches": 1, "batch_size": 4})
+    options = ["--images", 20, "--preset", "fast", "--device", "cpu"]
+    # Fresh weights reach no label in one step: there is nothing to compare.
+    assert run("scan", classifier, "--data", "digits", *options) == 2
+    assert "inconclusive" in capsys.readouterr().out
+
+
+def test_a_scan_that_fails_is_not_scanned(classifier, scores, tmp_path, capsys):
+    wrong = tmp_path / "wrong.safetensors"
+    model = build_classifier("resnet10", num_classes=4, channels=1, image_size=28, width=8)
+    save_classifier(model, wrong)
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"not weights")
+    for arguments in [
+        (tmp_path / "missing.safetensors", "--data", "digits"),
+        (broken, "--data", "digits"),
+        (wrong, "--data", "digits"),
+        (classifier, "--data", tmp_path / "nowhere"),
+        (classifier, "--data", "digits", "--images", 0),
+        (classifier, "--data", "digits", "--images", 10**6),
+        (classifier, "--data", "digits", "--alpha", 2),
+    ]:
+        assert run("scan", *arguments) == 3
+        captured = capsys.readouterr()
+        assert captured.err.startswith("error: ")
+        assert captured.err.count("\n") == 1
+        assert "verdict" not in captured.out
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["scan"], ["scan", "x"], ["scan", "x", "--data", "digits", "--preset", "no"]]
+)
+def test_wrong_usage_exits_64(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments)
+    assert stopped.value.code == 64
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["scan", "--help"], ["--version"]])
+def test_help_and_version(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments)
+    assert stopped.value.code == 0
+    assert "defense-nc" in capsys.readouterr().out
+
+
+def test_unlearn_cleans_what_the_scan_names(classifier, scores, tmp_path, capsys):
+    out = tmp_path / "cleaned.safetensors"
+    options = ["--data", "digits", "--images", 40, "--recipe", "paper", "--out", out]
+    assert run("unlearn", classifier, *options, "--label", 9) == 0
+    printed = capsys.readouterr().out
+    assert "accuracy" in printed and "label 9" in printed
+    cleaned, test = load_classifier(out), load_dataset("digits", image_size=28).test
+    assert f"-> {accuracy(cleaned, test):.4f}" in printed
+    # Without --label, the labels that the scan names are cleaned.
+    first = out.read_bytes()
+    assert run("unlearn", classifier, *options) == 0
+    assert out.read_bytes() == first
+
+
+def test_unlearn_cleans_nothing_that_the_scan_did_not_name(classifier, scores, tmp_path, capsys):
+    out = tmp_path / "cleaned.safetensors"
+    options = ["--data", "digits", "--images", 40, "--recipe", "paper", "--out", out]
+    assert run("unlearn", classifier, *options, "--label", 3) == 1
+    assert "not label 3" in capsys.readouterr().err
+    scores[9] = 45.0
+    assert run("unlearn", classifier, *options) == 1
+    assert "no label" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_force_cleans_any_label_without_a_scan(classifier, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(PRESETS, "fast", {"steps": 1, "batches": 1, "batch_size": 4})
+    out = tmp_path / "cleaned.safetensors"
+    options = ["--data", "digits", "--images", 40, "--preset", "fast", "--out", out, "--force"]
+    assert run("unlearn", classifier, *options, "--recipe", "paper") == 1
+    assert "expected --label with --force" in capsys.readouterr().err
+    assert run("unlearn", classifier, *options, "--recipe", "paper", "--label", 3) == 0
+    assert out.exists()

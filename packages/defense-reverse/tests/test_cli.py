@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from defense_nc import judge
+from defense_reverse import ReverseConfig, ReversedTrigger, UNetGenerator, load_reversed, search
+from defense_reverse.cli import main
+from wm_victim import build_classifier, load_classifier, save_classifier
+
+TINY = ReverseConfig.preset("fast", width=2, depth=1, pretrain_steps=1, steps=1)
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build_classifier("wanet-mnist", num_classes=10, channels=1, image_size=32)
+    save_classifier(model, tmp_path / "victim.safetensors")
+    return tmp_path / "victim.safetensors"
+
+
+@pytest.fixture
+def quickly(monkeypatch):
+    monkeypatch.setitem(search._PRESETS, "fast", TINY)
+
+
+def command(name, classifier, *more):
+    return [name, str(classifier), "--data", "digits", "--device", "cpu", "--preset", "fast", *more]
+
+
+def test_scan_prints_writes_and_exits_with_the_verdict(classifier, quickly, tmp_path, capsys):
+    out = tmp_path / "scan.json"
+    more = ("--images", "40", "--json", str(out), "--triggers", str(tmp_path / "found"))
+    code = main(command("scan", classifier, *more))
+    told = capsys.readouterr().out
+    report = json.loads(out.read_text())
+    assert code == {"clean": 0, "backdoored": 1, "inconclusive": 2}[report["verdict"]]
+    assert f"verdict: {report['verdict']}" in told and "paper's rule" in told
+    assert report["data"] == "digits" and report["config"]["images"] == 40
+    triggers = sorted((tmp_path / "found").iterdir())
+    assert len(triggers) == 10 and load_reversed(triggers[0]).target == 0
+
+
+def test_an_error_is_not_a_verdict(classifier, quickly, tmp_path, capsys):
+    assert main(command("scan", tmp_path / "none.safetensors")) == 3
+    assert main(command("scan", classifier, "--images", "0")) == 3
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 2 and all(line.startswith("error:") for line in errors)
+
+
+def test_clean_refuses_without_a_named_label(classifier, quickly, tmp_path, capsys):
+    out = tmp_path / "cleaned.safetensors"
+    assert main(command("clean", classifier, "--images", "40", "--out", str(out))) == 1
+    assert "error: not cleaned, the verdict is" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_clean_writes_a_new_classifier_for_a_named_label(classifier, tmp_path, capsys, monkeypatch):
+    trigger = ReversedTrigger(UNetGenerator(channels=1, width=2), target=3)
+
+    def named(*args, **settings):
+        scores = torch.tensor([1.0, 1.1, 0.9, 0.1, 1.0, 1.2, 0.95, 1.05, 1.0, 0.9])
+        return judge("reverse-generator", scores, torch.ones(10), floor=0.95, triggers={3: trigger})
+
+    monkeypatch.setattr(sys.modules["defense_reverse.scan"], "scan", named)
+    before, out = classifier.read_bytes(), tmp_path / "cleaned.safetensors"
+    more = ("--clean-images", "40", "--out", str(out))
+    assert main(command("clean", classifier, *more)) == 0
+    told = capsys.readouterr().out
+    assert "reversed generator of label 3" in told and "accuracy" in told
+    assert classifier.read_bytes() == before
+    old, new = load_classifier(classifier), load_classifier(out)
+    assert not torch.equal(old.head.weight, new.head.weight)
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["scan"], ["scan", "x"], ["polish"], ["clean", "x", "--data", "digits"]]
+)
+def test_wrong_usage_exits_64(argv):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 64
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["scan", "--help"], ["clean", "--version"]])
+def test_help_and_version_answer(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 0
+    assert "defense-reverse" in capsys.readouterr().out

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import pytest
+
+from defense_reverse import LambdaSearch, ReverseConfig
+
+
+def follow(script: str, start: float = 1.0, **factors: float) -> list[float]:
+    """The weights after each answer of a script of s(uccess) and f(ailure)."""
+    search = LambdaSearch(start, **factors)
+    return [round(search.update(success=letter == "s"), 6) for letter in script]
+
+
+def test_only_failures_double_the_weight():
+    assert follow("fff") == [2, 4, 8]
+
+
+def test_only_successes_shrink_it():
+    assert follow("sss") == [round(1.5**-n, 6) for n in (1, 2, 3)]
+
+
+def test_between_a_failure_and_a_success_it_bisects():
+    # 1 fails, 2 fails, 4 succeeds: then the geometric means of the last failure and last success
+    assert follow("ffs") == [2, 4, round(8**0.5, 6)]
+    assert follow("ffsf")[-1] == round((8**0.5 * 4) ** 0.5, 6)
+    assert follow("ffss")[-1] == round((2 * 8**0.5) ** 0.5, 6)
+
+
+def test_a_narrow_bracket_opens_again_by_the_small_factor():
+    search = LambdaSearch(1.0, growth=2, shrink=1.5)
+    search.update(success=False)
+    while True:
+        before = search.value
+        search.update(success=True)
+        if search.value < 1:  # under the old failure, which the generator has outgrown
+            break
+    assert before <= 1.1 and search.value == pytest.approx(before / 1.5)
+    # a failure close below a success opens upwards
+    assert follow("sf", start=1.05)[-1] == pytest.approx((0.7 * 1.05) ** 0.5, abs=1e-6)
+    # 0.7 f, .857 f, .949 f: within 1.1 of the success at 1.05... and so on until it opens
+    values = follow("sfffff", start=1.05)
+    assert values[-1] > 1.05
+
+
+def test_the_search_stays_at_zero_if_the_attack_is_off():
+    assert follow("fsf", start=0.0) == [0, 0, 0]
+
+
+def test_a_simulated_label_is_met_at_its_threshold():
+    # success exactly where the weight is at least 0.037: the search ends around there
+    search = LambdaSearch(1e-3)
+    tried = []
+    for _ in range(40):
+        tried.append(search.value)
+        search.update(success=search.value >= 0.037)
+    reached = min(value for value in tried if value >= 0.037)
+    assert reached < 0.037 * 1.1
+
+
+@pytest.mark.parametrize(
+    ("start", "factors"),
+    [(-1, {}), (float("nan"), {}), (1, {"growth": 1}), (1, {"shrink": 0.5})],
+)
+def test_bad_factors_are_refused(start, factors):
+    with pytest.raises(ValueError, match="expected"):
+        LambdaSearch(start, **factors)
+
+
+def test_presets_carry_their_names_and_the_paper_its_constants():
+    for name in ("paper", "robust", "fast"):
+        assert ReverseConfig.preset(name).name == name
+    paper = ReverseConfig.preset("paper")
+    assert paper.lambdas == (0.1, 1.0, 0.1) and paper.lr == 1e-3 and not paper.residual
+    assert ReverseConfig() == ReverseConfig.preset("robust")
+    assert ReverseConfig.preset("fast", steps=7).steps == 7
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"width": 0},
+        {"batch_size": 0},
+        {"round_steps": 0},
+        {"steps": -1},
+        {"pretrain_steps": -1},
+        {"lr": 0},
+        {"lambdas": (0.1, 1.0)},
+        {"lambdas": (-0.1, 1.0, 0.0)},
+        {"lambdas": (float("nan"), 1.0, 0.0)},
+        {"success_floor": 0},
+        {"success_floor": 1.1},
+        {"growth": 1},
+        {"shrink": 1},
+        {"precision": "half"},
+    ],
+)
+def test_settings_out_of_range_are_refused(changes):
+    with pytest.raises(ValueError, match="expected"):
+        ReverseConfig(**changes)
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(ValueError, match="expected a preset"):
+        ReverseConfig.preset("best")
