@@ -127,6 +127,21 @@ def study(tmp_path: Path) -> Path:
             },
             "cda_gap": {name: difference(-0.005) for name in CORRUPTIONS},
         },
+        "exports": {
+            "tolerance": 1e-4,
+            "models": {
+                "classifier": {
+                    "onnx": {
+                        "file": "exports/classifier.onnx",
+                        "relative": True,
+                        "max_abs": 2e-6,
+                        "max_rel": 3e-7,
+                        "batches": [1, 5],
+                    }
+                }
+            },
+            "absent": {"generator": "the scan named no label"},
+        },
         "cleaning-nc": {"done": False, "why": "the scan named no label", "label": None},
         "cleaning-reverse": {
             "done": True,

@@ -16,10 +16,11 @@ from torch import nn
 
 from defense_nc import InvertedTrigger, NCConfig, UnlearnConfig, judge
 from defense_reverse import ReverseConfig
-from wm_eval import stages
+from wm_eval import experiment, stages
 from wm_eval.config import DefenceConfig, MeasureConfig, StudyConfig, VictimConfig
 from wm_eval.experiment import run_study
 from wm_eval.stages import Defence, chosen_label
+from wm_eval.workspace import Made
 from wm_extract import JointConfig, JointLosses, JointResult, UNetExtractor
 from wm_inject import ViTInjector, default_watermark, save_image
 from wm_victim import TrainConfig, TrainHistory
@@ -28,6 +29,7 @@ STAGES = [
     "cleaning-nc",
     "cleaning-reverse",
     "data",
+    "exports",
     "injector",
     "robustness",
     "scan-nc-backdoored",
@@ -38,6 +40,7 @@ STAGES = [
     "victim-clean",
     "watermark",
 ]
+EXPORTED = {"tolerance": 1e-4, "models": {}, "absent": {"generator": "a stand-in"}}
 # The second cleaning is the control.
 SCANNED = ["scan", "scan", "cleaning", "cleaning"]
 TINY = StudyConfig(
@@ -66,6 +69,7 @@ class Fakes:
         monkeypatch.setattr(stages, "train_classifier", self.train_classifier)
         fake = {name: Defence(self.scan, self.clean) for name in ("nc", "reverse")}
         monkeypatch.setattr(stages, "DEFENCES", fake)
+        monkeypatch.setattr(experiment, "export_models", lambda _: Made(EXPORTED))
 
     def called(self, name: str) -> None:
         self.calls.append(name)

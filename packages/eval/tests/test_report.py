@@ -153,7 +153,7 @@ def test_tables_are_rendered_from_records_with_counts_and_intervals(study: Path)
     assert "96.5 % (94.5 to 98.5)" in text and "0 of 298" in text and "538" in text
     assert "not cleaned: the scan named no label" in text
     tables = study_tables(read_records(study / "records"))
-    assert len({table.name for table in tables}) == len(tables) == 10
+    assert len({table.name for table in tables}) == len(tables) == 11
     assert all(len(row) == len(t.headers) for t in tables for row in t.rows)
 
 

@@ -220,7 +220,7 @@ def _reason(
             f"Only {converged} of {count} labels reached a success rate of {floor:g}, "
             f"and a comparison needs {_needed(count)}."
         )
-    low = int(torch.where(reached, test.p_values, math.inf).argmin())
+    low = int(torch.where(reached, test.ratio, math.inf).argmin())
     figures = (
         f"score {float(test.ratio[low]):.2f} of the median, p = {float(test.p_values[low]):.2g}"
     )

@@ -15,6 +15,7 @@ from typing import Any
 
 from wm_eval.config import StudyConfig as StudyConfig
 from wm_eval.config import load_study as load_study
+from wm_eval.exports import export_models
 from wm_eval.records import Record, hardware, read_records
 from wm_eval.report import render_report
 from wm_eval.stages import (
@@ -131,6 +132,12 @@ def _stages(study: Study) -> None:
             ("injector", "victim-backdoored", f"scan-{defence}-backdoored"),
             partial(_clean, study, defence),
         )
+    do(
+        "exports",
+        settings("measure"),
+        ("injector", "victim-backdoored", "scan-reverse-backdoored"),
+        lambda _: export_models(study),
+    )
 
 
 def _scan(study: Study, defence: str, victim: str, _: Path) -> Made:

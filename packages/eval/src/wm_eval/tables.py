@@ -271,6 +271,31 @@ def cleaning_table(records: Mapping[str, Record]) -> Table:
     return Table("cleaning", "Before and after cleaning", headers, tuple(rows), note)
 
 
+def exports_table(record: Record) -> Table:
+    """How closely each exported model answers like the one it came from."""
+    rows = [
+        (
+            model,
+            {"onnx": "ONNX Runtime", "torchscript": "TorchScript"}[form],
+            f"{found['max_abs']:.1e}",
+            f"{found['max_rel']:.1e}" if found["relative"] else ABSENT,
+            ", ".join(map(str, found["batches"])),
+        )
+        for model, forms in record.values["models"].items()
+        for form, found in forms.items()
+    ]
+    rows += [
+        (model, f"not exported: {why}", *(ABSENT,) * 3)
+        for model, why in record.values["absent"].items()
+    ]
+    headers = ("model", "form", "largest difference", "relative to the largest", "batch sizes")
+    note = (
+        f"Reloaded from the file and compared on test images; {record.values['tolerance']:g} is "
+        "allowed, absolute on images in [0, 1] and relative on logits."
+    )
+    return Table("exports", "Exported models against the trained ones", headers, tuple(rows), note)
+
+
 def study_tables(records: Mapping[str, Record]) -> list[Table]:
     """Every table that these records have the figures for, in the order of the story.
 
@@ -300,6 +325,8 @@ def study_tables(records: Mapping[str, Record]) -> list[Table]:
         ]
     if any(name.startswith("cleaning-") for name in records):
         tables.append(cleaning_table(records))
+    if "exports" in records:
+        tables.append(exports_table(records["exports"]))
     return tables
 
 
