@@ -35,7 +35,7 @@ def images() -> torch.Tensor:
 
 
 def training(images: torch.Tensor, **changes: object) -> Callable[[], UNetGenerator]:
-    config = replace(ReverseConfig.preset("fast", pretrain_steps=10), **changes)
+    config = replace(ReverseConfig.preset("fast", residual=False, pretrain_steps=10), **changes)
     return lambda: pretrain(images, config=config)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -13,11 +14,21 @@ from defense_reverse import ReverseConfig, UNetGenerator, pretrain, scan
 from wm_inject import quantize
 from wm_victim.planted import planted_classifier, planted_images
 
-K = 6
+K = 6  # classes
 SIZE = 16
 QUICK = ReverseConfig.preset(
-    "fast", width=8, pretrain_steps=150, steps=90, round_steps=9, precision="float32"
+    "fast",
+    width=8,
+    residual=False,
+    pretrain_steps=150,
+    steps=90,
+    round_steps=9,
+    precision="float32",
 )
+
+
+# What the presets take: the output that needs no pre-training.
+SCAN = replace(QUICK, residual=True)
 
 
 class Case(NamedTuple):
@@ -64,10 +75,10 @@ def start(data) -> UNetGenerator:
 @pytest.fixture(scope="session")
 def backdoored(data) -> Case:
     model = planted("channel")
-    return Case(model, scan(model, data[0], labels=data[1], config=QUICK, progress=False))
+    return Case(model, scan(model, data[0], labels=data[1], config=SCAN, progress=False))
 
 
 @pytest.fixture(scope="session")
 def clean(data) -> Case:
     model = planted("clean")
-    return Case(model, scan(model, data[0], labels=data[1], config=QUICK, progress=False))
+    return Case(model, scan(model, data[0], labels=data[1], config=SCAN, progress=False))

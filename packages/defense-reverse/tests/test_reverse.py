@@ -97,6 +97,21 @@ def test_the_planted_label_is_reached_with_a_small_change(backdoored, quick):
     assert trigger.residual_norm < 0.03
 
 
+def test_the_sigmoid_output_tells_the_planted_label_as_well(data, start, channel_model, quick):
+    images, labels = data
+    found = [
+        reverse_engineer(channel_model, images, y, config=quick, start=start, labels=labels)
+        for y in (TARGET, 0)
+    ]
+    assert all(trigger.success_rate >= quick.success_floor for trigger in found)
+    assert found[0].residual_norm < 0.6 * found[1].residual_norm
+
+
+def test_the_residual_output_starts_as_a_copy_and_skips_pretraining(data, quick):
+    config = replace(quick, residual=True, pretrain_steps=10**9)
+    assert torch.equal(pretrain(data[0], config=config)(data[0]), data[0])
+
+
 def test_the_same_seed_gives_the_same_bits(data, start, channel_model, quick):
     images, labels = data
     config = replace(quick, steps=12)
@@ -140,7 +155,7 @@ def test_without_labels_the_models_answers_are_used(data, start, channel_model, 
 
 def test_a_start_is_trained_if_none_is_given_and_residual_output_works(data, channel_model, quick):
     images, labels = data
-    config = replace(quick, pretrain_steps=0, steps=40, residual=True)
+    config = replace(quick, steps=40, residual=True)
     trigger = reverse_engineer(channel_model, images, TARGET, config=config, labels=labels)
     assert trigger.generator.residual
     assert 0 <= trigger.residual_norm < 0.2

@@ -71,6 +71,7 @@ def test_presets_carry_their_names_and_the_paper_its_constants():
         assert ReverseConfig.preset(name).name == name
     paper = ReverseConfig.preset("paper")
     assert paper.lambdas == (0.1, 1.0, 0.1) and paper.lr == 1e-3 and not paper.residual
+    assert ReverseConfig().residual
     assert ReverseConfig() == ReverseConfig.preset("robust")
     assert ReverseConfig.preset("fast", steps=7).steps == 7
 

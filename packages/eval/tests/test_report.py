@@ -169,3 +169,10 @@ def test_numbers_as_text() -> None:
     assert number(1.234) == "1.23" and number(None) == "–"
     assert number(0.0001, digits=2) == "1.0e-04" and number(0.0) == "0.00"
     assert in_order(["rotation", "zzz", "none", "jpeg"]) == ["none", "rotation", "jpeg", "zzz"]
+
+
+def test_images_of_the_data_set_can_stay_out_of_the_page(tmp_path: Path, study: Path) -> None:
+    whole = render_report(study).read_text(encoding="utf-8")
+    without = render_report(study, dataset_images=False).read_text(encoding="utf-8")
+    assert "image 1, " in whole
+    assert without.count("<img") == whole.count("<img") - 2 * 2  # two rows, two kinds

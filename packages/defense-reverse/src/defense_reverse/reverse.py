@@ -65,7 +65,9 @@ def pretrain(
     reconstruction = _reconstruction(config, images.device)
     optimizer = torch.optim.Adam(generator.parameters(), lr=config.lr)
     batches = _batches(images, config.batch_size, torch.Generator().manual_seed(seed))
-    for _ in show_progress(range(config.pretrain_steps), desc="pre-train", enabled=progress):
+    # A residual generator starts as a perfect copy, where the gradient of equation 3 is zero.
+    steps = 0 if config.residual else config.pretrain_steps
+    for _ in show_progress(range(steps), desc="pre-train", enabled=progress):
         batch = next(batches)
         _step(optimizer, reconstruction(_generate(generator, batch, config), batch))
     return generator.to(memory_format=torch.contiguous_format).eval()

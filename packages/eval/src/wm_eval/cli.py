@@ -57,12 +57,17 @@ def _main(argv: Sequence[str] | None) -> int:
     run.add_argument("--out", type=Path, required=True, help="the study's folder")
     report = commands.add_parser("report", help="draw report.html and tables.md anew")
     report.add_argument("folder", type=Path, metavar="FOLDER")
+    report.add_argument(
+        "--without-images",
+        action="store_true",
+        help="leave out images of the data set, where they may not be passed on",
+    )
     for command in (demo, run, report):
         add_common(command, version=__version__)
         if command is not demo:
             command.set_defaults(seed=None)
     given = parser.parse_args(argv)
-    return _report(given.folder) if given.command == "report" else _study(given)
+    return _report(given) if given.command == "report" else _study(given)
 
 
 def _study(given: argparse.Namespace) -> int:
@@ -91,14 +96,14 @@ def _tell(result: StudyResult) -> None:
     print(f"report      {result.report}")
 
 
-def _report(folder: Path) -> int:
+def _report(given: argparse.Namespace) -> int:
     from wm_eval.records import write_text
     from wm_eval.report import render_report
     from wm_eval.tables import render_markdown
 
-    tables = folder / "tables.md"
-    page = render_report(folder)
-    write_text(tables, render_markdown(folder / "records"))
+    tables = given.folder / "tables.md"
+    page = render_report(given.folder, dataset_images=not given.without_images)
+    write_text(tables, render_markdown(given.folder / "records"))
     print(f"report      {page}\ntables      {tables}")
     return 0
 

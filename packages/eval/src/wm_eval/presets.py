@@ -45,8 +45,8 @@ def cifar10() -> StudyConfig:
         train=TrainConfig.preset("fast", epochs=8),
         measure=MeasureConfig(limit=2000),
         defence=DefenceConfig(images=500, cleaning_images=1000),
-        nc=NCConfig.preset("robust"),
-        reverse=ReverseConfig.preset("robust"),
+        nc=NCConfig.preset("fast"),
+        reverse=ReverseConfig.preset("fast"),
         nc_cleaning=UnlearnConfig.preset("nc"),
         reverse_cleaning=UnlearnConfig.preset("reverse"),
     )

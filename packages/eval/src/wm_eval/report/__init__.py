@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,17 @@ from wm_eval.tables import DEFENCES, VICTIMS, Table, labels_table, study_tables
 __all__ = ["KINDS", "render_report"]
 
 KINDS = ("original", "poisoned", "residual", "extracted", "extracted-clean")
+OF_THE_DATA = ("original", "poisoned")  # pictures that show images of the data set
 
 
-def render_report(folder: str | Path) -> Path:
+def render_report(folder: str | Path, *, dataset_images: bool = True) -> Path:
     """Write ``report.html`` from the records and pictures of a study.
 
     Args:
         folder: The study's folder, with ``records/`` and ``pictures/``. A study that is not
             finished gives a page of what is there.
+        dataset_images: False leaves out the pictures that show images of the data set, for data
+            that may not be passed on.
 
     Returns:
         The page. The same records give the same bytes.
@@ -35,7 +38,8 @@ def render_report(folder: str | Path) -> Path:
     folder = Path(folder)
     records = read_records(folder / "records")
     page = folder / "report.html"
-    write_text(page, _template().render(**_content(records, folder / "pictures")))
+    kinds = tuple(k for k in KINDS if dataset_images or k not in OF_THE_DATA)
+    write_text(page, _template().render(**_content(records, folder / "pictures", kinds)))
     return page
 
 
@@ -51,7 +55,7 @@ def _template() -> Any:
     return environment.from_string(source)
 
 
-def _content(records: Mapping[str, Record], pictures: Path) -> dict[str, Any]:
+def _content(records: Mapping[str, Record], pictures: Path, kinds: Sequence[str]) -> dict[str, Any]:
     tables = {table.name: table for table in study_tables(records)}
     first = next(iter(records.values()))
     name = records["data"].values["name"] if "data" in records else "images"
@@ -63,7 +67,7 @@ def _content(records: Mapping[str, Record], pictures: Path) -> dict[str, Any]:
         "one run; nothing was typed.",
         "headline": headline(records),
         "gain": mark["gain"] if mark else 1,
-        "rows": _rows(mark, pictures) if mark else [],
+        "rows": _rows(mark, pictures, kinds) if mark else [],
         "watermark": _picture(pictures, mark["watermark"], "the watermark") if mark else None,
         "tables": tables,
         "figures": _figures(records),
@@ -85,9 +89,11 @@ def _figures(records: Mapping[str, Record]) -> dict[str, Any]:
     }
 
 
-def _rows(mark: Mapping[str, Any], pictures: Path) -> list[list[dict[str, Any]]]:
+def _rows(
+    mark: Mapping[str, Any], pictures: Path, kinds: Sequence[str]
+) -> list[list[dict[str, Any]]]:
     return [
-        [_picture(pictures, row[kind], f"image {i + 1}, {row[kind]['caption']}") for kind in KINDS]
+        [_picture(pictures, row[kind], f"image {i + 1}, {row[kind]['caption']}") for kind in kinds]
         for i, row in enumerate(mark["rows"])
     ]
 
