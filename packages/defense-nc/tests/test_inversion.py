@@ -117,7 +117,7 @@ class Spy(nn.Module):
 def test_images_of_the_target_are_left_out_by_label_or_by_the_models_own_answer():
     images = torch.cat([torch.full((4, 1, 8, 8), 0.1), torch.full((4, 1, 8, 8), 0.9)])
     labels = torch.tensor([0] * 4 + [1] * 4)
-    config = NCConfig(steps=1, batches=1, batch_size=4, start="ones", floor=0.5)
+    config = NCConfig(steps=1, batches=1, batch_size=4, starts=("ones",), floor=0.5)
     results = []
     for known in (labels, None):
         spy = Spy()
@@ -133,10 +133,11 @@ def test_the_mask_and_pattern_start_where_the_recipes_say(data):
     """Adam's first steps are no longer than its learning rate, so the start can still be seen."""
     model = planted_classifier("clean")
     settings = {"steps": 1, "batches": 1, "lr": 1e-6}
-    ones = invert_trigger(model, data.images, 1, config=NCConfig(start="ones", **settings))
+    ones = invert_trigger(model, data.images, 1, config=NCConfig(starts=("ones",), **settings))
     expected = torch.tanh(torch.tensor(1.0)) / 2 + 0.5
     torch.testing.assert_close(ones.mask, expected.expand(1, 16, 16), atol=1e-4, rtol=0)
-    drawn = invert_trigger(model, data.images, 1, config=NCConfig(**settings))
+    random = NCConfig(starts=("random",), **settings)
+    drawn = invert_trigger(model, data.images, 1, config=random)
     assert drawn.mask.mean() == pytest.approx(0.5, abs=0.06)
     assert drawn.mask.std() == pytest.approx(12**-0.5, abs=0.03)
 
@@ -144,7 +145,7 @@ def test_the_mask_and_pattern_start_where_the_recipes_say(data):
 def test_the_cost_keeps_the_mask_small(data):
     """From the same start, a charged mask is smaller than a free one."""
     model = planted_classifier("clean")
-    settings = {"steps": 4, "batches": 3, "start": "ones"}
+    settings = {"steps": 4, "batches": 3, "starts": ("ones",)}
     free = invert_trigger(model, data.images, 1, config=NCConfig(**settings))
     charged = NCConfig(schedule="ports", init_cost=1.0, **settings)
     assert invert_trigger(model, data.images, 1, config=charged).l1_norm < free.l1_norm
@@ -206,3 +207,15 @@ def test_refused_triggers(found):
         InvertedTrigger(mask, pattern, success_rate=2.0)
     with pytest.raises(ValueError, match="shape"):
         found(torch.zeros(1, 3, 8, 8))
+
+
+def test_of_several_searches_the_smallest_trigger_counts() -> None:
+    model, data = planted_classifier("patch"), planted_images(64, seed=1)
+    settings = {"steps": 12, "batches": 4, "patience": 2, "floor": 0.5}
+
+    def norm(*starts: str, seed: int) -> float:
+        config = NCConfig(starts=starts, **settings)
+        return float(invert_trigger(model, data.images, 0, config=config, seed=seed).l1_norm)
+
+    single = norm("ones", seed=0), norm("random", seed=1)
+    assert norm("ones", "random", seed=0) == min(single)

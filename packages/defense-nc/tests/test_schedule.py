@@ -98,7 +98,7 @@ def test_presets():
     assert (paper.init_cost, paper.patience, paper.multiplier) == (1e-3, 5, 2.0)
     assert (paper.early_stop_threshold, paper.early_stop_patience) == (1.0, 25)
     ports = NCConfig.preset("ports")
-    assert (ports.schedule, ports.start, ports.threshold) == ("ports", "ones", 0.98)
+    assert (ports.schedule, ports.starts, ports.threshold) == ("ports", ("ones",), 0.98)
     assert NCConfig.preset("robust") == NCConfig()
     fast = NCConfig.preset("fast")
     assert 100 <= fast.steps * fast.batches <= 300
@@ -125,7 +125,8 @@ def test_presets():
         {"betas": (0.5,)},
         {"betas": (0.5, 1.0)},
         {"schedule": "later"},
-        {"start": "zeros"},
+        {"starts": ("zeros",)},
+        {"starts": ()},
     ],
     ids=str,
 )

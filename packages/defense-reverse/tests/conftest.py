@@ -21,7 +21,7 @@ QUICK = ReverseConfig.preset(
     width=8,
     residual=False,
     pretrain_steps=150,
-    steps=90,
+    steps=72,
     round_steps=9,
     precision="float32",
 )

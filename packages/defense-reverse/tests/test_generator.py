@@ -102,9 +102,8 @@ def test_bad_images_are_refused(batch):
         UNetGenerator(channels=3, width=4)(batch)
 
 
-@pytest.mark.parametrize("size", [16, 28])
-def test_exports_give_the_same_images(tmp_path, size):
-    net, batch = stirred(channels=1, width=4, depth=3), images(3, 1, size)
+def test_exports_give_the_same_images_where_sides_are_padded(tmp_path):
+    net, batch = stirred(channels=1, width=4, depth=3), images(3, 1, 28)
     parity = to_torchscript(net, batch, tmp_path / "g.pt")
     assert parity.max_abs <= 1e-4
     parity = to_onnx(net, batch, tmp_path / "g.onnx")

@@ -113,7 +113,7 @@ TABLE = Table(
             "multiplier": config(multiplier=1.0),
             "betas": config(betas=(1.0, 0.9)),
             "schedule": config(schedule="nothing"),
-            "start": config(start="nothing"),
+            "start": config(starts=("nothing",)),
             "preset": lambda _: nc.NCConfig.preset("secret"),
         },
         "UnlearnConfig": {

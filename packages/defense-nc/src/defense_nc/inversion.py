@@ -25,6 +25,7 @@ class _Candidate(NamedTuple):
     norm: float
     mask: Tensor
     pattern: Tensor
+    succeeded: bool  # whether its step's success reached the threshold
 
 
 def invert_trigger(
@@ -73,7 +74,15 @@ def invert_trigger(
         images = images[labels.to(images.device) != target]
         if len(images) == 0:
             raise ValueError(f"expected images of other classes than {target}, found none")
-        found, steps = _search(model, images, target, config=config, seed=seed, progress=progress)
+        found: list[_Candidate] = []
+        steps = 0
+        for index, start in enumerate(config.starts):
+            again, taken = _search(
+                model, images, target, start, config=config, seed=seed + index, progress=progress
+            )
+            found, steps = [*found, *again], steps + taken
+        # A search that never succeeded has a norm as well: it comes last.
+        found.sort(key=lambda candidate: (not candidate.succeeded, candidate.norm))
         best, success = _choose(model, images, target, found, floor=config.floor)
     return InvertedTrigger(
         best.mask, best.pattern, target=target, success_rate=success, steps=steps
@@ -84,6 +93,7 @@ def _search(
     model: nn.Module,
     images: Tensor,
     target: int,
+    start: str,
     *,
     config: NCConfig,
     seed: int,
@@ -91,7 +101,7 @@ def _search(
 ) -> tuple[list[_Candidate], int]:
     """The best masks and patterns, the smallest first, and how many steps were taken."""
     generator = torch.Generator().manual_seed(seed)
-    free = [_start(config, shape, generator) for shape in _shapes(images)]
+    free = [_draw(start, shape, generator) for shape in _shapes(images)]
     theta_mask, theta_pattern = (theta.to(images.device).requires_grad_() for theta in free)
     optimizer = torch.optim.Adam([theta_mask, theta_pattern], lr=config.lr, betas=config.betas)
     schedule = CostSchedule(config)
@@ -116,14 +126,14 @@ def _search(
                 optimizer.step()
                 success += (logits.detach().argmax(1) == target).float().mean()
             average = min(1.0, float(success) / config.batches)
-            now = _candidate(theta_mask, theta_pattern)
-            if average >= config.threshold and now.norm < norm:
+            now = _candidate(theta_mask, theta_pattern, average >= config.threshold)
+            if now.succeeded and now.norm < norm:
                 kept.appendleft(now)
                 norm = now.norm
             schedule.update(average, norm)
             bar.update()
             bar.set_postfix(success=average, norm=now.norm, cost=schedule.cost)
-    return list(kept) or [_candidate(theta_mask, theta_pattern)], step
+    return list(kept) or [_candidate(theta_mask, theta_pattern, False)], step
 
 
 def _choose(
@@ -145,8 +155,8 @@ def _shapes(images: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (1, height, width), (channels, height, width)
 
 
-def _start(config: NCConfig, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    if config.start == "ones":
+def _draw(start: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    if start == "ones":
         return torch.ones(shape)
     # In double precision the ends of the range stay finite.
     uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
@@ -157,9 +167,9 @@ def _squash(theta: Tensor) -> Tensor:
     return torch.tanh(theta) / (2 - _EPSILON) + 0.5
 
 
-def _candidate(theta_mask: Tensor, theta_pattern: Tensor) -> _Candidate:
+def _candidate(theta_mask: Tensor, theta_pattern: Tensor, succeeded: bool) -> _Candidate:
     mask, pattern = (_squash(t.detach()).clamp(0, 1) for t in (theta_mask, theta_pattern))
-    return _Candidate(float(mask.sum()), mask, pattern)
+    return _Candidate(float(mask.sum()), mask, pattern, succeeded)
 
 
 def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:

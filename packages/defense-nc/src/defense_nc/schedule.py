@@ -20,7 +20,9 @@ class NCConfig:
         lr: Adam's learning rate.
         betas: Adam's decay rates.
         schedule: "original" starts with a free mask (cost 0); "ports" charges for it at once.
-        start: "random" draws mask and pattern uniformly; "ones" starts from a mask of 0.88.
+        starts: One search each, the smallest result counts: "random" draws mask and pattern
+            uniformly, "ones" starts from a white mask of 0.88. A single search can end in a mask
+            several times too large, with BadNets on MNIST every second one.
         init_cost: The first cost above zero, per pixel of mask.
         threshold: Share of a step's images that must reach the label, in (0, 1].
         patience: Steps in a row above (below) the threshold before the cost rises (falls).
@@ -45,7 +47,7 @@ class NCConfig:
     lr: float = 0.1
     betas: tuple[float, float] = (0.5, 0.9)
     schedule: Literal["original", "ports"] = "original"
-    start: Literal["random", "ones"] = "random"
+    starts: tuple[Literal["random", "ones"], ...] = ("ones", "random", "random")
     init_cost: float = 1e-3
     threshold: float = 0.99
     patience: int = 3
@@ -71,10 +73,11 @@ class NCConfig:
             raise ValueError(f"expected a multiplier > 1, got {self.multiplier}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"expected two betas in [0, 1), got {self.betas}")
-        if self.schedule not in _SCHEDULES or self.start not in _STARTS:
+        known = self.starts and set(self.starts) <= set(_STARTS)
+        if self.schedule not in _SCHEDULES or not known:
             raise ValueError(
-                f"expected schedule in {', '.join(_SCHEDULES)} and start in "
-                f"{', '.join(_STARTS)}, got {self.schedule!r}, {self.start!r}"
+                f"expected schedule in {', '.join(_SCHEDULES)} and starts from "
+                f"{', '.join(_STARTS)}, got {self.schedule!r}, {self.starts!r}"
             )
 
     @classmethod
@@ -101,20 +104,27 @@ PRESETS: dict[str, dict[str, Any]] = {
         "early_stop_threshold": 1.0,
         "early_stop_patience": 25,
         "fallbacks": 1,
+        "starts": ("random",),
     },
     "ports": {
         "steps": 50,
         "batches": 31,
         "batch_size": 64,
         "schedule": "ports",
-        "start": "ones",
+        "starts": ("ones",),
         "threshold": 0.98,
         "patience": 5,
         "early_stop_patience": 25,
         "fallbacks": 1,
     },
     "robust": {},
-    "fast": {"steps": 60, "batches": 4, "patience": 2, "early_stop_patience": 8},
+    "fast": {
+        "steps": 60,
+        "batches": 4,
+        "patience": 2,
+        "early_stop_patience": 8,
+        "starts": ("random",),
+    },
 }
 
 
