@@ -18,7 +18,7 @@ from wm_extract import (
     map_loss,
     train_jointly,
 )
-from wm_inject import quantize
+from wm_inject import ViTInjector, quantize
 
 TINY = JointConfig(
     iterations=6, batch_size=4, warmup=2, extractor_width=4, depth=1, decoder_depth=1
@@ -131,6 +131,20 @@ def test_learns_a_mark_that_survives_and_stays_out_of_clean_digits() -> None:
     detector = MarkDetector.calibrate(result.extractor, result.watermark, clean)
     assert detector.detect(marked).marked.float().mean() > 0.9
     assert detector.detect(test).marked.float().mean() < 0.05
+
+
+def test_both_bounds_close_in_together_and_end_where_they_should() -> None:
+    config = replace(TINY, iterations=10, psnr_floor=40.0, psnr_start=20.0, max_change=0.02)
+    injector = ViTInjector.from_config(config.injector(image_size=16, channels=1))
+    optimizer = torch.optim.AdamW(injector.parameters())
+    seen = []
+    for step in (0, 2, 4, 9):
+        joint._schedule(config, optimizer, injector, step)
+        seen.append((injector.shape.psnr_floor, injector.shape.max_change))
+    assert seen[0] == pytest.approx((20.0, 0.2)) and seen[1] == pytest.approx(
+        (30.0, 0.0632), rel=1e-2
+    )
+    assert seen[2] == seen[3] == pytest.approx((40.0, 0.02))
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,14 @@ def test_psnr_floor_holds_for_every_image() -> None:
     assert torch.allclose(injector.limit(small), small)
 
 
+def test_no_value_changes_by_more_than_the_largest_change() -> None:
+    injector = trained_looking(replace(SMALL, max_change=6 / 255))
+    wide = torch.randn(4, 3, 32, 32)
+    assert injector.limit(wide).abs().max() <= 6 / 255
+    small = torch.full_like(wide, 1e-4)
+    assert torch.allclose(injector.limit(small), small, rtol=1e-3)
+
+
 def test_watermark_changes_the_output_and_gets_a_gradient() -> None:
     injector = trained_looking()
     images = torch.rand(2, 3, 32, 32)
@@ -163,6 +171,8 @@ def test_default_watermark(side: int) -> None:
         {"depth": 0},
         {"psnr_floor": -1.0},
         {"psnr_floor": 40.0, "residual": False},
+        {"max_change": 0.0},
+        {"max_change": 0.1, "residual": False},
     ],
 )
 def test_config_refuses(change: dict[str, float]) -> None:

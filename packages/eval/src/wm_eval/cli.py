@@ -20,6 +20,7 @@ _EPILOG = """\
 examples:
   wm-eval demo                                plant, find and remove a backdoor in minutes
   wm-eval run study.toml --out runs/cifar10   a study of your own, or the rest of it
+  wm-eval detect --out runs/detection         do the defences find BadNets and WaNet?
   wm-eval report runs/cifar10                 draw the page of a study anew
 """
 _RUN_EPILOG = """\
@@ -55,6 +56,15 @@ def _main(argv: Sequence[str] | None) -> int:
     )
     run.add_argument("config", type=Path, metavar="STUDY.toml")
     run.add_argument("--out", type=Path, required=True, help="the study's folder")
+    detect = commands.add_parser(
+        "detect", help="scan clean, BadNets and WaNet victims of several seeds"
+    )
+    detect.add_argument("--data", default="mnist", help="a name, folder or .npz (default: mnist)")
+    detect.add_argument("--model", default="wanet-mnist", help="default: wanet-mnist")
+    detect.add_argument("--width", type=int, help="its width (default: its own)")
+    detect.add_argument("--limit", type=int, help="training images (default: all)")
+    detect.add_argument("--seeds", type=int, default=5, help="how many, from --seed (default: 5)")
+    detect.add_argument("--out", type=Path, required=True, help="the experiment's folder")
     report = commands.add_parser("report", help="draw report.html and tables.md anew")
     report.add_argument("folder", type=Path, metavar="FOLDER")
     report.add_argument(
@@ -62,12 +72,35 @@ def _main(argv: Sequence[str] | None) -> int:
         action="store_true",
         help="leave out images of the data set, where they may not be passed on",
     )
-    for command in (demo, run, report):
+    for command in (demo, run, detect, report):
         add_common(command, version=__version__)
-        if command is not demo:
+        if command in (run, report):
             command.set_defaults(seed=None)
     given = parser.parse_args(argv)
-    return _report(given) if given.command == "report" else _study(given)
+    work = {"report": _report, "detect": _detect}.get(given.command, _study)
+    return work(given)
+
+
+def _detect(given: argparse.Namespace) -> int:
+    from wm_eval.detection import DetectionConfig, run_detection, summarise_detection
+    from wm_eval.records import read_records
+
+    config = DetectionConfig(
+        data=given.data,
+        model=given.model,
+        width=given.width,
+        limit=given.limit,
+        seeds=tuple(range(given.seed, given.seed + given.seeds)),
+    )
+    records = run_detection(config, given.out, device=str(resolve_device(given.device)))
+    for row in summarise_detection(read_records(records)):
+        print(
+            f"{row['defence']:8} on {row['attack']:8} target named in {row['named_target']} of "
+            f"{row['n']}, another label in {row['named_other']} (paper's rule: "
+            f"{row['paper_named_target']}, {row['paper_named_other']})"
+        )
+    print(f"records     {records}")
+    return 0
 
 
 def _study(given: argparse.Namespace) -> int:

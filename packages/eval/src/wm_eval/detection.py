@@ -37,6 +37,7 @@ from wm_victim import (
 )
 
 ATTACKS = ("none", "badnets", "wanet")
+PAIRS = (("nc", "none"), ("nc", "badnets"), ("reverse", "none"), ("reverse", "wanet"))
 
 
 @dataclass(frozen=True)
@@ -48,36 +49,39 @@ class DetectionConfig:
         model: A classifier of `build_classifier`.
         width: Its width; its own if None.
         limit: Use this many training images; all if None.
-        attacks: Which victims to train: "none", "badnets", "wanet".
+        pairs: Which defence ("nc", "reverse") meets which victim ("none", "badnets", "wanet").
         seeds: Seeds of victim, trigger and scan alike.
         target: The label that the attacks ask for.
         ratio: Share of poisoned images: of all images (BadNets), of every batch (WaNet).
         train: The recipe of every victim.
         images: Clean images of the defender.
-        nc: Settings of Neural Cleanse; None leaves it out.
-        reverse: Settings of the reverse generators; None leaves them out.
+        nc: Settings of Neural Cleanse.
+        reverse: Settings of the reverse generators.
 
     Raises:
-        ValueError: An unknown attack, or no seed.
+        ValueError: An unknown defence or attack, or no pair or seed at all.
     """
 
     data: str = "mnist"
     model: str = "wanet-mnist"
     width: int | None = None
     limit: int | None = None
-    attacks: Sequence[str] = ATTACKS
+    pairs: Sequence[tuple[str, str]] = PAIRS
     seeds: Sequence[int] = (0, 1, 2, 3, 4)
     target: int = 0
     ratio: float = 0.1
-    train: TrainConfig = field(default_factory=lambda: TrainConfig.preset("mnist"))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig.preset("mnist", epochs=3))
     images: int = 600
-    nc: NCConfig | None = field(default_factory=lambda: NCConfig.preset("fast"))
-    reverse: ReverseConfig | None = field(default_factory=lambda: ReverseConfig.preset("fast"))
+    nc: NCConfig = field(default_factory=NCConfig)
+    reverse: ReverseConfig = field(default_factory=lambda: ReverseConfig.preset("fast"))
 
     def __post_init__(self) -> None:
-        unknown = [a for a in self.attacks if a not in ATTACKS]
-        if unknown or not self.attacks:
-            raise ValueError(f"expected attacks among {', '.join(ATTACKS)}, got {unknown}")
+        known = {(defence, attack) for defence in DEFENCES for attack in ATTACKS}
+        if not self.pairs or not set(self.pairs) <= known:
+            raise ValueError(
+                f"expected pairs of a defence ({', '.join(DEFENCES)}) and a victim "
+                f"({', '.join(ATTACKS)}), got {tuple(self.pairs)}"
+            )
         if not self.seeds or any(s < 0 for s in self.seeds):
             raise ValueError(f"expected seeds >= 0, at least one, got {tuple(self.seeds)}")
 
@@ -110,24 +114,20 @@ def run_detection(
     settings = plain(config)
     for seed in config.seeds:
         space = Workspace(Path(out), seed, data.fingerprint, device, say)
-        for attack in config.attacks:
-            name = f"{attack}-{seed}"
-            train = {k: settings[k] for k in ("model", "width", "target", "ratio", "train")}
+        train = {k: settings[k] for k in ("model", "width", "target", "ratio", "train")}
+        for defence, attack in config.pairs:
             space.stage(
-                f"victim-{name}",
+                f"victim-{attack}-{seed}",
                 train | {"attack": attack},
                 (),
                 partial(_victim, config, data, space, attack, progress),
             )
-            for defence in DEFENCES:
-                if getattr(config, defence) is None:
-                    continue
-                space.stage(
-                    f"scan-{defence}-{name}",
-                    {"images": config.images, "settings": settings[defence]},
-                    (f"victim-{name}",),
-                    partial(_scan, config, data, space, defence, attack, progress),
-                )
+            space.stage(
+                f"scan-{defence}-{attack}-{seed}",
+                {"images": config.images, "settings": settings[defence]},
+                (f"victim-{attack}-{seed}",),
+                partial(_scan, config, data, space, defence, attack, progress),
+            )
     return Path(out) / "records"
 
 
@@ -246,4 +246,4 @@ def summarise_detection(records: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-__all__ = ["ATTACKS", "DetectionConfig", "run_detection", "summarise_detection"]
+__all__ = ["ATTACKS", "PAIRS", "DetectionConfig", "run_detection", "summarise_detection"]

@@ -67,6 +67,8 @@ class JointConfig:
             leaves invisibility to equation 4 alone.
         psnr_start: Where the floor starts; it rises to ``psnr_floor`` over the first 40 % of the
             steps, so that the extractor first learns from a mark that is easy to see.
+        max_change: Largest change of any value, in [0, 1] units, held by the injector too; None
+            leaves it free. It keeps the mark from gathering in one visible place.
         depth: Encoder blocks.
         decoder_depth: Decoder blocks.
         residual: Add the decoder's output to x instead of reconstructing x.
@@ -96,6 +98,7 @@ class JointConfig:
     salt_pepper: bool = True
     psnr_floor: float | None = 38.5
     psnr_start: float | None = 26.0
+    max_change: float | None = 6 / 255
     depth: int = 6
     decoder_depth: int = 2
     residual: bool = True
@@ -144,6 +147,7 @@ class JointConfig:
             salt_pepper=False,
             psnr_floor=None,
             psnr_start=None,
+            max_change=None,
             depth=24,
             decoder_depth=8,
             residual=False,
@@ -178,6 +182,7 @@ class JointConfig:
             decoder_depth=self.decoder_depth,
             residual=self.residual,
             psnr_floor=self.psnr_floor,
+            max_change=self.max_change,
         )
 
     def anti_collapse(self) -> RandomCorruption:
@@ -346,7 +351,9 @@ def _schedule(
         # The last step always runs at the full floor, however few steps there are.
         way = 1.0 if step + 1 == config.iterations else way
         floor = config.psnr_start + way * (config.psnr_floor - config.psnr_start)
-        injector.shape = replace(injector.shape, psnr_floor=floor)
+        slack = 10 ** ((config.psnr_floor - floor) / 20)  # both bounds close in together
+        change = None if config.max_change is None else min(1.0, slack * config.max_change)
+        injector.shape = replace(injector.shape, psnr_floor=floor, max_change=change)
 
 
 def _step(

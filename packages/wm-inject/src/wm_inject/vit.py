@@ -40,8 +40,11 @@ class ViTConfig:
         residual: False is the paper's direct reconstruction. True adds the decoder's output to x
             and starts it at zero, so that an untrained injector is the identity. In a spike on
             CIFAR-10 this was worth 15 dB at equal cost.
-        psnr_floor: With a residual, the least PSNR in dB that every marked image keeps: the
+        psnr_floor: With a residual, the least PSNR in dB that every marked image keeps
+            (before rounding to 8 bits, which may cost a few tenths): the
             residual is scaled back onto the sphere of that energy. None leaves it free.
+        max_change: With a residual, the largest change of any value, in [0, 1] units, approached
+            through a tanh. Without it, a mark of high PSNR may sit in one visible corner.
 
     Raises:
         ValueError: A size that does not fit.
@@ -56,6 +59,7 @@ class ViTConfig:
     decoder_depth: int = 8
     residual: bool = True
     psnr_floor: float | None = None
+    max_change: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size", "width", "heads", "depth", "decoder_depth"):
@@ -70,6 +74,10 @@ class ViTConfig:
         if self.psnr_floor is not None and not (self.residual and self.psnr_floor > 0):
             raise ValueError(
                 f"expected a psnr_floor > 0 dB and a residual injector, got {self.psnr_floor}"
+            )
+        if self.max_change is not None and not (self.residual and 0 < self.max_change <= 1):
+            raise ValueError(
+                f"expected max_change in (0, 1] and a residual injector, got {self.max_change}"
             )
         if self.width % self.heads or self.width % 4:
             raise ValueError(
@@ -130,6 +138,7 @@ class ViTInjector(nn.Module):
         decoder_depth: int = 8,
         residual: bool = True,
         psnr_floor: float | None = None,
+        max_change: float | None = None,
     ) -> None:
         super().__init__()
         shape = ViTConfig(
@@ -142,6 +151,7 @@ class ViTInjector(nn.Module):
             decoder_depth,
             residual,
             psnr_floor,
+            max_change,
         )
         self.config: dict[str, Any] = asdict(shape)
         self.shape = shape
@@ -194,7 +204,9 @@ class ViTInjector(nn.Module):
         return images + self.limit(pixels.float())
 
     def limit(self, residual: Tensor) -> Tensor:
-        """Scale each residual ``(N, C, H, W)`` back to the energy that the PSNR floor allows."""
+        """Hold a residual ``(N, C, H, W)`` within the largest change and the PSNR floor."""
+        if self.shape.max_change is not None:
+            residual = self.shape.max_change * torch.tanh(residual / self.shape.max_change)
         if self.shape.psnr_floor is None:
             return residual
         allowed = 10 ** (-self.shape.psnr_floor / 20)  # root mean square, in [0, 1] units

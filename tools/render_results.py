@@ -1,0 +1,152 @@
+"""Write results/README.md from the records under results/: every number there comes from a record.
+
+Run ``python tools/render_results.py`` after records were added; a test holds the page to them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from wm_eval.detection import summarise_detection
+from wm_eval.records import Record, read_records, write_text
+from wm_eval.summary import headline, story
+from wm_eval.tables import DEFENCES, Table, percent, to_markdown
+from wm_inject.cli_common import run_cli
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+STUDIES = {
+    "demo": ("The demo: bundled handwritten digits", "hatch run demo --out results/demo"),
+    "cifar10": (
+        "CIFAR-10, 20 thousand training images",
+        "hatch run wm-eval run docs/studies/cifar10.toml --out results/cifar10",
+    ),
+}
+HEAD = """# Results
+
+Every number on this page is rendered from the records beside it (`tools/render_results.py`). A
+record holds its settings, seed, data fingerprint and versions; wall time and hardware stand in its
+`.env.json`. All of this ran on two shared CPU cores. Pictures of data sets that may not be passed
+on are left out of the reports.
+"""
+
+
+def detection_table(records: Mapping[str, Record]) -> Table:
+    """Seeds in which each defence named the target, or another label, under both rules."""
+    rows = [
+        (
+            DEFENCES[row["defence"]],
+            row["attack"],
+            str(row["n"]),
+            percent(row["asr_min"]),
+            _of(row["named_target"], row),
+            _of(row["named_other"], row, always=True),
+            _of(row["paper_named_target"], row),
+            _of(row["paper_named_other"], row, always=True),
+            f"{row['paper_index_mean']:.2f}",
+        )
+        for row in summarise_detection(records)
+    ]
+    headers = (
+        "defence",
+        "victims",
+        "seeds",
+        "lowest ASR",
+        "target named",
+        "another label named",
+        "paper's rule: target",
+        "paper's rule: another",
+        "mean paper's index",
+    )
+    note = (
+        "A clean victim has no target; its ASR is what a BadNets patch does to it. The paper's "
+        "rule is an index above 2 (ordinary median); ours is in docs/recipes.md."
+    )
+    return Table("detection", "MNIST, WaNet's network", headers, tuple(rows), note)
+
+
+def _of(count: int, row: Mapping[str, Any], *, always: bool = False) -> str:
+    if row["attack"] == "none" and not always:
+        return "–"
+    return f"{count} of {row['n']}"
+
+
+def ablation_table(records: Mapping[str, Record]) -> Table:
+    """Stealth and bits of injectors that differ in one thing."""
+    rows = []
+    for name, record in records.items():
+        v = record.values
+        d = v["detection"]
+        four = {k: v["bits"][k]["marked"] for k in ("mask", "rotation", "noise", "rescale")}
+        rows.append(
+            (
+                name.removeprefix("injector-"),
+                str(record.config["settings"]["recipe"]["iterations"]),
+                f"{v['stealth']['psnr']['mean']:.2f}",
+                percent(v["bits"]["none"]["marked"]),
+                *(percent(value) for value in four.values()),
+                percent(v["bits"]["jpeg"]["marked"]),
+                f"{percent(d['tpr'])} / {percent(d['fpr'])}",
+            )
+        )
+    headers = (
+        "recipe",
+        "steps",
+        "PSNR (dB)",
+        "bits, none",
+        "mask",
+        "rotation",
+        "noise",
+        "re-scale",
+        "JPEG",
+        "marked found / false",
+    )
+    note = (
+        "Balanced bit accuracy of the one fixed mark on held-out images; a constant output scores "
+        "50 %."
+    )
+    return Table(
+        "ablation", "Injectors on CIFAR-10 that differ in one thing", headers, tuple(rows), note
+    )
+
+
+def render(results: Path) -> str:
+    """The page for the folders of records that are there."""
+    parts = [HEAD]
+    for name, (title, command) in STUDIES.items():
+        if not (results / name / "records").is_dir():
+            continue
+        records = read_records(results / name / "records")
+        parts += [f"## {title}", "", f"`{command}` makes it; [report]({name}/report.html), ", ""]
+        parts[-2] += f"[tables]({name}/tables.md), [records]({name}/records)."
+        parts += ["```", *story(records), "```", "", *(f"{s}\n" for s in headline(records))]
+    if (results / "mnist-detection" / "records").is_dir():
+        parts += [
+            "## Five seeds of detection",
+            "",
+            "`hatch run wm-eval detect --out results/mnist-detection` makes it; "
+            "[records](mnist-detection/records).",
+            "",
+            to_markdown(detection_table(read_records(results / "mnist-detection" / "records"))),
+        ]
+    if (results / "ablation-injector" / "records").is_dir():
+        parts += [
+            "## What each part of the injector's recipe is worth",
+            "",
+            "`hatch run python tools/ablate_injector.py --limit 20000 --out "
+            "results/ablation-injector` makes it; [records](ablation-injector/records).",
+            "",
+            to_markdown(ablation_table(read_records(results / "ablation-injector" / "records"))),
+        ]
+    return "\n".join(parts)
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    write_text(RESULTS / "README.md", render(RESULTS))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(_main))
