@@ -1,10 +1,11 @@
 """What each part of the `robust` recipe is worth: injectors that differ in one thing only.
 
-    python tools/ablate_injector.py --data cifar10 --limit 20000 --out results/ablation-injector
+For example ``python tools/ablate_injector.py --limit 20000 --out results/ablation-injector``.
 
 Variants: the paper's recipe to the letter (10,000 steps of SGD, 24 + 8 blocks; about an hour on one
-core), and the robust recipe whole, without anti-collapse, and without clean images corrupted in
-training. Every variant is a record; a run that was stopped goes on where it was.
+core), and the robust recipe whole, without anti-collapse, without a bound on single values, without
+corrupting clean images in training, and at the paper's depth. Every variant is a record; a run that
+was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def variants(iterations: int, psnr_floor: float) -> dict[str, JointConfig]:
         "robust-no-anti-collapse": JointConfig.preset(
             "robust", corruption_probability=0.0, **robust
         ),
+        "robust-free-amplitude": JointConfig.preset("robust", max_change=None, **robust),
         "robust-clean-uncorrupted": JointConfig.preset("robust", corrupt_clean=False, **robust),
         "robust-24-8-blocks": JointConfig.preset("robust", depth=24, decoder_depth=8, **robust),
         "paper": JointConfig.preset("paper"),

@@ -164,6 +164,14 @@ TABLE = Table(
             "strength": lambda _: ev.StudyConfig(strength=0.0),
             "plan": lambda _: ev.StudyConfig(plan=PoisonPlan(mode="per_batch")),
         },
+        "DetectionConfig": {
+            "pairs": lambda _: ev.DetectionConfig(pairs=(("nc", "nothing"),)),
+            "seeds": lambda _: ev.DetectionConfig(seeds=()),
+        },
+        "run_detection": {
+            "data": lambda tmp: ev.run_detection(ev.DetectionConfig(data=str(tmp)), tmp / "out"),
+        },
+        "summarise_detection": {"no scan": lambda _: ev.summarise_detection({})},
         "study_preset": {"preset": lambda _: ev.study_preset("secret")},
         "load_study": {
             "no file": lambda tmp: ev.load_study(tmp / "missing.toml"),

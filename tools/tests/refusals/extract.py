@@ -122,6 +122,7 @@ TABLE = Table(
             "precision": config(precision="float16"),
             "iterations": config(iterations=0),
             "lr": config(lr=-1.0),
+            "max_change": config(max_change=0.0),
             "corruption_probability": config(corruption_probability=2.0),
             "weights": config(mark_weight=-1.0),
             "depth": config(depth=0),

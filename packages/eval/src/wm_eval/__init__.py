@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from wm_eval.config import StudyConfig as StudyConfig
     from wm_eval.config import VictimConfig as VictimConfig
     from wm_eval.config import load_study as load_study
+    from wm_eval.detection import DetectionConfig as DetectionConfig
+    from wm_eval.detection import run_detection as run_detection
+    from wm_eval.detection import summarise_detection as summarise_detection
     from wm_eval.experiment import StudyResult as StudyResult
     from wm_eval.experiment import run_study as run_study
     from wm_eval.intervals import Difference as Difference
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "config": "DataConfig DefenceConfig MeasureConfig StudyConfig VictimConfig load_study",
+    "detection": "DetectionConfig run_detection summarise_detection",
     "experiment": "StudyResult run_study",
     "intervals": "Difference Interval exact_interval exact_lower exact_upper paired_difference"
     " wilson",

@@ -122,6 +122,8 @@ class JointConfig:
             floor = getattr(self, name)
             if floor is not None and not floor > 0:
                 raise ValueError(f"expected {name} > 0 dB, got {floor}")
+        if self.max_change is not None and not 0 < self.max_change <= 1:
+            raise ValueError(f"expected max_change in (0, 1], got {self.max_change}")
         if not 0 <= self.corruption_probability <= 1:
             raise ValueError(f"expected a probability in [0, 1], got {self.corruption_probability}")
 
