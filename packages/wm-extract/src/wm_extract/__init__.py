@@ -27,13 +27,13 @@ from wm_extract.detect import (
     save_detector,
 )
 from wm_extract.joint import (
-    JointConfig,
     JointLosses,
     JointResult,
     image_loss,
     map_loss,
     train_jointly,
 )
+from wm_extract.recipe import JointConfig
 from wm_extract.unet import UNetExtractor
 
 __all__ = [

@@ -50,7 +50,8 @@ def _train(args: argparse.Namespace) -> int:
     import torch
 
     from wm_extract.detect import MIN_CALIBRATION, MarkDetector, save_detector
-    from wm_extract.joint import JointConfig, train_jointly
+    from wm_extract.joint import train_jointly
+    from wm_extract.recipe import JointConfig
     from wm_inject import list_images, load_image, quantize, save_trigger, to_float
     from wm_inject.triggers.watermark import WatermarkTrigger
 
