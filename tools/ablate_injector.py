@@ -69,7 +69,7 @@ def _main(argv: Sequence[str] | None) -> int:
     parser = Parser(prog="ablate_injector", description=__doc__)
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--limit", type=int, help="training images (default: all)")
-    parser.add_argument("--iterations", type=int, default=1000, help="steps of the robust variants")
+    parser.add_argument("--iterations", type=int, default=2500, help="steps of the robust variants")
     parser.add_argument("--psnr", type=float, default=36.6, help="their PSNR floor in dB")
     parser.add_argument("--test-images", type=int, default=1200)
     parser.add_argument("--only", nargs="*", help="names of variants (default: all)")

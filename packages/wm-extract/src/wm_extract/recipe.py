@@ -60,7 +60,7 @@ class JointConfig:
 
     recipe: str = "robust"
     size: str = "tiny"
-    iterations: int = 1000
+    iterations: int = 2500
     batch_size: int = 16
     optimizer: Literal["sgd", "adamw"] = "adamw"
     lr: float = 1e-3
@@ -73,7 +73,7 @@ class JointConfig:
     corruption_probability: float = 0.3
     corrupt_clean: bool = True
     salt_pepper: bool = True
-    psnr_floor: float | None = 38.5
+    psnr_floor: float | None = 36.6
     psnr_start: float | None = 26.0
     max_change: float | None = 6 / 255
     depth: int = 6
