@@ -24,6 +24,17 @@ STUDIES = {
         "hatch run wm-eval run docs/studies/cifar10.toml --out results/cifar10",
     ),
 }
+DETECTIONS = {
+    "mnist-detection": (
+        "Five seeds of detection",
+        "`hatch run wm-eval detect --out results/mnist-detection` makes it.",
+    ),
+    "mnist-detection-single-start": (
+        "The same with one search per label",
+        "What Neural Cleanse found when each label was searched once, from a random mask: the "
+        "reason for three searches, whose starts were then chosen on other seeds (100 to 102).",
+    ),
+}
 HEAD = """# Results
 
 Every number on this page is rendered from the records beside it (`tools/render_results.py`). A
@@ -122,15 +133,11 @@ def render(results: Path) -> str:
         parts += [f"## {title}", "", f"`{command}` makes it; [report]({name}/report.html), ", ""]
         parts[-2] += f"[tables]({name}/tables.md), [records]({name}/records)."
         parts += ["```", *story(records), "```", "", *(f"{s}\n" for s in headline(records))]
-    if (results / "mnist-detection" / "records").is_dir():
-        parts += [
-            "## Five seeds of detection",
-            "",
-            "`hatch run wm-eval detect --out results/mnist-detection` makes it; "
-            "[records](mnist-detection/records).",
-            "",
-            to_markdown(detection_table(read_records(results / "mnist-detection" / "records"))),
-        ]
+    for name, (title, text) in DETECTIONS.items():
+        if (results / name / "records").is_dir():
+            table = detection_table(read_records(results / name / "records"))
+            parts += [f"## {title}", "", f"{text} [Records]({name}/records).", ""]
+            parts.append(to_markdown(table))
     if (results / "ablation-injector" / "records").is_dir():
         parts += [
             "## What each part of the injector's recipe is worth",
