@@ -13,7 +13,7 @@ from typing import Any
 from wm_eval.detection import summarise_detection
 from wm_eval.records import Record, read_records, write_text
 from wm_eval.summary import headline, story
-from wm_eval.tables import DEFENCES, Table, percent, to_markdown
+from wm_eval.tables import DEFENCES, Table, percent, to_markdown, with_interval
 from wm_inject.cli_common import run_cli
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -123,6 +123,27 @@ def ablation_table(records: Mapping[str, Record]) -> Table:
     )
 
 
+def gap_table(study: Mapping[str, Record], gap: Mapping[str, Record]) -> Table:
+    """The clean accuracy of the study's victims beside those that differ in one thing."""
+    victims = study["robustness"].values["victims"]
+    rows = {
+        "clean data": victims["clean"]["none"],
+        "clean data without the images that the plan poisons": gap["victim-fewer"].values,
+        "the plan with a BadNets patch": gap["victim-badnets"].values,
+        "the plan with the watermark": victims["backdoored"]["none"],
+    }
+    cells = tuple(
+        (name, with_interval(v["cda"], v["cda_interval"]), str(v["n_clean"]))
+        for name, v in rows.items()
+    )
+    note = (
+        "One recipe, one seed. Intervals are of each rate alone (Wilson); the pairs share images."
+    )
+    return Table(
+        "gap", "CIFAR-10: where the accuracy goes", ("trained on", "CDA", "n"), cells, note
+    )
+
+
 def render(results: Path) -> str:
     """The page for the folders of records that are there."""
     parts = [HEAD]
@@ -133,6 +154,14 @@ def render(results: Path) -> str:
         parts += [f"## {title}", "", f"`{command}` makes it; [report]({name}/report.html), ", ""]
         parts[-2] += f"[tables]({name}/tables.md), [records]({name}/records)."
         parts += ["```", *story(records), "```", "", *(f"{s}\n" for s in headline(records))]
+    if (results / "cifar10-gap" / "records").is_dir():
+        study = read_records(results / "cifar10" / "records")
+        parts += [
+            "`hatch run python tools/explain_gap.py docs/studies/cifar10.toml --out "
+            "results/cifar10-gap` makes the two in the middle; [records](cifar10-gap/records).",
+            "",
+            to_markdown(gap_table(study, read_records(results / "cifar10-gap" / "records"))),
+        ]
     for name, (title, text) in DETECTIONS.items():
         if (results / name / "records").is_dir():
             table = detection_table(read_records(results / name / "records"))

@@ -172,6 +172,7 @@ def test_bfloat16_training_comes_close_to_float32(data, quick):
 def test_lpips_without_weights_says_how_to_get_them(data, quick, monkeypatch, tmp_path):
     monkeypatch.setenv("WM_LPIPS", str(tmp_path / "none.safetensors"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.delenv("WM_DATA", raising=False)
     with pytest.raises((RuntimeError, ValueError), match="LPIPS"):
         pretrain(data[0], config=replace(quick, lambdas=(0.1, 1.0, 0.1)))
 
