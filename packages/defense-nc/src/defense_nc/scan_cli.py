@@ -1,0 +1,106 @@
+"""What the command lines of both defences share: their inputs, the printed table, the exit code."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wm_inject.cli_common import resolve_device, run_cli
+
+if TYPE_CHECKING:
+    from defense_nc.report import ScanReport
+    from wm_victim import Dataset, ImageSet
+    from wm_victim.models import Classifier
+
+
+def add_inputs(parser: argparse.ArgumentParser, *, presets: Sequence[str], images: int) -> None:
+    """Give a parser what every scan takes: a classifier, clean images, a preset and the rule.
+
+    Args:
+        parser: The parser of one command.
+        presets: Names of presets; "robust" must be among them.
+        images: How many clean images are used if nothing is said.
+    """
+    parser.add_argument("classifier", type=Path, help="a file that `wm-victim train` wrote")
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="clean images: digits, mnist, fashion-mnist, cifar10, gtsrb, a folder, or an .npz",
+    )
+    parser.add_argument("--root", type=Path, help="where named sets lie (default: WM_DATA)")
+    parser.add_argument(
+        "--images", type=int, default=images, help=f"images to scan with (default: {images})"
+    )
+    parser.add_argument("--preset", choices=tuple(presets), default="robust")
+    parser.add_argument(
+        "--alpha", type=float, default=0.05, help="share of clean models that may be accused"
+    )
+    parser.add_argument(
+        "--max-ratio", type=float, default=0.5, help="accuse only below this share of the median"
+    )
+
+
+def open_inputs(args: argparse.Namespace) -> tuple[Classifier, Dataset, ImageSet]:
+    """The classifier, its data, and the defender's few images; model and images on the device.
+
+    Raises:
+        ValueError: Files that cannot be read, or data of another shape than the classifier's.
+    """
+    from wm_victim import defender_subset, load_classifier, load_dataset
+
+    model = load_classifier(args.classifier)
+    data = load_dataset(args.data, root=args.root, image_size=model.config["image_size"])
+    for name in ("num_classes", "channels"):
+        if getattr(data, name) != model.config[name]:
+            raise ValueError(
+                f"expected data with {name} {model.config[name]}, as the classifier was trained "
+                f"on, got {getattr(data, name)} in {data.name}"
+            )
+    device = resolve_device(args.device)
+    known = defender_subset(data.train, count=args.images, seed=args.seed)
+    return model.to(device), data, known.to(device)
+
+
+def verdict_code(scan: Callable[[], ScanReport]) -> int:
+    """Run a scan and return its verdict's exit code; 3, "not scanned", after an error.
+
+    An error must not look like a verdict: 1 means "backdoored" here.
+    """
+    done: list[ScanReport] = []
+
+    def attempt(_: Sequence[str] | None) -> int:
+        done.append(scan())
+        return 0
+
+    code = run_cli(attempt)
+    if done:
+        return done[0].verdict.exit_code
+    return 3 if code == 1 else code
+
+
+def report_table(report: ScanReport) -> str:
+    """A scan for the terminal: a line a label, both rules, the verdict and its reason."""
+    lines = ["label     score  ratio  success        p  paper index"]
+    for row in report.labels:
+        named = " <- suspected" if row.label in report.suspected else ""
+        missed = "" if row.converged else " (not reached)"
+        lines.append(
+            f"{row.label:5d} {row.score:9.4g} {row.ratio:6.2f} {row.success_rate:8.3f} "
+            f"{row.p_value:8.2g} {row.paper_index:12.2f}{named}{missed}"
+        )
+    flagged = ", ".join(map(str, report.paper_flagged)) or "none"
+    named = ", ".join(map(str, report.suspected)) or "none"
+    return "\n".join(
+        [
+            *lines,
+            f"default rule: p {report.p_value:.2g} (alpha {report.alpha:g}), suspected: {named}",
+            f"paper's rule: index {report.paper_index:.2f}, with the lower median "
+            f"{report.paper_index_low:.2f}; flagged (> 2): {flagged}",
+            f"verdict: {report.verdict.value}. {report.reason}",
+        ]
+    )
+
+
+__all__ = ["add_inputs", "open_inputs", "report_table", "verdict_code"]
