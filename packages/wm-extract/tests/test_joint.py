@@ -175,3 +175,24 @@ def test_refusals() -> None:
         image_loss(torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 5))
     with pytest.raises(ValueError, match="fit a picture"):
         map_loss([], torch.zeros(1, 4, 4))
+
+
+def test_the_encoder_can_start_from_weights_at_hand() -> None:
+    config = replace(TINY, iterations=1)
+    donor = ViTInjector.from_config(config.injector(image_size=16, channels=1))
+    names = {"patch_embed.": "patch_embed.", "encoder.": "blocks.", "encoder_norm.": "norm."}
+    weights = {
+        new + key.removeprefix(old): value
+        for old, new in names.items()
+        for key, value in donor.state_dict().items()
+        if key.startswith(old)
+    }
+    started = train_jointly(noise(), config=config, encoder=weights, progress=False)
+    fresh = train_jointly(noise(), config=config, progress=False)
+    distance = [
+        (r.injector.encoder[0].mlp.fc1.weight - donor.encoder[0].mlp.fc1.weight).abs().max()
+        for r in (started, fresh)
+    ]
+    assert distance[0] < 0.01 < distance[1], "one small step away from where it started"
+    with pytest.raises(ValueError, match="do not fit this encoder"):
+        train_jointly(noise(), config=config, encoder={"norm.weight": torch.ones(3)})

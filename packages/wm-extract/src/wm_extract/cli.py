@@ -6,9 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from wm_extract.__about__ import __version__
 from wm_inject.cli_common import Parser, add_common, resolve_device, run_cli
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EPILOG = """examples:
   wm-extract train photos/ --image-size 32 --out mark/
@@ -32,6 +36,9 @@ def _parser() -> Parser:
     train.add_argument("--watermark", type=Path, help="a picture; the built-in one if not given")
     train.add_argument("--recipe", default="robust", help="robust, paper or released")
     train.add_argument("--size", default="tiny", help="tiny, small, base or large")
+    train.add_argument(
+        "--encoder", type=Path, help="safetensors of timm's MAE ViT, to start the encoder from"
+    )
     train.add_argument("--iterations", type=int, help="steps (default: the recipe's)")
     train.add_argument("--psnr", type=float, help="least PSNR in dB of a marked image (robust)")
     train.add_argument("--false-positive-rate", type=float, default=1e-3)
@@ -72,10 +79,18 @@ def _train(args: argparse.Namespace) -> int:
     mark = None
     if args.watermark is not None:
         mark = to_float(load_image(args.watermark, size=args.image_size, channels=1)[None])[0]
+    encoder = None
+    if args.encoder is not None:
+        encoder = _read_weights(args.encoder)
     args.out.mkdir(parents=True, exist_ok=True)
     state = args.out / "training.safetensors"
     result = train_jointly(
-        images.to(device), config=config, watermark=mark, seed=args.seed, checkpoint=state
+        images.to(device),
+        config=config,
+        watermark=mark,
+        encoder=encoder,
+        seed=args.seed,
+        checkpoint=state,
     )
     trigger = WatermarkTrigger(result.injector.cpu(), watermark=result.watermark.cpu())
     with torch.no_grad():
@@ -97,6 +112,17 @@ def _train(args: argparse.Namespace) -> int:
     print(f"marked images found among those of the calibration: {found} of {len(clean)}")
     print(f"wrote {args.out}/trigger.safetensors and {args.out}/detector.safetensors")
     return 0
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """A plain safetensors state dict, as model hubs hold them."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"expected safetensors weights at {path}: {error}") from error
 
 
 def _detect(args: argparse.Namespace) -> int:

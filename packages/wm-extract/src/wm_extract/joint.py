@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,6 +96,7 @@ def train_jointly(
     *,
     config: JointConfig,
     watermark: Tensor | None = None,
+    encoder: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     checkpoint: Path | None = None,
     progress: bool = True,
@@ -106,12 +107,15 @@ def train_jointly(
         images: float32 ``(N, C, H, W)`` in [0, 1], square, on the device to train on.
         config: The recipe.
         watermark: float32 ``(1, H, W)`` in [0, 1]; the default picture if None.
+        encoder: State dict of timm's MAE ViT to start the injector's encoder from, such as
+            ``vit_large_patch16_224.mae`` for size "large"; fresh weights if None.
         seed: Seeds weights, batches and corruptions; the same seed on CPU gives the same bytes.
         checkpoint: Where to keep the state every 250 steps; a run that finds it goes on from it.
         progress: Show how far it is.
 
     Raises:
-        ValueError: Images or watermark break their contract, or the checkpoint is of another run.
+        ValueError: Images or watermark break their contract, the encoder's weights are of another
+            architecture, or the checkpoint is of another run.
         RuntimeError: The loss is no longer finite.
     """
     check_images(images)
@@ -124,12 +128,14 @@ def train_jointly(
         torch.manual_seed(seed)  # module initialisers take no generator
         injector = ViTInjector.from_config(config.injector(image_size=side, channels=channels))
         extractor = UNetExtractor(channels=channels, width=config.extractor_width)
+    if encoder is not None:
+        injector.load_mae_encoder(encoder)
     modules: dict[str, nn.Module] = {"injector": injector, "extractor": extractor}
     for module in modules.values():
         module.to(images.device).train()
     optimizer = _optimizer(config, [p for m in modules.values() for p in m.parameters()])
     generator = torch.Generator().manual_seed(seed)
-    run = _run_identity(config, images, mark, seed)
+    run = _run_identity(config, [images, mark, *(encoder or {}).values()], seed)
     history: list[JointLosses] = []
     start = 0
     if checkpoint is not None and checkpoint.exists():
@@ -224,9 +230,9 @@ def _step(
     return image.detach(), found.detach(), nothing.detach()
 
 
-def _run_identity(config: JointConfig, images: Tensor, mark: Tensor, seed: int) -> dict[str, Any]:
+def _run_identity(config: JointConfig, inputs: Sequence[Tensor], seed: int) -> dict[str, Any]:
     digest = hashlib.sha256()
-    for tensor in (images, mark):
+    for tensor in inputs:
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     settings = json.loads(json.dumps(asdict(config)))
     return {"settings": settings, "seed": seed, "data": digest.hexdigest()}
