@@ -35,7 +35,7 @@ def demo() -> StudyConfig:
 
 
 def cifar10() -> StudyConfig:
-    """CIFAR-10, 20 thousand training images: an hour or so on a CPU, minutes on a GPU."""
+    """CIFAR-10, 20 thousand training images: about half an hour on two CPU cores."""
     return StudyConfig(
         name="cifar10",
         data=DataConfig(name="cifar10", limit=20_000),
