@@ -22,11 +22,12 @@ from wm_eval import load_study
 from wm_eval.config import StudyConfig, plain
 from wm_eval.measure import metrics_values
 from wm_eval.robustness import outcomes, summarize
+from wm_eval.study import fresh_classifier
 from wm_eval.workspace import Made, Workspace
 from wm_extract import Identity
 from wm_inject import PatchTrigger
 from wm_inject.cli_common import Parser, add_common, resolve_device, run_cli
-from wm_victim import DATASET_STATS, Dataset, build_classifier, load_dataset, train_classifier
+from wm_victim import Dataset, load_dataset, train_classifier
 
 VARIANTS = ("badnets", "fewer")
 
@@ -35,17 +36,7 @@ def train_variant(
     config: StudyConfig, data: Dataset, space: Workspace, name: str, at: Path
 ) -> Made:
     """Train one classifier and count its right answers on the study's test images."""
-    mean, std = DATASET_STATS.get(data.name, (None, None))
-    model = build_classifier(
-        config.victim.model,
-        num_classes=data.num_classes,
-        channels=data.channels,
-        image_size=data.image_size,
-        width=config.victim.width,
-        mean=mean,
-        std=std,
-        seed=config.seed,
-    )
+    model = fresh_classifier(data, config.victim.model, width=config.victim.width, seed=config.seed)
     plan = replace(config.plan, seed=config.seed)
     trigger = PatchTrigger(image_size=data.image_size).to(space.device)
     train = data.train

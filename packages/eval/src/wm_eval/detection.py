@@ -21,14 +21,13 @@ from wm_eval.config import plain
 from wm_eval.measure import metrics_values, scan_values
 from wm_eval.robustness import outcomes, summarize
 from wm_eval.stages import DEFENCES
+from wm_eval.study import fresh_classifier
 from wm_eval.workspace import Made, Workspace
 from wm_extract import Identity
 from wm_inject import CoTraining, PatchTrigger, PoisonPlan, WarpTrigger
 from wm_victim import (
-    DATASET_STATS,
     Dataset,
     TrainConfig,
-    build_classifier,
     defender_subset,
     load_classifier,
     load_dataset,
@@ -140,17 +139,7 @@ def _victim(
     checkpoint: Path,
 ) -> Made:
     seed = space.seed
-    mean, std = DATASET_STATS.get(data.name, (None, None))
-    model = build_classifier(
-        config.model,
-        num_classes=data.num_classes,
-        channels=data.channels,
-        image_size=data.image_size,
-        width=config.width,
-        mean=mean,
-        std=std,
-        seed=seed,
-    )
+    model = fresh_classifier(data, config.model, width=config.width, seed=seed)
     # A clean victim is measured with BadNets' trigger: what it does to a model that never saw it.
     trigger: nn.Module = PatchTrigger(image_size=data.image_size)
     planting: dict[str, Any] = {}

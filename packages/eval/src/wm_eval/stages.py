@@ -26,6 +26,7 @@ from wm_eval.study import (
     EXTRACTOR,
     TRIGGER,
     Study,
+    fresh_classifier,
     load_reversed,
     reversed_file,
     save_reversed,
@@ -42,8 +43,6 @@ from wm_inject import (
     to_float,
 )
 from wm_victim import (
-    DATASET_STATS,
-    build_classifier,
     load_classifier,
     save_classifier,
     train_classifier,
@@ -148,17 +147,7 @@ def measure_mark(study: Study) -> Made:
 def train_victim(study: Study, name: str, checkpoint: Path) -> Made:
     """Train the clean or the backdoored victim: one recipe, one seed, one difference."""
     config, data = study.config, study.data
-    mean, std = DATASET_STATS.get(data.name, (None, None))
-    model = build_classifier(
-        config.victim.model,
-        num_classes=data.num_classes,
-        channels=data.channels,
-        image_size=data.image_size,
-        width=config.victim.width,
-        mean=mean,
-        std=std,
-        seed=config.seed,
-    )
+    model = fresh_classifier(data, config.victim.model, width=config.victim.width, seed=config.seed)
     attack: dict[str, Any] = {}
     if name == "backdoored":
         attack = {

@@ -14,7 +14,14 @@ from wm_eval.config import StudyConfig
 from wm_eval.workspace import Workspace
 from wm_extract import Corruption, UNetExtractor, named_corruption
 from wm_inject import WatermarkTrigger, load_checkpoint, load_trigger, save_checkpoint
-from wm_victim import Dataset, ImageSet, defender_subset, load_classifier
+from wm_victim import (
+    DATASET_STATS,
+    Dataset,
+    ImageSet,
+    build_classifier,
+    defender_subset,
+    load_classifier,
+)
 
 TRIGGER, EXTRACTOR = "models/trigger.safetensors", "models/extractor.safetensors"
 
@@ -67,6 +74,25 @@ class Study:
     def victim(self, name: str) -> nn.Module:
         """A trained classifier, from its file."""
         return load_classifier(self.space.path(victim_file(name))).to(self.device).eval()
+
+
+def fresh_classifier(data: Dataset, model: str, *, width: int | None, seed: int) -> nn.Module:
+    """An untrained classifier for a data set, with the set's own normalisation where one is known.
+
+    Raises:
+        ValueError: An unknown model, or a width or image size that it does not take.
+    """
+    mean, std = DATASET_STATS.get(data.name, (None, None))
+    return build_classifier(
+        model,
+        num_classes=data.num_classes,
+        channels=data.channels,
+        image_size=data.image_size,
+        width=width,
+        mean=mean,
+        std=std,
+        seed=seed,
+    )
 
 
 def victim_file(name: str) -> str:
