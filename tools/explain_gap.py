@@ -25,7 +25,7 @@ from wm_eval.robustness import outcomes, summarize
 from wm_eval.study import fresh_classifier
 from wm_eval.workspace import Made, Workspace
 from wm_extract import Identity
-from wm_inject import PatchTrigger
+from wm_inject import BadNetsTrigger
 from wm_inject.cli_common import Parser, add_common, resolve_device, run_cli
 from wm_victim import Dataset, load_dataset, train_classifier
 
@@ -38,7 +38,7 @@ def train_variant(
     """Train one classifier and count its right answers on the study's test images."""
     model = fresh_classifier(data, config.victim.model, width=config.victim.width, seed=config.seed)
     plan = replace(config.plan, seed=config.seed)
-    trigger = PatchTrigger(image_size=data.image_size).to(space.device)
+    trigger = BadNetsTrigger(image_size=data.image_size).to(space.device)
     train = data.train
     attack: dict[str, Any] = {}
     if name == "badnets":

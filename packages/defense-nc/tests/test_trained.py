@@ -4,7 +4,7 @@ import pytest
 
 from defense_nc import NCConfig, Verdict, scan, unlearn
 from wm_inject.poison import PoisonPlan
-from wm_inject.triggers import PatchTrigger
+from wm_inject.triggers import BadNetsTrigger
 from wm_victim import (
     TrainConfig,
     accuracy,
@@ -32,7 +32,7 @@ def trained(data, **attack):
 
 @pytest.mark.slow
 def test_a_trained_patch_backdoor_is_named_and_cleaned(data):
-    trigger = PatchTrigger(image_size=28)
+    trigger = BadNetsTrigger(image_size=28)
     plan = PoisonPlan(ratio=0.1, target=TARGET)
     model = trained(data, plan=plan, trigger=trigger)
     assert attack_success(model, data.test, trigger, target=TARGET) > 0.95

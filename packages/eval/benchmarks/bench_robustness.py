@@ -9,7 +9,7 @@ import torch
 
 from wm_eval import evaluate
 from wm_extract import PAPER_CORRUPTIONS
-from wm_inject import PatchTrigger
+from wm_inject import BadNetsTrigger
 from wm_victim import ImageSet, build_classifier, predict
 
 ROUNDS = 3
@@ -21,7 +21,7 @@ def test_evaluate_against_bare_forward_passes(benchmark) -> None:
     images = torch.rand(128, 3, 32, 32, generator=generator)
     data = ImageSet(images, torch.arange(128) % 10, torch.arange(128))
     model = build_classifier("resnet10", num_classes=10, channels=3, image_size=32, width=16).eval()
-    trigger = PatchTrigger(image_size=32)
+    trigger = BadNetsTrigger(image_size=32)
     passes = 2 * len(PAPER_CORRUPTIONS)
     spent = {"evaluate": 0.0, "bare": 0.0}
 

@@ -7,7 +7,7 @@ import torch
 
 from defense_nc import InvertedTrigger
 from wm_eval.pictures import amplified, residual_gain, reversed_picture, save_picture
-from wm_inject import PatchTrigger, load_image
+from wm_inject import BadNetsTrigger, load_image
 
 
 def test_a_picture_comes_back_pixel_by_pixel(tmp_path: Path) -> None:
@@ -35,5 +35,5 @@ def test_reversed_triggers_show_what_they_do(tmp_path: Path) -> None:
     assert inverted["caption"] == "mask x pattern"
     shown = load_image(tmp_path / "nc.png", channels=1)
     assert shown[0, 0, 0] == 255 and shown.sum() == 255
-    patch = reversed_picture(tmp_path, "patch", PatchTrigger(image_size=8, size=1), images)
+    patch = reversed_picture(tmp_path, "patch", BadNetsTrigger(image_size=8, size=1), images)
     assert patch["caption"].startswith("mean change over 4 images, x ")

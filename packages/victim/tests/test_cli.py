@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from wm_inject.checkpoint import load_checkpoint
-from wm_inject.triggers import PatchTrigger, WarpTrigger, save_trigger
+from wm_inject.triggers import BadNetsTrigger, WaNetTrigger, save_trigger
 from wm_victim.cli import main
 
 SMALL = ["--data", "digits", "--image-size", "16", "--device", "cpu"]
@@ -14,7 +14,7 @@ TRAIN = ["train", *SMALL, "--width", "8", "--epochs", "2", "--limit", "400"]
 @pytest.fixture
 def patch(tmp_path: Path) -> Path:
     path = tmp_path / "patch.safetensors"
-    save_trigger(PatchTrigger(image_size=16, size=4), path)
+    save_trigger(BadNetsTrigger(image_size=16, size=4), path)
     return path
 
 
@@ -47,12 +47,12 @@ def test_noise_mode_is_for_triggers_that_offer_it(
     tmp_path: Path, patch: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     warp = tmp_path / "warp.safetensors"
-    save_trigger(WarpTrigger(image_size=16), warp)
+    save_trigger(WaNetTrigger(image_size=16), warp)
     command = [*TRAIN, "--out", str(tmp_path / "v.safetensors"), "--noise-mode", "--epochs", "1"]
     assert main([*command, "--trigger", str(warp)]) == 0
     capsys.readouterr()
     assert main([*command, "--trigger", str(patch)]) == 1
-    assert "patch trigger has no noise mode" in capsys.readouterr().err
+    assert "badnets trigger has no noise mode" in capsys.readouterr().err
 
 
 def test_a_kept_checkpoint_stays(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from wm_inject.poison import PoisonPlan
-from wm_inject.triggers import PatchTrigger, WarpTrigger
+from wm_inject.triggers import BadNetsTrigger, WaNetTrigger
 from wm_victim import (
     Dataset,
     ImageSet,
@@ -94,7 +94,7 @@ def stop_in_epoch(number: int) -> Any:
 
 
 def test_a_narrow_net_learns_real_digits_and_the_backdoor(digits: Dataset) -> None:
-    model, trigger = small_net(), PatchTrigger(image_size=16, size=3)
+    model, trigger = small_net(), BadNetsTrigger(image_size=16, size=3)
     config = TrainConfig.preset("fast", epochs=5)
     plan = PoisonPlan(ratio=0.1, target=3)
     history = train(model, digits.train, config, plan=plan, trigger=trigger)
@@ -156,11 +156,11 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     whole = train(straight, few, config, hook=hook())
     path = tmp_path / "run.safetensors"
     with pytest.raises(Stop):
-        train(small_net(net), few, config, hook=hook(), checkpoint=path, on_epoch=stop_in_epoch(3))
+        train(small_net(net), few, config, hook=hook(), checkpoint=path, watch=stop_in_epoch(3))
     nn.init.zeros_(resumed.head.weight)  # what it starts from must not matter
     epochs: list[int] = []
     later = train(
-        resumed, few, config, hook=hook(), checkpoint=path, on_epoch=lambda e, _: epochs.append(e)
+        resumed, few, config, hook=hook(), checkpoint=path, watch=lambda e, _: epochs.append(e)
     )
     assert epochs == [3, 4]
     assert same(weights(straight), weights(resumed))
@@ -184,7 +184,7 @@ def test_a_finished_run_is_not_run_again(few: ImageSet, tmp_path: Path) -> None:
     history = train(first, few, checkpoint=path)
     (tmp_path / "run.safetensors.env.json").unlink()
     again = small_net()
-    loaded = train(again, few, checkpoint=path, on_epoch=stop_in_epoch(4))
+    loaded = train(again, few, checkpoint=path, watch=stop_in_epoch(4))
     assert loaded.to_dict() == history.to_dict()
     assert loaded.seconds == (0.0,) * 4
     assert same(weights(first), weights(again))
@@ -212,7 +212,7 @@ def test_a_hook_sees_every_batch_and_wanets_noise_mode_runs(few: ImageSet) -> No
     train(small_net(), few, hook=hook)
     assert hook.calls == 4 * 5  # 300 images in batches of 64
     plan = PoisonPlan(ratio=0.1, mode="per_batch")
-    noise = WarpTrigger(image_size=16).noise_hook(plan, num_classes=10)
+    noise = WaNetTrigger(image_size=16).noise_hook(plan, num_classes=10)
     train(small_net(), few, TrainConfig(epochs=1, lr=0.02), hook=noise)
 
 
@@ -244,7 +244,7 @@ def test_poisoned_images_are_spread_over_the_first_epoch(few: ImageSet) -> None:
 
 
 def test_bad_training_is_refused(few: ImageSet) -> None:
-    trigger, plan = PatchTrigger(image_size=16), PoisonPlan()
+    trigger, plan = BadNetsTrigger(image_size=16), PoisonPlan()
     with pytest.raises(ValueError, match="labels in 0"):
         train_classifier(small_net(), few, config=QUICK, num_classes=9)
     with pytest.raises(ValueError, match="a model with 11 logits, got 10"):
@@ -298,9 +298,9 @@ def test_accuracy_and_attack_success_count_what_they_say() -> None:
     data = ImageSet(images, labels, torch.arange(6))
     model = Odd()
     assert accuracy(model, data) == pytest.approx(4 / 6)
-    patch = PatchTrigger(image_size=4, size=2)
+    patch = BadNetsTrigger(image_size=4, size=2)
     assert attack_success(model, data, patch, target=0) == 1.0
-    dark = PatchTrigger(image_size=4, size=4, value=0.0)
+    dark = BadNetsTrigger(image_size=4, size=4, value=0.0)
     assert attack_success(model, data, dark, target=0, batch_size=2) == 0.0
     with pytest.raises(ValueError, match="other classes"):
         attack_success(model, data.subset(labels == 0), patch, target=0)

@@ -15,7 +15,7 @@ from wm_inject.export import to_onnx
 from wm_inject.images import to_float, to_pixels
 from wm_inject.runtime import Poisoner
 from wm_inject.stealth import ssim
-from wm_inject.triggers import WarpTrigger
+from wm_inject.triggers import WaNetTrigger
 
 pytestmark = pytest.mark.bench
 ROUNDS = 9
@@ -52,7 +52,7 @@ def test_ssim_against_scikit_image(benchmark):
 
 
 def test_exported_warp_against_torch(benchmark, tmp_path):
-    trigger = WarpTrigger(image_size=32)
+    trigger = WaNetTrigger(image_size=32)
     to_onnx(trigger, torch.rand(3, 3, 32, 32), tmp_path / "m.onnx", uint8=True)
     poisoner = Poisoner(tmp_path / "m.onnx")
     pixels = np.random.default_rng(0).integers(0, 256, (256, 32, 32, 3), dtype=np.uint8)

@@ -9,7 +9,7 @@ import torch
 from wm_inject.__about__ import __version__
 from wm_inject.cli import main
 from wm_inject.images import load_image, save_image, to_float, to_pixels
-from wm_inject.triggers import BlendTrigger, PatchTrigger, WarpTrigger, save_trigger
+from wm_inject.triggers import BadNetsTrigger, BlendTrigger, WaNetTrigger, save_trigger
 
 SIZE = 16
 
@@ -33,14 +33,14 @@ def apply(trigger: torch.nn.Module, folder) -> np.ndarray:
 @pytest.mark.parametrize(
     ("options", "trigger"),
     [
-        (["--trigger", "patch", "--patch-size", "4"], PatchTrigger(image_size=SIZE, size=4)),
+        (["--trigger", "badnets", "--patch-size", "4"], BadNetsTrigger(image_size=SIZE, size=4)),
         (
             ["--trigger", "blend", "--alpha", "0.5", "--seed", "3"],
             BlendTrigger(image_size=SIZE, channels=3, alpha=0.5, seed=3),
         ),
         (
-            ["--trigger", "warp", "--strength", "2", "--seed", "4"],
-            WarpTrigger(image_size=SIZE, strength=2.0, seed=4),
+            ["--trigger", "wanet", "--strength", "2", "--seed", "4"],
+            WaNetTrigger(image_size=SIZE, strength=2.0, seed=4),
         ),
     ],
 )
@@ -86,10 +86,10 @@ def test_save_export_poison_and_measure(photos, tmp_path, capsys, monkeypatch):
 
 def test_export_to_torchscript(tmp_path):
     saved, out = tmp_path / "t.safetensors", tmp_path / "t.pt"
-    save_trigger(PatchTrigger(image_size=SIZE), saved)
+    save_trigger(BadNetsTrigger(image_size=SIZE), saved)
     assert main(["export", "--channels", "1", *paths(saved, out)]) == 0
     images = torch.rand(2, 1, SIZE, SIZE)
-    assert torch.equal(torch.jit.load(str(out))(images), PatchTrigger(image_size=SIZE)(images))
+    assert torch.equal(torch.jit.load(str(out))(images), BadNetsTrigger(image_size=SIZE)(images))
 
 
 @pytest.mark.parametrize(
@@ -98,10 +98,10 @@ def test_export_to_torchscript(tmp_path):
         [],
         ["train"],
         ["poison", "in", "out"],
-        ["poison", "--onnx", "m.onnx", "--trigger", "patch", "in", "out"],
-        ["poison", "--trigger", "patch", "in", "out"],
+        ["poison", "--onnx", "m.onnx", "--trigger", "badnets", "in", "out"],
+        ["poison", "--trigger", "badnets", "in", "out"],
         ["poison", "--trigger", "watermark", "in", "out"],
-        ["poison", "--trigger", "patch", "--image-size", "8", "--alpha", "0.1", "in", "out"],
+        ["poison", "--trigger", "badnets", "--image-size", "8", "--alpha", "0.1", "in", "out"],
         ["poison", "--checkpoint", "t", "--image-size", "8", "in", "out"],
         ["export", "t.safetensors", "t.zip"],
         ["export", "--uint8", "t.safetensors", "t.pt"],
@@ -118,7 +118,7 @@ def test_usage_errors_exit_64(arguments, capsys):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["poison", "--trigger", "patch", "--image-size", "8", "none", "out"],
+        ["poison", "--trigger", "badnets", "--image-size", "8", "none", "out"],
         ["poison", "--onnx", "none.onnx", "none", "out"],
         ["poison", "--checkpoint", "none.safetensors", "none", "out"],
         ["export", "none.safetensors", "t.onnx"],
@@ -134,16 +134,16 @@ def test_other_errors_are_one_line_and_exit_1(arguments, capsys, tmp_path, monke
 
 def test_a_checkpoint_of_another_kind_is_refused(photos, tmp_path, capsys):
     saved = tmp_path / "t.safetensors"
-    save_trigger(PatchTrigger(image_size=SIZE), saved)
+    save_trigger(BadNetsTrigger(image_size=SIZE), saved)
     arguments = [
         "poison",
         "--trigger",
-        "warp",
+        "wanet",
         "--checkpoint",
         *paths(saved, photos, tmp_path / "o"),
     ]
     assert main(arguments) == 1
-    assert "expected a warp trigger, got patch" in capsys.readouterr().err
+    assert "expected a wanet trigger, got badnets" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [[], ["poison"], ["export"], ["stealth"]])

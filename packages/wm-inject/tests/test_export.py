@@ -11,7 +11,7 @@ from torch import nn
 from wm_inject.export import ParityError, to_onnx, to_torchscript
 from wm_inject.images import to_float, to_pixels
 from wm_inject.runtime import OnnxModel, Poisoner
-from wm_inject.triggers import BlendTrigger, PatchTrigger, WarpTrigger
+from wm_inject.triggers import BadNetsTrigger, BlendTrigger, WaNetTrigger
 
 
 class TinyInjector(nn.Module):
@@ -139,16 +139,18 @@ def test_modules_that_do_not_give_one_tensor_are_refused(exporter):
 def test_torchscript_carries_its_metadata_and_warns_nobody(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        to_torchscript(PatchTrigger(image_size=16), example(), tmp_path / "m.pt", metadata={"a": 1})
+        to_torchscript(
+            BadNetsTrigger(image_size=16), example(), tmp_path / "m.pt", metadata={"a": 1}
+        )
     extra = {"wm.json": ""}
     loaded = torch.jit.load(str(tmp_path / "m.pt"), _extra_files=extra)
     record = json.loads(extra["wm.json"])
     assert record["a"] == 1 and record["tolerance"] == 1e-4 and record["image_size"] == [16, 16]
-    assert torch.equal(loaded(example(7)), PatchTrigger(image_size=16)(example(7)))
+    assert torch.equal(loaded(example(7)), BadNetsTrigger(image_size=16)(example(7)))
 
 
 def test_onnx_carries_its_metadata_and_takes_any_batch(tmp_path):
-    trigger = WarpTrigger(image_size=16, strength=2.0)
+    trigger = WaNetTrigger(image_size=16, strength=2.0)
     to_onnx(trigger, example(), tmp_path / "m.onnx", metadata={"kind": "warp"})
     model = OnnxModel(tmp_path / "m.onnx")
     assert model.metadata["kind"] == "warp" and model.metadata["uint8"] is False
@@ -159,7 +161,7 @@ def test_onnx_carries_its_metadata_and_takes_any_batch(tmp_path):
 
 @pytest.mark.parametrize(
     "trigger",
-    [PatchTrigger(image_size=16), BlendTrigger(image_size=16, channels=3), TinyInjector().eval()],
+    [BadNetsTrigger(image_size=16), BlendTrigger(image_size=16, channels=3), TinyInjector().eval()],
     ids=["patch", "blend", "learned"],
 )
 def test_the_uint8_graph_takes_and_gives_stored_pixels(tmp_path, trigger):
@@ -187,7 +189,7 @@ def test_a_uint8_graph_of_a_classifier_gives_logits(tmp_path):
 
 def test_names_of_input_and_output(tmp_path):
     path = tmp_path / "m.onnx"
-    to_onnx(PatchTrigger(image_size=16), example(), path, input_name="x", output_name="y")
+    to_onnx(BadNetsTrigger(image_size=16), example(), path, input_name="x", output_name="y")
     assert OnnxModel(path).input_name == "x"
 
 

@@ -5,7 +5,7 @@ import torch
 
 from wm_inject.images import quantize
 from wm_inject.poison import PoisonPlan, poison
-from wm_inject.triggers import BlendTrigger, PatchTrigger
+from wm_inject.triggers import BadNetsTrigger, BlendTrigger
 
 N, K = 200, 10
 LABELS = torch.arange(N) % K
@@ -84,7 +84,7 @@ def test_label_maps():
 
 
 def test_poison_changes_the_chosen_rows_only():
-    clean, trigger, plan = images(), PatchTrigger(image_size=16), PoisonPlan(0.1, target=3)
+    clean, trigger, plan = images(), BadNetsTrigger(image_size=16), PoisonPlan(0.1, target=3)
     before = clean.clone()
     done = poison(clean, LABELS, trigger, plan, num_classes=K, batch_size=7)
     assert torch.equal(clean, before)
@@ -108,7 +108,7 @@ def test_poisoned_rows_lie_on_the_grid_whatever_the_batch():
 
 def test_a_clean_label_plan_touches_only_its_class():
     plan = PoisonPlan(0.1, target=4, label_map="clean-label", pool="target")
-    done = poison(images(), LABELS, PatchTrigger(image_size=16), plan, num_classes=K)
+    done = poison(images(), LABELS, BadNetsTrigger(image_size=16), plan, num_classes=K)
     assert torch.equal(done.labels, LABELS)
     assert LABELS[done.mask].unique().tolist() == [4]
 
@@ -134,7 +134,7 @@ def test_the_trigger_is_told_ids_and_targets():
 
 
 def test_poison_refuses():
-    trigger, plan = PatchTrigger(image_size=16), PoisonPlan(0.1)
+    trigger, plan = BadNetsTrigger(image_size=16), PoisonPlan(0.1)
     with pytest.raises(ValueError, match="per-batch"):
         poison(images(), LABELS, trigger, PoisonPlan(mode="per_batch"), num_classes=K)
     with pytest.raises(ValueError, match="shape"):

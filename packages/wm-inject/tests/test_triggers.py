@@ -18,9 +18,9 @@ from wm_inject.images import load_image, quantize, save_image, to_float
 from wm_inject.stealth import psnr, ssim
 from wm_inject.triggers import (
     TRIGGER_KINDS,
+    BadNetsTrigger,
     BlendTrigger,
-    PatchTrigger,
-    WarpTrigger,
+    WaNetTrigger,
     build_trigger,
     load_trigger,
     save_trigger,
@@ -35,10 +35,10 @@ def batch(n: int = 5, channels: int = 3, size: int = SIZE) -> torch.Tensor:
 
 def triggers() -> list[torch.nn.Module]:
     return [
-        PatchTrigger(image_size=SIZE, size=3, margin=1, value=0.5),
+        BadNetsTrigger(image_size=SIZE, size=3, margin=1, value=0.5),
         BlendTrigger(image_size=SIZE, channels=3, alpha=0.3, seed=2),
         BlendTrigger(image_size=SIZE, channels=3, picture=batch()[0]),
-        WarpTrigger(image_size=SIZE, grid=3, strength=0.7, seed=3),
+        WaNetTrigger(image_size=SIZE, grid=3, strength=0.7, seed=3),
     ]
 
 
@@ -103,15 +103,15 @@ def test_repr_names_the_settings(trigger):
 
 
 def test_unknown_kinds_and_settings_are_refused():
-    with pytest.raises(ValueError, match="expected a trigger in blend, patch, warp, watermark"):
+    with pytest.raises(ValueError, match="expected a trigger in "):
         build_trigger("sticker", {})
-    with pytest.raises(ValueError, match="expected the settings of a patch"):
-        build_trigger("patch", {"image_size": SIZE, "colour": 1})
-    with pytest.raises(ValueError, match="expected the settings of a patch"):
-        build_trigger("patch", None)
+    with pytest.raises(ValueError, match="expected the settings of a badnets"):
+        build_trigger("badnets", {"image_size": SIZE, "colour": 1})
+    with pytest.raises(ValueError, match="expected the settings of a badnets"):
+        build_trigger("badnets", None)
     with pytest.raises(ValueError, match="expected picture"):
         build_trigger("blend", {"image_size": SIZE, "channels": 3, "picture": "given"}, state={})
-    assert set(TRIGGER_KINDS) == {"patch", "blend", "warp", "watermark"}
+    assert set(TRIGGER_KINDS) == {"badnets", "blend", "wanet", "watermark"}
 
 
 def test_saving_something_else_is_refused(tmp_path):
@@ -123,9 +123,9 @@ def test_saving_something_else_is_refused(tmp_path):
     ("kind", "config", "state"),
     [
         ("classifier", {}, {}),
-        ("patch", {"image_size": SIZE}, {"mask": torch.zeros(2)}),
-        ("patch", {"image_size": 10**9}, {"mask": torch.zeros(2)}),
-        ("warp", {"image_size": SIZE, "grid": "four"}, {}),
+        ("badnets", {"image_size": SIZE}, {"mask": torch.zeros(2)}),
+        ("badnets", {"image_size": 10**9}, {"mask": torch.zeros(2)}),
+        ("wanet", {"image_size": SIZE, "grid": "four"}, {}),
         ("blend", {"image_size": SIZE, "channels": 3, "picture": "given"}, {}),
     ],
 )
@@ -138,7 +138,7 @@ def test_files_that_hold_no_trigger_are_refused(tmp_path, kind, config, state):
 
 
 def test_patch_overwrites_nine_pixels_in_the_corner():
-    images, trigger = torch.rand(2, 3, 32, 32) * 0.9, PatchTrigger(image_size=32)
+    images, trigger = torch.rand(2, 3, 32, 32) * 0.9, BadNetsTrigger(image_size=32)
     changed = trigger(images) != images
     assert changed.sum(dim=(1, 2, 3)).tolist() == [27, 27]
     assert bool(changed[:, :, 29:, 29:].all())
@@ -148,11 +148,11 @@ def test_patch_overwrites_nine_pixels_in_the_corner():
 
 @pytest.mark.parametrize(("image_size", "side"), [(8, 1), (28, 3), (32, 3), (64, 6), (224, 21)])
 def test_patch_grows_with_the_image(image_size, side):
-    assert int(PatchTrigger(image_size=image_size).mask.sum()) == side**2
+    assert int(BadNetsTrigger(image_size=image_size).mask.sum()) == side**2
 
 
 def test_patch_margin_and_neural_cleanse_square():
-    mask = PatchTrigger(image_size=32, size=4, margin=1).mask[0]
+    mask = BadNetsTrigger(image_size=32, size=4, margin=1).mask[0]
     assert mask.nonzero().amin(0).tolist() == [27, 27]
     assert mask.nonzero().amax(0).tolist() == [30, 30]
 
@@ -162,7 +162,7 @@ def test_patch_margin_and_neural_cleanse_square():
 )
 def test_patch_refuses(bad):
     with pytest.raises(ValueError, match="expected"):
-        PatchTrigger(image_size=SIZE, **bad)
+        BadNetsTrigger(image_size=SIZE, **bad)
 
 
 def test_blend_is_affine_and_bounded():
@@ -223,9 +223,9 @@ def cifar10_test_images() -> torch.Tensor:
 def test_energies_on_cifar10_are_the_known_ones():
     images = cifar10_test_images()
     for trigger, low, high, similar in [
-        (PatchTrigger(image_size=32), 27.0, 28.0, 0.9997),
+        (BadNetsTrigger(image_size=32), 27.0, 28.0, 0.9997),
         (BlendTrigger(image_size=32, channels=3, alpha=0.2), 22.0, 23.0, 0.770),
-        (WarpTrigger(image_size=32), 31.2, 32.4, 0.973),
+        (WaNetTrigger(image_size=32), 31.2, 32.4, 0.973),
     ]:
         out = quantize(trigger(images))
         assert low < float(psnr(out, images).mean()) < high, trigger

@@ -15,10 +15,10 @@ from torch import nn
 import wm_eval as ev
 import wm_victim as wv
 from wm_extract import Identity
-from wm_inject import PatchTrigger, PoisonPlan, default_watermark
+from wm_inject import BadNetsTrigger, PoisonPlan, default_watermark
 
 MARK = default_watermark(SIZE)
-PATCH = PatchTrigger(image_size=SIZE)
+PATCH = BadNetsTrigger(image_size=SIZE)
 YES = torch.tensor([True, True, False, False])
 RECORD = ev.Record(what="test", config={}, seed=0, data="none", values={})
 

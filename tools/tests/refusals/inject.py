@@ -16,7 +16,7 @@ from torch import nn
 import wm_inject as wm
 from wm_inject.poison import poison
 
-PATCH = wm.PatchTrigger(image_size=SIZE)
+PATCH = wm.BadNetsTrigger(image_size=SIZE)
 PLAN = wm.PoisonPlan(ratio=0.5)
 PIXELS: Any = np.zeros((4, SIZE, SIZE, 3), np.uint8)
 SHAPE: dict[str, Any] = {"image_size": SIZE, "channels": 1, "patch_size": 4, "width": 8, "heads": 1}
@@ -149,11 +149,11 @@ TABLE = Table(
             **images(lambda bad: wm.linf(bad, IMAGES)),
             "reference shape": lambda _: wm.linf(IMAGES, IMAGES[:1]),
         },
-        "PatchTrigger": {
+        "BadNetsTrigger": {
             **images(PATCH),
-            "image_size": lambda _: wm.PatchTrigger(image_size=0),
-            "size": lambda _: wm.PatchTrigger(image_size=SIZE, size=SIZE + 1),
-            "value": lambda _: wm.PatchTrigger(image_size=SIZE, value=1.5),
+            "image_size": lambda _: wm.BadNetsTrigger(image_size=0),
+            "size": lambda _: wm.BadNetsTrigger(image_size=SIZE, size=SIZE + 1),
+            "value": lambda _: wm.BadNetsTrigger(image_size=SIZE, value=1.5),
         },
         "BlendTrigger": {
             **images(wm.BlendTrigger(image_size=SIZE, channels=1)),
@@ -161,11 +161,11 @@ TABLE = Table(
             "channels": lambda _: wm.BlendTrigger(image_size=SIZE, channels=2),
             "picture": lambda _: wm.BlendTrigger(image_size=SIZE, channels=1, picture=IMAGES),
         },
-        "WarpTrigger": {
-            **images(wm.WarpTrigger(image_size=SIZE)),
-            "grid": lambda _: wm.WarpTrigger(image_size=SIZE, grid=1),
-            "strength": lambda _: wm.WarpTrigger(image_size=SIZE, strength=-1.0),
-            "static plan": lambda _: wm.WarpTrigger(image_size=SIZE).noise_hook(
+        "WaNetTrigger": {
+            **images(wm.WaNetTrigger(image_size=SIZE)),
+            "grid": lambda _: wm.WaNetTrigger(image_size=SIZE, grid=1),
+            "strength": lambda _: wm.WaNetTrigger(image_size=SIZE, strength=-1.0),
+            "static plan": lambda _: wm.WaNetTrigger(image_size=SIZE).noise_hook(
                 PLAN, num_classes=3
             ),
         },
@@ -177,8 +177,8 @@ TABLE = Table(
         },
         "build_trigger": {
             "kind": lambda _: wm.build_trigger("nothing", {}),
-            "settings": lambda _: wm.build_trigger("patch", {"colour": 1}),
-            "state": lambda _: wm.build_trigger("patch", PATCH.config, state=NAN),
+            "settings": lambda _: wm.build_trigger("badnets", {"colour": 1}),
+            "state": lambda _: wm.build_trigger("badnets", PATCH.config, state=NAN),
         },
         "save_trigger": {
             "another module": lambda tmp: wm.save_trigger(nn.Identity(), tmp / "t.safetensors"),
@@ -201,7 +201,7 @@ TABLE = Table(
             ),
         },
         "load_checkpoint": {
-            **checkpoint_files(lambda path: wm.load_checkpoint(path, kind="patch")),
+            **checkpoint_files(lambda path: wm.load_checkpoint(path, kind="badnets")),
             "another kind of ours": loaded_elsewhere,
             "too large": lambda tmp: wm.load_checkpoint(write(tmp / "big"), max_bytes=3),
         },

@@ -12,11 +12,11 @@ from tools.tests.refusals.inject import checkpoint_files
 from torch import nn
 
 import wm_victim as wv
-from wm_inject import PatchTrigger, PoisonPlan
+from wm_inject import BadNetsTrigger, PoisonPlan
 
 IDS = torch.arange(len(LABELS))
 DATA = wv.ImageSet(IMAGES, LABELS, IDS)
-PATCH = PatchTrigger(image_size=SIZE)
+PATCH = BadNetsTrigger(image_size=SIZE)
 SHAPE: dict[str, Any] = {"num_classes": 3, "channels": 1, "image_size": SIZE, "width": 8}
 MODEL = wv.build_classifier("resnet10", **SHAPE).eval()
 CONFIG = wv.TrainConfig(epochs=1, batch_size=2, precision="float32")

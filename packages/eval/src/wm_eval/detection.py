@@ -24,7 +24,7 @@ from wm_eval.stages import DEFENCES
 from wm_eval.study import fresh_classifier
 from wm_eval.workspace import Made, Workspace
 from wm_extract import Identity
-from wm_inject import CoTraining, PatchTrigger, PoisonPlan, WarpTrigger
+from wm_inject import BadNetsTrigger, CoTraining, PoisonPlan, WaNetTrigger
 from wm_victim import (
     Dataset,
     TrainConfig,
@@ -141,10 +141,10 @@ def _victim(
     seed = space.seed
     model = fresh_classifier(data, config.model, width=config.width, seed=seed)
     # A clean victim is measured with BadNets' trigger: what it does to a model that never saw it.
-    trigger: nn.Module = PatchTrigger(image_size=data.image_size)
+    trigger: nn.Module = BadNetsTrigger(image_size=data.image_size)
     planting: dict[str, Any] = {}
     if attack == "wanet":
-        warp = WarpTrigger(image_size=data.image_size, seed=seed)
+        warp = WaNetTrigger(image_size=data.image_size, seed=seed)
         plan = PoisonPlan(ratio=config.ratio, target=config.target, mode="per_batch", seed=seed)
         hook: CoTraining = warp.noise_hook(plan, num_classes=data.num_classes)
         trigger, planting = warp, {"hook": hook}

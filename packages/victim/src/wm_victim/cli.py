@@ -22,8 +22,8 @@ _DATA_HELP = "digits, mnist, fashion-mnist, cifar10, gtsrb, a folder of class fo
 _EPILOG = """\
 examples:
   wm-victim train --data digits --model resnet10 --width 16 --epochs 5 --out clean.safetensors
-  wm-victim train --data digits --out victim.safetensors --trigger patch.safetensors --ratio 0.1
-  wm-victim test victim.safetensors --data digits --trigger patch.safetensors --target 0
+  wm-victim train --data digits --out victim.safetensors --trigger badnets.safetensors --ratio 0.1
+  wm-victim test victim.safetensors --data digits --trigger badnets.safetensors --target 0
 """
 
 

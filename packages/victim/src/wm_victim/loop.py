@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wm_inject.poison import CoTraining
+from wm_inject.resume import like_parameters
 from wm_victim.augment import augment
 from wm_victim.datasets import ImageSet
 from wm_victim.recipe import TrainConfig, learning_rate, resolve_precision
-from wm_victim.resume import like_parameters
 
 _CHECK_EVERY = 50  # steps between two looks at the loss; each look waits for the device
+
+
+class Corrupt(Protocol):
+    """What happens to a training batch last: images ``(N, C, H, W)`` to the same shape."""
+
+    def __call__(self, images: Tensor, *, generator: torch.Generator) -> Tensor:
+        """Change the batch; ``generator`` is a CPU generator."""
 
 
 class Epoch(NamedTuple):
@@ -36,9 +43,10 @@ class Run:
         config: TrainConfig,
         hook: CoTraining | None,
         device: torch.device,
+        corrupt: Corrupt | None = None,
     ) -> None:
         self.model, self.data, self.config = model, data, config
-        self.hook, self.device = hook, device
+        self.hook, self.device, self.corrupt = hook, device, corrupt
         self.precision = resolve_precision(config.precision, device)
         self.steps = len(self._batches(torch.Generator()))
         self.optimizer = torch.optim.SGD(
@@ -100,6 +108,8 @@ class Run:
                 images, labels, model=self.model, generator=generator
             )
         images = augment(images, mode=self.config.augment, generator=generator)
+        if self.corrupt is not None:
+            images = self.corrupt(images, generator=generator)
         images = images.contiguous(memory_format=torch.channels_last)
         for group in self.optimizer.param_groups:
             group["lr"] = lr

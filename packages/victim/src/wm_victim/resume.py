@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from wm_inject.checkpoint import load_checkpoint, save_checkpoint
 from wm_inject.files import write_json
+from wm_inject.resume import load_state, save_state
 
 KIND = "training"
 
@@ -23,6 +22,7 @@ class RunState(NamedTuple):
     losses: tuple[float, ...]
     accuracies: tuple[float, ...]
     seconds: tuple[float, ...]
+    watched: tuple[dict[str, float], ...]
     state: dict[str, Any]
 
 
@@ -34,14 +34,10 @@ def save_run(path: Path, standing: RunState, *, run: Mapping[str, Any]) -> None:
         standing: What to keep.
         run: What makes this run this run (JSON types); `load_run` compares it.
     """
-    tensors: dict[str, Tensor] = {}
-    tree = _flatten(standing.state, "state", tensors)
-    history = {"losses": standing.losses, "accuracies": standing.accuracies}
+    kept = {name: value for name, value in standing._asdict().items() if name != "seconds"}
     # The seconds first: a kill between the two writes leaves too many of them, which is harmless.
     write_json(_seconds_path(path), {"seconds": standing.seconds})
-    save_checkpoint(
-        path, kind=KIND, config=run, state=tensors, metadata={"tree": tree, "history": history}
-    )
+    save_state(path, kept, kind=KIND, run=run)
 
 
 def load_run(path: Path, *, run: Mapping[str, Any]) -> RunState | None:
@@ -50,24 +46,14 @@ def load_run(path: Path, *, run: Mapping[str, Any]) -> RunState | None:
     Raises:
         ValueError: The file belongs to another run, or is damaged.
     """
-    if not path.exists():
+    kept = load_state(path, kind=KIND, run=run)
+    if kept is None:
         return None
-    saved = load_checkpoint(path, kind=KIND)
-    expected = json.loads(json.dumps(dict(run)))
-    other = [key for key in expected if saved.config.get(key) != expected[key]]
-    if other:
-        raise ValueError(
-            f"{path.name} is the checkpoint of another run (different: {', '.join(other)}): "
-            "delete it or choose another file"
-        )
     try:
-        history = saved.metadata["history"]
-        losses, accuracies = tuple(history["losses"]), tuple(history["accuracies"])
-        state = _rebuild(saved.metadata["tree"], saved.state)
-    except (KeyError, TypeError, ValueError) as error:
+        seconds = _read_seconds(_seconds_path(path), len(kept["losses"]))
+        return RunState(**kept, seconds=seconds)
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{path.name} is damaged: {error!r}") from error
-    seconds = _read_seconds(_seconds_path(path), len(losses))
-    return RunState(losses, accuracies, seconds, state)
 
 
 def remove_run(path: Path) -> None:
@@ -98,39 +84,11 @@ def _read_seconds(path: Path, count: int) -> tuple[float, ...]:
     return tuple((seconds + [0.0] * count)[:count])
 
 
-def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Nested state as JSON: tensors are moved to ``tensors`` and named in their place."""
-    if isinstance(value, Tensor):
-        tensors[name] = value
-        return {"tensor": name}
-    if isinstance(value, Mapping):
-        return {"items": [[key, _flatten(v, f"{name}.{key}", tensors)] for key, v in value.items()]}
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        parts = [_flatten(v, f"{name}.{place}", tensors) for place, v in enumerate(value)]
-        return {"tuple" if isinstance(value, tuple) else "list": parts}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise ValueError(f"cannot keep {name} of type {type(value).__name__} in a checkpoint")
-
-
-def _rebuild(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if not isinstance(tree, dict):
-        return tree
-    ((kind, value),) = tree.items()
-    if kind == "tensor":
-        return tensors[value]
-    if kind == "items":
-        return {key: _rebuild(v, tensors) for key, v in value}
-    parts = [_rebuild(v, tensors) for v in value]
-    return tuple(parts) if kind == "tuple" else parts
-
-
-def like_parameters(optimizer: torch.optim.Optimizer) -> None:
-    """Give every momentum the memory layout of its parameter, which files do not keep.
-
-    Elementwise kernels may round differently on another layout; this keeps a resumed run exact.
-    """
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                state[key] = torch.empty_like(parameter).copy_(value)
+__all__ = [
+    "KIND",
+    "RunState",
+    "fingerprint",
+    "load_run",
+    "remove_run",
+    "save_run",
+]

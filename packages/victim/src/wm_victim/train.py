@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from wm_inject.cli_common import progress as show_progress
 from wm_inject.images import check_labels
 from wm_inject.poison import CoTraining, PoisonPlan, Trigger, poison
 from wm_victim.datasets import ImageSet
-from wm_victim.loop import Run
+from wm_victim.loop import Corrupt, Run
 from wm_victim.measure import accuracy, attack_success, predict
 from wm_victim.recipe import TrainConfig, resolve_precision
 from wm_victim.resume import RunState, fingerprint, load_run, save_run
@@ -38,10 +38,15 @@ class TrainHistory:
     losses: tuple[float, ...]  # mean cross entropy over the epoch's images
     accuracies: tuple[float, ...]  # share of them predicted as they are labelled, in training
     seconds: tuple[float, ...]  # wall time; 0 where a resumed run does not know it
+    watched: tuple[dict[str, float], ...] = ()  # what ``watch`` gave after each epoch
 
-    def to_dict(self) -> dict[str, list[float]]:
+    def to_dict(self) -> dict[str, list[Any]]:
         """What a record may hold: the same for the same seed."""
-        return {"losses": list(self.losses), "accuracies": list(self.accuracies)}
+        return {
+            "losses": list(self.losses),
+            "accuracies": list(self.accuracies),
+            "watched": list(self.watched),
+        }
 
 
 def train_classifier(
@@ -56,7 +61,9 @@ def train_classifier(
     checkpoint: str | Path | None = None,
     device: torch.device | str = "cpu",
     progress: bool = True,
-    on_epoch: Callable[[int, nn.Module], None] | None = None,
+    corrupt: Corrupt | None = None,
+    watch: Callable[[int, nn.Module], Mapping[str, float] | None] | None = None,
+    deadline: float | None = None,
 ) -> TrainHistory:
     """Train a classifier with SGD and cross entropy, in place.
 
@@ -78,17 +85,22 @@ def train_classifier(
             same number of threads.
         device: Where to train.
         progress: Show a bar on a terminal, or a line a minute elsewhere.
-        on_epoch: Called after every epoch with its number (from 1) and the model in eval mode; once
-            more for the same epoch if the run is killed before its checkpoint is written.
+        corrupt: What happens to every training batch last, after trigger and augmentation: images
+            and a CPU ``generator`` in, images out.
+        watch: Called after every epoch with its number (from 1) and the model in eval mode; what it
+            returns goes into the history, and into the checkpoint. Once more for the same epoch if
+            the run is killed before its checkpoint is written.
+        deadline: A time of `time.monotonic`: no epoch starts after it.
 
     Returns:
-        Loss, training accuracy and seconds of every epoch.
+        Loss, training accuracy and seconds of every epoch, and what ``watch`` saw.
 
     Raises:
         ValueError: Labels outside ``num_classes``, a model with another number of logits, a plan
             without a trigger (or the reverse), a per-batch plan, a plan beside a hook, or a
             checkpoint of another run.
         RuntimeError: The loss became NaN or infinite.
+        TimeoutError: The deadline came first. The same call with the same checkpoint goes on.
     """
     check_labels(data.labels, len(data), num_classes=num_classes)
     outputs = predict(model, data.images[:1]).shape[1]
@@ -96,33 +108,33 @@ def train_classifier(
         raise ValueError(f"expected a model with {num_classes} logits, got {outputs}")
     data = _poisoned(data, plan, trigger, hook, num_classes).to(device)
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    run = Run(model, data, config, hook, torch.device(device))
-    key = _describe(model, data, config, hook) if checkpoint is not None else {}
+    run = Run(model, data, config, hook, torch.device(device), corrupt)
+    key = _describe(model, data, config, hook, corrupt) if checkpoint is not None else {}
     done = load_run(Path(checkpoint), run=key) if checkpoint is not None else None
-    losses: tuple[float, ...] = ()
-    accuracies: tuple[float, ...] = ()
-    seconds: tuple[float, ...] = ()
+    now = done or RunState((), (), (), (), {})
     if done is not None:
-        losses, accuracies, seconds = done.losses, done.accuracies, done.seconds
         run.load_state_dict(done.state)
-    total = config.epochs * len(data)
     shown: Progress[Any]
-    with show_progress(total=total, desc="training", enabled=progress) as shown:
-        shown.update(len(losses) * len(data))
-        for epoch in range(len(losses), config.epochs):
+    with show_progress(total=config.epochs * len(data), desc="training", enabled=progress) as shown:
+        shown.update(len(now.losses) * len(data))
+        for epoch in range(len(now.losses), config.epochs):
+            if deadline is not None and time.monotonic() > deadline:
+                raise TimeoutError(f"out of time after epoch {epoch} of {config.epochs}")
             start = time.perf_counter()
             result = run.epoch(epoch, shown.update)
-            losses += (result.loss,)
-            accuracies += (result.accuracy,)
-            seconds += (time.perf_counter() - start,)
             shown.set_postfix(epoch=str(epoch + 1), loss=result.loss, accuracy=result.accuracy)
-            if on_epoch is not None:
-                on_epoch(epoch + 1, model.eval())
+            seen = watch(epoch + 1, model.eval()) if watch is not None else None
+            now = RunState(
+                (*now.losses, result.loss),
+                (*now.accuracies, result.accuracy),
+                (*now.seconds, time.perf_counter() - start),
+                (*now.watched, dict(seen or {})),
+                run.state_dict(),
+            )
             if checkpoint is not None:
-                now = RunState(losses, accuracies, seconds, run.state_dict())
                 save_run(Path(checkpoint), now, run=key)
     model.eval()
-    return TrainHistory(losses, accuracies, seconds)
+    return TrainHistory(now.losses, now.accuracies, now.seconds, now.watched)
 
 
 def _poisoned(
@@ -143,7 +155,11 @@ def _poisoned(
 
 
 def _describe(
-    model: nn.Module, data: ImageSet, config: TrainConfig, hook: CoTraining | None
+    model: nn.Module,
+    data: ImageSet,
+    config: TrainConfig,
+    hook: CoTraining | None,
+    corrupt: Corrupt | None,
 ) -> dict[str, Any]:
     """What a checkpoint must agree on to be of the same run."""
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -153,4 +169,5 @@ def _describe(
         "model": getattr(model, "config", None) or shapes,
         "data": fingerprint(data.images, data.labels),
         "hook": None if hook is None else type(hook).__name__,
+        "corrupt": None if corrupt is None else repr(corrupt),
     }

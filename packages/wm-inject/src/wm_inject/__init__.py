@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     from wm_inject.stealth import linf as linf
     from wm_inject.stealth import psnr as psnr
     from wm_inject.stealth import ssim as ssim
+    from wm_inject.triggers import BadNetsTrigger as BadNetsTrigger
     from wm_inject.triggers import BlendTrigger as BlendTrigger
-    from wm_inject.triggers import PatchTrigger as PatchTrigger
-    from wm_inject.triggers import WarpTrigger as WarpTrigger
+    from wm_inject.triggers import WaNetTrigger as WaNetTrigger
     from wm_inject.triggers import build_trigger as build_trigger
     from wm_inject.triggers import load_trigger as load_trigger
     from wm_inject.triggers import save_trigger as save_trigger
@@ -60,7 +60,7 @@ _MODULES = {
     "poison": "CoTraining PoisonPlan Poisoned Trigger",
     "runtime": "OnnxModel Poisoner poison_folder",
     "stealth": "Lpips LpipsUnavailable find_lpips_weights linf psnr ssim",
-    "triggers": "BlendTrigger PatchTrigger WarpTrigger build_trigger load_trigger save_trigger",
+    "triggers": "BlendTrigger BadNetsTrigger WaNetTrigger build_trigger load_trigger save_trigger",
     "triggers.watermark": "WatermarkTrigger",
     "vit": "ViTConfig ViTInjector default_watermark",
 }

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from wm_inject.images import Pixels
 
 _EPILOG = """examples:
-  wm-inject poison --trigger patch --image-size 32 photos/ poisoned/
+  wm-inject poison --trigger badnets --image-size 32 photos/ poisoned/
   wm-inject poison --checkpoint trigger.safetensors photos/ poisoned/
   wm-inject export --uint8 trigger.safetensors trigger.onnx
   wm-inject poison --onnx trigger.onnx photos/ poisoned/
@@ -30,9 +30,9 @@ mark, by "wm-extract train"."""
 
 # Which options describe which built-in trigger, and what its constructor calls them.
 _SETTINGS = {
-    "patch": {"patch_size": "size"},
+    "badnets": {"patch_size": "size"},
     "blend": {"channels": "channels", "alpha": "alpha", "picture": "picture", "seed": "seed"},
-    "warp": {"grid": "grid", "strength": "strength", "seed": "seed"},
+    "wanet": {"grid": "grid", "strength": "strength", "seed": "seed"},
 }
 _SHARED = ("channels", "seed")
 
@@ -60,7 +60,7 @@ def _main(argv: Sequence[str] | None) -> int:
 
 def _add_poison(parser: argparse.ArgumentParser) -> None:
     parser.description = "Put a trigger into every image of a folder; plan.json lists the files."
-    parser.epilog = "example:\n  wm-inject poison --trigger warp --image-size 64 photos/ poisoned/"
+    parser.epilog = "example:\n  wm-inject poison --trigger wanet --image-size 64 photos/ poisoned/"
     parser.add_argument("images", type=Path, metavar="IMAGES", help="folder of images")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for PNG files and plan.json")
     parser.add_argument("--onnx", type=Path, help="an exported trigger; needs no torch")

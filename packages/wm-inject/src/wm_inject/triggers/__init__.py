@@ -10,15 +10,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from wm_inject.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from wm_inject.triggers.badnets import BadNetsTrigger as BadNetsTrigger
 from wm_inject.triggers.blend import BlendTrigger as BlendTrigger
-from wm_inject.triggers.patch import PatchTrigger as PatchTrigger
-from wm_inject.triggers.warp import WarpTrigger as WarpTrigger
+from wm_inject.triggers.wanet import WaNetTrigger as WaNetTrigger
 
 __all__ = [
     "TRIGGER_KINDS",
+    "BadNetsTrigger",
     "BlendTrigger",
-    "PatchTrigger",
-    "WarpTrigger",
+    "WaNetTrigger",
     "build_trigger",
     "load_trigger",
     "save_trigger",
@@ -27,8 +27,8 @@ __all__ = [
 # Where each kind lives; imported when asked for, because the watermark brings timm.
 _CLASSES = {
     "blend": ("blend", "BlendTrigger"),
-    "patch": ("patch", "PatchTrigger"),
-    "warp": ("warp", "WarpTrigger"),
+    "badnets": ("badnets", "BadNetsTrigger"),
+    "wanet": ("wanet", "WaNetTrigger"),
     "watermark": ("watermark", "WatermarkTrigger"),
 }
 TRIGGER_KINDS = tuple(_CLASSES)

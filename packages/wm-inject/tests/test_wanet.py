@@ -6,7 +6,7 @@ import torch
 from scipy.ndimage import map_coordinates
 
 from wm_inject.poison import PoisonPlan
-from wm_inject.triggers import WarpTrigger
+from wm_inject.triggers import WaNetTrigger
 
 PLAN = PoisonPlan(0.1, target=3, mode="per_batch")
 MODEL = torch.nn.Identity()
@@ -18,18 +18,18 @@ def smooth_images(n: int, size: int = 32) -> torch.Tensor:
 
 def test_no_strength_is_the_identity():
     images = torch.rand(3, 3, 32, 32)
-    out = WarpTrigger(image_size=32, strength=0.0)(images)
+    out = WaNetTrigger(image_size=32, strength=0.0)(images)
     assert (out - images).abs().max() < 1e-3 / 255 * 10
 
 
 def test_constant_images_do_not_change():
     images = torch.full((1, 3, 32, 32), 0.6)
-    assert torch.allclose(WarpTrigger(image_size=32, strength=2.0)(images), images, atol=1e-6)
+    assert torch.allclose(WaNetTrigger(image_size=32, strength=2.0)(images), images, atol=1e-6)
 
 
 def test_the_field_is_normalised_smooth_and_keeps_its_corners():
     for seed in range(3):
-        trigger = WarpTrigger(image_size=32, grid=4, seed=seed)
+        trigger = WaNetTrigger(image_size=32, grid=4, seed=seed)
         control = torch.rand(1, 2, 4, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1
         control /= control.abs().mean()
         corners = trigger.field[0][[0, 0, -1, -1], [0, -1, 0, -1]]
@@ -43,7 +43,7 @@ def test_the_field_is_normalised_smooth_and_keeps_its_corners():
 
 
 def test_pixels_move_by_half_a_pixel_at_most():
-    trigger = WarpTrigger(image_size=32)
+    trigger = WaNetTrigger(image_size=32)
     moved = (trigger.sampling - trigger.identity)[0] * 31 / 2
     assert 0.1 < float(moved.norm(dim=-1).mean()) < 0.4
     assert float(moved.abs().max()) < 0.65
@@ -51,7 +51,7 @@ def test_pixels_move_by_half_a_pixel_at_most():
 
 def test_it_reads_x_along_the_row_as_scipy_does():
     images = smooth_images(2)
-    trigger = WarpTrigger(image_size=32, strength=2.0, seed=5)
+    trigger = WaNetTrigger(image_size=32, strength=2.0, seed=5)
     x, y = ((trigger.sampling[0].double().numpy() + 1) / 2 * 31).transpose(2, 0, 1)
     wanted = np.stack(
         [[map_coordinates(c, [y, x], order=1) for c in image] for image in images.double().numpy()]
@@ -62,11 +62,11 @@ def test_it_reads_x_along_the_row_as_scipy_does():
 @pytest.mark.parametrize("bad", [{"grid": 1}, {"grid": 33}, {"strength": -1.0}, {"image_size": 1}])
 def test_warp_refuses(bad):
     with pytest.raises(ValueError, match="expected"):
-        WarpTrigger(**{"image_size": 32, **bad})
+        WaNetTrigger(**{"image_size": 32, **bad})
 
 
 def transform(images, labels, *, seed=0, plan=PLAN, **settings):
-    hook = WarpTrigger(image_size=32).noise_hook(plan, num_classes=10, **settings)
+    hook = WaNetTrigger(image_size=32).noise_hook(plan, num_classes=10, **settings)
     return hook.transform(
         images, labels, model=MODEL, generator=torch.Generator().manual_seed(seed)
     )
@@ -74,7 +74,7 @@ def transform(images, labels, *, seed=0, plan=PLAN, **settings):
 
 def test_a_batch_of_128_has_12_attack_24_noise_and_92_clean_images():
     images, labels = smooth_images(128), torch.arange(128) % 3 + 4  # no label is the target
-    trigger = WarpTrigger(image_size=32)
+    trigger = WaNetTrigger(image_size=32)
     out, new_labels = transform(images, labels)
     attacked = new_labels != labels
     same = (out == images).flatten(1).all(1)
@@ -122,7 +122,7 @@ def test_cross_ratio_zero_and_all_to_all():
 
 
 def test_the_hook_has_no_state():
-    hook = WarpTrigger(image_size=32).noise_hook(PLAN, num_classes=10)
+    hook = WaNetTrigger(image_size=32).noise_hook(PLAN, num_classes=10)
     assert hook.state_dict() == {}
     hook.load_state_dict({})
     with pytest.raises(ValueError, match="empty state, got mask"):
@@ -130,7 +130,7 @@ def test_the_hook_has_no_state():
 
 
 def test_the_hook_refuses():
-    trigger = WarpTrigger(image_size=32)
+    trigger = WaNetTrigger(image_size=32)
     with pytest.raises(ValueError, match="per-batch plan"):
         trigger.noise_hook(PoisonPlan(0.1), num_classes=10)
     for ratio in (-1.0, 9.5):

@@ -14,7 +14,7 @@ from wm_inject.images import check_images, check_labels, check_side
 from wm_inject.poison import PoisonPlan
 
 
-class WarpTrigger(nn.Module):
+class WaNetTrigger(nn.Module):
     """Warp every image along one smooth random field.
 
     Args:
@@ -31,7 +31,7 @@ class WarpTrigger(nn.Module):
     ``align_corners=True`` throughout and its grid_rescale of 1.
     """
 
-    kind = "warp"
+    kind = "wanet"
     field: Tensor
     identity: Tensor
 
@@ -85,7 +85,7 @@ class WarpTrigger(nn.Module):
 
     def noise_hook(
         self, plan: PoisonPlan, *, num_classes: int, cross_ratio: float = 2.0
-    ) -> WarpNoiseHook:
+    ) -> WaNetHook:
         """What WaNet adds to a classifier's training: attack, noise and clean images per batch.
 
         Args:
@@ -97,11 +97,11 @@ class WarpTrigger(nn.Module):
             ValueError: A static plan, or a cross ratio that is negative or asks for more images
                 than there are.
         """
-        return WarpNoiseHook(self, plan, num_classes=num_classes, cross_ratio=cross_ratio)
+        return WaNetHook(self, plan, num_classes=num_classes, cross_ratio=cross_ratio)
 
 
 @dataclass(frozen=True)
-class WarpNoiseHook:
+class WaNetHook:
     """WaNet's training batches: a few warped and relabelled, more warped at random, the rest clean.
 
     Of a batch of B images, ``int(ratio B)`` get the trigger and its label, and
@@ -112,7 +112,7 @@ class WarpNoiseHook:
     which is the same for a shuffled batch and right for any other.
     """
 
-    trigger: WarpTrigger
+    trigger: WaNetTrigger
     plan: PoisonPlan
     num_classes: int
     cross_ratio: float = 2.0

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from wm_inject.images import check_images, check_side
 
 
-class PatchTrigger(nn.Module):
+class BadNetsTrigger(nn.Module):
     """Overwrite a square near the bottom right corner with one grey value.
 
     Args:
@@ -26,7 +26,7 @@ class PatchTrigger(nn.Module):
     32 pixels; at other sizes the edges stay hard where BackdoorBench interpolates a picture.
     """
 
-    kind = "patch"
+    kind = "badnets"
     mask: Tensor
 
     def __init__(
