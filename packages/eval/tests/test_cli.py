@@ -18,7 +18,14 @@ def code(argv: list[str]) -> int:
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["demo", "--help"], ["run", "--help"], ["report", "--help"]]
+    "argv",
+    [
+        ["--help"],
+        ["demo", "--help"],
+        ["run", "--help"],
+        ["report", "--help"],
+        ["table1", "--help"],
+    ],
 )
 def test_help_answers_without_torch(argv: list[str]) -> None:
     program = (
@@ -35,7 +42,17 @@ def test_version(capsys: pytest.CaptureFixture) -> None:
     assert code(["demo", "--version"]) == 0
 
 
-@pytest.mark.parametrize("argv", [[], ["destroy"], ["run", "x.toml"], ["demo", "--device", "tpu"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["destroy"],
+        ["run", "x.toml"],
+        ["demo", "--device", "tpu"],
+        ["table1", "--profile", "vast"],
+        ["table2", "--minutes", "soon"],
+    ],
+)
 def test_wrong_usage_exits_64(argv: list[str], capsys: pytest.CaptureFixture) -> None:
     assert code(argv) == 64
     assert capsys.readouterr().err.count("\n") == 1
@@ -81,3 +98,40 @@ def test_demo_and_run_hand_over_what_was_asked(
     ]
     printed = capsys.readouterr().out
     assert "ASR" in printed and "report.html" in printed
+
+
+def test_tables_hand_over_what_was_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from wm_eval.attacks import run
+
+    asked = []
+
+    def run_attack_study(config, out, *, device, minutes, parts):
+        asked.append((config, Path(out).as_posix(), device, minutes, parts))
+        return Path(out) / "records"
+
+    monkeypatch.setattr(run, "run_attack_study", run_attack_study)
+    monkeypatch.chdir(tmp_path)
+    common = ["--profile", "tiny", "--data", "digits", "--device", "cpu"]
+    assert code(["table1", *common, "--attacks", "wanet, sig", "--recipes", "corrupted"]) == 0
+    assert code(["table2", *common, "--seeds", "2", "--seed", "3", "--minutes", "1.5"]) == 0
+    assert code(["figure1", *common, "--out", "there"]) == 0
+    (first, *where), (second, *_, minutes, parts), (_, out, *_, kind) = asked
+    assert where == ["runs/tiny-digits", "cpu", None, ("cells",)]
+    assert (first.rows, first.recipes, first.seeds) == (("sig", "wanet"), ("corrupted",), (0,))
+    assert (second.seeds, minutes, parts) == ((3, 4), 1.5, ("stealth",))
+    assert (out, kind) == ("there", ("figure",))
+    assert capsys.readouterr().out.count("nothing measured yet") == 3
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--attacks", "badnet"], ["--recipes", "x"], ["--seeds", "0"], ["--minutes", "0"]]
+)
+def test_tables_refuse_what_they_do_not_know(
+    wrong: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    argv = ["table1", "--profile", "tiny", "--data", "digits", "--out", str(tmp_path), *wrong]
+    assert code(argv) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: expected ") and error.count("\n") == 1

@@ -5,10 +5,17 @@ import torch
 from torch import Tensor
 
 from defense_nc import judge
-from wm_eval.measure import mark_values, metrics_values, scan_values, stealth_values
+from wm_eval.measure import (
+    mark_values,
+    metrics_values,
+    poisoned_images,
+    scan_values,
+    stealth_values,
+)
 from wm_eval.records import canonical_json
 from wm_eval.robustness import Outcomes, summarize
 from wm_extract import Identity, RandomMask
+from wm_victim import ImageSet
 
 
 class Reader(torch.nn.Module):
@@ -65,6 +72,20 @@ def test_the_same_seed_measures_the_same() -> None:
 def test_no_plain_measurement_is_refused() -> None:
     with pytest.raises(ValueError, match='expected the corruption "none"'):
         values(corruptions={"mask": RandomMask()})
+
+
+def test_a_trigger_is_told_ids_and_target_of_every_image() -> None:
+    images = torch.full((300, 1, 8, 8), 0.5)
+    data = ImageSet(images, torch.arange(300) % 10, torch.arange(300) + 7)
+
+    def trigger(images: Tensor, *, ids: Tensor, target: Tensor | None) -> Tensor:
+        asked = torch.zeros_like(ids) if target is None else target
+        return images * (ids * (1 + asked) % 256 / 255).view(-1, 1, 1, 1)
+
+    for target, factor in ((None, 1), (3, 4)):
+        found = poisoned_images(trigger, data, target=target)[:, 0, 0, 0]
+        expected = 0.5 * (data.ids * factor % 256) / 255
+        assert torch.allclose(found, expected, atol=0.51 / 255)
 
 
 def test_stealth_without_lpips_weights_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,6 +78,16 @@ def test_digits_are_never_mirrored(tmp_path: Path, capsys: pytest.CaptureFixture
         ["train", "--data", "digits"],
         [*TRAIN, "--out", "x", "--schedule", "step"],
         [*TRAIN, "--out", "x", "--noise-mode"],
+        [*TRAIN, "--out", "x", "--attack", "nothing"],
+        [*TRAIN, "--out", "x", "--attack", "watermark"],
+        [*TRAIN, "--out", "x", "--attack", "badnets", "--trigger", "t"],
+        [*TRAIN, "--out", "x", "--attack", "wanet", "--noise-mode"],
+        [*TRAIN, "--out", "x", "--attack", "sig", "--clean-label"],
+        [*TRAIN, "--out", "x", "--attack", "badnets", "--set", "margin"],
+        [*TRAIN, "--out", "x", "--attack", "ssba", "--profile", "huge"],
+        [*TRAIN, "--out", "x", "--profile", "tiny"],
+        [*TRAIN, "--out", "x", "--trigger", "t", "--set", "a=1"],
+        [*TRAIN, "--out", "x", "--trigger", "t", "--save-trigger", "u"],
     ],
 )
 def test_wrong_usage_exits_64(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,6 +104,11 @@ def test_wrong_usage_exits_64(arguments: list[str], capsys: pytest.CaptureFixtur
         (["--model", "resnet99"], "expected a classifier"),
         (["--lr", "-1"], "positive learning rate"),
         (["--trigger", "missing.safetensors"], "missing.safetensors"),
+        (["--attack", "badnets", "--set", "nothing=1"], "badnets trigger"),
+        (["--attack", "marksman", "--set", "nothing=1"], "settings of marksman"),
+        (["--attack", "badnets", "--ratio", "1.5"], "poison ratio in (0, 1]"),
+        (["--attack", "badnets", "--target", "10"], "target"),
+        (["--attack", "sig", "--target", "10"], "target"),
     ],
 )
 def test_errors_are_one_line(

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from wm_victim import Dataset, ImageSet, defender_subset, load_dataset
+from wm_victim.imagenet10 import CLASSES
 
 REAL = os.environ.get("WM_DATA", "")
 needs_data = pytest.mark.skipif(not REAL, reason="WM_DATA names no folder with the real data sets")
@@ -150,12 +151,14 @@ def test_loading_refuses_numbers_out_of_range(settings: dict[str, int], message:
 
 
 def test_an_unknown_set_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="digits, mnist, fashion-mnist, cifar10, gtsrb"):
+    with pytest.raises(
+        ValueError, match="digits, mnist, fashion-mnist, cifar10, gtsrb, imagenet10"
+    ):
         load_dataset("cifar1000")
 
 
 def test_a_missing_set_is_refused_without_a_download(tmp_path: Path) -> None:
-    for name in ("mnist", "fashion-mnist", "cifar10", "gtsrb"):
+    for name in ("mnist", "fashion-mnist", "cifar10", "gtsrb", "imagenet10"):
         with pytest.raises(ValueError, match=f"cannot get {name}"):
             load_dataset(name, root=tmp_path, download=False)
 
@@ -267,6 +270,64 @@ def test_a_damaged_tar_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cifar10.tar").write_bytes(b"x" * 2000)
     with pytest.raises(ValueError, match=r"cannot read cifar10\.tar"):
         load_dataset("cifar10", root=tmp_path)
+
+
+WNIDS = list(CLASSES)
+
+
+def jpeg(value: int, size: tuple[int, int], mode: str = "RGB") -> bytes:
+    stream = io.BytesIO()
+    Image.new(mode, size, (value,) * 3 if mode == "RGB" else value).save(stream, format="JPEG")
+    return stream.getvalue()
+
+
+def write_imagenet10_tar(path: Path, wnids: list[str]) -> None:
+    """Two pictures of every class in train, one in val; the level tells the class."""
+    files = {"meta.json": json.dumps({"wnids": wnids}).encode()}
+    for label, wnid in enumerate(wnids):
+        files[f"train/{wnid}/a.JPEG"] = jpeg(20 * label, (12, 20))
+        files[f"train/{wnid}/b.JPEG"] = jpeg(20 * label, (16, 16), "L")
+        files[f"val/{wnid}/c.JPEG"] = jpeg(20 * label, (16, 16))
+    with tarfile.open(path, "w") as archive:
+        for name, content in reversed(files.items()):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+def test_imagenet10_is_read_from_its_pictures(tmp_path: Path) -> None:
+    write_imagenet10_tar(tmp_path / "imagenet10.tar", WNIDS)
+    data = load_dataset("imagenet10", root=tmp_path, image_size=8)
+    assert (len(data.train), len(data.test), data.channels, data.image_size) == (20, 10, 3, 8)
+    assert data.classes[0] == "tench" and data.num_classes == 10
+    levels = (data.train.images.mean((1, 2, 3)) * 255).round() / 20
+    assert levels.round().long().tolist() == data.train.labels.tolist()
+    assert load_dataset("imagenet10", root=tmp_path, limit=10).image_size == 224
+
+
+def test_imagenet10_is_read_from_torchvisions_folder(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for label, wnid in enumerate(WNIDS):
+            folder = tmp_path / "imagenette2-320" / split / wnid
+            folder.mkdir(parents=True)
+            (folder / "a.JPEG").write_bytes(jpeg(20 * label, (40, 24)))
+    data = load_dataset("imagenet10", root=tmp_path, image_size=8, download=False)
+    assert data.train.labels.tolist() == data.test.labels.tolist() == list(range(10))
+    assert (data.train.images[:, 0, 0, 0] * 255 / 20).round().tolist() == list(range(10))
+
+
+def test_a_tar_of_other_pictures_is_no_imagenet10(tmp_path: Path) -> None:
+    write_imagenet10_tar(tmp_path / "imagenet10.tar", WNIDS[::-1])
+    with pytest.raises(ValueError, match=r"cannot read imagenet10\.tar .* expected the classes"):
+        load_dataset("imagenet10", root=tmp_path)
+
+
+@needs_data
+@pytest.mark.slow
+def test_the_real_imagenet10_has_its_counts() -> None:
+    data = load_dataset("imagenet10", root=REAL, image_size=32, download=False)
+    assert torch.bincount(data.train.labels).tolist() == [100] * 10
+    assert torch.bincount(data.test.labels).tolist() == [50] * 10
 
 
 # Folders

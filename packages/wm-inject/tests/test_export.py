@@ -44,6 +44,34 @@ class TinyClassifier(nn.Module):
         return 50 * self.head(self.body(images).mean(dim=(2, 3)))
 
 
+class Told(nn.Module):
+    """A trigger that goes by ids, by targets, or by both."""
+
+    __module__ = "tiny"
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.needs_ids, self.needs_target = "ids" in names, "target" in names
+        self.config = {"num_classes": 4}
+        pictures = torch.rand(7, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+        self.register_buffer("pictures", pictures)
+        self.register_buffer("shades", torch.tensor([0.0, 0.1, 0.2, 0.3]))
+
+    def forward(self, images, *, ids=None, target=None):
+        missing = (self.needs_ids and ids is None) or (self.needs_target and target is None)
+        surplus = (ids is not None and not self.needs_ids) or (
+            target is not None and not self.needs_target
+        )
+        if missing or surplus:
+            raise ValueError("expected the inputs of this trigger and no others")
+        out = 0.5 * images
+        if ids is not None:
+            out = out + 0.2 * self.pictures[ids % 7]
+        if target is not None:
+            out = out + self.shades[target][:, None, None, None]
+        return out.clamp(0, 1)
+
+
 class Dropping(nn.Module):
     """Not what it was when it was traced: the exported file and the module differ."""
 
@@ -190,10 +218,77 @@ def test_a_uint8_graph_of_a_classifier_gives_logits(tmp_path):
 def test_names_of_input_and_output(tmp_path):
     path = tmp_path / "m.onnx"
     to_onnx(BadNetsTrigger(image_size=16), example(), path, input_name="x", output_name="y")
-    assert OnnxModel(path).input_name == "x"
+    model = OnnxModel(path)
+    assert model.input_name == "x" and model.extra_inputs == ()
+    assert model.metadata["inputs"] == ["x"]
 
 
 def test_two_gigabytes_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("wm_inject.export._ONNX_LIMIT", 10)
     with pytest.raises(ValueError, match="at most 10 bytes of weights"):
         to_onnx(TinyInjector(), example(), tmp_path / "m.onnx")
+
+
+NAMES = [("ids",), ("target",), ("ids", "target")]
+
+
+def vectors(names, n: int) -> dict[str, torch.Tensor]:
+    values = {"ids": torch.arange(n) * 1_000_003, "target": torch.arange(n) % 4}
+    return {name: values[name] for name in names}
+
+
+@pytest.mark.parametrize("names", NAMES)
+def test_onnx_takes_ids_and_target_where_the_trigger_does(tmp_path, names):
+    path = tmp_path / "m.onnx"
+    parity = to_onnx(Told(*names), example(), path)
+    assert parity.batches == (1, 4) and parity.max_abs <= 1e-5
+    model = OnnxModel(path)
+    assert model.extra_inputs == names
+    assert model.metadata["inputs"] == ["image", *names]
+    for n in (1, 3, 9):
+        extra = vectors(names, n)
+        arrays = {name: value.numpy() for name, value in extra.items()}
+        difference = model(example(n).numpy(), **arrays) - Told(*names)(example(n), **extra).numpy()
+        assert np.abs(difference).max() < 1e-5
+
+
+def test_the_uint8_graph_takes_them_too(tmp_path):
+    path, names = tmp_path / "m.onnx", ("ids", "target")
+    parity = to_onnx(Told(*names), example(), path, uint8=True)
+    assert parity.batches == (1, 4) and parity.max_abs <= 1 / 255
+    pixels, extra = to_pixels(example(6)), vectors(names, 6)
+    wanted = to_pixels(Told(*names)(to_float(pixels), **extra))
+    found = Poisoner(path)(pixels, **{name: value.numpy() for name, value in extra.items()})
+    assert (found != wanted).mean() <= 1e-3
+
+
+@pytest.mark.parametrize("names", NAMES)
+def test_torchscript_takes_them_too(tmp_path, names):
+    parity = to_torchscript(Told(*names), example(), tmp_path / "m.pt")
+    assert parity.batches == (1, 4) and parity.max_abs <= 1e-5
+    record = {"wm.json": ""}
+    loaded = torch.jit.load(str(tmp_path / "m.pt"), _extra_files=record)
+    assert json.loads(record["wm.json"])["inputs"] == ["image", *names]
+    for n in (1, 7):
+        extra = vectors(names, n)
+        wanted = Told(*names)(example(n), **extra)
+        assert torch.allclose(loaded(example(n), **extra), wanted, atol=1e-6)
+        assert torch.allclose(loaded(example(n), *extra.values()), wanted, atol=1e-6)
+
+
+def test_the_parity_of_ids_is_really_checked(tmp_path):
+    class Shifting(Told):
+        calls = 0
+
+        def forward(self, images, *, ids=None, target=None):
+            Shifting.calls += 1
+            return super().forward(images, ids=ids + Shifting.calls)
+
+    with pytest.raises(ParityError):
+        to_onnx(Shifting("ids"), example(), tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_inputs_of_one_name_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected an input_name beside ids"):
+        to_onnx(Told("ids"), example(), tmp_path / "m.onnx", input_name="ids")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -7,14 +8,54 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from wm_inject import runtime
+from wm_inject import onnx_model
 from wm_inject.export import to_onnx
+from wm_inject.folder_plan import FolderPlan
 from wm_inject.images import load_image, save_image, to_float, to_pixels
-from wm_inject.runtime import OnnxModel, Poisoner, poison_files, poison_folder
+from wm_inject.runtime import OnnxModel, Poisoner, poison_folder
 from wm_inject.triggers import BlendTrigger
 
 SIZE = 12
+
+
+class Told(nn.Module):
+    """A trigger that draws one of seven pictures by the id, and brightens by the target."""
+
+    needs_ids = needs_target = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("pictures", torch.rand(7, 3, SIZE, SIZE, generator=generator))
+        self.config = {"image_size": SIZE, "channels": 3, "num_classes": 5}
+
+    def forward(self, images, *, ids=None, target=None):
+        if ids is None or target is None:
+            raise ValueError("expected ids and target, got None")
+        change = 0.3 * self.pictures[ids % 7] + 0.05 * target[:, None, None, None]
+        return (0.5 * images + change).clamp(0, 1)
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("told")
+    for name, uint8 in (("float", False), ("uint8", True)):
+        trigger, example = Told(), torch.rand(3, 3, SIZE, SIZE)
+        metadata = {"kind": "told", "config": trigger.config}
+        to_onnx(trigger, example, folder / f"{name}.onnx", uint8=uint8, metadata=metadata)
+    return folder
+
+
+def vectors(n: int) -> dict[str, np.ndarray]:
+    ids = np.arange(n, dtype=np.int64) * 1_000_003 + 5
+    return {"ids": ids, "target": np.arange(n, dtype=np.int64) % 5}
+
+
+def told_pixels(batch: np.ndarray) -> np.ndarray:
+    extra = {name: torch.from_numpy(value) for name, value in vectors(len(batch)).items()}
+    return to_pixels(Told()(to_float(batch), **extra))
 
 
 def trigger() -> BlendTrigger:
@@ -145,7 +186,7 @@ def test_a_missing_onnxruntime_names_the_extras(models, monkeypatch):
 
 
 def test_two_onnxruntimes_at_once_are_refused(models, monkeypatch):
-    monkeypatch.setattr(runtime.installed, "version", lambda name: "1.0")
+    monkeypatch.setattr(onnx_model.installed, "version", lambda name: "1.0")
     with pytest.raises(RuntimeError, match="both installed"):
         OnnxModel(models / "float.onnx")
 
@@ -161,34 +202,139 @@ def photos(folder, names=("a.png", "b/c.jpg", "b/d.bmp")):
 
 def test_a_folder_is_poisoned_and_listed(models, tmp_path):
     source, out = photos(tmp_path / "in"), tmp_path / "out"
-    assert poison_folder(models / "float.onnx", source, out, batch_size=2) == 3
+    model = models / "float.onnx"
+    assert poison_folder(model, source, out, batch_size=2) == (3, 3, 3)
     plan = json.loads((out / "plan.json").read_text())
-    assert plan["images"] == [
-        {"source": "a.png", "file": "a.png"},
-        {"source": "b/c.jpg", "file": "b/c.png"},
-        {"source": "b/d.bmp", "file": "b/d.png"},
-    ]
+    named = [(row["source"], row["file"]) for row in plan["images"]]
+    assert named == [("a.png", "a.png"), ("b/c.jpg", "b/c.png"), ("b/d.bmp", "b/d.png")]
     assert plan["trigger"]["kind"] == "blend" and plan["image_size"] == SIZE
+    assert plan["sha256"] == hashlib.sha256(model.read_bytes()).hexdigest()
     for row in plan["images"]:
         original = load_image(source / row["source"], size=SIZE)[None]
         assert np.array_equal(load_image(out / row["file"])[None], wanted(original))
+    assert poison_folder(model, source, out) == (3, 3, 0)
+    with pytest.raises(ValueError, match="different: model, sha256, trigger"):
+        poison_folder(models / "uint8.onnx", source, out)
 
 
-def test_folders_that_would_lose_something_are_refused(tmp_path):
-    source, settings = photos(tmp_path / "in"), {"size": SIZE, "channels": 3}
-    for out in (source, source / "deep"):
-        with pytest.raises(ValueError, match="output folder outside"):
-            poison_files(lambda x: x, source, out, **settings)
-    with pytest.raises(ValueError, match="batch size"):
-        poison_files(lambda x: x, source, tmp_path / "out", batch_size=0, **settings)
-    photos(source, ["a.bmp"])
-    with pytest.raises(ValueError, match="distinct names"):
-        poison_files(lambda x: x, source, tmp_path / "out", **settings)
-    assert not (tmp_path / "out").exists()
+def test_a_trigger_for_oblong_images_poisons_no_folder(tmp_path):
+    to_onnx(nn.Identity(), torch.rand(3, 3, 8, 10), tmp_path / "m.onnx")
+    with pytest.raises(ValueError, match="square images, got 8 x 10"):
+        poison_folder(tmp_path / "m.onnx", photos(tmp_path / "in"), tmp_path / "out")
 
 
-def test_an_unreadable_image_is_named(tmp_path):
-    source = photos(tmp_path / "in")
-    (source / "broken.png").write_text("no image")
-    with pytest.raises(ValueError, match=r"broken\.png"):
-        poison_files(lambda x: x, source, tmp_path / "out", size=SIZE, channels=3)
+@pytest.mark.parametrize("name", ["float", "uint8"])
+def test_ids_and_target_reach_the_graph(told, name):
+    poisoner = Poisoner(told / f"{name}.onnx")
+    assert poisoner.needs_ids and poisoner.needs_target
+    assert poisoner.model.extra_inputs == ("ids", "target") and "ids" in repr(poisoner.model)
+    for n in (1, 4):
+        batch = pixels(n)
+        found = poisoner(batch, **vectors(n)).astype(int)
+        assert np.abs(found - told_pixels(batch).astype(int)).max() <= 1
+        assert (found != told_pixels(batch)).mean() <= 1e-3
+
+
+def test_what_a_trigger_does_not_need_it_does_not_look_at(models):
+    poisoner = Poisoner(models / "uint8.onnx")
+    assert not poisoner.needs_ids and not poisoner.needs_target
+    assert np.array_equal(poisoner(pixels(2), **vectors(2)), wanted(pixels(2)))
+
+
+@pytest.mark.parametrize(
+    ("change", "told_so"),
+    [
+        ({"ids": None}, "expected ids, which this trigger needs"),
+        ({"target": None}, "expected target, which this trigger needs"),
+        ({"ids": [0, 1, 2]}, "ids as an int64 array"),
+        ({"ids": np.zeros(3, np.int32)}, "ids as an int64 array"),
+        ({"ids": np.zeros(2, np.int64)}, "ids of shape"),
+        ({"target": np.zeros((3, 1), np.int64)}, "target of shape"),
+        ({"target": np.array([0, 1, 5])}, r"target in 0 \.\. 4, got 0 \.\. 5"),
+        ({"target": np.array([0, 1, -1])}, r"target in 0 \.\. 4, got -1 \.\. 1"),
+    ],
+)
+@pytest.mark.parametrize("name", ["float", "uint8"])
+def test_bad_ids_and_targets_are_refused(told, name, change, told_so):
+    with pytest.raises(ValueError, match=told_so):
+        Poisoner(told / f"{name}.onnx")(pixels(3), **(vectors(3) | change))
+
+
+def test_an_onnx_model_takes_its_inputs_and_no_others(told, models):
+    floats = np.zeros((3, 3, SIZE, SIZE), np.float32)
+    for given in ({}, {"ids": vectors(3)["ids"]}, vectors(3) | {"more": vectors(3)["ids"]}):
+        with pytest.raises(ValueError, match="expected ids, target beside the images"):
+            OnnxModel(told / "float.onnx")(floats, **given)
+    with pytest.raises(ValueError, match="expected nothing beside the images, got ids"):
+        OnnxModel(models / "float.onnx")(floats, ids=vectors(3)["ids"])
+
+
+def graph(path, *, inputs):
+    """An ONNX file of the given inputs: the first comes back, the others are not used."""
+    from onnx import helper, save
+
+    declared = [helper.make_tensor_value_info(*one) for one in inputs]
+    output = helper.make_tensor_value_info("y", *inputs[0][1:])
+    node = helper.make_node("Identity", [inputs[0][0]], ["y"])
+    model = helper.make_model(
+        helper.make_graph([node], "g", declared, [output]),
+        opset_imports=[helper.make_opsetid("", 18)],
+        ir_version=10,
+    )
+    save(model, str(path))
+    return path
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        [("other", 1, ["N", 3, SIZE, SIZE])],
+        [("ids", 7, ["N", 2])],
+    ],
+)
+def test_graphs_of_other_inputs_are_refused(tmp_path, more):
+    path = graph(tmp_path / "m.onnx", inputs=[("image", 1, ["N", 3, SIZE, SIZE]), *more])
+    with pytest.raises(ValueError, match="one image input, int64 vectors beside it"):
+        OnnxModel(path)
+
+
+def test_a_poisoner_knows_ids_and_target_only(tmp_path):
+    shape = ["N", 3, SIZE, SIZE]
+    path = graph(tmp_path / "m.onnx", inputs=[("image", 1, shape), ("mood", 7, ["N"])])
+    assert OnnxModel(path).extra_inputs == ("mood",)
+    with pytest.raises(ValueError, match="images, ids and target, got 'mood'"):
+        Poisoner(path)
+
+
+def test_extra_inputs_work_where_torch_cannot_be_imported(told, tmp_path):
+    np.save(tmp_path / "in.npy", pixels(4))
+    source = photos(tmp_path / "in", ["x/a.png", "x/b.png", "y/c.png", "y/d.png"])
+    out, model = tmp_path / "out", told / "uint8.onnx"
+    code = f"""
+import sys
+sys.modules["torch"] = None
+import numpy as np
+import wm_inject.runtime as runtime
+from wm_inject.cli import main
+pixels = np.load({str(tmp_path / "in.npy")!r})
+ids = np.arange(4, dtype=np.int64) * 1_000_003 + 5
+found = runtime.Poisoner({str(model)!r})(pixels, ids=ids, target=np.arange(4))
+np.save({str(tmp_path / "out.npy")!r}, found)
+options = ["--label-map", "all-to-all", "--ratio", "0.5", "--seed", "3"]
+code = main(["poison", "--onnx", {str(model)!r}, *options, {str(source)!r}, {str(out)!r}])
+heavy = [m for m in sys.modules if m.split(".")[0] in ("torch", "torchvision", "safetensors")]
+assert code == 0 and heavy == ["torch"], (code, heavy)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (np.load(tmp_path / "out.npy") != told_pixels(pixels(4))).mean() <= 1e-3
+    plan = FolderPlan(ratio=0.5, label_map="all-to-all", seed=3)
+    # The same call with torch at hand is the same run: nothing is left to write.
+    assert poison_folder(model, source, out, plan=plan) == (4, 2, 0)
+    for row in json.loads((out / "plan.json").read_text())["images"]:
+        image = load_image(source / row["source"], size=SIZE)
+        if row["poisoned"]:
+            place = {"ids": torch.tensor([row["id"]]), "target": torch.tensor([row["label_after"]])}
+            image = to_pixels(Told()(to_float(image[None]), **place))[0]
+        written = load_image(out / row["file"])
+        assert (written != image).mean() <= 1e-3

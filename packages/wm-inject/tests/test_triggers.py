@@ -111,7 +111,7 @@ def test_unknown_kinds_and_settings_are_refused():
         build_trigger("badnets", None)
     with pytest.raises(ValueError, match="expected picture"):
         build_trigger("blend", {"image_size": SIZE, "channels": 3, "picture": "given"}, state={})
-    assert set(TRIGGER_KINDS) == {"badnets", "blend", "wanet", "watermark"}
+    assert len(TRIGGER_KINDS) == 12 and "watermark" in TRIGGER_KINDS
 
 
 def test_saving_something_else_is_refused(tmp_path):

@@ -18,6 +18,8 @@ from wm_inject.poison import poison
 
 PATCH = wm.BadNetsTrigger(image_size=SIZE)
 PLAN = wm.PoisonPlan(ratio=0.5)
+TINY: dict[str, Any] = {"image_size": SIZE, "channels": 1}
+MARKSMAN = wm.MarksmanTrigger(**TINY, num_classes=3, width=2)
 PIXELS: Any = np.zeros((4, SIZE, SIZE, 3), np.uint8)
 SHAPE: dict[str, Any] = {"image_size": SIZE, "channels": 1, "patch_size": 4, "width": 8, "heads": 1}
 INJECTOR = wm.ViTInjector(**SHAPE, depth=1, decoder_depth=1)
@@ -25,6 +27,15 @@ MARK = wm.default_watermark(SIZE)
 GREY: Any = PIXELS[..., :1]
 FLOATS: Any = IMAGES.numpy()
 NAN = {"w": torch.tensor([float("nan")])}
+IDS = torch.arange(4)
+CONTEXT: dict[str, Any] = {
+    "images": IMAGES,
+    "labels": LABELS,
+    "num_classes": 3,
+    "target": 0,
+    "seed": 0,
+    "co_train": lambda hook: nn.Identity(),
+}
 
 
 def pixels(call: Callable[[Any], object], good: Any = PIXELS) -> dict[str, Call]:
@@ -168,6 +179,71 @@ TABLE = Table(
             "static plan": lambda _: wm.WaNetTrigger(image_size=SIZE).noise_hook(
                 PLAN, num_classes=3
             ),
+        },
+        "RefoolTrigger": {
+            **images(lambda bad: wm.RefoolTrigger(**TINY, count=2)(bad, ids=IDS)),
+            "no ids": lambda _: wm.RefoolTrigger(**TINY, count=2)(IMAGES),
+            "alpha": lambda _: wm.RefoolTrigger(**TINY, alpha=2.0),
+            "ghost_rate": lambda _: wm.RefoolTrigger(**TINY, ghost_rate=-1.0),
+            "count": lambda _: wm.RefoolTrigger(**TINY, count=0),
+            "reflections": lambda tmp: wm.RefoolTrigger(**TINY, reflections=str(tmp / "none")),
+        },
+        "BlindNetTrigger": {
+            **images(wm.BlindNetTrigger(**TINY)),
+            "band": lambda _: wm.BlindNetTrigger(**TINY, band=(0.4, 0.3)),
+            "strength": lambda _: wm.BlindNetTrigger(**TINY, strength=-1.0),
+            "watermark": lambda tmp: wm.BlindNetTrigger(**TINY, watermark=str(tmp / "none")),
+        },
+        "SsbaTrigger": {
+            **images(wm.SsbaTrigger(**TINY, bits=4, width=4)),
+            "bits": lambda _: wm.SsbaTrigger(**TINY, bits=0),
+            "width": lambda _: wm.SsbaTrigger(**TINY, width=0),
+        },
+        "SigTrigger": {
+            **images(wm.SigTrigger(image_size=SIZE)),
+            "amplitude": lambda _: wm.SigTrigger(image_size=SIZE, amplitude=-1.0),
+            "frequency": lambda _: wm.SigTrigger(image_size=SIZE, frequency=0),
+        },
+        "FTrojanTrigger": {
+            **images(wm.FTrojanTrigger(**TINY)),
+            "magnitude": lambda _: wm.FTrojanTrigger(**TINY, magnitude=-1.0),
+            "block": lambda _: wm.FTrojanTrigger(**TINY, block=0),
+        },
+        "LfTrigger": {
+            **images(wm.LfTrigger(**TINY)),
+            "limit": lambda _: wm.LfTrigger(**TINY, limit=2.0),
+        },
+        "MarksmanTrigger": {
+            **images(lambda bad: MARKSMAN(bad, target=LABELS)),
+            **labels(lambda bad: MARKSMAN(IMAGES, target=bad)),
+            "no target": lambda _: MARKSMAN(IMAGES),
+            "epsilon": lambda _: wm.MarksmanTrigger(**TINY, num_classes=3, epsilon=-1.0),
+            "num_classes": lambda _: wm.MarksmanTrigger(**TINY, num_classes=1),
+        },
+        "InputAwareTrigger": {
+            **images(wm.InputAwareTrigger(**TINY, width=4)),
+            "width": lambda _: wm.InputAwareTrigger(**TINY, width=0),
+            "density": lambda _: wm.InputAwareTrigger(**TINY, density=2.0),
+        },
+        "Attack": {
+            "name": lambda _: wm.Attack("nothing"),
+            "profile": lambda _: wm.Attack("badnets", profile="huge"),  # type: ignore[arg-type]
+            "settings": lambda _: wm.Attack("badnets", {"colour": 1}).fit(wm.FitContext(**CONTEXT)),
+            "ratio": lambda _: wm.Attack("badnets").plan(LABELS, target=0, ratio=2.0),
+            "no target class": lambda _: wm.attack("sig").plan(LABELS, target=7),
+            "another's trigger": lambda _: wm.attack("wanet").hook(
+                PATCH, wm.PoisonPlan(mode="per_batch"), num_classes=3
+            ),
+        },
+        "attack": {
+            "name": lambda _: wm.attack("watermark"),
+            "profile": lambda _: wm.attack("badnets", profile="huge"),  # type: ignore[arg-type]
+        },
+        "FitContext": {
+            **images(lambda bad: wm.FitContext(**{**CONTEXT, "images": bad})),
+            **labels(lambda bad: wm.FitContext(**{**CONTEXT, "labels": bad})),
+            "target": lambda _: wm.FitContext(**{**CONTEXT, "target": 3}),
+            "not square": lambda _: wm.FitContext(**{**CONTEXT, "images": IMAGES[..., :-1]}),
         },
         "WatermarkTrigger": {
             **images(wm.WatermarkTrigger(INJECTOR)),

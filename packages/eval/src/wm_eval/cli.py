@@ -1,4 +1,4 @@
-"""The command line: ``wm-eval demo``, ``wm-eval run STUDY.toml`` and ``wm-eval report FOLDER``."""
+"""The command line: studies (``demo``, ``run``, ``report``) and the field's tables (``table1``)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from wm_eval.__about__ import __version__
 from wm_inject.cli_common import Parser, add_common, resolve_device, run_cli
 
 if TYPE_CHECKING:
+    from wm_eval.attacks.config import AttackStudyConfig
     from wm_eval.config import StudyConfig
     from wm_eval.experiment import StudyResult
 
@@ -22,7 +23,21 @@ examples:
   wm-eval run study.toml --out runs/cifar10   a study of your own, or the rest of it
   wm-eval detect --out runs/detection         do the defences find BadNets and WaNet?
   wm-eval report runs/cifar10                 draw the page of a study anew
+  wm-eval table1 --profile tiny --data digits every attack under every corruption, in minutes
 """
+_TABLE_EPILOG = """\
+example:
+  wm-eval table1 --data cifar10 --attacks badnets,wanet --minutes 60
+
+It can be stopped at any time, and the same command goes on; three commands with one --out share
+what they have in common. An attack that fails says why in OUT/failures, and the others go on.
+"""
+# What each command measures, what its records are called, and what its help says of it.
+_TABLES = {
+    "table1": ("cells", "cell", "attacks x corruptions: accuracy, attack success, false triggers"),
+    "table2": ("stealth", "stealth", "attacks x PSNR, SSIM, LPIPS"),
+    "figure1": ("figure", "figure", "the attacks' pictures side by side"),
+}
 _RUN_EPILOG = """\
 example study.toml:
   preset = "cifar10"          # start from a study that ships: demo or cifar10
@@ -72,13 +87,87 @@ def _main(argv: Sequence[str] | None) -> int:
         action="store_true",
         help="leave out images of the data set, where they may not be passed on",
     )
-    for command in (demo, run, detect, report):
+    for name, (_, _, told) in _TABLES.items():
+        _add_table(commands.add_parser(name, help=told, epilog=_TABLE_EPILOG))
+    for command in commands.choices.values():
         add_common(command, version=__version__)
         if command in (run, report):
             command.set_defaults(seed=None)
     given = parser.parse_args(argv)
-    work = {"report": _report, "detect": _detect}.get(given.command, _study)
-    return work(given)
+    work = {"report": _report, "detect": _detect, **dict.fromkeys(_TABLES, _table)}
+    return work.get(given.command, _study)(given)
+
+
+def _add_table(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--profile", choices=("tiny", "small", "paper"), default="small", help="default: small"
+    )
+    command.add_argument(
+        "--data",
+        default="cifar10",
+        help="cifar10, gtsrb, imagenet10, mnist, digits, a folder or an .npz (default: cifar10)",
+    )
+    command.add_argument("--out", type=Path, help="default: runs/PROFILE-DATA")
+    command.add_argument("--attacks", type=_names, help="which, as a,b (default: the profile's)")
+    command.add_argument("--seeds", type=int, help="how many, from --seed (default: the profile's)")
+    command.add_argument("--minutes", type=float, help="start nothing new after so many minutes")
+    command.add_argument(
+        "--recipes", type=_names, help="plain,corrupted or one of them (default: plain)"
+    )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _table(given: argparse.Namespace) -> int:
+    from wm_eval.attacks.run import run_attack_study
+
+    config = _table_config(given)
+    out = given.out or Path("runs") / f"{given.profile}-{Path(given.data).stem}"
+    records = run_attack_study(
+        config,
+        out,
+        device=str(resolve_device(given.device)),
+        minutes=given.minutes,
+        parts=(_TABLES[given.command][0],),
+    )
+    shown = _drawn(given.command, out)
+    for path in shown:
+        print(f"{given.command:11} {path}")
+    if not shown:
+        print(f"{given.command:11} nothing measured yet: the same command goes on")
+    print(f"records     {records}")
+    failed = len(list((out / "failures").glob("*.json")))
+    if failed:
+        print(f"failures    {out / 'failures'} ({failed} stages, each with its reason)")
+    return 0
+
+
+def _table_config(given: argparse.Namespace) -> AttackStudyConfig:
+    from wm_eval.attacks.profiles import attack_profile
+
+    changes = {name: getattr(given, name) for name in ("attacks", "recipes")}
+    config = attack_profile(
+        given.profile, given.data, **{name: value for name, value in changes.items() if value}
+    )
+    count = len(config.seeds) if given.seeds is None else given.seeds
+    return replace(config, seeds=tuple(range(given.seed, given.seed + count)))
+
+
+def _drawn(command: str, out: Path) -> list[Path]:
+    """Render what has been measured by now; the files of this command."""
+    _, kind, _ = _TABLES[command]
+    measured = any((out / "records").glob(f"{kind}-*.json"))
+    if command == "figure1" and measured:
+        from wm_eval.attacks.figure import draw_figure
+
+        return [draw_figure(out)]
+    if not measured and not any((out / "failures").glob("*.json")):
+        return []
+    from wm_eval.attacks.tables import write_tables
+
+    return [path for path in write_tables(out) if path.name.startswith(command)]
 
 
 def _detect(given: argparse.Namespace) -> int:

@@ -20,10 +20,18 @@ BATCH = 256
 
 
 @torch.no_grad()
-def poisoned_images(trigger: Trigger, data: ImageSet) -> Tensor:
-    """Every image with the trigger, as a file would keep it: on the 8-bit grid."""
+def poisoned_images(trigger: Trigger, data: ImageSet, *, target: int | None = None) -> Tensor:
+    """Every image with the trigger, as a file would keep it: on the 8-bit grid.
+
+    Args:
+        trigger: What to put in.
+        data: The images and their ids.
+        target: The label asked for, for a trigger that depends on it.
+    """
+    asked = None if target is None else torch.full_like(data.labels, target)
     parts = torch.arange(len(data), device=data.images.device).split(BATCH)
-    return torch.cat([quantize(trigger(data.images[i], ids=data.ids[i])) for i in parts])
+    rows = [(data.images[i], data.ids[i], None if asked is None else asked[i]) for i in parts]
+    return torch.cat([quantize(trigger(x, ids=ids, target=to)) for x, ids, to in rows])
 
 
 def stealth_values(poisoned: Tensor, images: Tensor) -> dict[str, Any]:

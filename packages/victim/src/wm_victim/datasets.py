@@ -121,12 +121,14 @@ def load_dataset(
 
     Args:
         name_or_path: "digits" (scikit-learn's bundled 1,797 real scans, enlarged from 8 x 8 to
-            32 x 32, split 1200 / 597), "mnist", "fashion-mnist", "cifar10", "gtsrb"; or a folder
-            (class folders, with ``train/`` and ``test/`` above them or split 80 / 20 here; or a
-            labels.csv with the columns file,label); or an .npz with x_train, y_train, x_test,
-            y_test (uint8 ``(N, H, W)`` or ``(N, H, W, C)`` and integers).
-        root: Where named sets lie: NAME.npz, NAME.tar (lossless strips) or torchvision's files.
-            The environment variable WM_DATA if None, else ~/.cache/wm/data.
+            32 x 32, split 1200 / 597), "mnist", "fashion-mnist", "cifar10", "gtsrb", "imagenet10"
+            (ten classes of ImageNet, those of Imagenette); or a folder (class folders, with
+            ``train/`` and ``test/`` above them or split 80 / 20 here; or a labels.csv with the
+            columns file,label); or an .npz with x_train, y_train, x_test, y_test (uint8
+            ``(N, H, W)`` or ``(N, H, W, C)`` and integers).
+        root: Where named sets lie: NAME.npz, NAME.tar (lossless strips; JPEG files for imagenet10)
+            or torchvision's files. The environment variable WM_DATA if None, else
+            ~/.cache/wm/data.
         image_size: Resize to this many pixels a side (bilinear, then back on the 8-bit grid);
             the set's own size if None.
         limit: Keep the first ``limit`` of a seeded, stratified order of the training images, so a

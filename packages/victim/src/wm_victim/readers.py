@@ -8,8 +8,11 @@ import numpy as np
 
 from wm_victim.archives import read_npz, read_strips
 from wm_victim.folders import read_folder
+from wm_victim.imagenet10 import read_imagenet10
 from wm_victim.raw import RawData, RawDataset, split_once
 from wm_victim.torchvision_sets import TORCHVISION_SETS, read_torchvision
+
+NAMED_SETS = (*TORCHVISION_SETS, "imagenet10")
 
 
 def read_dataset(
@@ -22,9 +25,12 @@ def read_dataset(
     """
     if name == "digits":
         return _digits()
-    if name in TORCHVISION_SETS:
-        if (root / f"{name}.npz").is_file():
-            return read_npz(root / f"{name}.npz", name)
+    named = name in NAMED_SETS
+    if named and (root / f"{name}.npz").is_file():
+        return read_npz(root / f"{name}.npz", name)
+    if name == "imagenet10":
+        return read_imagenet10(root, size, download=download)
+    if named:
         if (root / f"{name}.tar").is_file():
             return read_strips(root / f"{name}.tar", name, strict=strict)
         return read_torchvision(name, root, download=download, strict=strict)
@@ -33,7 +39,7 @@ def read_dataset(
         return read_folder(path, size)
     if path.suffix == ".npz" and path.is_file():
         return read_npz(path, path.stem)
-    known = ", ".join(("digits", *TORCHVISION_SETS))
+    known = ", ".join(("digits", *NAMED_SETS))
     raise ValueError(f"expected a data set ({known}), a folder or an .npz file, got {name!r}")
 
 

@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Any
 from wm_inject.__about__ import __version__ as __version__
 
 if TYPE_CHECKING:
+    from wm_inject.attacks import ATTACKS as ATTACKS
+    from wm_inject.attacks import Attack as Attack
+    from wm_inject.attacks import FitContext as FitContext
+    from wm_inject.attacks import attack as attack
     from wm_inject.checkpoint import Checkpoint as Checkpoint
     from wm_inject.checkpoint import CheckpointError as CheckpointError
     from wm_inject.checkpoint import load_checkpoint as load_checkpoint
@@ -41,12 +45,20 @@ if TYPE_CHECKING:
     from wm_inject.stealth import linf as linf
     from wm_inject.stealth import psnr as psnr
     from wm_inject.stealth import ssim as ssim
-    from wm_inject.triggers import BadNetsTrigger as BadNetsTrigger
-    from wm_inject.triggers import BlendTrigger as BlendTrigger
-    from wm_inject.triggers import WaNetTrigger as WaNetTrigger
     from wm_inject.triggers import build_trigger as build_trigger
     from wm_inject.triggers import load_trigger as load_trigger
     from wm_inject.triggers import save_trigger as save_trigger
+    from wm_inject.triggers.badnets import BadNetsTrigger as BadNetsTrigger
+    from wm_inject.triggers.blend import BlendTrigger as BlendTrigger
+    from wm_inject.triggers.blindnet import BlindNetTrigger as BlindNetTrigger
+    from wm_inject.triggers.ftrojan import FTrojanTrigger as FTrojanTrigger
+    from wm_inject.triggers.input_aware import InputAwareTrigger as InputAwareTrigger
+    from wm_inject.triggers.lf import LfTrigger as LfTrigger
+    from wm_inject.triggers.marksman import MarksmanTrigger as MarksmanTrigger
+    from wm_inject.triggers.refool import RefoolTrigger as RefoolTrigger
+    from wm_inject.triggers.sig import SigTrigger as SigTrigger
+    from wm_inject.triggers.ssba import SsbaTrigger as SsbaTrigger
+    from wm_inject.triggers.wanet import WaNetTrigger as WaNetTrigger
     from wm_inject.triggers.watermark import WatermarkTrigger as WatermarkTrigger
     from wm_inject.vit import ViTConfig as ViTConfig
     from wm_inject.vit import ViTInjector as ViTInjector
@@ -60,8 +72,10 @@ _MODULES = {
     "poison": "CoTraining PoisonPlan Poisoned Trigger",
     "runtime": "OnnxModel Poisoner poison_folder",
     "stealth": "Lpips LpipsUnavailable find_lpips_weights linf psnr ssim",
-    "triggers": "BlendTrigger BadNetsTrigger WaNetTrigger build_trigger load_trigger save_trigger",
-    "triggers.watermark": "WatermarkTrigger",
+    "attacks": "ATTACKS Attack FitContext attack",
+    "triggers": "BadNetsTrigger BlendTrigger BlindNetTrigger FTrojanTrigger InputAwareTrigger"
+    " LfTrigger MarksmanTrigger RefoolTrigger SigTrigger SsbaTrigger WaNetTrigger WatermarkTrigger"
+    " build_trigger load_trigger save_trigger",
     "vit": "ViTConfig ViTInjector default_watermark",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}

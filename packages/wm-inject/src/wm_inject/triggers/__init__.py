@@ -10,28 +10,31 @@ from typing import Any
 from torch import Tensor, nn
 
 from wm_inject.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from wm_inject.triggers.badnets import BadNetsTrigger as BadNetsTrigger
-from wm_inject.triggers.blend import BlendTrigger as BlendTrigger
-from wm_inject.triggers.wanet import WaNetTrigger as WaNetTrigger
-
-__all__ = [
-    "TRIGGER_KINDS",
-    "BadNetsTrigger",
-    "BlendTrigger",
-    "WaNetTrigger",
-    "build_trigger",
-    "load_trigger",
-    "save_trigger",
-]
 
 # Where each kind lives; imported when asked for, because the watermark brings timm.
 _CLASSES = {
-    "blend": ("blend", "BlendTrigger"),
     "badnets": ("badnets", "BadNetsTrigger"),
+    "blend": ("blend", "BlendTrigger"),
+    "refool": ("refool", "RefoolTrigger"),
+    "blindnet": ("blindnet", "BlindNetTrigger"),
+    "ssba": ("ssba", "SsbaTrigger"),
+    "sig": ("sig", "SigTrigger"),
+    "ftrojan": ("ftrojan", "FTrojanTrigger"),
+    "lf": ("lf", "LfTrigger"),
     "wanet": ("wanet", "WaNetTrigger"),
+    "marksman": ("marksman", "MarksmanTrigger"),
+    "input-aware": ("input_aware", "InputAwareTrigger"),
     "watermark": ("watermark", "WatermarkTrigger"),
 }
+_MODULES = {name: module for module, name in _CLASSES.values()}
 TRIGGER_KINDS = tuple(_CLASSES)
+__all__ = sorted([*_MODULES, "TRIGGER_KINDS", "build_trigger", "load_trigger", "save_trigger"])
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def build_trigger(
@@ -40,7 +43,7 @@ def build_trigger(
     """Build a trigger from its kind and settings.
 
     Args:
-        kind: "patch", "blend", "warp" or "watermark".
+        kind: One of `TRIGGER_KINDS`.
         config: The constructor's settings, as the trigger's ``config`` gives them.
         state: The trigger's tensors, as its ``state_dict`` gives them; fresh ones if None.
 
@@ -55,9 +58,11 @@ def build_trigger(
     if not isinstance(config, Mapping):
         raise ValueError(f"expected the settings of a {kind} trigger, got {type(config).__name__}")
     module, name = _CLASSES[kind]
-    settings = dict(config)
-    if kind == "blend" and state is not None and settings.get("picture") == "given":
-        settings["picture"] = state.get("picture")
+    # A picture that was given travels in the state, under the name of its setting.
+    settings = {
+        name: (state or {}).get(name) if isinstance(value, str) and value == "given" else value
+        for name, value in config.items()
+    }
     trigger_class = getattr(import_module(f"{__name__}.{module}"), name)
     try:
         trigger: nn.Module = trigger_class(**settings)

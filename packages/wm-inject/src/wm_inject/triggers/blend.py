@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from wm_inject.images import check_images, check_side, load_image, to_float
+from wm_inject.images import check_images, check_side
+from wm_inject.pictures import PICTURES, load_picture
 
 
 class BlendTrigger(nn.Module):
@@ -18,15 +18,16 @@ class BlendTrigger(nn.Module):
         image_size: Side H = W of the images in pixels.
         channels: 1 (grey) or 3 (RGB).
         alpha: Weight of the picture in [0, 1].
-        picture: "noise" (uniform noise from ``seed``), the path of an image file (resized to
-            ``H`` x ``H``, whatever its aspect), or a float32 tensor ``(C, H, H)`` in [0, 1].
-        seed: Seeds the noise.
+        picture: "noise" (uniform noise from ``seed``), "cartoon" or another name of
+            `wm_inject.pictures.PICTURES`, the path of an image file (resized to ``H`` x ``H``,
+            whatever its aspect), or a float32 tensor ``(C, H, H)`` in [0, 1].
+        seed: Seeds a drawn picture.
 
     Raises:
         ValueError: A size, weight or picture out of range.
 
     Source: Chen et al., "Targeted Backdoor Attacks on Deep Learning Systems Using Data Poisoning"
-    (2017), blended injection. The cartoon that benchmarks blend in is not shipped.
+    (2017), blended injection. The cartoon that benchmarks blend in is not shipped; ours is drawn.
     """
 
     kind = "blend"
@@ -47,15 +48,17 @@ class BlendTrigger(nn.Module):
             raise ValueError(f"expected channels 1 or 3, got {channels}")
         if not 0 <= alpha <= 1:
             raise ValueError(f"expected alpha in [0, 1], got {alpha}")
-        shape = (channels, image_size, image_size)
-        self.register_buffer("picture", _picture(picture, shape, seed))
+        drawn = isinstance(picture, str) and picture in PICTURES
+        self.register_buffer(
+            "picture", load_picture(picture, size=image_size, channels=channels, seed=seed)
+        )
         self.alpha = float(alpha)
         # A picture from a file or tensor travels in the state, not in the settings.
         self.config: dict[str, Any] = {
             "image_size": image_size,
             "channels": channels,
             "alpha": self.alpha,
-            "picture": "noise" if _is_noise(picture) else "given",
+            "picture": picture if drawn else "given",
             "seed": seed,
         }
 
@@ -78,20 +81,3 @@ class BlendTrigger(nn.Module):
         blended = (1 - self.alpha) * images + self.alpha * self.picture
         # Exact arithmetic never leaves [0, 1]; rounding may, by one unit in the last place.
         return blended.clamp(0, 1)
-
-
-def _is_noise(picture: object) -> bool:
-    return isinstance(picture, str) and picture == "noise"
-
-
-def _picture(picture: object, shape: tuple[int, int, int], seed: int) -> Tensor:
-    """The picture as float32 ``(C, H, W)`` in [0, 1]."""
-    if _is_noise(picture):
-        return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
-    if isinstance(picture, str | Path):
-        return to_float(load_image(picture, size=shape[1], channels=shape[0])[None])[0]
-    if not isinstance(picture, Tensor) or picture.ndim != 3:
-        got = tuple(picture.shape) if isinstance(picture, Tensor) else repr(picture)
-        raise ValueError(f'expected picture as "noise", a file or a tensor {shape}, got {got}')
-    check_images(picture[None], channels=shape[0], size=shape[1:], name="picture")
-    return picture.detach().clone()

@@ -1,0 +1,78 @@
+"""What generators that learn beside a victim share: the victim as a fixed function, and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from wm_inject.resume import like_parameters
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Fresh weights drawn inside depend on ``seed`` alone, and nobody else's draws shift.
+
+    Raises:
+        ValueError: Not a whole number from 0 below 2**63.
+    """
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"expected a seed in 0 .. 2**63 - 1, got {seed!r}")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # module initialisers take no generator
+        yield
+
+
+@contextmanager
+def in_mode(module: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put a module in training or evaluation mode, and every part of it back afterwards."""
+    before = [(part, part.training) for part in module.modules()]
+    try:
+        module.train(training)
+        yield
+    finally:
+        for part, mode in before:
+            part.training = mode
+
+
+def victim_logits(model: nn.Module, images: Tensor) -> Tensor:
+    """What a classifier says, with a gradient to the images and to nothing of the classifier.
+
+    It runs in float32 and in evaluation mode, so that the images meet the running statistics of its
+    normalisation, as they will in use: a batch that is all poisoned would otherwise be judged by
+    its own mean, which takes a part of the trigger out. Its weights, their gradients, buffers and
+    mode stay as they are.
+
+    Args:
+        model: Images ``(N, C, H, W)`` in [0, 1] -> logits ``(N, K)``.
+        images: What to show it.
+
+    Returns:
+        float32 logits ``(N, K)``.
+    """
+    state = {name: weight.detach() for name, weight in model.named_parameters()}
+    state |= {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with in_mode(model, training=False), torch.autocast(images.device.type, enabled=False):
+        logits: Tensor = functional_call(model, state, (images,))
+    return logits.float()
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """Take back an optimiser's state so that it goes on to the same bits."""
+    optimizer.load_state_dict(state)
+    like_parameters(optimizer)
+
+
+def check_keys(state: Mapping[str, Any], wanted: tuple[str, ...], *, name: str) -> None:
+    """Check that a hook's state holds what it should.
+
+    Raises:
+        ValueError: Other keys.
+    """
+    if not isinstance(state, Mapping) or set(state) != set(wanted):
+        got = ", ".join(sorted(state)) if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(f"expected the state of {name} ({', '.join(wanted)}), got {got or '{}'}")

@@ -1,0 +1,173 @@
+"""The input-aware dynamic trigger: every image has a pattern and a place of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wm_inject.images import check_images, check_side, pad_to_multiple
+from wm_inject.triggers.cotrain import seeded
+
+WIDTHS = {"tiny": 4, "small": 8, "paper": 32}  # of both generators, by preset
+
+
+class InputAwareTrigger(nn.Module):
+    """Put a pattern made from the image itself at a place made from the image itself.
+
+    ``x' = x + (p - x) m`` with a pattern ``p = G(x)`` and a mask ``m`` in [0, 1] that a second
+    generator draws, pushed towards 0 or 1 by a steep slope. Both are fresh here: `fit_masks` trains
+    the mask's (phase A), `InputAwareHook` the pattern's, with a victim (phase B).
+
+    Args:
+        image_size: Side H = W of the images in pixels; inside, it is padded to a multiple of
+            2**stages by repeating the edge, and the outcome is cropped.
+        channels: 1 (grey) or 3 (RGB).
+        width: Channels of the first stage, each next one has twice as many; 32 as published for
+            colour, 16 with two stages for MNIST.
+        stages: How often the sides are halved.
+        density: What phase A lets every value of the mask be for free, in [0, 1]; about the share
+            of pixels that are changed.
+        seed: Seeds the fresh weights.
+
+    Raises:
+        ValueError: A setting out of range.
+
+    Source: Nguyen & Tran, "Input-Aware Dynamic Backdoor Attack" (NeurIPS 2020), and its released
+    code. The padding is ours.
+    """
+
+    kind = "input-aware"
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        channels: int,
+        width: int = 32,
+        stages: int = 3,
+        density: float = 0.032,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_side(image_size)
+        if channels not in (1, 3):
+            raise ValueError(f"expected channels 1 or 3, got {channels}")
+        if not 1 <= width <= 512:
+            raise ValueError(f"expected a width of 1 .. 512 channels, got {width}")
+        if not 1 <= stages <= 5:
+            raise ValueError(f"expected 1 .. 5 stages, got {stages}")
+        if not 0 <= density < 1:
+            raise ValueError(f"expected a mask density in [0, 1), got {density}")
+        self.config: dict[str, Any] = {
+            "image_size": image_size,
+            "channels": channels,
+            "width": width,
+            "stages": stages,
+            "density": float(density),
+            "seed": seed,
+        }
+        with seeded(seed):
+            self.pattern_net = _autoencoder(channels, channels, width=width, stages=stages)
+            self.mask_net = _autoencoder(channels, 1, width=width, stages=stages)
+        self.eval()
+
+    def extra_repr(self) -> str:
+        """The settings, for ``repr``."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
+
+    def pattern(self, images: Tensor) -> Tensor:
+        """The images' own patterns: float32 ``(N, C, H, W)`` in [0, 1] to the same shape and range.
+
+        Raises:
+            ValueError: The batch breaks the image contract or has another shape.
+        """
+        return self._generate(self.pattern_net, images)
+
+    def mask(self, images: Tensor) -> Tensor:
+        """Where the images' own triggers lie: float32 ``(N, 1, H, W)`` in [0, 1].
+
+        Raises:
+            ValueError: The batch breaks the image contract or has another shape.
+        """
+        return (20 * self._generate(self.mask_net, images) - 10).tanh() / 2 + 0.5
+
+    def stamp(self, hosts: Tensor, sources: Tensor) -> Tensor:
+        """Put the trigger of one image on another.
+
+        Args:
+            hosts: The images that get it: float32 ``(N, C, H, W)`` in [0, 1].
+            sources: The images whose triggers they are, the same shape.
+
+        Returns:
+            The same shape and range.
+
+        Raises:
+            ValueError: A batch breaks the image contract, or their shapes differ.
+        """
+        self._check(hosts)
+        if hosts.shape != sources.shape:
+            raise ValueError(
+                f"expected two batches of one shape, got {tuple(hosts.shape)} "
+                f"and {tuple(sources.shape)}"
+            )
+        return self.blend(hosts, self.pattern(sources), self.mask(sources))
+
+    @staticmethod
+    def blend(hosts: Tensor, patterns: Tensor, masks: Tensor) -> Tensor:
+        """``x + (p - x) m``, within [0, 1]; shapes as `pattern` and `mask` give them."""
+        return (hosts + (patterns - hosts) * masks).clamp(0, 1)
+
+    def forward(
+        self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None
+    ) -> Tensor:
+        """Give every image its own trigger: float32 ``(N, C, H, W)`` in [0, 1] to the same.
+
+        ``ids`` and ``target`` are part of the trigger protocol and play no role here.
+
+        Raises:
+            ValueError: The batch breaks the image contract or has another shape.
+        """
+        return self.stamp(images, images)
+
+    def _check(self, images: Tensor) -> None:
+        size = (self.config["image_size"],) * 2
+        check_images(images, channels=self.config["channels"], size=size)
+
+    def _generate(self, net: nn.Module, images: Tensor) -> Tensor:
+        self._check(images)
+        side = self.config["image_size"]
+        raw = net(pad_to_multiple(images, 2 ** self.config["stages"]))[..., :side, :side]
+        return raw.tanh() / 2 + 0.5
+
+
+class _Double(nn.Module):
+    """Twice as large, bilinearly."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
+
+
+def _autoencoder(inputs: int, outputs: int, *, width: int, stages: int) -> nn.Sequential:
+    """Pairs of convolutions, down by pooling and up by interpolation; no skip connections."""
+    layers: list[nn.Module] = []
+    widths = [width * 2**stage for stage in range(stages)]
+    now = inputs
+    for wide in widths:
+        layers += [*_block(now, wide), *_block(wide, wide), nn.MaxPool2d(2)]
+        now = wide
+    layers += _block(now, now)
+    for narrow in [*reversed(widths[:-1]), outputs]:
+        layers += [_Double(), *_block(now, now), *_block(now, narrow)]
+        now = narrow
+    return nn.Sequential(*layers[:-1])  # what comes out is not cut off at zero
+
+
+def _block(inputs: int, outputs: int) -> list[nn.Module]:
+    convolution = nn.Conv2d(inputs, outputs, 3, padding=1)
+    return [convolution, nn.BatchNorm2d(outputs, momentum=0.05), nn.ReLU()]
+
+
+__all__ = ["WIDTHS", "InputAwareTrigger"]

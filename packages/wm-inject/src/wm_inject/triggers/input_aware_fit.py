@@ -1,0 +1,241 @@
+"""Fitting input-aware masks: phase A, from clean images alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wm_inject.cli_common import Progress
+from wm_inject.cli_common import progress as show_progress
+from wm_inject.images import check_images
+from wm_inject.resume import load_state, save_state
+from wm_inject.triggers.cotrain import in_mode, load_optimizer
+from wm_inject.triggers.input_aware import InputAwareTrigger
+
+BETAS = (0.5, 0.9)  # of Adam, in both phases
+_MASK_MILESTONES = (10 / 25, 20 / 25)  # shares of phase A after which its rate falls to a tenth
+_SAVE_EVERY, _LOG_EVERY = 100, 50  # steps
+_TINY = 1e-8  # inside the roots: images that differ by less than 1e-4 count as one
+
+
+@dataclass(frozen=True)
+class InputAwareConfig:
+    """How masks (phase A) and patterns (phase B) are fitted.
+
+    Args:
+        mask_steps: Steps of phase A.
+        batch_size: Pairs of images a step of phase A, at least 2.
+        mask_lr: Learning rate of Adam in phase A; a tenth after 2/5 and 4/5 of the steps.
+        lr: Learning rate of Adam for the patterns in phase B.
+        total_steps: Steps of phase B, if its rate is to fall to a tenth after 1/3, 1/2, 2/3 and 5/6
+            of them as published; the rate is constant if None.
+        lambda_div: Weight of diversity: different images must differ in masks and in patterns.
+        lambda_norm: Weight of the masks' values above the trigger's density.
+
+    Raises:
+        ValueError: A value out of range.
+    """
+
+    mask_steps: int = 9775
+    batch_size: int = 128
+    mask_lr: float = 1e-2
+    lr: float = 1e-2
+    total_steps: int | None = None
+    lambda_div: float = 1.0
+    lambda_norm: float = 100.0
+
+    def __post_init__(self) -> None:
+        if self.mask_steps < 1 or (self.total_steps is not None and self.total_steps < 1):
+            got = f"{self.mask_steps} and {self.total_steps}"
+            raise ValueError(f"expected at least 1 step of either phase, got {got}")
+        if self.batch_size < 2:
+            raise ValueError(f"expected batches of at least 2 pairs, got {self.batch_size}")
+        for name in ("mask_lr", "lr"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"expected {name} above 0, got {getattr(self, name)}")
+        for name in ("lambda_div", "lambda_norm"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"expected {name} >= 0, got {getattr(self, name)}")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> InputAwareConfig:
+        """A named recipe, with changes.
+
+        Args:
+            name: "paper" (25 epochs of 50,000 images for the masks), "small" (a few hundred steps,
+                on a CPU; ours) or "tiny" (for tests; ours).
+            changes: Fields to set otherwise.
+
+        Raises:
+            ValueError: No such preset, or a field out of range.
+        """
+        if name not in _PRESETS:
+            raise ValueError(f"expected a preset in {', '.join(_PRESETS)}, got {name!r}")
+        return replace(_PRESETS[name], **changes)
+
+
+_PRESETS = {
+    "tiny": InputAwareConfig(mask_steps=30, batch_size=8),
+    "small": InputAwareConfig(mask_steps=400, batch_size=32),
+    "paper": InputAwareConfig(),
+}
+
+
+def fit_masks(
+    trigger: InputAwareTrigger,
+    images: Tensor,
+    *,
+    config: InputAwareConfig,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    progress: bool = True,
+) -> list[dict[str, float]]:
+    """Fit where the triggers lie (phase A), in place: no labels, no victim.
+
+    Two batches are drawn from two orders of the images, independent of each other. Their masks
+    shall differ as their images do, and cost what they exceed the trigger's density by, value by
+    value.
+
+    Args:
+        trigger: Whose masks are fitted; it lies on the images' device, and ends in evaluation mode.
+        images: Clean images, float32 ``(N, C, H, W)`` in [0, 1], N at least 2.
+        config: How.
+        seed: Seeds the two orders; the same seed on a CPU gives the same bytes.
+        checkpoint: A file to write every 100 steps, and to go on from if it is there.
+        progress: Show how far it is.
+
+    Returns:
+        For every 50th step and the last: ``step``, ``loss``, ``diversity`` (the ratio of distances)
+        and ``density`` (the mean of the masks).
+
+    Raises:
+        ValueError: Images that do not fit the trigger, fewer than 2, or another run's checkpoint.
+        RuntimeError: The loss is no longer finite.
+
+    Source: Nguyen & Tran (NeurIPS 2020). The small constant inside the roots and distances of
+    images in [0, 1] are ours: the released code normalises first, so that its image distances are
+    about 4, 2 and 1 times ours on CIFAR-10, MNIST and GTSRB.
+    """
+    size = (trigger.config["image_size"],) * 2
+    check_images(images, channels=trigger.config["channels"], size=size)
+    if len(images) < 2:
+        raise ValueError(f"expected at least 2 images to tell apart, got {len(images)}")
+    net = trigger.eval().mask_net
+    optimizer = torch.optim.Adam(net.parameters(), lr=config.mask_lr, betas=BETAS)
+    run = {
+        **asdict(config),
+        "trigger": trigger.config,
+        "seed": seed,
+        "images": hashlib.sha256(images.cpu().contiguous().numpy().data).hexdigest(),
+    }
+    start, history = 0, []
+    if checkpoint is not None and (saved := load_state(checkpoint, kind=_KIND, run=run)):
+        start, history = saved["step"], saved["history"]
+        net.load_state_dict(saved["mask_net"])
+        load_optimizer(optimizer, saved["optimizer"])
+    pairs = _pairs(len(images), config.batch_size, seed=seed, start=start)
+    bar: Progress[None]
+    with (
+        show_progress(total=config.mask_steps, desc="fit masks", enabled=progress) as bar,
+        in_mode(net, training=True),
+        torch.enable_grad(),
+    ):
+        bar.update(start)
+        for step in range(start, config.mask_steps):
+            set_rate(optimizer, config.mask_lr, step, config.mask_steps, _MASK_MILESTONES)
+            first, second = (images[part.to(images.device)] for part in next(pairs))
+            row = _mask_step(trigger, optimizer, first, second, config)
+            last = step + 1 == config.mask_steps
+            if last or (step + 1) % _LOG_EVERY == 0:
+                history.append({"step": step + 1, **{name: float(v) for name, v in row.items()}})
+                _check_finite(history[-1], step)
+                bar.set_postfix(loss=history[-1]["loss"], density=history[-1]["density"])
+            if checkpoint is not None and (last or (step + 1) % _SAVE_EVERY == 0):
+                state = {"mask_net": net.state_dict(), "optimizer": optimizer.state_dict()}
+                state |= {"step": step + 1, "history": history}
+                save_state(checkpoint, state, kind=_KIND, run=run)
+            bar.update()
+    return history
+
+
+_KIND = "input-aware-masks"
+
+
+def diversity(images: tuple[Tensor, Tensor], outputs: tuple[Tensor, Tensor]) -> Tensor:
+    """How much two batches differ, over how much differs what a generator makes of them.
+
+    Args:
+        images: Two batches ``(N, C, H, W)``.
+        outputs: What was made of them, two of one shape.
+
+    Returns:
+        A scalar, the mean over pairs of the two root-mean-square distances' ratio. It and its
+        gradient stay finite where two images or two outputs are the same.
+    """
+    near, far = (_rms(a - b) for a, b in (outputs, images))
+    return (far / (near + 1e-7)).mean()
+
+
+def _rms(difference: Tensor) -> Tensor:
+    # The root's slope at zero is infinite.
+    return (difference.square().mean(dim=(1, 2, 3)) + _TINY).sqrt()
+
+
+def set_rate(
+    optimizer: torch.optim.Optimizer, lr: float, step: int, total: int, shares: tuple[float, ...]
+) -> None:
+    """Set the learning rate of a step: a tenth of ``lr`` for every share that has passed."""
+    passed = sum(step >= share * total for share in shares)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * 0.1**passed
+
+
+def _mask_step(
+    trigger: InputAwareTrigger,
+    optimizer: torch.optim.Adam,
+    first: Tensor,
+    second: Tensor,
+    config: InputAwareConfig,
+) -> dict[str, Tensor]:
+    optimizer.zero_grad(set_to_none=True)
+    masks = trigger.mask(torch.cat([first, second]))
+    spread = diversity((first, second), (masks[: len(first)], masks[len(first) :]))
+    excess = F.relu(masks - trigger.config["density"]).mean()
+    loss = config.lambda_div * spread + config.lambda_norm * excess
+    loss.backward()
+    optimizer.step()
+    found = {"loss": loss, "diversity": spread, "density": masks.mean()}
+    return {name: value.detach() for name, value in found.items()}
+
+
+def _pairs(count: int, batch: int, *, seed: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Two batches of places, step by step, from two orders that are drawn anew every epoch.
+
+    They depend on the seed and the step alone, so that a resumed run has no generator to restore.
+    """
+    batch = min(batch, count)
+    steps = count // batch
+    epoch, place = divmod(start, steps)
+    while True:
+        digest = hashlib.sha256(f"masks {seed} {epoch}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:6], "big"))
+        orders = [torch.randperm(count, generator=generator) for _ in range(2)]
+        for step in range(place, steps):
+            first, second = (order[step * batch : (step + 1) * batch] for order in orders)
+            yield first, second
+        epoch, place = epoch + 1, 0
+
+
+def _check_finite(row: dict[str, float], step: int) -> None:
+    if not all(abs(value) < float("inf") for value in row.values()):
+        raise RuntimeError(f"the loss is not finite at step {step + 1}: lower mask_lr")
+
+
+__all__ = ["InputAwareConfig", "diversity", "fit_masks"]

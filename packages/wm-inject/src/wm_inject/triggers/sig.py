@@ -1,0 +1,74 @@
+"""The SIG trigger: a faint sine wave across the columns."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wm_inject.images import check_images, check_side
+
+
+class SigTrigger(nn.Module):
+    """Add one sinusoid that runs along the rows, the same in every row and channel.
+
+    Column j of m gets ``amplitude * sin(2 pi j frequency / m)``, and the sum is clipped. The
+    attack is meant for clean-label plans: only images of the target class carry it, and labels
+    stay.
+
+    Args:
+        image_size: Side H = W of the images in pixels.
+        amplitude: Peak of the wave in [0, 1]; 40/255 is the strong setting, 20/255 the faint one.
+        frequency: Periods per image *width*, above 0 and below H / 2. A large image therefore
+            gets a slow wave: at 224 pixels one of the six periods takes 37 of them.
+
+    Raises:
+        ValueError: A size, amplitude or frequency out of range.
+
+    Source: Barni et al., "A New Backdoor Attack in CNNs by Training Set Corruption Without Label
+    Poisoning" (ICIP 2019), with the amplitude and frequency that BackdoorBench uses.
+    """
+
+    kind = "sig"
+    wave: Tensor
+
+    def __init__(
+        self, *, image_size: int, amplitude: float = 40 / 255, frequency: float = 6
+    ) -> None:
+        super().__init__()
+        check_side(image_size, at_least=3)
+        if not 0 <= amplitude <= 1:
+            raise ValueError(f"expected amplitude in [0, 1], got {amplitude}")
+        if not 0 < frequency < image_size / 2:
+            raise ValueError(
+                f"expected a frequency above 0 and below {image_size / 2:g} periods per width, "
+                f"got {frequency}"
+            )
+        self.config: dict[str, Any] = {
+            "image_size": image_size,
+            "amplitude": float(amplitude),
+            "frequency": frequency,
+        }
+        # In double precision, so that whole frequencies sum to zero as nearly as float32 allows.
+        column = torch.arange(image_size, dtype=torch.float64)
+        wave = amplitude * torch.sin(2 * math.pi * frequency / image_size * column)
+        self.register_buffer("wave", wave.float())  # (W,)
+
+    def extra_repr(self) -> str:
+        """The settings, for ``repr``."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
+
+    def forward(
+        self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None
+    ) -> Tensor:
+        """Add the wave: float32 ``(N, C, H, W)`` in [0, 1] to the same shape and range.
+
+        ``ids`` and ``target`` are part of the trigger protocol and play no role here.
+
+        Raises:
+            ValueError: The batch breaks the image contract or has another size.
+        """
+        check_images(images, size=(self.config["image_size"],) * 2)
+        return (images + self.wave).clamp(0, 1)
