@@ -102,7 +102,7 @@ def plant(
             checkpoint=_part(checkpoint, "fitting"),
             progress=progress,
         )
-        fitted = _fit(attack, context)
+        fitted = attack.fit(context)
         save_trigger(fitted.trigger, kept, {"run": run, "facts": fitted.facts})
     fitted.trigger.to(device)
     hook = attack.hook(fitted.trigger, plan, num_classes=data.num_classes, length=length)
@@ -119,15 +119,6 @@ def _steps(count: int, batch_size: int) -> int:
     """Steps in an epoch: the trainer leaves out a last batch of a single image."""
     alone = count > batch_size and count % batch_size == 1
     return -(-count // batch_size) - alone
-
-
-def _fit(attack: Attack, context: FitContext) -> Fitted:
-    try:
-        return attack.fit(context)
-    except TypeError as error:
-        if not attack.settings:
-            raise
-        raise ValueError(f"expected settings of {attack.name}: {error}") from error
 
 
 def _part(checkpoint: Path, name: str) -> Path:

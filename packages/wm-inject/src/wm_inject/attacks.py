@@ -226,7 +226,7 @@ def _ssba(attack: Attack, context: FitContext) -> Fitted:
         checkpoint=context.checkpoint,
         progress=context.progress,
     )
-    return Fitted(done.trigger, {"history": done.history})
+    return Fitted(done.trigger, {"history": [row._asdict() for row in done.history]})
 
 
 def _lf(attack: Attack, context: FitContext) -> Fitted:

@@ -61,12 +61,7 @@ def run_fit(args: argparse.Namespace) -> str:
         co_train=_no_victim,
         checkpoint=kept,
     )
-    try:
-        trigger, facts = attack(args.trigger, profile=args.profile, **settings).fit(context)
-    except TypeError as error:
-        if not settings:
-            raise
-        raise ValueError(f"expected settings of {args.trigger}: {error}") from error
+    trigger, facts = attack(args.trigger, profile=args.profile, **settings).fit(context)
     run = {"seed": args.seed, "profile": args.profile, "settings": settings}
     save_trigger(trigger, args.out, {"images": len(images), **run, "facts": facts})
     kept.unlink(missing_ok=True)
