@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
-import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from wm_inject.checkpoint import CheckpointError, save_checkpoint
-from wm_inject.images import load_image, quantize, save_image, to_float
-from wm_inject.stealth import psnr, ssim
+from wm_inject.images import load_image, save_image, to_float
 from wm_inject.triggers import (
     TRIGGER_KINDS,
     BadNetsTrigger,
@@ -174,6 +168,17 @@ def test_blend_is_affine_and_bounded():
     assert torch.equal(BlendTrigger(image_size=SIZE, channels=3, alpha=0.0)(a), a)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("picture", ["noise", "cartoon", "logo"])
+def test_blend_never_needs_to_clip(picture, alpha):
+    trigger = BlendTrigger(image_size=SIZE, channels=3, alpha=alpha, picture=picture)
+    for value in (0.0, 1.0):
+        exact = (1 - alpha) * value + alpha * trigger.picture.double()
+        assert exact.min() >= 0 and exact.max() <= 1
+        out = trigger(torch.full((1, 3, SIZE, SIZE), value))[0]
+        torch.testing.assert_close(out, exact.float(), rtol=0, atol=1e-6)
+
+
 def test_blend_noise_follows_the_seed():
     pictures = [BlendTrigger(image_size=8, channels=1, seed=s).picture for s in (0, 0, 1)]
     assert torch.equal(pictures[0], pictures[1]) and not torch.equal(pictures[0], pictures[2])
@@ -206,27 +211,3 @@ def test_blend_takes_a_picture_file_that_may_then_go(tmp_path):
 def test_blend_refuses(bad):
     with pytest.raises(ValueError, match="expected"):
         BlendTrigger(**{"image_size": SIZE, "channels": 3, **bad})
-
-
-def cifar10_test_images() -> torch.Tensor:
-    """The first 500 test images of CIFAR-10, lossless."""
-    folder = os.environ.get("WM_DATA")
-    if not folder or not (Path(folder) / "cifar10.tar").is_file():
-        pytest.skip("WM_DATA names no folder with cifar10.tar")
-    with tarfile.open(Path(folder) / "cifar10.tar") as archive:
-        member = archive.extractfile("test/0000.webp")
-        assert member is not None
-        strip = np.asarray(Image.open(io.BytesIO(member.read())).convert("RGB"))
-    return to_float(np.ascontiguousarray(strip.reshape(-1, 32, 32, 3)))
-
-
-def test_energies_on_cifar10_are_the_known_ones():
-    images = cifar10_test_images()
-    for trigger, low, high, similar in [
-        (BadNetsTrigger(image_size=32), 27.0, 28.0, 0.9997),
-        (BlendTrigger(image_size=32, channels=3, alpha=0.2), 22.0, 23.0, 0.770),
-        (WaNetTrigger(image_size=32), 31.2, 32.4, 0.973),
-    ]:
-        out = quantize(trigger(images))
-        assert low < float(psnr(out, images).mean()) < high, trigger
-        assert abs(float(ssim(out, images).mean()) - similar) < 0.01, trigger

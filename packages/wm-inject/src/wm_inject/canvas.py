@@ -21,10 +21,12 @@ class Dice:
         self._generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, low: float, high: float) -> float:
+        """A number, uniform in [low, high)."""
         drawn = torch.rand((), dtype=torch.float64, generator=self._generator)
         return low + (high - low) * float(drawn)
 
     def colour(self, low: float, high: float) -> tuple[float, float, float]:
+        """Red, green and blue, each uniform in [low, high)."""
         return self(low, high), self(low, high), self(low, high)
 
     def octaves(self, size: int, *, rows: int | None = None) -> Tensor:
@@ -37,8 +39,7 @@ class Dice:
         field, grid, weight = torch.zeros(rows or size, size), 4, 1.0
         while grid <= max(size, 4):
             control = torch.randn(1, 1, min(grid, rows or grid), grid, generator=own)
-            shape = (rows or size, size)
-            field += weight * F.interpolate(control, size=shape, mode="bilinear")[0, 0]
+            field += weight * F.interpolate(control, size=field.shape, mode="bilinear")[0, 0]
             grid, weight = 2 * grid, 0.7 * weight
         return field
 
@@ -53,11 +54,13 @@ class Canvas:
         self.pixels = planes_of(ground).expand(3, size, size)
 
     def ellipse(self, x: float, y: float, wide: float, high: float | None = None) -> Tensor:
+        """Round ``(x, y)``, with half axes ``wide`` and ``high``; a disc if one is given."""
         high = wide if high is None else high
         radius = torch.hypot((self.x - x) / wide, (self.y - y) / high)
         return (1 - radius) * min(wide, high)
 
     def box(self, x: float, y: float, wide: float, high: float) -> Tensor:
+        """Upright, round ``(x, y)``, with half sides ``wide`` and ``high``."""
         return torch.minimum(wide - (self.x - x).abs(), high - (self.y - y).abs())
 
     def polygon(self, corners: Sequence[tuple[float, float]]) -> Tensor:
@@ -80,14 +83,16 @@ class Canvas:
 
     def paint(self, depth: Tensor, colour: Colour, *, outline: float = 0.0) -> None:
         """Fill a shape, inside an outline of ink if one is asked for."""
-        for inset, planes in ((0.0, INK), (outline, colour))[0 if outline else 1 :]:
-            self.fade(planes, ((depth - inset) * self.size + 0.5).clamp(0, 1))
+        if outline:
+            self.paint(depth, INK)
+        self.fade(colour, (depth - outline) * self.size + 0.5)
 
     def fade(self, colour: Colour, share: Tensor) -> None:
-        """Go over to a colour where ``share`` is 1, by degrees where it is between 0 and 1."""
+        """Go over to a colour by degrees: not at all where ``share`` is 0, wholly where it is 1."""
         self.pixels = self.pixels + (planes_of(colour) - self.pixels) * share.clamp(0, 1)
 
     def finish(self, channels: int) -> Tensor:
+        """The picture in colour or grey: float32 ``(channels, size, size)`` in [0, 1]."""
         pixels = self.pixels.clamp(0, 1)
         if channels == 3:
             return pixels.contiguous()
@@ -95,4 +100,5 @@ class Canvas:
 
 
 def planes_of(colour: Colour) -> Tensor:
+    """A colour as ``(3, 1, 1)``; planes ``(3, H, W)`` stay what they are."""
     return colour if isinstance(colour, Tensor) else torch.tensor(colour).view(3, 1, 1)

@@ -82,7 +82,7 @@ def _small(data: str) -> dict[str, Any]:
         "victim": VictimConfig(model="resnet10", width=16),
         "train": train,
         "joint": JointConfig.preset("robust", iterations=2500, psnr_floor=36.2),
-        "measure": MeasureConfig(limit=2000),
+        "measure": MeasureConfig(limit=10_000),
         "settings": _sized(images[data].get("image_size", 32)),
     }
     if data == "mnist":

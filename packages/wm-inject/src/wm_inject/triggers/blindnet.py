@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wm_inject.images import check_images, check_side, quantize
-from wm_inject.pictures import load_picture
+from wm_inject.pictures import PICTURES, load_picture
 from wm_inject.stealth import psnr
 
 
@@ -61,10 +61,10 @@ class BlindNetTrigger(nn.Module):
             raise ValueError(f"expected channels 1 or 3, got {channels}")
         if not 0 <= strength <= 1:
             raise ValueError(f"expected strength in [0, 1], got {strength}")
-        self.places = _ring(image_size, (float(band[0]), float(band[1])))  # (n, 2)
+        self.places = _ring(image_size, band)  # (n, 2)
         side = math.isqrt(len(self.places))
         picture = load_picture(watermark, size=side, channels=1, seed=seed, name="watermark")
-        given = not isinstance(watermark, str) or watermark not in _DRAWN
+        given = not isinstance(watermark, str) or watermark not in PICTURES
         self.register_buffer("watermark", picture, persistent=given)
         self.config: dict[str, Any] = {
             "image_size": image_size,
@@ -166,6 +166,7 @@ def calibrate_blindnet(
     """
     if not 15 <= psnr_target <= 45:
         raise ValueError(f"expected psnr_target in [15, 45] dB, got {psnr_target}")
+    check_images(images)  # quantize would clip what is out of range
     settings = dict(trigger.config)
     if settings["watermark"] == "given":
         settings["watermark"] = trigger.watermark
@@ -178,12 +179,12 @@ def calibrate_blindnet(
     return BlindNetTrigger(**{**settings, "strength": math.sqrt(low * high)})
 
 
-_DRAWN = ("noise", "cartoon", "scene", "logo")
-
-
 def _ring(side: int, band: tuple[float, float]) -> Tensor:
     """Frequencies of the ring in the upper half-plane, int64 ``(n, 2)``, in a fixed order."""
-    low, high = band
+    try:
+        low, high = (float(edge) for edge in band)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"expected a band of two frequencies, got {band!r}") from error
     if not 0 < low < high <= 0.5:
         raise ValueError(f"expected a band 0 < low < high <= 0.5, got {band}")
     rate = torch.fft.fftfreq(side, dtype=torch.float64)

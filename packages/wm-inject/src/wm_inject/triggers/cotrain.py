@@ -40,12 +40,10 @@ def in_mode(module: nn.Module, *, training: bool) -> Iterator[None]:
 
 
 def victim_logits(model: nn.Module, images: Tensor) -> Tensor:
-    """What a classifier says, with a gradient to the images and to nothing of the classifier.
+    """What a classifier in training says, with a gradient to the images and to nothing of its own.
 
-    It runs in float32 and in evaluation mode, so that the images meet the running statistics of its
-    normalisation, as they will in use: a batch that is all poisoned would otherwise be judged by
-    its own mean, which takes a part of the trigger out. Its weights, their gradients, buffers and
-    mode stay as they are.
+    It runs in float32 and in the mode that it is in, on copies of its buffers: its weights, their
+    gradients, its running statistics and its mode stay as they are.
 
     Args:
         model: Images ``(N, C, H, W)`` in [0, 1] -> logits ``(N, K)``.
@@ -56,9 +54,27 @@ def victim_logits(model: nn.Module, images: Tensor) -> Tensor:
     """
     state = {name: weight.detach() for name, weight in model.named_parameters()}
     state |= {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with in_mode(model, training=False), torch.autocast(images.device.type, enabled=False):
+    with torch.autocast(images.device.type, enabled=False):
         logits: Tensor = functional_call(model, state, (images,))
     return logits.float()
+
+
+def channels_last(images: Tensor) -> Tensor:
+    """A copy without history in channels-last memory, where convolutions run faster on a CPU."""
+    return images.detach().clone(memory_format=torch.channels_last)
+
+
+def load_weights(module: nn.Module, state: Any) -> None:
+    """Take back a module's weights.
+
+    Raises:
+        ValueError: They are those of another module.
+    """
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, TypeError) as error:
+        told = " ".join(str(error).split())  # torch writes a line for each tensor
+        raise ValueError(f"these weights do not fit the trigger: {told}") from error
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ class FTrojanTrigger(nn.Module):
 
     kind = "ftrojan"
     chroma: Tensor
+    weights: Tensor
 
     def __init__(
         self,
@@ -81,8 +83,6 @@ class FTrojanTrigger(nn.Module):
         self.register_buffer("weights", weights.view(-1, 1, 1), persistent=False)
         self.eight_bit = bool(eight_bit)
 
-    weights: Tensor
-
     def extra_repr(self) -> str:
         """The settings, for ``repr``."""
         return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
@@ -112,12 +112,10 @@ class FTrojanTrigger(nn.Module):
         red, green, blue = (images * 255).round().unbind(1)
         luma = (0.299 * red + 0.587 * green + 0.114 * blue).round()
         added = 255 * self.chroma
-        # Rounded to 8 bits on the way in; truncated to 8 bits, as a cast does, on the way out.
-        cr, cb = (
-            (_byte((0.713 * (red - luma)).round() + 128) + added).floor(),
-            (_byte((0.564 * (blue - luma)).round() + 128) + added).floor(),
-        )
-        cr, cb = _byte(cr) - 128, _byte(cb) - 128
+        cr = (0.713 * (red - luma)).round() + 128
+        cb = (0.564 * (blue - luma)).round() + 128
+        # Rounded to 8 bits on the way in; truncated, as a cast does, on the way out.
+        cr, cb = (_byte((_byte(plane) + added).floor()) - 128 for plane in (cr, cb))
         out = torch.stack([luma + 1.403 * cr, luma - 0.714 * cr - 0.344 * cb, luma + 1.773 * cb], 1)
         return _byte(out.round()) / 255
 
@@ -133,7 +131,7 @@ def _check_positions(
         middle = round(15 / 31 * (block - 1))
         return ((middle, middle), (block - 1, block - 1))
     try:
-        places = tuple((int(row), int(column)) for row, column in positions)
+        places = tuple((index(row), index(column)) for row, column in positions)
     except (TypeError, ValueError) as error:
         raise ValueError(f"expected positions as (row, column) pairs, got {positions!r}") from error
     inside = all(0 <= row < block and 0 <= column < block for row, column in places)

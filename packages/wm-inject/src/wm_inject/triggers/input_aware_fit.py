@@ -16,11 +16,12 @@ from wm_inject.cli_common import Progress
 from wm_inject.cli_common import progress as show_progress
 from wm_inject.images import check_images
 from wm_inject.resume import load_state, save_state
-from wm_inject.triggers.cotrain import in_mode, load_optimizer
+from wm_inject.triggers.cotrain import channels_last, in_mode, load_optimizer, load_weights
 from wm_inject.triggers.input_aware import InputAwareTrigger
 
 BETAS = (0.5, 0.9)  # of Adam, in both phases
 _MASK_MILESTONES = (10 / 25, 20 / 25)  # shares of phase A after which its rate falls to a tenth
+_KIND = "input-aware-masks"
 _SAVE_EVERY, _LOG_EVERY = 100, 50  # steps
 _TINY = 1e-8  # inside the roots: images that differ by less than 1e-4 count as one
 
@@ -83,7 +84,7 @@ class InputAwareConfig:
 
 _PRESETS = {
     "tiny": InputAwareConfig(mask_steps=30, batch_size=8),
-    "small": InputAwareConfig(mask_steps=400, batch_size=32),
+    "small": InputAwareConfig(mask_steps=200, batch_size=32, lr=1e-3),
     "paper": InputAwareConfig(),
 }
 
@@ -138,7 +139,7 @@ def fit_masks(
     start, history = 0, []
     if checkpoint is not None and (saved := load_state(checkpoint, kind=_KIND, run=run)):
         start, history = saved["step"], saved["history"]
-        net.load_state_dict(saved["mask_net"])
+        load_weights(net, saved["mask_net"])
         load_optimizer(optimizer, saved["optimizer"])
     pairs = _pairs(len(images), config.batch_size, seed=seed, start=start)
     bar: Progress[None]
@@ -150,7 +151,7 @@ def fit_masks(
         bar.update(start)
         for step in range(start, config.mask_steps):
             set_rate(optimizer, config.mask_lr, step, config.mask_steps, _MASK_MILESTONES)
-            first, second = (images[part.to(images.device)] for part in next(pairs))
+            first, second = (channels_last(images[p.to(images.device)]) for p in next(pairs))
             row = _mask_step(trigger, optimizer, first, second, config)
             last = step + 1 == config.mask_steps
             if last or (step + 1) % _LOG_EVERY == 0:
@@ -158,14 +159,15 @@ def fit_masks(
                 _check_finite(history[-1], step)
                 bar.set_postfix(loss=history[-1]["loss"], density=history[-1]["density"])
             if checkpoint is not None and (last or (step + 1) % _SAVE_EVERY == 0):
-                state = {"mask_net": net.state_dict(), "optimizer": optimizer.state_dict()}
-                state |= {"step": step + 1, "history": history}
+                state = {
+                    "step": step + 1,
+                    "history": history,
+                    "mask_net": net.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                }
                 save_state(checkpoint, state, kind=_KIND, run=run)
             bar.update()
     return history
-
-
-_KIND = "input-aware-masks"
 
 
 def diversity(images: tuple[Tensor, Tensor], outputs: tuple[Tensor, Tensor]) -> Tensor:

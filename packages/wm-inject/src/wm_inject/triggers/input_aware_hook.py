@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from wm_inject.images import check_images, check_labels
 from wm_inject.poison import PoisonPlan
-from wm_inject.triggers.cotrain import check_keys, in_mode, load_optimizer, victim_logits
+from wm_inject.triggers.cotrain import (
+    channels_last,
+    check_keys,
+    in_mode,
+    load_optimizer,
+    load_weights,
+    victim_logits,
+)
 from wm_inject.triggers.input_aware import InputAwareTrigger
 from wm_inject.triggers.input_aware_fit import BETAS, InputAwareConfig, diversity, set_rate
 
@@ -41,10 +48,10 @@ class InputAwareHook:
 
     Source: Nguyen & Tran (NeurIPS 2020) and the released code, where one loss over the whole batch
     trains both networks in one step. Ours takes turns, so that only 2n images run through the
-    victim once more; shows the generator a victim in evaluation mode and images before
-    augmentation; draws donors from the batch instead of a second loader; and gives the victim what
-    the generator makes in evaluation mode, which is what it makes in use. Like the paper, and
-    unlike the released code, it clears the generator's gradients before every step.
+    victim once more for the generator; draws donors from the batch instead of a second loader; puts
+    triggers in before augmentation; and gives the victim what the generator makes in evaluation
+    mode, which is what it makes in use. The released code never clears the generator's gradients;
+    here every step starts from zero.
     """
 
     def __init__(
@@ -90,7 +97,7 @@ class InputAwareHook:
         settings = self.trigger.config
         check_images(images, channels=settings["channels"], size=(settings["image_size"],) * 2)
         check_labels(labels, len(images), num_classes=self.num_classes)
-        images = images.detach().clone()
+        images = channels_last(images)
         roles = self._roles(labels, generator)
         wanted = self.plan.relabel(labels, self.num_classes)
         labels = labels.clone()
@@ -159,7 +166,7 @@ class InputAwareHook:
             ValueError: The state is another attack's.
         """
         check_keys(state, ("trigger", "optimizer", "steps"), name="input-aware")
-        self.trigger.load_state_dict(state["trigger"])
+        load_weights(self.trigger, state["trigger"])
         load_optimizer(self.optimizer, state["optimizer"])
         self.steps = int(state["steps"])
 

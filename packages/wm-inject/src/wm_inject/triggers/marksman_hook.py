@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from wm_inject.images import check_images, check_labels
 from wm_inject.poison import PoisonPlan
-from wm_inject.triggers.cotrain import check_keys, in_mode, load_optimizer, victim_logits
+from wm_inject.triggers.cotrain import (
+    channels_last,
+    check_keys,
+    in_mode,
+    load_optimizer,
+    load_weights,
+    victim_logits,
+)
 from wm_inject.triggers.marksman import MarksmanTrigger
 
 
@@ -86,9 +93,9 @@ class MarksmanHook:
 
     Source: Doan et al. (NeurIPS 2022) and the released code. There, every image runs twice, clean
     and poisoned, with weights alpha and 1 - alpha; one run of a batch with that share poisoned is
-    ours and costs half. So is that the generator's step sees only the poisoned images, before
-    augmentation, by a victim in evaluation mode (there: augmented, in training mode, which leaks
-    into the victim's running statistics), and that the victim is not initialised anew every epoch.
+    ours and costs half. So is that the generator's step sees the poisoned images only, before
+    augmentation (there: all images, augmented), that it leaves no trace in the victim's running
+    statistics (there it does), and that the victim is not initialised anew every epoch.
     """
 
     def __init__(
@@ -143,7 +150,8 @@ class MarksmanHook:
         check_labels(labels, len(images), num_classes=self.num_classes)
         chosen = self.plan.choose(labels, generator=generator)
         asked = other_labels(labels, self.num_classes, generator=generator)
-        images, labels = images.detach().clone(), torch.where(chosen, asked, labels)
+        images = channels_last(images)
+        labels = torch.where(chosen, asked, labels)
         hosts, targets = images[chosen], labels[chosen]
         if len(hosts) == 0:
             return images, labels
@@ -157,7 +165,7 @@ class MarksmanHook:
     def _learn(
         self, optimizer: torch.optim.Adam, hosts: Tensor, targets: Tensor, model: nn.Module
     ) -> None:
-        """One step of the updated copy; after ``refresh_steps`` of them it becomes the frozen one."""
+        """One step of the updated copy; every ``refresh_steps`` the frozen one follows it."""
         optimizer.zero_grad(set_to_none=True)
         with (
             torch.enable_grad(),
@@ -187,9 +195,9 @@ class MarksmanHook:
             ValueError: The state is another attack's or another stage's.
         """
         check_keys(state, tuple(self.state_dict()), name="this stage of Marksman")
-        self.trigger.load_state_dict(state["trigger"])
+        load_weights(self.trigger, state["trigger"])
         if self.optimizer is not None:
-            self.poisoner.load_state_dict(state["poisoner"])
+            load_weights(self.poisoner, state["poisoner"])
             load_optimizer(self.optimizer, state["optimizer"])
             self.steps = int(state["steps"])
 
