@@ -6,7 +6,7 @@ Every victim is watched after every epoch on held-out images: attack success, ac
 on poisoned images alone, which tells "not learned yet" (it stays near the log of the number of
 classes or above) from "learned and overruled". Exposures count how often a poisoned image was shown
 until success passed 90 %. The base is BadNets on CIFAR-10; WaNet has rows of its own, because it is
-learned late.
+learned late, and input-aware, whose generator learns beside the victim.
 """
 
 from __future__ import annotations
@@ -25,8 +25,19 @@ from torch import nn
 from wm_eval.config import plain
 from wm_eval.study import fresh_classifier
 from wm_eval.workspace import Made, Workspace
-from wm_inject import BadNetsTrigger, BlendTrigger, PoisonPlan, WaNetTrigger, quantize
+from wm_inject import (
+    BadNetsTrigger,
+    BlendTrigger,
+    CoTraining,
+    InputAwareTrigger,
+    PoisonPlan,
+    WaNetTrigger,
+    quantize,
+)
 from wm_inject.cli_common import Parser, add_common, resolve_device, run_cli
+from wm_inject.triggers.input_aware import WIDTHS
+from wm_inject.triggers.input_aware_fit import InputAwareConfig, fit_masks
+from wm_inject.triggers.input_aware_hook import InputAwareHook
 from wm_victim import Dataset, ImageSet, TrainConfig, load_dataset, predict, train_classifier
 
 TARGET, RATIO, WATCHED, LEARNED = 0, 0.1, 1000, 0.9
@@ -64,6 +75,18 @@ VARIANTS = {
     "wanet-24-epochs-batch-128": Variant("wanet", train=replace(_LONG, batch_size=128)),
     "wanet-24-epochs-crop-flip": Variant("wanet", train=replace(_LONG, augment="crop-flip")),
 }
+_GENERATOR = Variant("input-aware", train=replace(_SHORT, epochs=6))
+# Of input-aware, what differs from the preset "small": the share of a batch that is poisoned, the
+# width of its networks, and settings of `InputAwareConfig`.
+GENERATORS: dict[str, dict[str, Any]] = {
+    "input-aware": {},
+    "input-aware-share-0.2": {"ratio": 0.2},
+    "input-aware-width-32": {"width": 32},
+    "input-aware-rate-0.01": {"lr": 1e-2},
+    "input-aware-diversity-0.1": {"lambda_div": 0.1},
+    "input-aware-mask-steps-1000": {"mask_steps": 1000},
+}
+VARIANTS |= dict.fromkeys(GENERATORS, _GENERATOR)
 
 
 def watch(trigger: nn.Module, test: ImageSet, _: int, model: nn.Module) -> Mapping[str, float]:
@@ -80,7 +103,44 @@ def watch(trigger: nn.Module, test: ImageSet, _: int, model: nn.Module) -> Mappi
     }
 
 
-def train_variant(variant: Variant, data: Dataset, space: Workspace, at: Path) -> Made:
+def plant(
+    variant: Variant, changes: Mapping[str, Any], data: Dataset, space: Workspace, at: Path
+) -> tuple[nn.Module, dict[str, Any], int]:
+    """The trigger, what the training gets of it, and how many poisoned images an epoch shows."""
+    side, seed = data.image_size, space.seed
+    batch, train = variant.train.batch_size, data.train
+    trigger: nn.Module
+    if variant.attack in ("badnets", "blend"):
+        blend = BlendTrigger(image_size=side, channels=data.channels, seed=seed)
+        trigger = BadNetsTrigger(image_size=side) if variant.attack == "badnets" else blend
+        trigger.to(space.device)
+        plan = PoisonPlan(ratio=RATIO, target=TARGET, seed=seed)
+        return trigger, {"plan": plan, "trigger": trigger}, round(RATIO * len(train))
+    changes = dict(changes)
+    ratio, width = changes.pop("ratio", RATIO), changes.pop("width", WIDTHS["small"])
+    plan = PoisonPlan(ratio=ratio, target=TARGET, mode="per_batch", seed=seed)
+    hook: CoTraining
+    if variant.attack == "wanet":
+        warp = WaNetTrigger(image_size=side, seed=seed).to(space.device)
+        trigger, hook = warp, warp.noise_hook(plan, num_classes=data.num_classes)
+    else:
+        total = variant.train.epochs * -(-len(train) // batch)
+        config = InputAwareConfig.preset("small", total_steps=total, **changes)
+        own = InputAwareTrigger(image_size=side, channels=data.channels, width=width, seed=seed).to(
+            space.device
+        )
+        masks = at.with_name(f"{at.stem}-masks.safetensors")
+        fit_masks(own, train.images.to(space.device), config=config, seed=seed, checkpoint=masks)
+        masks.unlink()
+        trigger = own
+        hook = InputAwareHook(own, plan, num_classes=data.num_classes, config=config)
+    full, rest = divmod(len(train), batch)
+    return trigger, {"hook": hook}, full * int(ratio * batch) + int(ratio * rest)
+
+
+def train_variant(
+    variant: Variant, changes: Mapping[str, Any], data: Dataset, space: Workspace, at: Path
+) -> Made:
     """Train one victim and say when its backdoor was learned."""
     seed, device = space.seed, space.device
     model = fresh_classifier(data, variant.model, width=variant.width, seed=seed)
@@ -90,23 +150,7 @@ def train_variant(variant: Variant, data: Dataset, space: Workspace, at: Path) -
     if variant.warm:
         # Another seed: the same one would show the same images in the same order once more.
         learn(config=replace(config, epochs=variant.warm, seed=seed + 1))
-    side = data.image_size
-    trigger: nn.Module
-    attack: dict[str, Any]
-    if variant.attack == "wanet":
-        trigger = warp = WaNetTrigger(image_size=side, seed=seed).to(device)
-        plan = PoisonPlan(ratio=RATIO, target=TARGET, mode="per_batch", seed=seed)
-        attack = {"hook": warp.noise_hook(plan, num_classes=data.num_classes)}
-        full, rest = divmod(len(train), config.batch_size)
-        shown = full * int(RATIO * config.batch_size) + int(RATIO * rest)
-    else:
-        blend = BlendTrigger(image_size=side, channels=data.channels, seed=seed)
-        trigger = (BadNetsTrigger(image_size=side) if variant.attack == "badnets" else blend).to(
-            device
-        )
-        plan = PoisonPlan(ratio=RATIO, target=TARGET, seed=seed)
-        attack = {"plan": plan, "trigger": trigger}
-        shown = round(RATIO * len(train))
+    trigger, attack, shown = plant(variant, changes, data, space, at)
     history = learn(
         config=config, checkpoint=at, watch=partial(watch, trigger.eval(), test), **attack
     )
@@ -137,7 +181,9 @@ def _main(argv: Sequence[str] | None) -> int:
         variant = VARIANTS[name]
         data = load_dataset("cifar10", limit=variant.limit, seed=args.seed)
         space = Workspace(args.out, args.seed, data.fingerprint, device, print)
-        space.stage(name, plain(variant), (), partial(train_variant, variant, data, space))
+        changes = GENERATORS.get(name, {})
+        work = partial(train_variant, variant, changes, data, space)
+        space.stage(name, plain(variant) | changes, (), work)
     return 0
 
 

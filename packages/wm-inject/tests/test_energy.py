@@ -91,6 +91,27 @@ def test_wanet_over_five_fields(images, settings, wanted, similar):
         assert float(ssim(outs[0], images).mean()) == pytest.approx(similar, abs=0.01)
 
 
+def test_wanets_energy_differs_between_fields_as_far_as_they_move_pixels(images):
+    """The control points are scaled to one mean; the field between them keeps what it has.
+
+    So 31.8 dB is a matter of the seed: a hundred fields gave 31.2 on average, 28.9 to 33.7.
+    """
+    values, moved = [], []
+    for seed in range(30):
+        trigger = make("wanet", seed=seed)
+        values.append(decibels(quantize(trigger(images[:100])), images[:100]))
+        pixels = (trigger.sampling - trigger.identity) * 31 / 2
+        moved.append(-10 * float(pixels.square().mean().log10()))
+    assert max(values) - min(values) > 2 and 30.5 < sum(values) / 30 < 32
+    assert np.corrcoef(values, moved)[0, 1] > 0.9
+
+
+def test_the_drawn_cartoon_is_about_as_strong_as_the_one_benchmarks_blend(images):
+    for alpha, wanted in ((0.1, 26.7), (0.2, 20.7)):
+        out = quantize(make("blend", channels=3, alpha=alpha, picture="cartoon")(images))
+        assert decibels(out, images) == pytest.approx(wanted, abs=1.0)
+
+
 def test_wanet_noise_images_are_further_from_their_originals(images):
     plan = PoisonPlan(0.1, target=0, mode="per_batch")
     hook = make("wanet").noise_hook(plan, num_classes=10, cross_ratio=9.0)
@@ -109,6 +130,6 @@ def test_blindnet_meets_its_psnr_on_images_it_was_not_calibrated_on(images, seed
     made = calibrate_blindnet(trigger, images[:250])
     out = quantize(made(images[250:]))
     assert decibels(out, images[250:]) == pytest.approx(34.3, abs=0.3)
-    # Our own figure, below the published 0.992. A watermark that keeps its mean leaves nearly all
-    # of its energy in one corner pixel, which SSIM hardly sees; ours has none of that.
+    # Our own figure, below the published 0.992. A watermark that keeps its mean leaves most of its
+    # energy round one corner pixel, which SSIM hardly sees; ours has none of that.
     assert float(ssim(out, images[250:]).mean()) == pytest.approx(0.965, abs=0.01)

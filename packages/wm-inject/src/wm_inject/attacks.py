@@ -247,10 +247,11 @@ def _lf(attack: Attack, context: FitContext) -> Fitted:
 
 def _marksman(attack: Attack, context: FitContext) -> Fitted:
     """Stage 1: the generator learns against a classifier that learns with it."""
-    from wm_inject.triggers.marksman import MarksmanTrigger
+    from wm_inject.triggers.marksman import WIDTHS, MarksmanTrigger
     from wm_inject.triggers.marksman_hook import MarksmanConfig, MarksmanHook
 
-    trigger = MarksmanTrigger(**_settings(attack, context, "channels", "num_classes", "seed"))
+    settings = _settings(attack, context, "channels", "num_classes", "seed")
+    trigger = MarksmanTrigger(**{"width": WIDTHS[attack.profile], **settings})
     config = MarksmanConfig.preset(attack.profile)
     if attack.profile == "paper" and context.length is not None:
         config = replace(config, refresh_steps=context.length.steps)
@@ -267,10 +268,11 @@ def _marksman(attack: Attack, context: FitContext) -> Fitted:
 
 def _input_aware(attack: Attack, context: FitContext) -> Fitted:
     """Phase A: masks without labels or victim. The patterns come with the victim."""
-    from wm_inject.triggers.input_aware import InputAwareTrigger
+    from wm_inject.triggers.input_aware import WIDTHS, InputAwareTrigger
     from wm_inject.triggers.input_aware_fit import InputAwareConfig, fit_masks
 
-    trigger = InputAwareTrigger(**_settings(attack, context, "channels", "seed"))
+    settings = _settings(attack, context, "channels", "seed")
+    trigger = InputAwareTrigger(**{"width": WIDTHS[attack.profile], **settings})
     history = fit_masks(
         trigger.to(context.images.device),
         context.images,

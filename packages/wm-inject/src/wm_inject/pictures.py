@@ -194,13 +194,13 @@ def load_picture(
     if isinstance(source, str | Path):
         return to_float(load_image(source, size=size, channels=channels)[None])[0]
     shape = (channels, size, size)
-    if not isinstance(source, Tensor) or source.ndim != 3:
+    if not isinstance(source, Tensor) or tuple(source.shape) != shape:
         got = tuple(source.shape) if isinstance(source, Tensor) else repr(source)
         raise ValueError(
             f"expected {name} as one of {', '.join(PICTURES)}, a file or a tensor {shape}, "
             f"got {got}"
         )
-    check_images(source[None], channels=channels, size=(size, size), name=name)
+    check_images(source[None], name=name)
     return source.detach().clone()
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wm_inject.images import check_images, check_side
+from wm_inject.images import check_side
+from wm_inject.triggers.common import check_batch, show_config
 
 
 class BadNetsTrigger(nn.Module):
@@ -27,6 +28,7 @@ class BadNetsTrigger(nn.Module):
     """
 
     kind = "badnets"
+    extra_repr = show_config
     mask: Tensor
 
     def __init__(
@@ -53,10 +55,6 @@ class BadNetsTrigger(nn.Module):
         self.register_buffer("mask", mask)
         self.value = float(value)
 
-    def extra_repr(self) -> str:
-        """The settings, for ``repr``."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
-
     def forward(
         self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None
     ) -> Tensor:
@@ -67,5 +65,5 @@ class BadNetsTrigger(nn.Module):
         Raises:
             ValueError: The batch breaks the image contract or has another size.
         """
-        check_images(images, size=(self.config["image_size"],) * 2)
+        check_batch(images, self.config)
         return images.masked_fill(self.mask, self.value)

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from wm_inject.images import check_images, check_side
+from wm_inject.images import check_side
 from wm_inject.pictures import PICTURES, load_picture
+from wm_inject.triggers.common import check_batch, show_config
 
 
 class BlendTrigger(nn.Module):
@@ -31,6 +32,7 @@ class BlendTrigger(nn.Module):
     """
 
     kind = "blend"
+    extra_repr = show_config
     picture: Tensor
 
     def __init__(
@@ -62,10 +64,6 @@ class BlendTrigger(nn.Module):
             "seed": seed,
         }
 
-    def extra_repr(self) -> str:
-        """The settings, for ``repr``."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
-
     def forward(
         self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None
     ) -> Tensor:
@@ -76,8 +74,7 @@ class BlendTrigger(nn.Module):
         Raises:
             ValueError: The batch breaks the image contract or has another shape.
         """
-        size = (self.config["image_size"],) * 2
-        check_images(images, channels=self.config["channels"], size=size)
+        check_batch(images, self.config)
         blended = (1 - self.alpha) * images + self.alpha * self.picture
         # Exact arithmetic never leaves [0, 1]; rounding may, by one unit in the last place.
         return blended.clamp(0, 1)

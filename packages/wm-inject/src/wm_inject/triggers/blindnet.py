@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from wm_inject.images import check_images, check_side, quantize
 from wm_inject.pictures import PICTURES, load_picture
 from wm_inject.stealth import psnr
+from wm_inject.triggers.common import check_batch, show_config
 
 
 class BlindNetTrigger(nn.Module):
@@ -38,10 +39,13 @@ class BlindNetTrigger(nn.Module):
     Source: Kwon & Kim, "BlindNet backdoor" (Multimedia Tools and Applications, 2022), of which only
     the principle is known: a picture goes into a frequency band by way of the Fourier transform.
     No code was published; ring, permutation, symmetry and strength are inferred and ours. The
-    strength aims at the 34.3 dB that Spy-Watermark's Table 2 gives for this attack.
+    strength aims at the 34.3 dB that Spy-Watermark's Table 2 gives for this attack. The SSIM of
+    0.992 beside it is not met: ours is 0.965 on CIFAR-10. A watermark that keeps its mean gathers
+    most of its energy round one corner pixel, where SSIM does not look, and gets there.
     """
 
     kind = "blindnet"
+    extra_repr = show_config
     watermark: Tensor
     pattern: Tensor
 
@@ -96,10 +100,6 @@ class BlindNetTrigger(nn.Module):
         pattern = torch.stack(planes)
         return (strength * pattern / pattern.square().mean().sqrt()).float()
 
-    def extra_repr(self) -> str:
-        """The settings, for ``repr``."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
-
     def forward(
         self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None
     ) -> Tensor:
@@ -110,8 +110,7 @@ class BlindNetTrigger(nn.Module):
         Raises:
             ValueError: The batch breaks the image contract or has another shape.
         """
-        size = (self.config["image_size"],) * 2
-        check_images(images, channels=self.config["channels"], size=size)
+        check_batch(images, self.config)
         return (images + self.pattern).clamp(0, 1)
 
     @torch.no_grad()
@@ -128,9 +127,8 @@ class BlindNetTrigger(nn.Module):
         Raises:
             ValueError: Images that do not fit the trigger or each other.
         """
-        size = (self.config["image_size"],) * 2
         for images, name in ((poisoned, "poisoned"), (originals, "originals")):
-            check_images(images, channels=self.config["channels"], size=size, name=name)
+            check_batch(images, self.config, name=name)
         if poisoned.shape != originals.shape:
             raise ValueError(f"expected as many originals, got {tuple(originals.shape)}")
         spectrum = torch.fft.fft2((poisoned - originals).double()).real

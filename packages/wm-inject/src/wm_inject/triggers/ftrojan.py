@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wm_inject.images import check_images, check_side
+from wm_inject.images import check_side
+from wm_inject.triggers.common import check_batch, show_config
 
 # What one unit of Cr and one unit of Cb together add to R, G and B (8-bit OpenCV's constants).
 _CHROMA_TO_RGB = (1.403, -(0.714 + 0.344), 1.773)
@@ -45,6 +46,7 @@ class FTrojanTrigger(nn.Module):
     """
 
     kind = "ftrojan"
+    extra_repr = show_config
     chroma: Tensor
     weights: Tensor
 
@@ -83,10 +85,6 @@ class FTrojanTrigger(nn.Module):
         self.register_buffer("weights", weights.view(-1, 1, 1), persistent=False)
         self.eight_bit = bool(eight_bit)
 
-    def extra_repr(self) -> str:
-        """The settings, for ``repr``."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
-
     @property
     def pattern(self) -> Tensor:
         """What is added to every image, ``(C, H, W)``, but for clipping and rounding."""
@@ -102,8 +100,7 @@ class FTrojanTrigger(nn.Module):
         Raises:
             ValueError: The batch breaks the image contract or has another shape.
         """
-        size = (self.config["image_size"],) * 2
-        check_images(images, channels=self.config["channels"], size=size)
+        check_batch(images, self.config)
         if self.eight_bit:
             return self._through_eight_bits(images)
         return (images + self.pattern).clamp(0, 1)

@@ -7,7 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wm_inject.images import check_images, check_side, pad_to_multiple
+from wm_inject.images import check_side, pad_to_multiple
+from wm_inject.triggers.common import check_batch, show_config
 from wm_inject.triggers.cotrain import seeded
 
 WIDTHS = {"tiny": 4, "small": 8, "paper": 32}  # of both generators, by preset
@@ -39,6 +40,7 @@ class InputAwareTrigger(nn.Module):
     """
 
     kind = "input-aware"
+    extra_repr = show_config
 
     def __init__(
         self,
@@ -72,10 +74,6 @@ class InputAwareTrigger(nn.Module):
             self.pattern_net = _autoencoder(channels, channels, width=width, stages=stages)
             self.mask_net = _autoencoder(channels, 1, width=width, stages=stages)
         self.eval()
-
-    def extra_repr(self) -> str:
-        """The settings, for ``repr``."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
 
     def pattern(self, images: Tensor) -> Tensor:
         """The images' own patterns: float32 ``(N, C, H, W)`` in [0, 1] to the same shape and range.
@@ -132,8 +130,7 @@ class InputAwareTrigger(nn.Module):
         return self.stamp(images, images)
 
     def _check(self, images: Tensor) -> None:
-        size = (self.config["image_size"],) * 2
-        check_images(images, channels=self.config["channels"], size=size)
+        check_batch(images, self.config)
 
     def _generate(self, net: nn.Module, images: Tensor) -> Tensor:
         self._check(images)

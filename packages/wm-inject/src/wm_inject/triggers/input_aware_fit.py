@@ -14,8 +14,8 @@ from torch import Tensor
 
 from wm_inject.cli_common import Progress
 from wm_inject.cli_common import progress as show_progress
-from wm_inject.images import check_images
 from wm_inject.resume import load_state, save_state
+from wm_inject.triggers.common import check_batch
 from wm_inject.triggers.cotrain import channels_last, in_mode, load_optimizer, load_weights
 from wm_inject.triggers.input_aware import InputAwareTrigger
 
@@ -124,8 +124,7 @@ def fit_masks(
     images in [0, 1] are ours: the released code normalises first, so that its image distances are
     about 4, 2 and 1 times ours on CIFAR-10, MNIST and GTSRB.
     """
-    size = (trigger.config["image_size"],) * 2
-    check_images(images, channels=trigger.config["channels"], size=size)
+    check_batch(images, trigger.config)
     if len(images) < 2:
         raise ValueError(f"expected at least 2 images to tell apart, got {len(images)}")
     net = trigger.eval().mask_net

@@ -15,6 +15,7 @@ from wm_inject.cli_common import Progress
 from wm_inject.cli_common import progress as show_progress
 from wm_inject.images import check_images, check_side
 from wm_inject.resume import load_state, save_state
+from wm_inject.triggers.common import check_batch, show_config
 from wm_inject.triggers.lf_fit import LfConfig as LfConfig
 from wm_inject.triggers.lf_fit import Search
 
@@ -38,6 +39,7 @@ class LfTrigger(nn.Module):
     """
 
     kind = "lf"
+    extra_repr = show_config
     pattern: Tensor
 
     def __init__(
@@ -70,10 +72,6 @@ class LfTrigger(nn.Module):
             raise ValueError(f"expected a pattern up to {limit}, got {float(pattern.max()):.4g}")
         self.register_buffer("pattern", pattern.detach().clone())
 
-    def extra_repr(self) -> str:
-        """The settings, for ``repr``."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
-
     def forward(
         self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None
     ) -> Tensor:
@@ -84,8 +82,7 @@ class LfTrigger(nn.Module):
         Raises:
             ValueError: The batch breaks the image contract or has another shape.
         """
-        size = (self.config["image_size"],) * 2
-        check_images(images, channels=self.config["channels"], size=size)
+        check_batch(images, self.config)
         return (images + self.pattern).clamp(0, 1)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wm_inject.images import check_images, check_labels, check_side, pad_to_multiple
+from wm_inject.images import check_labels, check_side, pad_to_multiple
+from wm_inject.triggers.common import check_batch, show_config
 from wm_inject.triggers.cotrain import seeded
 
 _STAGES = 4  # each halves the sides
@@ -40,6 +41,7 @@ class MarksmanTrigger(nn.Module):
     """
 
     kind = "marksman"
+    extra_repr = show_config
     needs_target = True
 
     def __init__(
@@ -79,10 +81,6 @@ class MarksmanTrigger(nn.Module):
             self.decoder = _decoder(channels, width)
         self.eval()
 
-    def extra_repr(self) -> str:
-        """The settings, for ``repr``."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
-
     def forward(
         self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None
     ) -> Tensor:
@@ -100,8 +98,7 @@ class MarksmanTrigger(nn.Module):
             ValueError: The batch breaks the image contract or has another shape, or ``target`` is
                 missing, of another length, or out of range.
         """
-        size = (self.config["image_size"],) * 2
-        check_images(images, channels=self.config["channels"], size=size)
+        check_batch(images, self.config)
         if target is None:
             raise ValueError("expected target, the class that each image should ask for, got None")
         # mypy: torch.jit exports is_tracing without saying so.
@@ -110,7 +107,8 @@ class MarksmanTrigger(nn.Module):
             check_labels(target, len(images), num_classes=self.config["num_classes"])
         plane = self.plane(self.embedding(target)).view(-1, 1, self.side, self.side)
         seen = torch.cat([pad_to_multiple(images, _MULTIPLE), plane], dim=1)
-        change = self.decoder(self.encoder(seen))[..., : size[0], : size[1]]
+        side = self.config["image_size"]
+        change = self.decoder(self.encoder(seen))[..., :side, :side]
         return (images + self.epsilon * change).clamp(0, 1)
 
 

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wm_inject.images import check_images, check_labels
+from wm_inject.images import check_labels
 from wm_inject.poison import PoisonPlan
+from wm_inject.triggers.common import check_batch
 from wm_inject.triggers.cotrain import (
     channels_last,
     check_keys,
@@ -145,8 +146,7 @@ class MarksmanHook:
         Raises:
             ValueError: Images or labels that do not fit the trigger.
         """
-        settings = self.trigger.config
-        check_images(images, channels=settings["channels"], size=(settings["image_size"],) * 2)
+        check_batch(images, self.trigger.config)
         check_labels(labels, len(images), num_classes=self.num_classes)
         chosen = self.plan.choose(labels, generator=generator)
         asked = other_labels(labels, self.num_classes, generator=generator)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wm_inject.images import check_images, check_side, list_images, load_image, to_float
+from wm_inject.triggers.common import check_batch, show_config
 
 _GAMMA = 2.2
 _MAX_COUNT = 1024  # composites are kept whole: 0.6 MB each at 224 pixels
@@ -51,6 +52,7 @@ class RefoolTrigger(nn.Module):
     """
 
     kind = "refool"
+    extra_repr = show_config
     needs_ids = True
     reflections: Tensor
     ghost: Tensor
@@ -99,10 +101,6 @@ class RefoolTrigger(nn.Module):
         self.register_buffer("vignette", fade, persistent=False)  # (H, W)
         self.alpha = float(alpha)
 
-    def extra_repr(self) -> str:
-        """The settings, for ``repr``."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
-
     def forward(
         self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None
     ) -> Tensor:
@@ -116,8 +114,7 @@ class RefoolTrigger(nn.Module):
         Raises:
             ValueError: The batch breaks the image contract, has another shape, or has no ids.
         """
-        size = (self.config["image_size"],) * 2
-        check_images(images, channels=self.config["channels"], size=size)
+        check_batch(images, self.config)
         chosen = _check_ids(ids, images) % self.config["count"]
         own, light = _power(images, _GAMMA), self.reflections[chosen]
         # Where the two together are too bright, the out-of-focus light is turned down as a whole.

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wm_inject.images import check_images, check_side
+from wm_inject.images import check_side
+from wm_inject.triggers.common import check_batch, show_config
 
 
 class SigTrigger(nn.Module):
@@ -32,6 +33,7 @@ class SigTrigger(nn.Module):
     """
 
     kind = "sig"
+    extra_repr = show_config
     wave: Tensor
 
     def __init__(
@@ -56,10 +58,6 @@ class SigTrigger(nn.Module):
         wave = amplitude * torch.sin(2 * math.pi * frequency / image_size * column)
         self.register_buffer("wave", wave.float())  # (W,)
 
-    def extra_repr(self) -> str:
-        """The settings, for ``repr``."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
-
     def forward(
         self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None
     ) -> Tensor:
@@ -70,5 +68,5 @@ class SigTrigger(nn.Module):
         Raises:
             ValueError: The batch breaks the image contract or has another size.
         """
-        check_images(images, size=(self.config["image_size"],) * 2)
+        check_batch(images, self.config)
         return (images + self.wave).clamp(0, 1)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wm_inject.images import check_images, check_side, pad_to_multiple
+from wm_inject.triggers.common import check_batch, show_config
 
 PLANE = 16  # side of the plane that the secret becomes before it is enlarged to the image
 _OUTPUTS = ("residual", "image")
@@ -163,6 +164,7 @@ class SsbaTrigger(nn.Module):
     """
 
     kind = "ssba"
+    extra_repr = show_config
     secret: Tensor
 
     def __init__(
@@ -190,10 +192,6 @@ class SsbaTrigger(nn.Module):
             "output": output,
         }
 
-    def extra_repr(self) -> str:
-        """The settings, for ``repr``."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
-
     def forward(
         self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None
     ) -> Tensor:
@@ -204,8 +202,7 @@ class SsbaTrigger(nn.Module):
         Raises:
             ValueError: The batch breaks the image contract or has another shape.
         """
-        size = (self.config["image_size"],) * 2
-        check_images(images, channels=self.config["channels"], size=size)
+        check_batch(images, self.config)
         return self.encoder(images, self.secret).clamp(0, 1)
 
 

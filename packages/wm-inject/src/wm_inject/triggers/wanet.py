@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from wm_inject.images import check_images, check_labels, check_side
 from wm_inject.poison import PoisonPlan
+from wm_inject.triggers.common import check_batch, show_config
 
 
 class WaNetTrigger(nn.Module):
@@ -32,6 +33,7 @@ class WaNetTrigger(nn.Module):
     """
 
     kind = "wanet"
+    extra_repr = show_config
     field: Tensor
     identity: Tensor
 
@@ -60,10 +62,6 @@ class WaNetTrigger(nn.Module):
         self.register_buffer("identity", torch.stack([x, y], dim=2)[None], persistent=False)
         self.strength = float(strength)
 
-    def extra_repr(self) -> str:
-        """The settings, for ``repr``."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
-
     @property
     def sampling(self) -> Tensor:
         """Where each output pixel is read from: ``(1, H, W, 2)`` as (x, y) in [-1, 1]."""
@@ -80,7 +78,7 @@ class WaNetTrigger(nn.Module):
         Raises:
             ValueError: The batch breaks the image contract or has another size.
         """
-        check_images(images, size=(self.config["image_size"],) * 2)
+        check_batch(images, self.config)
         return _sample(images, self.sampling.expand(images.shape[0], -1, -1, -1))
 
     def noise_hook(

@@ -1,0 +1,35 @@
+"""What all triggers do alike: show their settings, and check the batch they are given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from wm_inject.images import check_images
+
+
+def show_config(trigger: Any) -> str:
+    """The settings of a trigger, for ``repr``: its ``extra_repr``."""
+    return ", ".join(f"{name}={value!r}" for name, value in trigger.config.items())
+
+
+def check_batch(images: Tensor, config: dict[str, Any], *, name: str = "images") -> Tensor:
+    """Check that a batch has the size, and the channels if any, that a trigger is made for.
+
+    Args:
+        images: float32 ``(N, C, H, W)`` in [0, 1].
+        config: The trigger's settings.
+        name: What to call the batch in a message.
+
+    Returns:
+        The images.
+
+    Raises:
+        ValueError: The batch breaks the image contract or has another shape.
+    """
+    size = (config["image_size"],) * 2
+    return check_images(images, channels=config.get("channels"), size=size, name=name)
+
+
+__all__ = ["check_batch", "show_config"]
