@@ -22,7 +22,8 @@ from wm_inject.images import quantize, to_float
 from wm_inject.stealth import psnr
 from wm_inject.triggers import build_trigger, load_trigger, save_trigger, ssba_fit
 from wm_inject.triggers.ssba import SsbaDecoder, SsbaEncoder, SsbaTrigger
-from wm_inject.triggers.ssba_fit import SsbaConfig, SsbaFit, fit_ssba, measure_ssba
+from wm_inject.triggers.ssba_config import SsbaConfig
+from wm_inject.triggers.ssba_fit import SsbaFit, fit_ssba, measure_ssba
 
 SIZE = 16
 

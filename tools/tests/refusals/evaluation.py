@@ -164,6 +164,37 @@ TABLE = Table(
             "strength": lambda _: ev.StudyConfig(strength=0.0),
             "plan": lambda _: ev.StudyConfig(plan=PoisonPlan(mode="per_batch")),
         },
+        "AttackStudyConfig": {
+            "attack": lambda _: ev.AttackStudyConfig(attacks=("nothing",)),
+            "no attack": lambda _: ev.AttackStudyConfig(attacks=()),
+            "profile": lambda _: ev.AttackStudyConfig(profile="huge"),  # type: ignore[arg-type]
+            "recipe": lambda _: ev.AttackStudyConfig(recipes=("secret",)),  # type: ignore[arg-type]
+            "seeds": lambda _: ev.AttackStudyConfig(seeds=(0, 0)),
+            "ratio": lambda _: ev.AttackStudyConfig(ratio=2.0),
+        },
+        "attack_profile": {
+            "profile": lambda _: ev.attack_profile("huge"),  # type: ignore[arg-type]
+            "changes": lambda _: ev.attack_profile("tiny", "digits", colour=1),
+        },
+        "run_attack_study": {
+            "minutes": lambda tmp: ev.run_attack_study(
+                ev.attack_profile("tiny", "digits"), tmp, minutes=0
+            ),
+            "part": lambda tmp: ev.run_attack_study(
+                ev.attack_profile("tiny", "digits"), tmp, parts=("nothing",)
+            ),
+            "data": lambda tmp: ev.run_attack_study(
+                ev.attack_profile("tiny", str(tmp / "none")), tmp
+            ),
+            "target": lambda tmp: ev.run_attack_study(
+                ev.attack_profile("tiny", "digits", target=10), tmp
+            ),
+        },
+        "write_tables": {"no records": lambda tmp: ev.write_tables(tmp)},
+        "draw_figure": {
+            "no records": lambda tmp: ev.draw_figure(tmp),
+            "images": lambda tmp: ev.draw_figure(tmp, images=0),
+        },
         "DetectionConfig": {
             "pairs": lambda _: ev.DetectionConfig(pairs=(("nc", "nothing"),)),
             "seeds": lambda _: ev.DetectionConfig(seeds=()),

@@ -9,6 +9,11 @@ from typing import TYPE_CHECKING, Any
 from wm_eval.__about__ import __version__ as __version__
 
 if TYPE_CHECKING:
+    from wm_eval.attacks.config import AttackStudyConfig as AttackStudyConfig
+    from wm_eval.attacks.figure import draw_figure as draw_figure
+    from wm_eval.attacks.profiles import attack_profile as attack_profile
+    from wm_eval.attacks.run import run_attack_study as run_attack_study
+    from wm_eval.attacks.tables import write_tables as write_tables
     from wm_eval.config import DataConfig as DataConfig
     from wm_eval.config import DefenceConfig as DefenceConfig
     from wm_eval.config import MeasureConfig as MeasureConfig
@@ -45,6 +50,11 @@ if TYPE_CHECKING:
     from wm_eval.tables import render_markdown as render_markdown
 
 _MODULES = {
+    "attacks.config": "AttackStudyConfig",
+    "attacks.figure": "draw_figure",
+    "attacks.profiles": "attack_profile",
+    "attacks.run": "run_attack_study",
+    "attacks.tables": "write_tables",
     "config": "DataConfig DefenceConfig MeasureConfig StudyConfig VictimConfig load_study",
     "detection": "DetectionConfig run_detection summarise_detection",
     "experiment": "StudyResult run_study",

@@ -216,7 +216,8 @@ def _blindnet(attack: Attack, context: FitContext) -> Fitted:
 
 
 def _ssba(attack: Attack, context: FitContext) -> Fitted:
-    from wm_inject.triggers.ssba_fit import SsbaConfig, fit_ssba
+    from wm_inject.triggers.ssba_config import SsbaConfig
+    from wm_inject.triggers.ssba_fit import fit_ssba
 
     config = SsbaConfig.preset(attack.profile, **attack.settings)
     done = fit_ssba(

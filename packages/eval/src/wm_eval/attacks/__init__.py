@@ -2,3 +2,5 @@
 
 `wm_eval.attacks.run` runs a study, `wm_eval.attacks.profiles` holds the numbers of those that ship.
 """
+
+__all__ = ["config", "figure", "profiles", "run", "tables"]
