@@ -60,7 +60,7 @@ def test_pretraining_draws_from_its_own_seed(data, quick, perceptual):
 def test_without_the_attack_term_every_label_keeps_the_reconstruction(
     data, start, channel_model, quick
 ):
-    # METHODS' check of eq. 4: with lambda_1 = 0 nothing tells the labels apart
+    # A check of eq. 4: with lambda_1 = 0 nothing tells the labels apart
     images, labels = data
     config = replace(quick, lambdas=(0.0, 1.0, 0.0), steps=30)
     for target in (0, TARGET):

@@ -1,4 +1,4 @@
-"""SSBA: networks of the published size, a fit that learns, and what METHODS asks of the trigger."""
+"""SSBA: networks of the published size, a fit that learns, and the trigger's properties."""
 
 from __future__ import annotations
 
