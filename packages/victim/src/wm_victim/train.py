@@ -42,11 +42,12 @@ class TrainHistory:
 
     def to_dict(self) -> dict[str, list[Any]]:
         """What a record may hold: the same for the same seed."""
-        return {
+        kept: dict[str, list[Any]] = {
             "losses": list(self.losses),
             "accuracies": list(self.accuracies),
-            "watched": list(self.watched),
         }
+        # A run that nobody watched has nothing to say of it.
+        return kept | ({"watched": list(self.watched)} if any(self.watched) else {})
 
 
 def train_classifier(
