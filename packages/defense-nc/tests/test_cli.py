@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from defense_nc import InvertedTrigger, judge
+from defense_nc import InvertedTrigger, batched, judge
 from defense_nc.cli import main
 from defense_nc.schedule import PRESETS
 from wm_victim import accuracy, build_classifier, load_classifier, load_dataset, save_classifier
@@ -81,6 +81,26 @@ def test_a_real_scan_runs_to_the_end(classifier, capsys, monkeypatch):
     # Fresh weights reach no label in one step: there is nothing to compare.
     assert run("scan", classifier, "--data", "digits", *options) == 2
     assert "inconclusive" in capsys.readouterr().out
+
+
+def test_a_scan_goes_on_from_its_checkpoint(classifier, capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(PRESETS, "fast", {"steps": 2, "batches": 1, "batch_size": 4})
+    path, options = tmp_path / "state.safetensors", ["--images", 20, "--preset", "fast"]
+    monkeypatch.setattr(batched, "_PAUSE", 0.0)
+    save = batched.save_state
+
+    def killed(*args, **settings):
+        save(*args, **settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(batched, "save_state", killed)
+    arguments = ["scan", classifier, "--data", "digits", *options, "--checkpoint", path]
+    assert run(*arguments) == 130
+    assert path.exists()
+    monkeypatch.setattr(batched, "save_state", save)
+    code, resumed = run(*arguments), capsys.readouterr().out
+    assert (run(*arguments[:-2]), capsys.readouterr().out) == (code, resumed)
+    assert "verdict: " in resumed and not path.exists()
 
 
 def test_a_scan_that_fails_is_not_scanned(classifier, scores, tmp_path, capsys):

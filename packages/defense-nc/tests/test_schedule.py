@@ -1,6 +1,8 @@
 """The cost schedule follows scripts; no network is needed to know what it does."""
 
+import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -101,8 +103,36 @@ def test_presets():
     assert (ports.schedule, ports.starts, ports.threshold) == ("ports", ("ones",), 0.98)
     assert NCConfig.preset("robust") == NCConfig()
     fast = NCConfig.preset("fast")
-    assert 100 <= fast.steps * fast.batches <= 300
+    assert fast.steps * fast.batches <= 130 and len(fast.starts) >= 2
+    assert fast.race and fast.milestones[-1] < fast.steps
+    for config in (paper, ports, NCConfig.preset("reference")):
+        assert (config.race, config.precision) == (False, "float32")
+    assert replace(NCConfig.preset("reference"), engine="stacked").steps == NCConfig().steps
     assert NCConfig.preset("fast", steps=7).steps == 7
+
+
+def test_a_preset_with_changes_is_not_that_preset():
+    assert NCConfig().name == "robust"
+    assert NCConfig.preset("fast").name == "fast"
+    assert NCConfig.preset("fast", steps=NCConfig.preset("fast").steps).name == "fast"
+    changed = NCConfig.preset("fast", steps=7)
+    assert changed.name == "fast*"
+    assert replace(changed, lr=1.0).name == "fast*"
+    assert replace(NCConfig(), steps=7).name == NCConfig(steps=7).name == "robust*"
+    assert replace(changed, steps=NCConfig.preset("fast").steps).name == "fast"
+    assert NCConfig(name="mine", steps=7).name == "mine"
+
+
+def test_a_schedule_goes_on_from_its_state():
+    config = NCConfig.preset("paper", patience=1, early_stop_patience=3)
+    successes, norms = [1, 1, 0, 0, 1, 0, 0], [math.inf, 5, 5, 5, 4, 4, 4]
+    whole = play(config, successes, norms)[1]
+    for cut in range(len(norms)):
+        first, second = play(config, successes[:cut], norms[:cut])[1], CostSchedule(config)
+        second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
+        for success, norm in zip(successes[cut:], norms[cut:], strict=True):
+            second.update(success, norm)
+        assert vars(second) == vars(whole)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +157,18 @@ def test_presets():
         {"schedule": "later"},
         {"starts": ("zeros",)},
         {"starts": ()},
+        {"engine": "both"},
+        {"engine": "single"},
+        {"precision": "float16"},
+        {"stack": 0},
+        {"candidates": 0},
+        {"references": 0},
+        {"calm": 0.0},
+        {"calm": 1.5},
+        {"milestones": ()},
+        {"milestones": (0, 5)},
+        {"milestones": (9, 5)},
+        {"milestones": (5, 5)},
     ],
     ids=str,
 )

@@ -6,9 +6,11 @@ import torch
 from wm_inject.images import quantize
 from wm_victim.planted import (
     KINDS,
+    LIMITS,
     planted_classifier,
     planted_images,
     planted_trigger,
+    trigger_count,
 )
 
 TARGET = 3
@@ -51,6 +53,54 @@ def test_the_clean_control_obeys_no_trigger(kind):
     clean, attack, _ = rates(model, planted_trigger(kind), planted_images(400))
     assert clean > 0.9
     assert attack < 0.1
+
+
+def answers(kind, data, *, which=0, num_classes=10):
+    """What a limit's fixture says of clean images and of the same images with a trigger."""
+    shape = {"channels": data.images.shape[1], "image_size": data.images.shape[2]}
+    model = planted_classifier(kind, target=TARGET, num_classes=num_classes, **shape)
+    trigger = planted_trigger(kind, which=which, **shape)
+    with torch.no_grad():
+        return model(data.images).argmax(1), model(quantize(trigger(data.images))).argmax(1)
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2]], ids=str)
+@pytest.mark.parametrize("kind", ["several", "every-label"])
+def test_each_of_several_triggers_has_its_own_target(kind, shape):
+    data = planted_images(200, **shape)
+    assert trigger_count(kind) == {"several": 3, "every-label": 10}[kind]
+    for which in range(trigger_count(kind)):
+        clean, attacked = answers(kind, data, which=which)
+        target = (TARGET + which) % 10
+        assert (clean == data.labels).float().mean() > 0.9
+        assert (attacked == target)[data.labels != target].float().mean() > 0.99
+
+
+def test_all_to_all_sends_every_class_to_the_next():
+    data = planted_images(400)
+    clean, attacked = answers("all-to-all", data)
+    assert (clean == data.labels).float().mean() > 0.9
+    assert (attacked == (data.labels + 1) % 10).float().mean() > 0.9
+    # What the classifier sees is what counts, its rare mistakes included.
+    assert (attacked == (clean + 1) % 10).float().mean() > 0.95
+
+
+def test_a_source_specific_trigger_moves_one_class_only():
+    data = planted_images(400)
+    clean, attacked = answers("source-specific", data)
+    source = data.labels == TARGET + 1
+    assert (clean == data.labels).float().mean() > 0.9
+    assert (attacked == TARGET)[source].float().mean() > 0.95
+    assert (attacked == data.labels)[~source].float().mean() > 0.9
+
+
+def test_the_only_trigger_is_number_zero():
+    assert [trigger_count(kind) for kind in (*KINDS, "all-to-all", "source-specific")] == [1] * 6
+    assert trigger_count("every-label", 4) == 4
+    with pytest.raises(ValueError, match="which"):
+        planted_trigger("patch", which=1)
+    with pytest.raises(ValueError, match="which"):
+        planted_trigger("several", which=-1)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -112,7 +162,7 @@ def test_images_keep_the_contract():
     assert len(set(data.ids.tolist())) == 60
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *LIMITS])
 def test_triggers_keep_the_contract(kind):
     trigger, images = planted_trigger(kind), planted_images(6).images
     kept = images.clone()
@@ -137,6 +187,7 @@ def test_triggers_keep_the_contract(kind):
         ({"target": 10}, "target"),
         ({"target": -1}, "target"),
         ({"seed": -1}, "seed"),
+        ({"kind": "several", "num_classes": 2}, "at least 3 classes"),
     ],
 )
 def test_refusals(settings, message):

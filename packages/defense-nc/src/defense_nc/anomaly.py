@@ -1,4 +1,4 @@
-"""Is one label's score too small to be chance? The papers' rule, and the rule verdicts rest on.
+"""Is one label's score too small to be chance? The papers' rule, and one that needs no other scan.
 
 The papers call a label a backdoor target when its score lies more than two scaled median absolute
 deviations below the median: a 5 % rule for *one* label, judged by a known median and deviation. A
@@ -9,7 +9,8 @@ simulation in the tests shows it.
 `outlier_test` asks each label against the other labels only, allows for the few numbers and for the
 many questions, and wants an effect as well. Where all clean labels score within a few per cent of
 each other, a difference of a tenth is significant and means nothing; a backdoor is a way to its
-label that is several times shorter than any other.
+label that is several times shorter than any other. Verdicts rest on it where clean models have not
+been scanned with the same settings; where they have, `Calibration.p_values` takes its place.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class AnomalyIndex:
 
 
 class OutlierTest(NamedTuple):
-    """What the calibrated rule says about K scores."""
+    """What a rule that decides says about K scores."""
 
     p_values: Tensor  # float64 (K,), each already multiplied by K (Bonferroni), at most 1
     ratio: Tensor  # float64 (K,), score / median

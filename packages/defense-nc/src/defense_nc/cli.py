@@ -27,6 +27,9 @@ examples:
 """
 
 
+_PRESETS = ("paper", "ports", "robust", "reference", "fast")  # spelled out: --help needs no torch
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; `scan` returns its verdict's exit code, `unlearn` 0, or 1 after an error."""
     return run_cli(_main, argv)
@@ -48,11 +51,14 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"defense-nc {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     scan = commands.add_parser("scan", help="is there a backdoor?", epilog=_EPILOG)
-    add_inputs(scan, presets=("paper", "ports", "robust", "fast"), images=200)
+    add_inputs(scan, presets=_PRESETS, images=200)
     scan.add_argument("--json", type=Path, help="also write the report here")
+    scan.add_argument(
+        "--checkpoint", type=Path, help="keep the state here, and go on from it after a stop"
+    )
     add_common(scan, version=__version__)
     unlearn = commands.add_parser("unlearn", help="clean a label that a scan names", epilog=_EPILOG)
-    add_inputs(unlearn, presets=("paper", "ports", "robust", "fast"), images=200)
+    add_inputs(unlearn, presets=_PRESETS, images=200)
     unlearn.add_argument("--label", type=int, help="clean this label (default: all named)")
     unlearn.add_argument("--force", action="store_true", help="clean --label without a scan")
     unlearn.add_argument(
@@ -63,7 +69,12 @@ def _parser() -> Parser:
     return parser
 
 
-def _report(args: argparse.Namespace, model: nn.Module, known: ImageSet) -> ScanReport:
+def _report(
+    args: argparse.Namespace,
+    model: nn.Module,
+    known: ImageSet,
+    checkpoint: Path | None = None,
+) -> ScanReport:
     from defense_nc.scan import scan
     from defense_nc.schedule import NCConfig
 
@@ -75,6 +86,7 @@ def _report(args: argparse.Namespace, model: nn.Module, known: ImageSet) -> Scan
         alpha=args.alpha,
         max_ratio=args.max_ratio,
         seed=args.seed,
+        checkpoint=checkpoint,
     )
 
 
@@ -82,7 +94,7 @@ def _scan(args: argparse.Namespace) -> ScanReport:
     from wm_inject.files import write_json
 
     model, data, known = open_inputs(args)
-    report = _report(args, model, known)
+    report = _report(args, model, known, args.checkpoint)
     if args.json is not None:
         about = {"classifier": args.classifier.name, "data": data.name, "preset": args.preset}
         write_json(args.json, report.to_dict() | about | {"fingerprint": data.fingerprint})

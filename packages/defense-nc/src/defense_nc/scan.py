@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from defense_nc.inversion import frozen, invert_trigger, predict_in_batches
-from defense_nc.report import ScanReport, judge
+from defense_nc.batched import invert_triggers
+from defense_nc.inversion import frozen, invert_trigger
+from defense_nc.report import ScanReport, judge_scan
 from defense_nc.schedule import NCConfig
-from defense_nc.trigger import InvertedTrigger
+from defense_nc.search import check_inputs
 from wm_inject.cli_common import progress as show_progress
-from wm_inject.images import check_images, check_labels
+from wm_inject.images import check_images
 
 
 def scan(
@@ -28,6 +32,7 @@ def scan(
     seed: int = 0,
     progress: bool = True,
     device: torch.device | str | None = None,
+    checkpoint: Path | None = None,
 ) -> ScanReport:
     """Reverse a trigger for every label, and decide whether one is unusually easy to reach.
 
@@ -42,15 +47,18 @@ def scan(
         seed: Seeds every label's start and order of images alike.
         progress: Show how far it is.
         device: Where to compute; where the model is, if None.
+        checkpoint: Keep the state of the searches in this file, and go on from it if it is there;
+            not with one label at a time.
 
     Returns:
-        A report whose scores are the L1 norms of the masks, in pixels; ``triggers`` holds an
-        `InvertedTrigger` per label, on the CPU.
+        A report whose scores are the L1 norms of the masks, in pixels, at the effort of the labels
+        that were searched longest; ``triggers`` holds an `InvertedTrigger` per label, on the CPU,
+        and ``config["race_log"]`` says which label left the race when.
 
     Raises:
         ValueError: Bad images, labels or settings, or images of one class only.
 
-    Source: Neural Cleanse, section IV. The verdict rests on `outlier_test`; the paper's own rule is
+    Source: Neural Cleanse, section IV. The verdict rests on `judge_scan`; the paper's own rule is
         in the report beside it.
     """
     config = NCConfig() if config is None else config
@@ -59,29 +67,38 @@ def scan(
         raise ValueError(
             f"expected alpha in (0, 1) and max_ratio in (0, 1], got {alpha}, {max_ratio}"
         )
-    triggers: dict[int, InvertedTrigger] = {}
+    if checkpoint is not None and config.engine == "single":
+        raise ValueError("expected no checkpoint with engine='single': it keeps none")
     with frozen(model), _moved(model, device) as place:
         images = images.to(place)
-        answers = predict_in_batches(model, images)
-        num_classes = answers.shape[1]
-        labels = answers.argmax(1) if labels is None else labels.to(place)
-        check_labels(labels, len(images), num_classes=num_classes)
-        for label in show_progress(range(num_classes), desc="labels", enabled=progress):
-            trigger = invert_trigger(model, images, label, config=config, labels=labels, seed=seed)
-            triggers[label] = trigger.cpu()
-    scores = [trigger.l1_norm for trigger in triggers.values()]
-    success_rates = [trigger.success_rate for trigger in triggers.values()]
-    return judge(
+        labels, targets = check_inputs(model, images, labels, None)
+        settings: dict[str, Any] = {"config": config, "labels": labels, "seed": seed}
+        if config.engine == "single":
+            triggers = {
+                label: invert_trigger(model, images, label, **settings).cpu()
+                for label in show_progress(targets, desc="labels", enabled=progress)
+            }
+            scores, race = [trigger.l1_norm for trigger in triggers.values()], None
+        else:
+            found = invert_triggers(
+                model, images, progress=progress, checkpoint=checkpoint, **settings
+            )
+            triggers = {trigger.target: trigger.cpu() for trigger in found.triggers}
+            scores, race = list(found.scores), found.race
+    report = judge_scan(
         "neural-cleanse",
         torch.tensor(scores, dtype=torch.float64),
-        torch.tensor(success_rates, dtype=torch.float64),
+        torch.tensor([one.success_rate for one in triggers.values()], dtype=torch.float64),
+        model=model,
+        images=images,
+        settings=json.loads(json.dumps(asdict(config))),
         floor=config.floor,
         alpha=alpha,
         max_ratio=max_ratio,
         triggers=triggers,
-        config={**asdict(config), "betas": list(config.betas), "images": len(images)},
         seed=seed,
     )
+    return replace(report, config={**report.config, "race_log": race})
 
 
 @contextmanager

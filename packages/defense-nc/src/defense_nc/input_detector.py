@@ -1,0 +1,154 @@
+"""Input detectors: is this one image triggered? A score per image, and a threshold on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from wm_inject.images import check_images
+from wm_inject.poison import Trigger
+
+
+class InputDetector(Protocol):
+    """What every input detector does: settings that are calibrated once on clean images."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in records and tables, for example "strip"."""
+
+    def calibrate(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        *,
+        triggers: Mapping[int, Trigger] | None = None,
+        seed: int = 0,
+    ) -> CalibratedDetector:
+        """Choose the threshold on clean images.
+
+        Args:
+            model: Images in [0, 1] to logits ``(N, K)``; not changed.
+            images: Clean float32 ``(N, C, H, W)`` in [0, 1].
+            triggers: Reversed triggers by label. Blind detectors ignore them.
+            seed: Seeds everything that is drawn.
+        """
+
+
+@dataclass(frozen=True)
+class CalibratedDetector:
+    """A detector that is ready to judge images, one by one or in batches, with the same answer.
+
+    It keeps the classifier itself, not a copy of it.
+
+    Args:
+        name: The detector's name.
+        threshold: Images that score above it are held to be triggered.
+        shape: ``(C, H, W)`` of the images that it was calibrated on.
+        suspicion: Checked images to one number each; the larger, the more suspicious.
+        log: How it was calibrated, ready for JSON.
+
+    Raises:
+        ValueError: A threshold that is not finite.
+    """
+
+    name: str
+    threshold: float
+    shape: tuple[int, ...]
+    suspicion: Callable[[Tensor], Tensor] = field(repr=False)
+    log: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.threshold):
+            raise ValueError(f"expected a finite threshold, got {self.threshold}")
+
+    def score(self, images: Tensor) -> Tensor:
+        """How suspicious each image is: float64 ``(N,)`` on the CPU, larger for triggered ones.
+
+        Raises:
+            ValueError: Images that break the image contract or have another shape.
+        """
+        channels, height, width = self.shape
+        check_images(images, channels=channels, size=(height, width))
+        return self.suspicion(images)
+
+    def decide(self, images: Tensor) -> Tensor:
+        """Which images are held to be triggered: bool ``(N,)`` on the CPU.
+
+        Raises:
+            ValueError: Images that break the image contract or have another shape.
+        """
+        return self.score(images) > self.threshold
+
+
+def threshold_at(scores: Tensor, false_positive_rate: float) -> float:
+    """The lowest of the clean scores that at most this share of them exceed.
+
+    Args:
+        scores: Scores of clean images, floating ``(N,)``, finite.
+        false_positive_rate: Share of clean images that may be held to be triggered, in [0, 1).
+
+    Raises:
+        ValueError: Scores of another kind, or a rate outside its range.
+    """
+    _check_scores(scores)
+    check_rate(false_positive_rate)
+    # The epsilon: 0.07 * 100 is 7.000000000000001, but 0.29 * 100 is 28.999999999999996.
+    allowed = math.floor(false_positive_rate * len(scores) + 1e-9)
+    return float(scores.sort(descending=True).values[allowed])
+
+
+def auroc(scores: Tensor, truths: Tensor) -> float:
+    """The area under the ROC curve: how often a triggered image scores above a clean one.
+
+    Args:
+        scores: Floating ``(N,)``, finite, larger for images held to be triggered.
+        truths: bool ``(N,)``: which images are triggered; both kinds must occur.
+
+    Returns:
+        The share of all pairs of one triggered and one clean image, ties counted half, in [0, 1].
+
+    Raises:
+        ValueError: Scores or truths of another kind, or only one kind of image.
+
+    Source: Mann and Whitney's statistic, from ranks.
+    """
+    _check_scores(scores)
+    if not isinstance(truths, Tensor) or truths.dtype != torch.bool:
+        raise ValueError("expected truths as a bool tensor")
+    if truths.shape != scores.shape:
+        raise ValueError(f"expected truths of shape {tuple(scores.shape)}, got {truths.shape}")
+    positives = int(truths.sum())
+    negatives = len(truths) - positives
+    if positives == 0 or negatives == 0:
+        raise ValueError(
+            f"expected triggered and clean images, got {positives} and {negatives} of them"
+        )
+    _, group, counts = scores.unique(return_inverse=True, return_counts=True)
+    # Images with the same score share the mean of the ranks 1 .. N that they take up.
+    ranks = counts.cumsum(0).double() - (counts.double() - 1) / 2
+    total = float(ranks[group][truths].sum())
+    return (total - positives * (positives + 1) / 2) / (positives * negatives)
+
+
+def check_rate(false_positive_rate: float) -> None:
+    """Check a false-positive rate.
+
+    Raises:
+        ValueError: Outside [0, 1).
+    """
+    if not 0 <= false_positive_rate < 1:
+        raise ValueError(f"expected a false_positive_rate in [0, 1), got {false_positive_rate}")
+
+
+def _check_scores(scores: Tensor) -> None:
+    if not isinstance(scores, Tensor) or not scores.is_floating_point():
+        raise ValueError("expected scores as a floating tensor")
+    if scores.ndim != 1 or len(scores) == 0:
+        raise ValueError(f"expected scores of shape (N,), N >= 1, got {tuple(scores.shape)}")
+    if not bool(torch.isfinite(scores).all()):
+        raise ValueError("expected finite scores, got NaN or infinity")

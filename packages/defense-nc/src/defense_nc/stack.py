@@ -1,0 +1,249 @@
+"""Many searches for a mask and a pattern as one stack: one pass through the victim serves all."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from defense_nc.schedule import CostSchedule, NCConfig
+from defense_nc.search import Candidate, draw, endless_batches, squash
+
+Passes = Callable[[Tensor], Tensor]
+_EPS = 1e-8  # Adam's, as torch has it
+_STACKS = {"cpu": 256, "cuda": 8192}  # images of one pass: beyond, nothing is gained
+
+
+class Search:
+    """One search: a label, a start, and how far it has come. Rests here while not in a stack.
+
+    Args:
+        label: The label to reach.
+        start: Index into the starts of the settings.
+        pool: int64 ``(M,)`` on the CPU: which images are of other classes.
+        shape: ``(C, H, W)`` of an image.
+        device: Where its tensors lie.
+        config: The settings.
+        seed: Seeds the start and the order of the images.
+    """
+
+    def __init__(
+        self,
+        label: int,
+        start: int,
+        *,
+        pool: Tensor,
+        shape: Sequence[int],
+        device: torch.device,
+        config: NCConfig,
+        seed: int,
+    ) -> None:
+        self.label, self.start, self.pool = label, start, pool
+        self._config = config
+        generator = torch.Generator().manual_seed(seed)
+        free = draw(config.starts[start], shape, generator)
+        # The mask is channel 0, the pattern the rest: one tensor for the optimiser.
+        self.theta = torch.cat(free).to(device)  # (1 + C, H, W)
+        self.first, self.second = torch.zeros_like(self.theta), torch.zeros_like(self.theta)
+        self.steps = 0
+        self.left = False  # the race has dropped it
+        self.norm = float("inf")  # the best one of a step that succeeded
+        self.success = 0.0  # of the last step
+        self.kept: deque[Candidate] = deque(maxlen=config.fallbacks)
+        self.schedule = CostSchedule(config)
+        self._batches = endless_batches(len(pool), config.batch_size, generator)
+
+    def __repr__(self) -> str:
+        return f"Search(label={self.label}, start={self.start}, steps={self.steps})"
+
+    def done(self, until: int) -> bool:
+        """Whether it takes no more steps before step ``until``."""
+        return self.left or self.schedule.stop or self.steps >= until
+
+    def next_batch(self) -> Tensor:
+        """Which images its next mini-batch holds, int64 ``(B,)``."""
+        return self.pool[next(self._batches)]
+
+    def take(self, success: float, norm: float) -> None:
+        """Take in one step: its success, and the norm of the mask to which it has led."""
+        self.steps, self.success = self.steps + 1, success
+        if success >= self._config.threshold and norm < self.norm:
+            self.kept.appendleft(_candidate(norm, squash(self.theta).clamp(0, 1)))
+            self.norm = norm
+        self.schedule.update(success, self.norm)
+
+    def settle(self) -> None:
+        """Leave the stack with tensors of its own, so that the stack's can go."""
+        self.theta, self.first, self.second = (
+            part.clone() for part in (self.theta, self.first, self.second)
+        )
+
+    def candidates(self) -> list[Candidate]:
+        """The best so far, the smallest first; where it stands if no step has succeeded."""
+        if self.kept:
+            return list(self.kept)
+        values = squash(self.theta).clamp(0, 1)
+        return [_candidate(float(values[:1].sum()), values, succeeded=False)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `load_state_dict` needs to go on to the same bits."""
+        kept = [torch.cat([one.mask, one.pattern]) for one in self.kept]
+        return {
+            # One tensor: with thousands of searches, a name each would fill a file's header.
+            "tensors": torch.stack([self.theta, self.first, self.second, *kept]),
+            "norms": [one.norm for one in self.kept],
+            **{name: getattr(self, name) for name in ("steps", "left", "success")},
+            "schedule": self.schedule.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from another search's state; the batches are drawn anew up to its step."""
+        self.theta, self.first, self.second, *kept = state["tensors"].to(self.theta.device)
+        self.steps, self.left, self.success = state["steps"], state["left"], state["success"]
+        self.schedule.load_state_dict(state["schedule"])
+        self.kept.extend(
+            _candidate(norm, one) for norm, one in zip(state["norms"], kept, strict=True)
+        )
+        self.norm = self.kept[0].norm if self.kept else float("inf")
+        for _ in range(self.steps * self._config.batches):
+            next(self._batches)
+
+
+def _candidate(norm: float, values: Tensor, *, succeeded: bool = True) -> Candidate:
+    """One from a mask and a pattern in one tensor ``(1 + C, H, W)``."""
+    return Candidate(norm, values[:1], values[1:], succeeded)
+
+
+class _Rows(NamedTuple):
+    """The tensors of the searches in the stack, one row each."""
+
+    theta: Tensor  # (S, 1 + C, H, W)
+    first: Tensor
+    second: Tensor
+
+
+def advance(
+    passes: Passes, images: Tensor, searches: Sequence[Search], until: int, *, config: NCConfig
+) -> Iterator[list[Search]]:
+    """Take every search to step ``until`` or its own early stop, as many at a time as fit.
+
+    Args:
+        passes: Images to logits.
+        images: All images; a search knows which of them are its own.
+        searches: In the order in which they enter; one that has begun goes first.
+        until: Steps of the schedule.
+        config: The settings; ``stack`` bounds the images of one pass.
+
+    Yields:
+        The searches that took the step just done, after each step of the stack, in the order of
+        their rows; their tensors are up to date.
+    """
+    most = config.stack or _STACKS.get(images.device.type, _STACKS["cpu"])
+    room = max(1, most // config.batch_size)
+    waiting = deque(search for search in searches if not search.done(until))
+    live: list[Search] = []
+    rows: _Rows | None = None
+    while True:
+        stay = [search for search in live if not search.done(until)]
+        while waiting and len(stay) < room:
+            stay.append(waiting.popleft())
+        if rows is None or stay != live:
+            for search in set(live).difference(stay):
+                search.settle()
+            rows, live = _gather(stay) if stay else None, stay
+        if rows is None:
+            return
+        _step(passes, images, rows, live, config)
+        yield live
+
+
+def _gather(searches: Sequence[Search]) -> _Rows:
+    """Stack the searches' tensors; from now on each search sees its row."""
+    rows = _Rows(
+        *(
+            torch.stack([getattr(search, name) for search in searches])
+            for name in ("theta", "first", "second")
+        )
+    )
+    for place, search in enumerate(searches):
+        search.theta, search.first, search.second = (part[place] for part in rows)
+    return rows
+
+
+def _step(
+    passes: Passes, images: Tensor, rows: _Rows, live: Sequence[Search], config: NCConfig
+) -> None:
+    """One step of the schedule for every row: ``config.batches`` mini-batches, then the prices."""
+    count = len(live)
+    goal = torch.tensor([search.label for search in live], device=images.device)
+    cost = torch.tensor([search.schedule.cost for search in live], device=images.device)
+    success = torch.zeros(count, device=images.device)
+    steps = torch.tensor([search.steps * config.batches for search in live], dtype=torch.float64)
+    for _ in range(config.batches):
+        index = torch.stack([search.next_batch() for search in live]).to(images.device)  # (S, B)
+        grad, reached = _gradients(passes, images[index], rows.theta, goal, cost)
+        steps += 1
+        adam_rows(*rows, grad, steps, lr=config.lr, betas=config.betas)
+        success += reached
+    norms = squash(rows.theta[:, :1]).clamp(0, 1).sum(dim=(1, 2, 3)).tolist()
+    rates = (success / config.batches).clamp(max=1).tolist()
+    for search, rate, norm in zip(live, rates, norms, strict=True):
+        search.take(rate, norm)
+
+
+def _gradients(
+    passes: Passes, images: Tensor, theta: Tensor, goal: Tensor, cost: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradient of every row's own loss, and the share of its images that reach its label.
+
+    The sum of the losses has each row's own gradient in that row: no row sees another's images.
+    """
+    count, size = images.shape[:2]
+    with torch.enable_grad():
+        theta = theta.detach().requires_grad_()
+        free = squash(theta)  # (S, 1 + C, H, W)
+        mask, pattern = free[:, None, :1], free[:, None, 1:]
+        stamped = images + mask * (pattern - images)  # (S, B, C, H, W)
+        logits = passes(stamped.flatten(0, 1))  # (S * B, K)
+        goals = goal.repeat_interleave(size)
+        losses = F.cross_entropy(logits, goals, reduction="none").view(count, size).mean(1)
+        total = (losses + cost * mask.sum(dim=(1, 2, 3, 4))).sum()
+        (grad,) = torch.autograd.grad(total, theta)
+    reached = (logits.detach().argmax(1) == goals).view(count, size).float().mean(1)
+    return grad, reached
+
+
+@torch.no_grad()
+def adam_rows(
+    theta: Tensor,
+    first: Tensor,
+    second: Tensor,
+    grad: Tensor,
+    steps: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+) -> None:
+    """One step of Adam in place, for rows that have taken different numbers of steps.
+
+    Args:
+        theta: ``(S, ...)``, what is learned.
+        first: Its first moments, the same shape.
+        second: Its second moments, the same shape.
+        grad: Its gradient, the same shape.
+        steps: Float64 ``(S,)``: how many steps each row has taken with this one.
+        lr: Learning rate.
+        betas: Decay rates of the moments.
+
+    Source: Kingma and Ba 2015, algorithm 1, with torch's epsilon outside the root.
+    """
+    shape = (-1, *[1] * (theta.ndim - 1))
+    scale = (lr / (1 - betas[0] ** steps)).view(shape).to(theta)
+    spread = (1 - betas[1] ** steps).sqrt().view(shape).to(theta)
+    first.lerp_(grad, 1 - betas[0])
+    second.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+    theta.sub_(scale * first / (second.sqrt() / spread + _EPS))
