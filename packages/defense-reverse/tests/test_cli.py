@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from defense_nc import judge
-from defense_reverse import ReverseConfig, ReversedTrigger, UNetGenerator, load_reversed, search
+from defense_reverse import ReversedTrigger, UNetGenerator, config, load_reversed, standing
 from defense_reverse.cli import main
 from wm_victim import build_classifier, load_classifier, save_classifier
 
-TINY = ReverseConfig.preset("fast", width=2, depth=1, pretrain_steps=1, steps=1)
+TINY = {"width": 2, "depth": 1, "pretrain_steps": 1, "steps": 1}
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def classifier(tmp_path):
 
 @pytest.fixture
 def quickly(monkeypatch):
-    monkeypatch.setitem(search._PRESETS, "fast", TINY)
+    monkeypatch.setitem(config.PRESETS, "fast", TINY)
 
 
 def command(name, classifier, *more):
@@ -41,8 +41,24 @@ def test_scan_prints_writes_and_exits_with_the_verdict(classifier, quickly, tmp_
     assert code == {"clean": 0, "backdoored": 1, "inconclusive": 2}[report["verdict"]]
     assert f"verdict: {report['verdict']}" in told and "paper's rule" in told
     assert report["data"] == "digits" and report["config"]["images"] == 40
+    assert report["config"]["name"] == "fast"
     triggers = sorted((tmp_path / "found").iterdir())
     assert len(triggers) == 10 and load_reversed(triggers[0]).target == 0
+
+
+def test_scan_goes_on_from_its_checkpoint(classifier, quickly, tmp_path, monkeypatch, capsys):
+    path, real = tmp_path / "scan.safetensors", standing.save_state
+
+    def killed(*args, **more):
+        real(*args, **more)
+        raise ValueError("killed")
+
+    more = ("--images", "20", "--checkpoint", str(path))
+    monkeypatch.setattr(standing, "save_state", killed)
+    assert main(command("scan", classifier, *more)) == 3 and path.exists()
+    monkeypatch.setattr(standing, "save_state", None)  # nothing is left to be saved
+    assert main(command("scan", classifier, *more)) in (0, 1, 2) and not path.exists()
+    assert "verdict:" in capsys.readouterr().out
 
 
 def test_an_error_is_not_a_verdict(classifier, quickly, tmp_path, capsys):

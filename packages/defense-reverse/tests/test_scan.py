@@ -11,7 +11,7 @@ from defense_nc import Verdict
 from defense_reverse import ReverseConfig, ReversedTrigger, detection_case, scan
 
 TARGET = 2
-TINY = ReverseConfig.preset("fast", width=2, depth=1, pretrain_steps=1, steps=2)
+TINY = ReverseConfig.preset("fast", width=2, depth=1, pretrain_steps=1, steps=2, lr=1e-4)
 
 
 def test_the_channel_shift_is_named_and_has_the_smallest_residual(backdoored, quick):

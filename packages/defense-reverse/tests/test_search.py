@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from defense_reverse import LambdaSearch, ReverseConfig
+from defense_reverse.config import PRESETS
 
 
 def follow(script: str, start: float = 1.0, **factors: float) -> list[float]:
@@ -76,6 +79,53 @@ def test_presets_carry_their_names_and_the_paper_its_constants():
     assert ReverseConfig.preset("fast", steps=7).steps == 7
 
 
+def test_a_changed_preset_has_a_star_so_that_its_calibration_is_not_used():
+    for name in PRESETS:
+        assert ReverseConfig.preset(name, lr=1.0).name == f"{name}*"
+        assert replace(ReverseConfig.preset(name), lr=1.0).name == f"{name}*"
+        assert ReverseConfig.preset(name, lr=ReverseConfig.preset(name).lr).name == name
+    assert ReverseConfig(steps=3).name == "robust*" and ReverseConfig(steps=700).name == "robust"
+    # changed back, it is the preset again
+    assert replace(ReverseConfig(steps=3), steps=700).name == "robust"
+    assert ReverseConfig(name="mine", steps=3).name == "mine"
+
+
+def test_how_it_is_computed_is_not_part_of_a_preset():
+    changes = {"precision": "float32", "stack": "vmapped"}
+    assert ReverseConfig.preset("fast", **changes, images_at_once=9).name == "fast"
+    assert ReverseConfig.preset("fast", race=False).name == "fast*"
+    assert ReverseConfig.preset("paper", engine="one-by-one").name == "paper"
+
+
+def test_the_reference_is_robust_in_float32_one_label_after_the_other():
+    reference = ReverseConfig.preset("reference")
+    assert (reference.engine, reference.precision, reference.race) == (
+        "one-by-one",
+        "float32",
+        False,
+    )
+    back = {"name": "robust", "engine": "together", "precision": "auto", "race": True}
+    assert replace(reference, **back) == ReverseConfig()
+
+
+def test_labels_are_compared_at_the_ends_of_rounds_and_at_the_end():
+    assert ReverseConfig(steps=100, round_steps=20, milestones=(0.3, 0.5)).stops() == (40, 60, 100)
+    assert ReverseConfig(steps=90, round_steps=20, milestones=()).stops() == (90,)
+    # two milestones in one round are one, and one behind the end is none
+    assert ReverseConfig(steps=30, round_steps=20, milestones=(0.1, 0.2, 0.9)).stops() == (20, 30)
+    assert ReverseConfig(steps=0).stops() == (0,)
+
+
+def test_a_restored_search_goes_on_as_the_first_would():
+    one, other = LambdaSearch(1.0), LambdaSearch(5.0)
+    for success in (False, False, True):
+        one.update(success=success)
+    other.restore(one.state())
+    assert [one.update(success=x) for x in (True, False)] == [
+        other.update(success=x) for x in (True, False)
+    ]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -93,6 +143,18 @@ def test_presets_carry_their_names_and_the_paper_its_constants():
         {"growth": 1},
         {"shrink": 1},
         {"precision": "half"},
+        {"engine": "fast"},
+        {"engine": "one-by-one"},  # with the race
+        {"stack": "grouped"},
+        {"round_images": -1},
+        {"fallbacks": 0},
+        {"patience": -1},
+        {"candidates": 0},
+        {"references": 0},
+        {"images_at_once": 0},
+        {"milestones": (0.5, 0.5)},
+        {"milestones": (0.0,)},
+        {"milestones": (1.0,)},
     ],
 )
 def test_settings_out_of_range_are_refused(changes):

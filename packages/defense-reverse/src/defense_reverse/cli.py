@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from defense_nc.scan_cli import add_inputs, open_inputs, report_table, verdict_code
 from defense_reverse.__about__ import __version__
+from defense_reverse.config import PRESETS
 from wm_inject.cli_common import Parser, add_common, run_cli
 
 if TYPE_CHECKING:
@@ -50,12 +51,17 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"defense-reverse {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     scan = commands.add_parser("scan", help="is there a backdoor?", epilog=_EPILOG)
-    add_inputs(scan, presets=("paper", "robust", "fast"), images=500)
+    add_inputs(scan, presets=tuple(PRESETS), images=500)
+    scan.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="keep the state here; a scan that was killed goes on from it",
+    )
     scan.add_argument("--json", type=Path, help="also write the report here")
     scan.add_argument("--triggers", type=Path, help="also write the generators to this folder")
     add_common(scan, version=__version__)
     clean = commands.add_parser("clean", help="clean the label that a scan names", epilog=_EPILOG)
-    add_inputs(clean, presets=("paper", "robust", "fast"), images=500)
+    add_inputs(clean, presets=tuple(PRESETS), images=500)
     clean.add_argument(
         "--clean-images", type=int, help="images to clean with (default: 5%% of the training set)"
     )
@@ -65,8 +71,8 @@ def _parser() -> Parser:
 
 
 def _report(args: argparse.Namespace, model: nn.Module, known: ImageSet) -> ScanReport:
+    from defense_reverse.config import ReverseConfig
     from defense_reverse.scan import scan
-    from defense_reverse.search import ReverseConfig
 
     report = scan(
         model,
@@ -76,6 +82,7 @@ def _report(args: argparse.Namespace, model: nn.Module, known: ImageSet) -> Scan
         alpha=args.alpha,
         max_ratio=args.max_ratio,
         seed=args.seed,
+        checkpoint=getattr(args, "checkpoint", None),
     )
     print(report_table(report))
     return report

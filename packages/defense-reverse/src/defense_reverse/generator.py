@@ -35,6 +35,10 @@ class UNetGenerator(nn.Module):
         convs: 3x3 convolutions per block.
         residual: Output ``images + tanh(change)``, clamped, with a change of zero at the start,
             in place of a sigmoid.
+        picture_size: Side of a picture that is learned beside the U-Net and added to its output,
+            zero at the start; None for none. A U-Net answers alike wherever it sees the same
+            surroundings, so that by itself it cannot draw a fixed picture, as many triggers are.
+            With one, images must have this side.
         seed: Seeds the first weights.
 
     Raises:
@@ -51,6 +55,7 @@ class UNetGenerator(nn.Module):
         depth: int = 2,
         convs: int = 1,
         residual: bool = False,
+        picture_size: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -59,12 +64,15 @@ class UNetGenerator(nn.Module):
         for name, value, most in (("width", width, 256), ("depth", depth, 5), ("convs", convs, 4)):
             if not 1 <= value <= most:
                 raise ValueError(f"expected {name} in 1 .. {most}, got {value}")
+        if picture_size is not None and not 1 <= picture_size <= 1024:
+            raise ValueError(f"expected picture_size in 1 .. 1024 or None, got {picture_size}")
         self.config: dict[str, Any] = {
             "channels": channels,
             "width": width,
             "depth": depth,
             "convs": convs,
             "residual": residual,
+            "picture_size": picture_size,
         }
         self.depth, self.residual = depth, residual
         widths = [width * 2**level for level in range(depth + 1)]
@@ -77,6 +85,9 @@ class UNetGenerator(nn.Module):
         )
         self.up = nn.ModuleList(_block(2 * level, level, convs) for level in widths[-2::-1])
         self.head = skip_init(nn.Conv2d, width + channels, channels, 1)
+        self.picture: nn.Parameter | None = None
+        if picture_size is not None:
+            self.picture = nn.Parameter(torch.zeros(channels, picture_size, picture_size))
         self._start(torch.Generator().manual_seed(seed))
 
     @torch.no_grad()
@@ -104,9 +115,16 @@ class UNetGenerator(nn.Module):
         """Generate one image from each: ``(N, C, H, W)`` in [0, 1], the same shape.
 
         Raises:
-            ValueError: Images that break the image contract or have other channels.
+            ValueError: Images that break the image contract, or have other channels than the
+                generator, or another side than its picture.
         """
-        check_images(images, channels=self.config["channels"])
+        side = self.config["picture_size"]
+        size = None if side is None else (side, side)
+        check_images(images, channels=self.config["channels"], size=size)
+        return self.transform(images)
+
+    def transform(self, images: Tensor) -> Tensor:
+        """As `forward`, for loops that have checked their images and for `torch.vmap`."""
         height, width = images.shape[2:]
         x = padded = pad_to_multiple(images, 2**self.depth)
         skips: list[Tensor] = []
@@ -116,6 +134,8 @@ class UNetGenerator(nn.Module):
         for raise_, block, skip in zip(self.raise_, self.up, skips[-2::-1], strict=True):
             x = block(torch.cat([skip, raise_(x)], dim=1))
         x = self.head(torch.cat([x, padded], dim=1))[..., :height, :width]  # (N, C, H, W)
+        if self.picture is not None:
+            x = x + self.picture
         if self.residual:
             return (images + torch.tanh(x.float())).clamp(0, 1)
         return torch.sigmoid(x.float())

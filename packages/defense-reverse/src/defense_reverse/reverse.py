@@ -6,31 +6,27 @@ Source: Zheng, Hua and Zhang, sections 3.3 and 3.4, equations 2 to 5.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from defense_nc.inversion import frozen, predict_in_batches
+from defense_reverse.config import ReverseConfig
 from defense_reverse.generator import UNetGenerator
-from defense_reverse.search import LambdaSearch, ReverseConfig
+from defense_reverse.rounds import (
+    Batches,
+    Found,
+    LabelRecord,
+    autocast,
+    measure,
+    reconstruction,
+    round_subset,
+)
+from defense_reverse.stacked import filled, pack
 from defense_reverse.trigger import ReversedTrigger
-from wm_inject import Lpips
 from wm_inject.cli_common import progress as show_progress
-from wm_inject.images import check_images, check_labels, quantize
-from wm_victim.recipe import resolve_precision
-
-Loss = Callable[[Tensor, Tensor], Tensor]  # generated, images (N, C, H, W) -> scalar
-
-
-class _Found(NamedTuple):
-    """A generator, and what it does to the defender's images."""
-
-    success_rate: float
-    residual: float
-    state: dict[str, Tensor]
+from wm_inject.images import check_images, check_labels
 
 
 @torch.enable_grad()
@@ -53,23 +49,28 @@ def pretrain(
     """
     config = ReverseConfig() if config is None else config
     check_images(images)
+    height, side = images.shape[2:]
     generator = UNetGenerator(
         channels=images.shape[1],
         width=config.width,
         depth=config.depth,
         convs=config.convs,
         residual=config.residual,
+        picture_size=side if config.picture and height == side else None,
         seed=seed,
     )
     generator = generator.to(images.device).to(memory_format=torch.channels_last)
-    reconstruction = _reconstruction(config, images.device)
+    loss = reconstruction(config, images.device)
     optimizer = torch.optim.Adam(generator.parameters(), lr=config.lr)
-    batches = _batches(images, config.batch_size, torch.Generator().manual_seed(seed))
+    batches = Batches(torch.arange(len(images)), config.batch_size, seed)
+    images = images.contiguous(memory_format=torch.channels_last)
     # A residual generator starts as a perfect copy, where the gradient of equation 3 is zero.
     steps = 0 if config.residual else config.pretrain_steps
     for _ in show_progress(range(steps), desc="pre-train", enabled=progress):
-        batch = next(batches)
-        _step(optimizer, reconstruction(_generate(generator, batch, config), batch))
+        batch = images[batches.draw().to(images.device)]
+        with autocast(config, images.device):
+            generated = generator(batch)
+        _step(optimizer, loss(generated, batch).mean())
     return generator.to(memory_format=torch.contiguous_format).eval()
 
 
@@ -121,119 +122,107 @@ def reverse_engineer(
             raise ValueError(
                 f"expected a start of {images.shape[1]} channels, got {start.config['channels']}"
             )
-        found = _search(
-            model, others, target, config=config, start=start, seed=seed, progress=progress
+        images = images.contiguous(memory_format=torch.channels_last)
+        record, _ = search_label(
+            model, images, others, target, config=config, start=start, seed=seed, progress=progress
         )
-    # Contiguous weights, as in a file: the same bits before saving and after loading.
-    generator = copy.deepcopy(start).to(memory_format=torch.contiguous_format)
-    generator.load_state_dict(found.state)
+        where = others.to(images.device)
+        return settled(record, model, images[where], target, start=start, score=config.score)
+
+
+def settled(
+    record: LabelRecord,
+    model: nn.Module,
+    images: Tensor,
+    target: int,
+    *,
+    start: UNetGenerator,
+    score: str,
+) -> ReversedTrigger:
+    """The trigger of the best generator found, measured in float32 on all images."""
+    found = record.settle(
+        lambda weights: measure(filled(start, weights), model, images, target, score=score)
+    )
     return ReversedTrigger(
-        generator, target=target, success_rate=found.success_rate, residual_norm=found.residual
+        filled(start, found.weights),
+        target=target,
+        success_rate=found.success_rate,
+        residual_norm=found.residual,
     )
 
 
 def _other_classes(model: nn.Module, images: Tensor, labels: Tensor | None, target: int) -> Tensor:
-    """The images that are not of class ``target``, after the refusals."""
+    """Where the images are that are not of class ``target``, after the refusals."""
     answers = predict_in_batches(model, images[:1] if labels is not None else images)
     if not 0 <= target < answers.shape[1]:
         raise ValueError(f"expected a target in 0 .. {answers.shape[1] - 1}, got {target}")
     if labels is None:
         labels = answers.argmax(1)
     check_labels(labels, len(images), num_classes=answers.shape[1])
-    others = images[labels.to(images.device) != target]
+    others = (labels.cpu() != target).nonzero().flatten()
     if len(others) == 0:
         raise ValueError(f"expected images of other classes than {target}, found none")
     return others
 
 
 @torch.enable_grad()
-def _search(
+def search_label(
     model: nn.Module,
     images: Tensor,
+    others: Tensor,
     target: int,
     *,
     config: ReverseConfig,
     start: UNetGenerator,
-    seed: int,
-    progress: bool,
-) -> _Found:
-    """Train from ``start`` in rounds, each with the lambda_1 that the rounds before ask for."""
+    seed: int = 0,
+    progress: bool = False,
+) -> tuple[LabelRecord, int]:
+    """Train from ``start`` in rounds, each with the lambda_1 that the rounds before ask for.
+
+    Args:
+        model: Images in [0, 1] to logits, in eval mode and frozen.
+        images: float32 ``(N, C, H, W)``, channels last.
+        others: int64 ``(M,)``, where the images of other classes are.
+        target: The label to reach.
+        config: Settings.
+        start: The generator to start from; not changed.
+        seed: Seeds the order of the images.
+        progress: Show how far it is.
+
+    Returns:
+        What was found, and how many steps it took.
+    """
+    step = 0
     generator = copy.deepcopy(start).to(memory_format=torch.channels_last)
-    reconstruction = _reconstruction(config, images.device)
+    loss = reconstruction(config, images.device)
     optimizer = torch.optim.Adam(generator.parameters(), lr=config.lr)
-    batches = _batches(images, config.batch_size, torch.Generator().manual_seed(seed))
-    weight = LambdaSearch(config.lambdas[0], growth=config.growth, shrink=config.shrink)
-    best = _measure(generator, model, images, target)
+    batches = Batches(others, config.batch_size, seed)
+    judged = images[round_subset(others, config.round_images, seed).to(images.device)]
+
+    def look() -> Found:
+        with autocast(config, images.device):
+            rates = measure(generator.transform, model, judged, target, score=config.score)
+        return Found(*rates, pack(generator))
+
+    record = LabelRecord(config, look())
     bar = show_progress(range(1, config.steps + 1), desc=f"label {target}", enabled=progress)
     for step in bar:
-        batch = next(batches)
-        generated = _generate(generator, batch, config)
-        goal = torch.full((len(batch),), target, device=batch.device)
-        with _autocast(config, batch.device):
+        batch = images[batches.draw().to(images.device)]
+        with autocast(config, images.device):
+            generated = generator.transform(batch)
             logits = model(generated)
+        goal = torch.full((len(batch),), target, device=batch.device)
         attack = F.cross_entropy(logits.float(), goal)
-        _step(optimizer, weight.value * attack + reconstruction(generated, batch))
+        _step(optimizer, record.search.value * attack + loss(generated, batch).mean())
         if step % config.round_steps == 0 or step == config.steps:
-            now = _measure(generator, model, images, target)
-            best = _better(best, now, config.success_floor)
-            weight.update(success=now.success_rate >= config.success_floor)
-            bar.set_postfix(success=best.success_rate, residual=best.residual, weight=weight.value)
-    return best
-
-
-def _better(old: _Found, new: _Found, floor: float) -> _Found:
-    """The smaller residual among those above the floor; below it, the higher success rate."""
-    if new.success_rate >= floor and old.success_rate >= floor:
-        return new if new.residual < old.residual else old
-    return new if new.success_rate > old.success_rate else old
-
-
-def _measure(generator: UNetGenerator, model: nn.Module, images: Tensor, target: int) -> _Found:
-    """Success rate and residual on 8-bit images, in float32."""
-    hits, change = 0, 0.0
-    with torch.no_grad():
-        for part in images.split(256):
-            generated = quantize(generator(part))
-            hits += int((model(generated).argmax(1) == target).sum())
-            change += float((generated - part).abs().mean(dim=(1, 2, 3)).double().sum())
-    state = {name: value.clone() for name, value in generator.state_dict().items()}
-    return _Found(hits / len(images), change / len(images), state)
-
-
-def _reconstruction(config: ReverseConfig, device: torch.device) -> Loss:
-    """Equation 3: lambda_2 MSE + lambda_3 LPIPS."""
-    _, mse, perceptual = config.lambdas
-    if perceptual == 0:
-        return lambda generated, images: mse * F.mse_loss(generated, images)
-    lpips = Lpips().to(device)
-    return lambda generated, images: (
-        mse * F.mse_loss(generated, images) + perceptual * lpips(generated, images).mean()
-    )
-
-
-def _generate(generator: UNetGenerator, images: Tensor, config: ReverseConfig) -> Tensor:
-    with _autocast(config, images.device):
-        return generator(images)
-
-
-def _autocast(config: ReverseConfig, device: torch.device) -> torch.autocast:
-    low = resolve_precision(config.precision, device) == torch.bfloat16
-    return torch.autocast(device.type, torch.bfloat16, enabled=low)
+            record.take(look())
+            bar.set_postfix(residual=record.score, weight=record.search.value)
+            if record.finished:
+                break
+    return record, step
 
 
 def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-
-
-def _batches(images: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Batches without end, every image once before any image again."""
-    images = images.contiguous(memory_format=torch.channels_last)
-    size = min(size, len(images))
-    rest = torch.empty(0, dtype=torch.int64)
-    while True:
-        while len(rest) < size:
-            rest = torch.cat([rest, torch.randperm(len(images), generator=generator)])
-        yield images[rest[:size].to(images.device)]
-        rest = rest[size:]

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
-from dataclasses import asdict
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from defense_nc import ScanReport, frozen, judge
+from defense_nc import ScanReport, frozen
 from defense_nc.inversion import predict_in_batches
-from defense_reverse.reverse import pretrain, reverse_engineer
-from defense_reverse.search import ReverseConfig
-from defense_reverse.trigger import ReversedTrigger
-from wm_inject.cli_common import progress as show_progress
+from defense_nc.report import judge_scan
+from defense_reverse.config import ReverseConfig
+from defense_reverse.in_turn import reverse_in_turn
+from defense_reverse.reverse import pretrain
+from defense_reverse.standing import Task, settings
+from defense_reverse.together import reverse_together
 from wm_inject.images import check_images, check_labels
+
+_ENGINES = {"together": reverse_together, "one-by-one": reverse_in_turn}
 
 
 def scan(
@@ -29,6 +34,7 @@ def scan(
     seed: int = 0,
     progress: bool = True,
     device: torch.device | str | None = None,
+    checkpoint: str | Path | None = None,
 ) -> ScanReport:
     """Reverse a generator for every label, and decide whether one label is unusually easy to reach.
 
@@ -43,17 +49,22 @@ def scan(
         seed: Seeds the shared start, and every label's order of images alike.
         progress: Show how far it is.
         device: Where to compute; where the model is, if None.
+        checkpoint: A file for the state on the way: a scan that was killed goes on from it and ends
+            with the same bytes. It is removed at the end.
 
     Returns:
         A report whose scores are the residuals of equation 5, as means per pixel in [0, 1], each at
-        the same success floor; ``triggers`` holds a `ReversedTrigger` per label, on the CPU.
+        the same success floor and at equal effort (`Race.compare`); ``triggers`` holds a
+        `ReversedTrigger` per label, on the CPU, with the residual as measured. ``config`` has the
+        steps that each label took, and when it left the race.
 
     Raises:
-        ValueError: Bad images, labels or settings, or images of one class only.
+        ValueError: Bad images, labels or settings, images of one class only, or a checkpoint that
+            is damaged or belongs to another scan.
         LpipsUnavailable: lambda_3 > 0, and no LPIPS weights.
 
     Source: Zheng, Hua and Zhang, sections 3.3 and 3.4. The verdict rests on defense_nc's
-        `outlier_test`; equation 6 is in the report beside it.
+        `judge_scan`; equation 6 is in the report beside it.
     """
     config = ReverseConfig() if config is None else config
     check_images(images)
@@ -61,10 +72,9 @@ def scan(
         raise ValueError(
             f"expected alpha in (0, 1) and max_ratio in (0, 1], got {alpha}, {max_ratio}"
         )
-    triggers: dict[int, ReversedTrigger] = {}
     with frozen(model):
         # A copy where it must move: the caller's model stays where it is.
-        held = model if device is None else copy.deepcopy(model).to(device)
+        held = model if device is None else copy.deepcopy(model).to(device).eval()
         images = images.to(_place(held))
         answers = predict_in_batches(held, images)
         labels = answers.argmax(1) if labels is None else labels.to(images.device)
@@ -72,22 +82,28 @@ def scan(
         if len(labels.unique()) < 2:
             raise ValueError("expected images of at least two classes, got one")
         start = pretrain(images, config=config, seed=seed, progress=progress)
-        for label in show_progress(range(answers.shape[1]), desc="labels", enabled=progress):
-            trigger = reverse_engineer(
-                held, images, label, config=config, start=start, labels=labels, seed=seed
-            )
-            triggers[label] = trigger.cpu()
-    return judge(
+        task = Task(held, images, labels, answers.shape[1], config, start, seed)
+        found = _ENGINES[config.engine](
+            task, progress=progress, checkpoint=None if checkpoint is None else Path(checkpoint)
+        )
+    report = judge_scan(
         "reverse-generator",
-        torch.tensor([trigger.residual_norm for trigger in triggers.values()]).double(),
-        torch.tensor([trigger.success_rate for trigger in triggers.values()]).double(),
-        floor=config.success_floor,
+        torch.tensor([found.scores[label] for label in found.triggers]).double(),
+        torch.tensor([trigger.success_rate for trigger in found.triggers.values()]).double(),
+        model=model,
+        images=images,
+        settings=settings(config),
+        floor=config.compared_from,
         alpha=alpha,
         max_ratio=max_ratio,
-        triggers=triggers,
-        config={**asdict(config), "lambdas": list(config.lambdas), "images": len(images)},
+        triggers=found.triggers,
         seed=seed,
     )
+    taken = {
+        "label_steps": [found.steps[label] for label in found.triggers],
+        "left_at": {str(label): step for label, step in found.left_at.items()},
+    }
+    return replace(report, config={**report.config, **taken})
 
 
 def detection_case(flagged: Collection[int], target: int) -> int:
