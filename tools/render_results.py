@@ -15,7 +15,7 @@ from wm_eval.attacks.gather import read_study
 from wm_eval.attacks.learning import learning
 from wm_eval.attacks.render import markdown
 from wm_eval.attacks.tables import table1, table2
-from wm_eval.detection import summarise_detection
+from wm_eval.paper2.summary import summarise_detection
 from wm_eval.records import Record, read_records, write_text
 from wm_eval.summary import headline, story
 from wm_eval.tables import DEFENCES, Table, percent, to_markdown, with_interval

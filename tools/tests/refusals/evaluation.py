@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tools.tests.refusals import evaluation_studies
 from tools.tests.refusals.common import IMAGES, LABELS, SIZE, Call, Table, images, write
 from tools.tests.refusals.extract import watermark
 from tools.tests.refusals.victim import DATA, MODEL, sets
@@ -92,6 +93,7 @@ def study(text: str) -> Call:
 TABLE = Table(
     module="wm_eval",
     cases={
+        **evaluation_studies.CASES,
         "evaluate": measured(ev.evaluate),
         "outcomes": measured(ev.outcomes),
         "summarize": {
@@ -164,45 +166,6 @@ TABLE = Table(
             "strength": lambda _: ev.StudyConfig(strength=0.0),
             "plan": lambda _: ev.StudyConfig(plan=PoisonPlan(mode="per_batch")),
         },
-        "AttackStudyConfig": {
-            "attack": lambda _: ev.AttackStudyConfig(attacks=("nothing",)),
-            "no attack": lambda _: ev.AttackStudyConfig(attacks=()),
-            "profile": lambda _: ev.AttackStudyConfig(profile="huge"),  # type: ignore[arg-type]
-            "recipe": lambda _: ev.AttackStudyConfig(recipes=("secret",)),  # type: ignore[arg-type]
-            "seeds": lambda _: ev.AttackStudyConfig(seeds=(0, 0)),
-            "ratio": lambda _: ev.AttackStudyConfig(ratio=2.0),
-        },
-        "attack_profile": {
-            "profile": lambda _: ev.attack_profile("huge"),  # type: ignore[arg-type]
-            "changes": lambda _: ev.attack_profile("tiny", "digits", colour=1),
-        },
-        "run_attack_study": {
-            "minutes": lambda tmp: ev.run_attack_study(
-                ev.attack_profile("tiny", "digits"), tmp, minutes=0
-            ),
-            "part": lambda tmp: ev.run_attack_study(
-                ev.attack_profile("tiny", "digits"), tmp, parts=("nothing",)
-            ),
-            "data": lambda tmp: ev.run_attack_study(
-                ev.attack_profile("tiny", str(tmp / "none")), tmp
-            ),
-            "target": lambda tmp: ev.run_attack_study(
-                ev.attack_profile("tiny", "digits", target=10), tmp
-            ),
-        },
-        "write_tables": {"no records": lambda tmp: ev.write_tables(tmp)},
-        "draw_figure": {
-            "no records": lambda tmp: ev.draw_figure(tmp),
-            "images": lambda tmp: ev.draw_figure(tmp, images=0),
-        },
-        "DetectionConfig": {
-            "pairs": lambda _: ev.DetectionConfig(pairs=(("nc", "nothing"),)),
-            "seeds": lambda _: ev.DetectionConfig(seeds=()),
-        },
-        "run_detection": {
-            "data": lambda tmp: ev.run_detection(ev.DetectionConfig(data=str(tmp)), tmp / "out"),
-        },
-        "summarise_detection": {"no scan": lambda _: ev.summarise_detection({})},
         "study_preset": {"preset": lambda _: ev.study_preset("secret")},
         "load_study": {
             "no file": lambda tmp: ev.load_study(tmp / "missing.toml"),

@@ -5,15 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tools.tests.refusals.common import IMAGES, LABELS, SIZE, Call, Table, images, labels, vectors
+from tools.tests.refusals import nc_calibration, nc_mitigation
+from tools.tests.refusals.common import (
+    IMAGES,
+    LABELS,
+    SIZE,
+    Call,
+    Table,
+    images,
+    labels,
+    vectors,
+    write,
+)
+from tools.tests.refusals.victim import FLAT, MODEL
 from torch import Tensor, nn
 
 import defense_nc as nc
-import wm_victim as wv
 
 SCORES = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
-MODEL = wv.build_classifier("resnet10", num_classes=3, channels=1, image_size=SIZE, width=8).eval()
-FLAT = nn.Flatten(0)  # gives no logits
 CONFIG = nc.NCConfig(steps=1, batches=1, batch_size=2)
 MASK, PATTERN = torch.zeros(1, SIZE, SIZE), torch.zeros(1, SIZE, SIZE)
 TRIGGER = nc.InvertedTrigger(MASK, PATTERN)
@@ -21,6 +30,10 @@ TRIGGER = nc.InvertedTrigger(MASK, PATTERN)
 
 def invert(bad: Tensor = IMAGES, target: int = 0, **more: Any) -> object:
     return nc.invert_trigger(MODEL, bad, target, config=CONFIG, **more)
+
+
+def invert_all(bad: Tensor = IMAGES, targets: Any = None, **more: Any) -> object:
+    return nc.invert_triggers(MODEL, bad, targets, config=CONFIG, **more)
 
 
 def scan(bad: Tensor = IMAGES, model: nn.Module = MODEL, **more: Any) -> object:
@@ -47,6 +60,8 @@ def cleaning(**changes: Any) -> Call:
 TABLE = Table(
     module="defense_nc",
     cases={
+        **nc_calibration.CASES,
+        **nc_mitigation.CASES,
         "mad_index": {
             **vectors(nc.mad_index, SCORES),
             "too few": lambda _: nc.mad_index(SCORES[:2]),
@@ -85,6 +100,17 @@ TABLE = Table(
             "only the target": lambda _: invert(labels=torch.zeros(4, dtype=torch.int64)),
             "no logits": lambda _: nc.invert_trigger(FLAT, IMAGES, 0, config=CONFIG),
             "no model": lambda _: nc.invert_trigger(print, IMAGES, 0),  # type: ignore[arg-type]
+        },
+        "invert_triggers": {
+            **images(invert_all),
+            **labels(lambda bad: invert_all(labels=bad)),
+            "no target": lambda _: invert_all(targets=[]),
+            "target": lambda _: invert_all(targets=[3]),
+            "target twice": lambda _: invert_all(targets=[0, 0]),
+            "only the target": lambda _: invert_all(labels=torch.zeros(4, dtype=torch.int64)),
+            "no logits": lambda _: nc.invert_triggers(FLAT, IMAGES, config=CONFIG),
+            "no model": lambda _: nc.invert_triggers(print, IMAGES),  # type: ignore[arg-type]
+            "checkpoint": lambda tmp: invert_all(checkpoint=write(tmp / "run")),
         },
         "scan": {
             **images(scan),
@@ -130,6 +156,7 @@ TABLE = Table(
         },
     },
     nothing={
+        **nc_calibration.NOTHING,
         "AnomalyIndex": "a result: mad_index fills it in",
         "LabelScore": "a result: judge fills it in from scores that it has checked",
         "ScanReport": "a result: judge fills it in from scores that it has checked",

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from tools.tests.refusals.common import IMAGES, LABELS, Call, Table, images, labels
 from tools.tests.refusals.inject import checkpoint_files
-from tools.tests.refusals.nc import FLAT, MODEL
+from tools.tests.refusals.reverse_field import CASES as FIELD
+from tools.tests.refusals.victim import FLAT, MODEL
 from torch import Tensor, nn
 
 import defense_reverse as dr
@@ -52,6 +53,7 @@ def generator(**changes: Any) -> Call:
 TABLE = Table(
     module="defense_reverse",
     cases={
+        **FIELD,
         "UNetGenerator": {
             **images(GENERATOR),
             "channels": generator(channels=2),

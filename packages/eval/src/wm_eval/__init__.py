@@ -14,15 +14,19 @@ if TYPE_CHECKING:
     from wm_eval.attacks.profiles import attack_profile as attack_profile
     from wm_eval.attacks.run import run_attack_study as run_attack_study
     from wm_eval.attacks.tables import write_tables as write_tables
+    from wm_eval.cleaning.config import CleaningConfig as CleaningConfig
+    from wm_eval.cleaning.measures import der as der
+    from wm_eval.cleaning.profiles import cleaning_profile as cleaning_profile
+    from wm_eval.cleaning.run import run_cleaning as run_cleaning
+    from wm_eval.cleaning.tables import write_cleaning_tables as write_cleaning_tables
     from wm_eval.config import DataConfig as DataConfig
     from wm_eval.config import DefenceConfig as DefenceConfig
     from wm_eval.config import MeasureConfig as MeasureConfig
     from wm_eval.config import StudyConfig as StudyConfig
     from wm_eval.config import VictimConfig as VictimConfig
     from wm_eval.config import load_study as load_study
-    from wm_eval.detection import DetectionConfig as DetectionConfig
-    from wm_eval.detection import run_detection as run_detection
-    from wm_eval.detection import summarise_detection as summarise_detection
+    from wm_eval.detectors import DETECTORS as DETECTORS
+    from wm_eval.detectors import Detector as Detector
     from wm_eval.experiment import StudyResult as StudyResult
     from wm_eval.experiment import run_study as run_study
     from wm_eval.intervals import Difference as Difference
@@ -32,6 +36,18 @@ if TYPE_CHECKING:
     from wm_eval.intervals import exact_upper as exact_upper
     from wm_eval.intervals import paired_difference as paired_difference
     from wm_eval.intervals import wilson as wilson
+    from wm_eval.paper2.config import DetectConfig as DetectConfig
+    from wm_eval.paper2.config import detect_preset as detect_preset
+    from wm_eval.paper2.index_figure import write_index_figure as write_index_figure
+    from wm_eval.paper2.index_scans import scan_victims as scan_victims
+    from wm_eval.paper2.run import run_detect as run_detect
+    from wm_eval.paper2.summary import summarise_detection as summarise_detection
+    from wm_eval.population.config import PopulationConfig as PopulationConfig
+    from wm_eval.population.config import World as World
+    from wm_eval.population.config import population_profile as population_profile
+    from wm_eval.population.run import run_population as run_population
+    from wm_eval.population.summary import summarise as summarise
+    from wm_eval.population.tables import write_population as write_population
     from wm_eval.presets import study_preset as study_preset
     from wm_eval.records import Record as Record
     from wm_eval.records import read_record as read_record
@@ -55,11 +71,25 @@ _MODULES = {
     "attacks.profiles": "attack_profile",
     "attacks.run": "run_attack_study",
     "attacks.tables": "write_tables",
+    "cleaning.config": "CleaningConfig",
+    "cleaning.measures": "der",
+    "cleaning.profiles": "cleaning_profile",
+    "cleaning.run": "run_cleaning",
+    "cleaning.tables": "write_cleaning_tables",
     "config": "DataConfig DefenceConfig MeasureConfig StudyConfig VictimConfig load_study",
-    "detection": "DetectionConfig run_detection summarise_detection",
+    "detectors": "DETECTORS Detector",
     "experiment": "StudyResult run_study",
     "intervals": "Difference Interval exact_interval exact_lower exact_upper paired_difference"
     " wilson",
+    "paper2.config": "DetectConfig detect_preset",
+    "paper2.index_figure": "write_index_figure",
+    "paper2.index_scans": "scan_victims",
+    "paper2.run": "run_detect",
+    "paper2.summary": "summarise_detection",
+    "population.config": "PopulationConfig World population_profile",
+    "population.run": "run_population",
+    "population.summary": "summarise",
+    "population.tables": "write_population",
     "presets": "study_preset",
     "records": "Record read_record read_records write_record",
     "report": "render_report",

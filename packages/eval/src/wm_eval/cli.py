@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wm_eval.__about__ import __version__
+from wm_eval.cleaning.cli import MITIGATE_EPILOG, MITIGATE_HELP, add_mitigate, mitigate_command
+from wm_eval.paper2.cli import (
+    DETECT_EPILOG,
+    DETECT_HELP,
+    FIGURE3_EPILOG,
+    FIGURE3_HELP,
+    add_detect,
+    add_figure3,
+    detect_command,
+    figure3_command,
+)
+from wm_eval.population.cli import (
+    POPULATION_EPILOG,
+    POPULATION_HELP,
+    add_population,
+    population_command,
+)
 from wm_inject.cli_common import Parser, add_common, resolve_device, run_cli
 
 if TYPE_CHECKING:
@@ -21,7 +38,9 @@ _EPILOG = """\
 examples:
   wm-eval demo                                plant, find and remove a backdoor in minutes
   wm-eval run study.toml --out runs/cifar10   a study of your own, or the rest of it
-  wm-eval detect --out runs/detection         do the defences find BadNets and WaNet?
+  wm-eval detect --out runs/detection         the reverse-generator paper's experiment on MNIST
+  wm-eval population --profile tiny           error rates of both defences, on many small models
+  wm-eval mitigate --data cifar10             what cleaning leaves of a backdoor
   wm-eval report runs/cifar10                 draw the page of a study anew
   wm-eval table1 --profile tiny --data digits every attack under every corruption, in minutes
 """
@@ -37,6 +56,13 @@ _TABLES = {
     "table1": ("cells", "cell", "attacks x corruptions: accuracy, attack success, false triggers"),
     "table2": ("stealth", "stealth", "attacks x PSNR, SSIM, LPIPS"),
     "figure1": ("figure", "figure", "the attacks' pictures side by side"),
+}
+# What the commands about defences are: help, epilog, arguments, work.
+_DEFENCES = {
+    "detect": (DETECT_HELP, DETECT_EPILOG, add_detect, detect_command),
+    "population": (POPULATION_HELP, POPULATION_EPILOG, add_population, population_command),
+    "mitigate": (MITIGATE_HELP, MITIGATE_EPILOG, add_mitigate, mitigate_command),
+    "figure3": (FIGURE3_HELP, FIGURE3_EPILOG, add_figure3, figure3_command),
 }
 _RUN_EPILOG = """\
 example study.toml:
@@ -71,15 +97,6 @@ def _main(argv: Sequence[str] | None) -> int:
     )
     run.add_argument("config", type=Path, metavar="STUDY.toml")
     run.add_argument("--out", type=Path, required=True, help="the study's folder")
-    detect = commands.add_parser(
-        "detect", help="scan clean, BadNets and WaNet victims of several seeds"
-    )
-    detect.add_argument("--data", default="mnist", help="a name, folder or .npz (default: mnist)")
-    detect.add_argument("--model", default="wanet-mnist", help="default: wanet-mnist")
-    detect.add_argument("--width", type=int, help="its width (default: its own)")
-    detect.add_argument("--limit", type=int, help="training images (default: all)")
-    detect.add_argument("--seeds", type=int, default=5, help="how many, from --seed (default: 5)")
-    detect.add_argument("--out", type=Path, required=True, help="the experiment's folder")
     report = commands.add_parser("report", help="draw report.html and tables.md anew")
     report.add_argument("folder", type=Path, metavar="FOLDER")
     report.add_argument(
@@ -89,12 +106,16 @@ def _main(argv: Sequence[str] | None) -> int:
     )
     for name, (_, _, told) in _TABLES.items():
         _add_table(commands.add_parser(name, help=told, epilog=_TABLE_EPILOG))
+    for name, (told, epilog, add, _) in _DEFENCES.items():
+        add(commands.add_parser(name, help=told, epilog=epilog))
     for command in commands.choices.values():
         add_common(command, version=__version__)
         if command in (run, report):
             command.set_defaults(seed=None)
     given = parser.parse_args(argv)
-    work = {"report": _report, "detect": _detect, **dict.fromkeys(_TABLES, _table)}
+    work: dict[str, Callable[[argparse.Namespace], int]]
+    work = {"report": _report, **dict.fromkeys(_TABLES, _table)}
+    work |= {name: run for name, (_, _, _, run) in _DEFENCES.items()}
     return work.get(given.command, _study)(given)
 
 
@@ -168,28 +189,6 @@ def _drawn(command: str, out: Path) -> list[Path]:
     from wm_eval.attacks.tables import write_tables
 
     return [path for path in write_tables(out) if path.name.startswith(command)]
-
-
-def _detect(given: argparse.Namespace) -> int:
-    from wm_eval.detection import DetectionConfig, run_detection, summarise_detection
-    from wm_eval.records import read_records
-
-    config = DetectionConfig(
-        data=given.data,
-        model=given.model,
-        width=given.width,
-        limit=given.limit,
-        seeds=tuple(range(given.seed, given.seed + given.seeds)),
-    )
-    records = run_detection(config, given.out, device=str(resolve_device(given.device)))
-    for row in summarise_detection(read_records(records)):
-        print(
-            f"{row['defence']:8} on {row['attack']:8} target named in {row['named_target']} of "
-            f"{row['n']}, another label in {row['named_other']} (paper's rule: "
-            f"{row['paper_named_target']}, {row['paper_named_other']})"
-        )
-    print(f"records     {records}")
-    return 0
 
 
 def _study(given: argparse.Namespace) -> int:

@@ -150,7 +150,7 @@ def _all_tasks(study: AttackStudy, parts: Sequence[str]) -> Iterator[Task]:
             if place == 0:
                 yield from _appearance(study, name, parts)
             if "cells" in parts:
-                yield from _planted(study, recipe, name)
+                yield from planted(study, recipe, name)
                 yield _cell(study, recipe, name)
 
 
@@ -165,7 +165,7 @@ def _appearance(study: AttackStudy, name: str, parts: Sequence[str]) -> Iterator
         yield from _trigger(study, name)
         inputs: tuple[str, ...] = (f"trigger-{name}-{seed}",)
     else:
-        yield from _planted(study, recipe, name)
+        yield from planted(study, recipe, name)
         inputs = (f"victim-{recipe}-{name}-{seed}",)
     counts: dict[str, dict[str, Any]] = {
         "stealth": {"images": config.stealth_images, "target": config.target},
@@ -190,7 +190,11 @@ def _trigger(study: AttackStudy, name: str) -> Iterator[Task]:
     yield Task(f"trigger-{name}-{study.seed}", name, None, settings, inputs, work)
 
 
-def _planted(study: AttackStudy, recipe: Recipe, name: str) -> Iterator[Task]:
+def planted(study: AttackStudy, recipe: Recipe, name: str) -> Iterator[Task]:
+    """The stages that end in a victim: its trigger, what that needs, and its training."""
+    if name == CLEAN:
+        yield _victim(study, recipe, CLEAN)
+        return
     yield from _trigger(study, name)
     yield _victim(study, recipe, name)
 

@@ -1,0 +1,66 @@
+"""Every mitigation by the name it has in the tables. None is imported before it is used."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from defense_nc.mitigator import Mitigator
+
+_UNLEARNING = "defense_reverse.baselines.unlearning:Unlearning"
+# Where each lives, and what it is told beside the steps: Neural Cleanse puts its trigger on a fifth
+# of the images, the reverse-generator paper adds a triggered copy of each.
+_HOMES: dict[str, tuple[str, dict[str, Any]]] = {
+    "fine-tuning": ("defense_reverse.baselines.fine_tuning:FineTuning", {}),
+    "unlearning-nc": (_UNLEARNING, {"trigger_share": 0.2, "append": False}),
+    "unlearning-reverse": (_UNLEARNING, {"trigger_share": 1.0, "append": True}),
+    "neuron-pruning": ("defense_nc.neuron_pruning:NeuronPruning", {}),
+    "nad": ("defense_reverse.baselines.nad:NAD", {}),
+    "fine-pruning": ("defense_reverse.baselines.fine_pruning:FinePruning", {}),
+    "anp": ("defense_reverse.baselines.anp:ANP", {}),
+    "i-bau": ("defense_reverse.baselines.i_bau:IBAU", {}),
+    "ft-sam": ("defense_reverse.baselines.ft_sam:FTSAM", {}),
+}
+_STEPLESS = ("neuron-pruning",)  # prunes until the reversed trigger fails: nothing is trained
+
+
+def build_method(name: str, *, steps: int, preset: str = "small", **changes: Any) -> Mitigator:
+    """A mitigation by its name, to run for so many optimiser steps.
+
+    Args:
+        name: One of `wm_eval.cleaning.config.TITLES`.
+        steps: Optimiser steps. Neuron pruning takes none.
+        preset: Of the method's own settings, "small" or "paper", or another that it has.
+        changes: Settings that differ from the preset's.
+
+    Raises:
+        ValueError: No such method or preset, or a setting that it refuses.
+    """
+    if name == "control":
+        twin = build_method("unlearning-reverse", steps=steps, preset=preset, **changes)
+        return _without_triggers(twin)
+    if name not in _HOMES:
+        known = ", ".join(("control", *_HOMES))
+        raise ValueError(f"expected a method out of {known}, got {name!r}")
+    where, told = _HOMES[name]
+    module, _, kind = where.partition(":")
+    made = getattr(import_module(module), kind)
+    settings = told | ({} if name in _STEPLESS else {"steps": steps}) | changes
+    try:
+        built: Mitigator = made.preset(preset, **settings)
+    except TypeError as error:
+        raise ValueError(f"expected settings of {name}: {error}") from error
+    return built
+
+
+def _without_triggers(unlearning: Mitigator) -> Mitigator:
+    """Fine-tuning by the settings of unlearning: the control of what the triggers add."""
+    from defense_reverse.baselines.fine_tuning import FineTuning
+
+    shared = {field.name: getattr(unlearning, field.name) for field in fields(FineTuning)}
+    return FineTuning(**shared)
+
+
+__all__ = ["build_method"]

@@ -1,0 +1,1 @@
+"""The reverse-generator paper's experiment: detection, mitigation, its tables and its figures."""

@@ -1,0 +1,1 @@
+"""Populations of small classifiers, and what detectors say about them."""

@@ -1,0 +1,84 @@
+"""The ``wm-eval population`` command."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+POPULATION_HELP = "error rates of detectors on many small classifiers, clean and backdoored"
+POPULATION_EPILOG = """\
+examples:
+  wm-eval population --profile tiny --out runs/population      minutes, on bundled digits
+  wm-eval population --worlds mnist-plain --minutes 60         one world; several may run at once
+  wm-eval population --only-tables --calibrate calibration.json
+
+It can be stopped at any time, and the same command goes on.
+"""
+
+
+def add_population(command: argparse.ArgumentParser) -> None:
+    """Give a parser what ``wm-eval population`` takes."""
+    command.add_argument("--profile", choices=("tiny", "small"), default="small")
+    command.add_argument("--out", type=Path, help="default: runs/population-PROFILE")
+    command.add_argument("--worlds", type=_names, help="which, as a,b (default: all)")
+    command.add_argument(
+        "--detectors", type=_names, default=("nc", "reverse"), help="default: nc,reverse"
+    )
+    command.add_argument("--preset", default="fast", help="of the detectors (default: fast)")
+    command.add_argument("--half", choices=("calibration", "test"), help="only this half")
+    command.add_argument("--minutes", type=float, help="start nothing new after so many minutes")
+    command.add_argument("--only-train", action="store_true", help="train, and scan nothing")
+    command.add_argument("--only-tables", action="store_true", help="render what is there")
+    command.add_argument(
+        "--calibrate", type=Path, metavar="FILE", help="write the null distributions here, as JSON"
+    )
+
+
+def population_command(given: argparse.Namespace) -> int:
+    """Run ``wm-eval population``."""
+    from wm_eval.population.config import HALVES, population_profile
+    from wm_eval.population.run import run_population
+    from wm_eval.population.tables import write_population
+    from wm_inject.cli_common import resolve_device
+
+    out = given.out or Path("runs") / f"population-{given.profile}"
+    config = population_profile(
+        given.profile, detectors=dict.fromkeys(given.detectors, given.preset)
+    )
+    if not given.only_tables:
+        run_population(
+            config,
+            out,
+            worlds=given.worlds,
+            halves=(given.half,) if given.half else HALVES,
+            scans=not given.only_train,
+            device=str(resolve_device(given.device)),
+            minutes=given.minutes,
+        )
+    if given.only_train:
+        return 0
+    try:
+        paths = write_population(out, floor=config.floor, alpha=config.alpha)
+    except ValueError as error:
+        if given.only_tables:
+            raise
+        print(f"no tables yet: {error}")  # what was trained and scanned is kept all the same
+        return 0
+    for path in paths:
+        print(f"table       {path}")
+    if given.calibrate is not None:
+        from defense_nc.calibration import write_calibrations
+        from wm_eval.population.summary import read_scans, summarise
+
+        found = summarise(read_scans(out))
+        given.calibrate.parent.mkdir(parents=True, exist_ok=True)
+        write_calibrations(given.calibrate, found.calibrations.values())
+        print(f"calibration {given.calibrate}")
+    return 0
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+__all__ = ["POPULATION_EPILOG", "POPULATION_HELP", "add_population", "population_command"]

@@ -1,0 +1,156 @@
+"""What defense_reverse refuses in what the field cleans and detects with, and in closeness."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from tools.tests.refusals.common import IMAGES, LABELS, Call, Cases, images
+from tools.tests.refusals.nc_mitigation import TRIGGER, repairs
+from tools.tests.refusals.victim import MODEL
+from torch import Tensor, nn
+
+import defense_reverse as dr
+from defense_nc import Mitigator
+
+NO_STAGES = nn.Sequential(nn.Flatten(), nn.Linear(IMAGES[0].numel(), 3))
+MASK = torch.zeros(8)
+
+
+def refusals(method: Mitigator, **settings: Any) -> Cases:
+    """What a mitigation refuses: bad input, another preset, and each of these settings."""
+
+    def change(name: str, value: Any) -> Call:
+        return lambda _: replace(method, **{name: value})  # type: ignore[type-var]
+
+    return {
+        **repairs(method),
+        **{name: change(name, value) for name, value in settings.items()},
+        "preset": lambda _: type(method).preset("secret"),  # type: ignore[attr-defined]
+    }
+
+
+SGD: dict[str, Any] = {
+    "steps": 0,
+    "batch_size": 1,
+    "lr": float("nan"),
+    "momentum": 1.0,
+    "weight_decay": -1.0,
+    "schedule": "nothing",
+    "augmentation": "nothing",
+    "label_smoothing": 1.0,
+}
+
+
+def without_stages(method: Mitigator) -> Call:
+    return lambda _: method.repair(NO_STAGES, IMAGES, LABELS)
+
+
+def unlearn(triggers: Any) -> Call:
+    return lambda _: dr.Unlearning(steps=1).repair(MODEL, IMAGES, LABELS, triggers=triggers)
+
+
+def trigger(mask: Tensor = MASK, **more: Any) -> dr.FeatureTrigger:
+    generator = dr.UNetGenerator(channels=1, width=2, depth=1)
+    return dr.FeatureTrigger(generator, mask, **{"target": 0, **more})
+
+
+def compare(bad: Tensor = IMAGES, ours: Any = TRIGGER, truth: Any = TRIGGER) -> object:
+    return dr.closeness(ours, truth, bad)
+
+
+def smaller(images: Tensor, **_: Any) -> Tensor:
+    return images[..., :-1]
+
+
+CASES: Mapping[str, Cases] = {
+    "FineTuning": refusals(dr.FineTuning(), **SGD),
+    "FTSAM": refusals(dr.FTSAM(), **SGD, rho=-1.0),
+    "NAD": {
+        **refusals(dr.NAD(), **SGD, teacher_share=1.0, power=0.0, betas=(), layers=("head",)),
+        "no maps": without_stages(dr.NAD()),
+    },
+    "FinePruning": {
+        **refusals(dr.FinePruning(), **SGD, tolerance=1.0, prune_step=0.0, validation_share=0.0),
+        "layer": lambda _: dr.FinePruning(layer="nothing").repair(MODEL, IMAGES, LABELS),
+        "no maps": without_stages(dr.FinePruning()),
+    },
+    "ANP": {
+        **refusals(
+            dr.ANP(),
+            steps=0,
+            batch_size=1,
+            lr=0.0,
+            momentum=1.0,
+            noise=2.0,
+            noise_steps=0,
+            clean_weight=-1.0,
+            holdout=1.0,
+            tolerance=1.0,
+        ),
+        "few images": lambda _: dr.ANP().repair(MODEL, IMAGES[:3], LABELS[:3]),
+        "no normalisation": without_stages(dr.ANP()),
+    },
+    "IBAU": refusals(
+        dr.IBAU(),
+        steps=0,
+        batch_size=1,
+        rounds=0,
+        lr=0.0,
+        search_steps=0,
+        search_lr=0.0,
+        inner_batch=0,
+        inner_lr=0.0,
+        iterations=0,
+        radius=0.0,
+        penalty=-1.0,
+        share=0.0,
+    ),
+    "Unlearning": {
+        **refusals(dr.Unlearning(), **SGD, trigger_share=0.0),
+        "no triggers": unlearn(None),
+        "trigger of no label": unlearn({3: TRIGGER}),
+        "trigger's shape": unlearn({0: smaller}),
+    },
+    "BtiDbf": {
+        **refusals(dr.BtiDbf(), rounds=0, steps=1, batch_size=1, lr=0.0, trigger_share=0.0),
+        "one class": lambda _: dr.BtiDbf().repair(MODEL, IMAGES, torch.zeros_like(LABELS)),
+        "no features": without_stages(dr.BtiDbf()),
+    },
+    "BtiDbfConfig": {
+        "width": lambda _: dr.BtiDbfConfig(width=0),
+        "steps": lambda _: dr.BtiDbfConfig(steps=0),
+        "lr": lambda _: dr.BtiDbfConfig(lr=0.0),
+        "image_bound": lambda _: dr.BtiDbfConfig(image_bound=0.0),
+        "noise": lambda _: dr.BtiDbfConfig(noise=-1.0),
+        "min_share": lambda _: dr.BtiDbfConfig(min_share=0.0),
+        "preset": lambda _: dr.BtiDbfConfig.preset("secret"),
+    },
+    "FeatureREConfig": {
+        "width": lambda _: dr.FeatureREConfig(width=0),
+        "steps": lambda _: dr.FeatureREConfig(steps=0),
+        "warmup_steps": lambda _: dr.FeatureREConfig(warmup_steps=-1),
+        "batch_size": lambda _: dr.FeatureREConfig(batch_size=1),
+        "lr": lambda _: dr.FeatureREConfig(lr=0.0),
+        "betas": lambda _: dr.FeatureREConfig(betas=(1.0, 0.9)),
+        "mask_share": lambda _: dr.FeatureREConfig(mask_share=0.0),
+        "threshold": lambda _: dr.FeatureREConfig(threshold=1.0),
+        "preset": lambda _: dr.FeatureREConfig.preset("secret"),
+    },
+    "FeatureTrigger": {
+        **images(trigger()),
+        "target": lambda _: trigger(target=-1),
+        "success_rate": lambda _: trigger(success_rate=2.0),
+        "residual": lambda _: trigger(residual_norm=-1.0),
+        "mask": lambda _: trigger(MASK - 1),
+        "other channels": lambda _: trigger()(IMAGES.repeat(1, 3, 1, 1)),
+    },
+    "closeness": {
+        **images(compare),
+        "one image": lambda _: compare(IMAGES[:1]),
+        "shape of the reversed": lambda _: compare(ours=smaller),
+        "shape of the true": lambda _: compare(truth=smaller),
+    },
+}
