@@ -15,6 +15,7 @@ from wm_eval.attacks.gather import read_study
 from wm_eval.attacks.learning import learning
 from wm_eval.attacks.render import markdown
 from wm_eval.attacks.tables import table1, table2
+from wm_eval.defence_sections import defence_parts
 from wm_eval.paper2.summary import summarise_detection
 from wm_eval.records import Record, read_records, write_text
 from wm_eval.summary import headline, story
@@ -233,6 +234,7 @@ def render(results: Path) -> str:
             "",
             to_markdown(gap_table(study, read_records(results / "cifar10-gap" / "records"))),
         ]
+    parts += defence_parts(results)
     for name, (title, text) in DETECTIONS.items():
         if (results / name / "records").is_dir():
             table = detection_table(read_records(results / name / "records"))

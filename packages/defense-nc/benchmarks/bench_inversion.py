@@ -126,7 +126,7 @@ def victim() -> tuple[nn.Module, Dataset, float]:
 def factors(preset: str, rounds: int) -> dict[str, Any]:
     """Scan one victim in every way, in turns, and compare times, verdicts and masks."""
     model, data, success = victim()
-    known = defender_subset(data.train, count=200, seed=0)
+    known = defender_subset(data.train, count=300, seed=0)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in _APART}
     reports: dict[str, ScanReport] = {}
     for _ in range(rounds):
@@ -150,7 +150,12 @@ def factors(preset: str, rounds: int) -> dict[str, Any]:
             "overlap": overlap(masks["reference"], masks[name]),
             "scores": [round(row.score, 2) for row in reports[name].labels],
         }
-    about = {"preset": preset, "rounds": rounds, "threads": torch.get_num_threads()}
+    about = {
+        "detector": "Neural Cleanse",
+        "preset": preset,
+        "rounds": rounds,
+        "threads": torch.get_num_threads(),
+    }
     return {**about, "data": data.name, "attack_success": success, "ways": rows}
 
 

@@ -14,7 +14,8 @@ from wm_inject.images import quantize
 from wm_victim.planted import planted_classifier, planted_images, planted_trigger
 
 TARGET = 3
-FAST = NCConfig.preset("fast")
+# The planted models are smaller than anything the preset "fast" was calibrated on.
+FAST = NCConfig.preset("fast", steps=60)
 TINY = NCConfig.preset("fast", steps=2, batches=1)
 
 
@@ -39,6 +40,15 @@ def test_the_planted_patch_is_named(backdoored):
     scores = [label.score for label in backdoored.labels]
     assert min(scores) == scores[TARGET]
     assert f"label {TARGET}" in backdoored.reason
+
+
+def test_a_model_smaller_than_the_calibrated_ones_is_told_so(data):
+    """The calibrated preset does not state an error rate where none was measured."""
+    model = planted_classifier("patch", target=TARGET)
+    report = scan(model, data.images, labels=data.labels, progress=False)
+    assert report.config["name"] == "fast" and not report.calibrated
+    assert report.verdict is Verdict.INCONCLUSIVE and "16" in report.reason
+    assert report.suspected == (TARGET,)
 
 
 def test_nothing_is_named_in_the_clean_control(data):
@@ -79,7 +89,7 @@ def test_the_report_holds_everything(backdoored, data):
         assert label.converged == (label.success_rate >= FAST.floor)
     assert backdoored.config["images"] == len(data)
     assert backdoored.config["steps"] == FAST.steps
-    assert backdoored.config["name"] == "fast"
+    assert backdoored.config["name"] == "fast*"
     assert sum(left is None for left in backdoored.config["race_log"]["left_at"]) <= 6
     json.dumps(backdoored.to_dict(), allow_nan=False)
     assert math.isfinite(backdoored.paper_index)

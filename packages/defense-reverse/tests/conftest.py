@@ -23,6 +23,7 @@ QUICK = ReverseConfig.preset(
     pretrain_steps=150,
     steps=72,
     round_steps=9,
+    score="l1",  # equation 5
     precision="float32",
 )
 

@@ -116,3 +116,12 @@ def test_measured_are_equation_5_and_the_share_that_reaches_the_label():
     rate, residual = measure(lambda x: x + 51 / 255, Bright(), images, 1)
     # the third and the fourth image become brighter than a half
     assert rate == 0.5 and residual == pytest.approx(0.2, abs=1e-6)
+
+
+def test_the_root_mean_square_is_taken_image_by_image():
+    images = torch.zeros(2, 1, 2, 2)
+    change = torch.zeros(2, 1, 2, 2)
+    change[0, 0, 0, 0] = 102 / 255  # one pixel of four
+    change[1] = 102 / 255  # all of them
+    rates = [measure(lambda x: x + change, Bright(), images, 0, score=s)[1] for s in ("l1", "rms")]
+    assert rates == pytest.approx([0.4 * (0.25 + 1) / 2, 0.4 * (0.5 + 1) / 2], abs=1e-6)

@@ -80,10 +80,10 @@ CASES: Mapping[str, Cases] = {
     },
     "summarise_detection": {"no scan": lambda _: ev.summarise_detection({})},
     "Detector": {
-        "preset": lambda _: ev.DETECTORS["nc"].config("secret"),
-        "setting": lambda _: ev.DETECTORS["nc"].config(steps=0),
-        "images": lambda _: ev.DETECTORS["nc"].scan(MODEL, IMAGES + 1, progress=False),
-        "no logits": lambda _: ev.DETECTORS["nc"].scan(FLAT, IMAGES, progress=False),
+        "preset": lambda _: ev.detector("nc").config("secret"),
+        "setting": lambda _: ev.detector("nc").config(steps=0),
+        "images": lambda _: ev.detector("nc").scan(MODEL, IMAGES + 1, progress=False),
+        "no logits": lambda _: ev.detector("nc").scan(FLAT, IMAGES, progress=False),
     },
     "DetectConfig": {
         "attack": detect(attack="nothing"),

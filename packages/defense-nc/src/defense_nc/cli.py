@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _EPILOG = """\
 examples:
-  defense-nc scan victim.safetensors --data digits --images 200 --preset fast --json scan.json
+  defense-nc scan victim.safetensors --data digits --json scan.json
   defense-nc unlearn victim.safetensors --data digits --label 0 --out cleaned.safetensors
 
 `scan` exits with its verdict: 0 clean, 1 backdoored, 2 inconclusive, 3 not scanned (an error).
@@ -51,14 +51,14 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"defense-nc {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     scan = commands.add_parser("scan", help="is there a backdoor?", epilog=_EPILOG)
-    add_inputs(scan, presets=_PRESETS, images=200)
+    add_inputs(scan, presets=_PRESETS, images=500)
     scan.add_argument("--json", type=Path, help="also write the report here")
     scan.add_argument(
         "--checkpoint", type=Path, help="keep the state here, and go on from it after a stop"
     )
     add_common(scan, version=__version__)
     unlearn = commands.add_parser("unlearn", help="clean a label that a scan names", epilog=_EPILOG)
-    add_inputs(unlearn, presets=_PRESETS, images=200)
+    add_inputs(unlearn, presets=_PRESETS, images=500)
     unlearn.add_argument("--label", type=int, help="clean this label (default: all named)")
     unlearn.add_argument("--force", action="store_true", help="clean --label without a scan")
     unlearn.add_argument(

@@ -20,7 +20,7 @@ def add_inputs(parser: argparse.ArgumentParser, *, presets: Sequence[str], image
 
     Args:
         parser: The parser of one command.
-        presets: Names of presets; "robust" must be among them.
+        presets: Names of presets; "fast" must be among them.
         images: How many clean images are used if nothing is said.
     """
     parser.add_argument("classifier", type=Path, help="a file that `wm-victim train` wrote")
@@ -33,7 +33,12 @@ def add_inputs(parser: argparse.ArgumentParser, *, presets: Sequence[str], image
     parser.add_argument(
         "--images", type=int, default=images, help=f"images to scan with (default: {images})"
     )
-    parser.add_argument("--preset", choices=tuple(presets), default="robust")
+    parser.add_argument(
+        "--preset",
+        choices=tuple(presets),
+        default="fast",
+        help="(default: fast, whose verdicts are calibrated)",
+    )
     parser.add_argument(
         "--alpha", type=float, default=0.05, help="share of clean models that may be accused"
     )

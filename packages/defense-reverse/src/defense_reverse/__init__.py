@@ -1,4 +1,4 @@
-"""Reverse-engineered backdoor generators, and what the field cleans and detects with beside them."""
+"""Reversed backdoor generators, and what the field cleans and detects with beside them."""
 
 from defense_reverse.__about__ import __version__ as __version__
 from defense_reverse.baselines import (

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _EPILOG = """\
 examples:
-  defense-reverse scan victim.safetensors --data mnist --images 600 --preset fast --json scan.json
+  defense-reverse scan victim.safetensors --data mnist --json scan.json
   defense-reverse clean victim.safetensors --data mnist --out cleaned.safetensors
 
 `scan` exits with its verdict: 0 clean, 1 backdoored, 2 inconclusive, 3 not scanned (an error).

@@ -41,7 +41,7 @@ def scan(
     Args:
         model: Images in [0, 1] to logits ``(N, K)``; used in eval mode, given back as it came.
         images: Clean float32 ``(N, C, H, W)`` in [0, 1] of at least two classes.
-        config: Settings of the generators; the preset "robust" if None.
+        config: Settings of the generators; the preset "fast", which is calibrated, if None.
         alpha: Share of clean models that may be called backdoored.
         max_ratio: A suspected label's score is at most this share of the median.
         labels: int64 ``(N,)``, the true classes; the model's own answers if None. Images of a label
@@ -66,7 +66,7 @@ def scan(
     Source: Zheng, Hua and Zhang, sections 3.3 and 3.4. The verdict rests on defense_nc's
         `judge_scan`; equation 6 is in the report beside it.
     """
-    config = ReverseConfig() if config is None else config
+    config = ReverseConfig.preset("fast") if config is None else config
     check_images(images)
     if not 0 < alpha < 1 or not 0 < max_ratio <= 1:
         raise ValueError(

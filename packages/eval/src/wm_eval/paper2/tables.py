@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from wm_eval.attacks.render import write_page
+from wm_eval.attacks.render import Page, write_page
 from wm_eval.paper2.summary import read_detection
 from wm_eval.paper2.table1 import detection_page
 from wm_eval.paper2.table2 import cleaning_page
@@ -19,11 +19,20 @@ def write_tables(out: str | Path) -> list[Path]:
     Raises:
         ValueError: No records of this experiment.
     """
+    return [path for page in pages(out) for path in write_page(Path(out) / "tables", page)]
+
+
+def pages(out: str | Path) -> list[Page]:
+    """What `write_tables` writes.
+
+    Raises:
+        ValueError: No records of this experiment.
+    """
     records = read_detection(out)
-    pages = [detection_page([records])] if records.scans else []
+    found = [detection_page([records])] if records.scans else []
     if records.cleanings:
-        pages.append(cleaning_page([records]))
-    return [path for page in pages for path in write_page(Path(out) / "tables", page)]
+        found.append(cleaning_page([records]))
+    return found
 
 
-__all__ = ["cleaning_page", "detection_page", "write_tables"]
+__all__ = ["cleaning_page", "detection_page", "pages", "write_tables"]
