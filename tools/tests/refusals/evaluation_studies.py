@@ -79,6 +79,7 @@ CASES: Mapping[str, Cases] = {
         "images": lambda tmp: ev.draw_figure(tmp, images=0),
     },
     "summarise_detection": {"no scan": lambda _: ev.summarise_detection({})},
+    "detector": {"name": lambda _: ev.detector("strip")},
     "Detector": {
         "preset": lambda _: ev.detector("nc").config("secret"),
         "setting": lambda _: ev.detector("nc").config(steps=0),
