@@ -175,10 +175,11 @@ def overlap(first: Tensor, second: Tensor) -> float:
 
 
 def check(record: dict[str, Any]) -> None:
-    """Every way names the target and nothing else, with the reference's mask. Times are told."""
+    """Every way says what the reference says: verdict, target and mask. Times are only told."""
     assert record["attack_success"] > 0.9, record["attack_success"]
+    verdict = record["ways"]["reference"]["verdict"]
     for name, row in record["ways"].items():
-        assert row["verdict"] == "backdoored" and row["suspected"] == [TARGET], (name, row)
+        assert row["verdict"] == verdict and row["suspected"] == [TARGET], (name, row)
         assert row["overlap"] >= 0.5, (name, row)
 
 
