@@ -7,7 +7,7 @@ from pathlib import Path
 
 from wm_eval.attacks.render import markdown
 from wm_eval.cleaning.gather import read_cleaning
-from wm_eval.cleaning.tables import cleaning_headlines, cleaning_page
+from wm_eval.cleaning.tables import cleaning_page
 from wm_eval.paper2.tables import pages as detect_pages
 from wm_eval.population.summary import read_scans, summarise
 from wm_eval.population.tables import population_tables
@@ -66,8 +66,7 @@ def _cleaning(folder: Path, title: str, told: str) -> list[str]:
         return []
     study = read_cleaning(folder)
     lines = [f"## {title}", "", f"{told} [Records]({folder.name}/records).", ""]
-    lines += [f"- {line}" for line in cleaning_headlines(study)]
-    return [*lines, "", _lower(markdown(cleaning_page(study))), ""]
+    return [*lines, _lower(markdown(cleaning_page(study))), ""]
 
 
 def _detect(folder: Path, title: str, told: str) -> list[str]:
