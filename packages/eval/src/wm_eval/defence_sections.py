@@ -8,6 +8,7 @@ from pathlib import Path
 from wm_eval.attacks.render import markdown
 from wm_eval.cleaning.gather import read_cleaning
 from wm_eval.cleaning.tables import cleaning_page
+from wm_eval.paper2.index_figure import index_page
 from wm_eval.paper2.tables import pages as detect_pages
 from wm_eval.population.summary import read_scans, summarise
 from wm_eval.population.tables import population_tables
@@ -27,6 +28,7 @@ DETECTS = {
         "`wm-eval detect --data mnist` makes it.",
     ),
 }
+INDICES = ("figure3-cifar10", "figure3-cifar10-reverse")
 SPEED = {
     "speed-nc": "python packages/defense-nc/benchmarks/bench_inversion.py --out FILE",
     "speed-reverse": "python packages/defense-reverse/benchmarks/bench_reverse.py --out FILE",
@@ -43,6 +45,7 @@ def defence_parts(results: Path) -> list[str]:
         *_population(results / POPULATION),
         *(part for name, told in CLEANINGS.items() for part in _cleaning(results / name, *told)),
         *(part for name, told in DETECTS.items() for part in _detect(results / name, *told)),
+        *(part for name in INDICES for part in _index(results / name)),
         *_speed(results),
     ]
 
@@ -74,6 +77,14 @@ def _detect(folder: Path, title: str, told: str) -> list[str]:
         return []
     lines = [f"## {title}", "", f"{told} [Records]({folder.name}/records).", ""]
     return [*lines, *(_lower(markdown(page)) for page in detect_pages(folder)), ""]
+
+
+def _index(folder: Path) -> list[str]:
+    if not (folder / "records").is_dir():
+        return []
+    made = "`wm-eval figure3` on the victims of the table of attacks makes it;"
+    links = f"[figure]({folder.name}/figure3.svg), [records]({folder.name}/records)."
+    return [markdown(index_page(folder)), f"{made} {links}", ""]
 
 
 def _speed(results: Path) -> list[str]:

@@ -36,14 +36,50 @@ def write_index_figure(out: str | Path) -> list[Path]:
         RuntimeError: matplotlib is not installed.
     """
     out = Path(out)
+    scans = _read(out)
+    drawn = _draw(_by_attack(scans), out / "figure3.svg")
+    return [drawn, *write_page(out / "tables", index_page(out))]
+
+
+def index_page(out: str | Path) -> Page:
+    """The table beside the figure.
+
+    Args:
+        out: What `scan_victims` wrote to.
+
+    Raises:
+        ValueError: No scans there, or of several detectors.
+    """
+    scans = _read(Path(out))
+    numbers = tuple(
+        Number("plain", scan.attack, "paper_index", scan.detector, "measured", scan.seed, index)
+        for scan, values in scans.items()
+        if (index := values["paper_index"]) is not None
+    )
+    headers = ("attack", "index", "index, lower median", "verdict", "named right", "ASR", "n")
+    rows = tuple(_row(attack, mine) for attack, mine in _by_attack(scans).items())
+    table = Table("figure3", "Anomaly index by attack", headers, rows, _NOTE)
+    first = next(iter(scans.values()))
+    about = f"{first['data']}; a defender with {first['n_images']} clean images."
+    title = f"{detector_title(first['defence'])}: index by attack (watermark paper, figure 3)"
+    return Page("figure3", title, about, (table,), numbers, str(first["data"]))
+
+
+def _read(out: Path) -> dict[Scan, Mapping[str, Any]]:
     records = read_records(out / "records")
     scans = {_key(record): record.values for record in records.values() if _is_scan(record)}
     if len({scan.detector for scan in scans}) != 1:
         raise ValueError(f"expected the scans of one detector in {out}, got {len(scans)} scans")
+    return scans
+
+
+def _by_attack(
+    scans: Mapping[Scan, Mapping[str, Any]],
+) -> dict[str, list[Mapping[str, Any]]]:
+    """The scans of every attack in the order of the table."""
     order = list(TITLES)
     attacks = sorted({s.attack for s in scans}, key=lambda a: order.index(a) if a in order else 99)
-    by_attack = {a: [scans[s] for s in sorted(scans) if s.attack == a] for a in attacks}
-    return [_draw(by_attack, out / "figure3.svg"), *_write(scans, by_attack, out)]
+    return {a: [scans[s] for s in sorted(scans) if s.attack == a] for a in attacks}
 
 
 def _draw(by_attack: Mapping[str, list[Mapping[str, Any]]], path: Path) -> Path:
@@ -65,26 +101,6 @@ def _draw(by_attack: Mapping[str, list[Mapping[str, Any]]], path: Path) -> Path:
     axes.set_ylim(0, 1.08 * top)
     axes.set_ylabel("anomaly index")
     return save_svg(figure, path)
-
-
-def _write(
-    scans: Mapping[Scan, Mapping[str, Any]],
-    by_attack: Mapping[str, list[Mapping[str, Any]]],
-    out: Path,
-) -> list[Path]:
-    numbers = tuple(
-        Number("plain", scan.attack, "paper_index", scan.detector, "measured", scan.seed, index)
-        for scan, values in scans.items()
-        if (index := values["paper_index"]) is not None
-    )
-    headers = ("attack", "index", "index, lower median", "verdict", "named right", "ASR", "n")
-    rows = tuple(_row(attack, mine) for attack, mine in by_attack.items())
-    table = Table("figure3", "Anomaly index by attack", headers, rows, _NOTE)
-    first = next(iter(scans.values()))
-    about = f"{first['data']}; a defender with {first['n_images']} clean images."
-    title = f"{detector_title(first['defence'])}: index by attack (watermark paper, figure 3)"
-    page = Page("figure3", title, about, (table,), numbers, str(first["data"]))
-    return write_page(out / "tables", page)
 
 
 def _row(attack: str, scans: list[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -113,4 +129,4 @@ def _is_scan(record: Record) -> bool:
     return record.what.startswith("scan-")
 
 
-__all__ = ["THRESHOLD", "write_index_figure"]
+__all__ = ["THRESHOLD", "index_page", "write_index_figure"]
