@@ -197,6 +197,15 @@ def test_load_matches_detector_preset_and_settings(monkeypatch, calibration):
     assert load_calibration("other", "tiny") is None
 
 
+def test_load_prefers_the_calibration_for_as_many_classes(monkeypatch, simulated):
+    ten, more = simulated(0, (10,), models=6), simulated(1, (43,), models=6)
+    monkeypatch.setattr(shipped, "_shipped", lambda: (ten, more))
+    assert load_calibration(ten.detector, classes=10) is ten
+    assert load_calibration(ten.detector, classes=43) is more
+    assert load_calibration(ten.detector, classes=100) is ten
+    assert load_calibration(ten.detector) is ten
+
+
 def test_peers_are_models_of_the_same_shape(calibration, subject, simulated):
     calibration = simulated(0, (10, 43), models=6)
     assert len(calibration.peers(subject)) == 6

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from defense_nc import InvertedTrigger, NCConfig, UnlearnConfig, invert_trigger, unlearn
-from defense_nc.unlearn import _epoch
+from defense_nc.unlearn import pass_batches
 from wm_inject.images import quantize
 from wm_victim.planted import planted_classifier, planted_images, planted_trigger
 
@@ -106,22 +106,37 @@ def test_same_seed_same_bytes_with_dropout_too(data):
     assert not torch.equal(first, weights(2))
 
 
-def test_an_epoch_sees_every_image_once_a_share_of_them_triggered():
-    config = UnlearnConfig(trigger_share=0.2, batch_size=32)
-    parts = list(_epoch(97, config, torch.Generator().manual_seed(0)))
-    clean = torch.cat([part[0] for part in parts])
-    stamped = torch.cat([part[1] for part in parts])
-    assert sorted(torch.cat([clean, stamped]).tolist()) == list(range(97))
-    assert len(stamped) == 19
+def one_pass(count, **changes):
+    settings = {"batch_size": 32, "trigger_share": 1.0, "append": True, **changes}
+    generator = torch.Generator().manual_seed(0)
+    return list(pass_batches(count, generator=generator, **settings))
+
+
+def test_a_pass_sees_every_image_once_a_share_of_them_triggered():
+    parts = one_pass(97, trigger_share=0.2, append=False)
+    rows = torch.cat(parts)
+    assert sorted((rows % 97).tolist()) == list(range(97))
+    assert int((rows >= 97).sum()) == 19 and int(rows.max()) < 2 * 97
     # 97 = 3 * 32 + 1: no batch of a single image.
-    assert min(len(a) + len(b) for a, b in parts) > 1
+    assert [len(part) for part in parts] == [32, 32, 33]
 
 
-def test_an_appended_epoch_sees_every_image_twice():
-    config = UnlearnConfig.preset("reverse", batch_size=16)
-    parts = list(_epoch(40, config, torch.Generator().manual_seed(0)))
-    assert sorted(torch.cat([a for a, _ in parts]).tolist()) == list(range(40))
-    assert sorted(torch.cat([b for _, b in parts]).tolist()) == list(range(40))
+def test_an_appended_pass_sees_every_image_twice():
+    assert sorted(torch.cat(one_pass(40, batch_size=16)).tolist()) == list(range(80))
+
+
+@pytest.mark.parametrize("kinds", [1, 3])
+def test_each_triggered_image_carries_one_of_the_triggers(kinds):
+    rows = torch.cat(one_pass(60, kinds=kinds))
+    triggered = rows[rows >= 60]
+    assert sorted((triggered % 60).tolist()) == list(range(60))
+    assert set((triggered // 60).tolist()) == set(range(1, kinds + 1))
+
+
+def test_clean_rows_come_first_in_a_batch_and_a_share_is_never_none():
+    for part in one_pass(60, trigger_share=0.5):
+        assert (part >= 60).diff().int().min() >= 0  # once triggered, no more clean ones
+    assert int((torch.cat(one_pass(4, trigger_share=0.01, append=False)) >= 4).sum()) == 1
 
 
 def test_triggered_images_are_rounded_unless_told_otherwise(data):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from defense_reverse.closeness import Closeness, _derangement, closeness
+from defense_reverse.closeness import Closeness, _derangement, closeness, image_closeness
+from wm_inject.images import quantize
 
 STEP = 1 / 255
 
@@ -110,6 +111,27 @@ def test_the_same_seed_gives_the_same_figures(images):
     assert other.cosine_shuffled != one.cosine_shuffled
 
 
+def test_images_that_carry_the_triggers_give_the_same_figures(images):
+    found, truth = quantize(Follow(3)(images)), quantize(Shift(4)(images))
+    assert image_closeness(found, truth, images) == closeness(Follow(3), Shift(4), images)
+
+
+def test_one_image_has_no_other_to_be_compared_with(images):
+    one = images[:1]
+    found = image_closeness(quantize(Shift(2)(one)), quantize(Shift(4)(one)), one)
+    assert found.cosine == pytest.approx(1) and found.cosine_shuffled == 0
+    assert found.explained == pytest.approx(0.75)
+
+
+def test_the_cosine_is_that_of_torch(images):
+    found, truth = quantize(Follow(3)(images)), quantize(Shift(4)(images))
+    clean = quantize(images)
+    known = nn.functional.cosine_similarity(
+        (found - clean).flatten(1), (truth - clean).flatten(1)
+    ).mean()
+    assert image_closeness(found, truth, images).cosine == pytest.approx(float(known), abs=1e-6)
+
+
 @pytest.mark.parametrize("count", [2, 3, 50])
 def test_no_image_is_compared_with_itself(count):
     for seed in range(5):
@@ -131,3 +153,8 @@ def test_bad_input_is_refused(images):
 
     with pytest.raises(ValueError, match="trigger that gives shape"):
         closeness(Shift(1), Smaller(), images)
+    for pair in ((images[:2], images), (images, images[:, :, 1:]), (images, images + 1)):
+        with pytest.raises(ValueError, match="expected"):
+            image_closeness(*pair, images)
+    with pytest.raises(ValueError, match="expected"):
+        image_closeness(images, images, images[:2])

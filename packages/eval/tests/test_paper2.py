@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from defense_nc import InvertedTrigger, ScanReport, UnlearnConfig, judge
-from defense_reverse import ReversedTrigger, UNetGenerator
+from defense_reverse import Closeness, ReversedTrigger, UNetGenerator, closeness
 from wm_eval.attacks import stages as attack_stages
 from wm_eval.config import DataConfig, VictimConfig
 from wm_eval.detectors import Detector
 from wm_eval.paper2 import run as running
 from wm_eval.paper2 import stages
-from wm_eval.paper2.closeness import cosine
 from wm_eval.paper2.config import DetectConfig, detect_preset
 from wm_eval.paper2.figures import write_figures
 from wm_eval.paper2.run import PARTS, run_detect
@@ -127,6 +126,12 @@ def go(config: DetectConfig, out: Path, *parts: str, **more: Any) -> Path:
     return run_detect(config, out, parts=parts or PARTS, progress=False, **more)
 
 
+def trial_in(out: Path, seed: int) -> running.Trial:
+    data = load_dataset("digits", image_size=SIZE, limit=200)
+    space = Workspace(out, seed, data.fingerprint, "cpu", print)
+    return running.Trial(TINY, running.AttackStudy(TINY.study(), data, space))
+
+
 def bytes_of(folder: Path) -> dict[str, bytes]:
     kept = [*folder.glob("records/*.json"), *folder.rglob("*.safetensors"), *folder.rglob("*.png")]
     return {
@@ -231,14 +236,22 @@ def test_reversed_and_planted_triggers_are_compared(finished: tuple[Path, Looks]
     assert pictures >= set(values["files"]) and len(values["files"]) == 2 * 5 + 10 * 2
 
 
-def test_cosine_of_changes() -> None:
-    ones = torch.ones(2, 1, 2, 2)
-    half = ones.clone()
-    half[:, :, :, 0] = -1
-    assert cosine(ones, 3 * ones) == pytest.approx(1)
-    assert cosine(ones, -ones) == pytest.approx(-1)
-    assert cosine(ones, half) == pytest.approx(0)
-    assert cosine(ones, 0 * ones) == 0
+def test_closeness_is_that_of_the_triggers_themselves(finished: tuple[Path, Looks]) -> None:
+    out, _ = finished
+    trial = trial_in(out, 0)
+    test = trial.others(TINY.compared)
+    values = read_record(out / "records" / "pictures-reverse-badnets-0.json").values
+
+    def near(label: int) -> Closeness:
+        given = {"ids": test.ids, "target": TINY.target}
+        return closeness(trial.reversed("reverse", label), trial.trigger(), test.images, **given)
+
+    known = near(TINY.target)
+    others = [near(label).cosine for label in range(10) if label != TINY.target]
+    assert values["cosine"] == pytest.approx(known.cosine, rel=1e-8)
+    assert values["cosine_others"] == pytest.approx(sum(others) / 9, rel=1e-8)
+    assert values["psnr_planted"] == pytest.approx(known.psnr_clean, rel=1e-8)
+    assert values["psnr_between"] == pytest.approx(known.psnr, rel=1e-8)
 
 
 def test_several_triggers_take_turns_by_id() -> None:
@@ -332,14 +345,8 @@ def test_an_attack_that_takes_part_in_training(tmp_path: Path, looks: Looks) -> 
 
 
 def test_the_first_table_comes_first(tmp_path: Path) -> None:
-    data = load_dataset("digits", image_size=SIZE, limit=200)
-
-    def trial(seed: int) -> Any:
-        space = Workspace(tmp_path, seed, data.fingerprint, "cpu", print)
-        study = running.AttackStudy(TINY.study(), data, space)
-        return running.Trial(TINY, study)
-
-    names = [job.task.name for job in running._jobs([trial(0), trial(1)], PARTS)]
+    trials = [trial_in(tmp_path, seed) for seed in (0, 1)]
+    names = [job.task.name for job in running._jobs(trials, PARTS)]
     assert len(names) == len(set(names)) and names[0] == "data"
     kinds = [name.partition("-")[0] for name in names]
     last = max(i for i, kind in enumerate(kinds) if kind == "scan")

@@ -28,6 +28,7 @@ from wm_eval.population.config import (
     World,
     population_profile,
 )
+from wm_eval.population.plan import coverage_table
 from wm_eval.population.run import run_population
 from wm_eval.population.summary import read_scans, summarise
 from wm_eval.records import canonical_json, read_records
@@ -51,6 +52,7 @@ class Looks:
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, int, int]] = []
+        self.went_on: list[bytes | None] = []  # what each found in its checkpoint
         self.broken: set[str] = set()
 
     def __call__(self, name: str) -> Look:
@@ -67,8 +69,17 @@ class Look:
         return NCConfig.preset(preset)
 
     def scan(
-        self, model: nn.Module, images: Tensor, *, labels: Tensor, seed: int, **_: Any
+        self,
+        model: nn.Module,
+        images: Tensor,
+        *,
+        labels: Tensor,
+        seed: int,
+        checkpoint: Path,
+        **_: Any,
     ) -> ScanReport:
+        self.looks.went_on.append(checkpoint.read_bytes() if checkpoint.is_file() else None)
+        checkpoint.write_bytes(f"{self.name} {seed}".encode())
         if self.name in self.looks.broken:
             raise ValueError("no luck\ntoday")
         assert not model.training and len(labels) == len(images)
@@ -226,7 +237,7 @@ def test_what_was_recorded_can_be_summed_up(whole: tuple[Path, Looks, list[str]]
     found = summarise(scans)
     assert [len(c.models) for c in found.calibrations.values()] == [5, 5]
     assert {row.detector for row in found.rows} == {"nc", "reverse", "all"}
-    assert found.calibrations["nc"].settings == plain(NCConfig.preset("fast"))
+    assert found.calibrations["nc", 10].settings == plain(NCConfig.preset("fast"))
 
 
 def test_a_second_call_does_nothing(whole: tuple[Path, Looks, list[str]], looks: Looks) -> None:
@@ -256,6 +267,26 @@ def test_a_failed_scan_leaves_its_reason_until_it_succeeds(looks: Looks, tmp_pat
     assert not failure.exists() and [name for name, *_ in looks.seen] == ["reverse", "nc"]
 
 
+def test_a_scan_that_was_stopped_goes_on_and_leaves_no_file(looks: Looks, tmp_path: Path) -> None:
+    looks.broken.add("nc")
+    run_population(SMALL, tmp_path, say=lambda _: None)
+    assert looks.went_on == [None, None]
+    work = tmp_path / "digits" / "work"
+    assert [path.name[:15] for path in work.iterdir()] == ["scan-nc-clean-0"]
+    looks.broken.clear()
+    run_population(SMALL, tmp_path, say=lambda _: None)
+    assert looks.went_on[2:] == [b"nc 0"] and not list(work.iterdir())
+
+
+def test_what_is_planned_is_kept(whole: tuple[Path, Looks, list[str]]) -> None:
+    out, _, _ = whole
+    plan = json.loads((out / "digits" / "population.json").read_text())
+    assert plan == {"calibration": {"clean": 5}, "test": {"clean": 1, "badnets": 2}}
+    table = coverage_table(out, read_scans(out))
+    assert table is not None
+    assert [row[3:] for row in table.rows] == [("5 of 5",) * 2, ("1 of 1",) * 2, ("2 of 2",) * 2]
+
+
 def test_a_model_that_cannot_be_made_is_not_scanned(
     looks: Looks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,7 +309,8 @@ def test_out_of_time(looks: Looks, tmp_path: Path) -> None:
     said: list[str] = []
     run_population(SMALL, tmp_path, minutes=1e-9, say=said.append)
     assert said == ["out of time: the same command goes on from here"]
-    assert not looks.seen and not list(tmp_path.rglob("*.json"))
+    assert not looks.seen
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["population.json"]
 
 
 def test_only_some_worlds_and_halves_and_no_scans(looks: Looks, tmp_path: Path) -> None:

@@ -18,12 +18,22 @@ from defense_nc.calibration import read_calibrations
 from wm_eval.cli import main
 from wm_eval.intervals import exact_interval
 from wm_eval.measure import scan_values
+from wm_eval.population.config import World, population_profile
 from wm_eval.population.counts import Row, Scan, auroc_interval
-from wm_eval.population.summary import TOGETHER, Population, calibrate, read_scans, summarise
+from wm_eval.population.plan import coverage_table, write_plan
+from wm_eval.population.summary import (
+    HOUSE,
+    TOGETHER,
+    Population,
+    calibrate,
+    read_scans,
+    summarise,
+)
 from wm_eval.population.tables import population_tables, write_population
 from wm_eval.records import Record, versions, write_record
 from wm_eval.tables import ABSENT
 
+STUDY = population_profile("tiny").worlds["digits-plain"].study
 LABELS = 10
 SETTINGS = {"steps": 100, "lr": 0.1}
 LOW = 0.001  # what a backdoor does to the score of its label
@@ -47,13 +57,14 @@ def scan(
     detector: str = "nc",
     world: str = "one",
     settings: Any = SETTINGS,
+    images: int = 100,
 ) -> Scan:
     """A scan's record: ``low`` multiplies the scores of some labels."""
     scores = clean_scores(seed) if scores is None else scores
     for label, factor in (low or {}).items():
         scores[label] *= factor
-    rates = (torch.arange(LABELS) < reached).double()
-    subject = Subject(LABELS, 16, 1, "convolutional", 100)
+    rates = (torch.arange(len(scores)) < reached).double()
+    subject = Subject(len(scores), 16, 1, "convolutional", 100)
     report = judge(f"long-{detector}", scores, rates, floor=0.9, seed=seed, subject=subject)
     values = scan_values(report) | {
         "attack": attack,
@@ -65,7 +76,7 @@ def scan(
         "cda": 0.99,
         "asr": asr,
         "true_target": None if attack == "clean" else seed % LABELS,
-        "settings": {"settings": {"detector": settings, "images": 100}},
+        "settings": {"settings": {"detector": settings, "images": images}},
         "versions": {"torch": "2.0"},
     }
     return Scan(world, f"scan-{detector}-{attack}-{seed}", values)
@@ -210,6 +221,65 @@ def test_one_detector_needs_no_correction() -> None:
     assert TOGETHER not in summarise(known()).judged
 
 
+def ours() -> list[Scan]:
+    """Both detectors of the house, on the same models."""
+    return [*known(), *known(detector="reverse")]
+
+
+def test_rivals_stand_beside_and_change_nothing() -> None:
+    # They have seen one world of two, and of the backdoored models some.
+    house = [*ours(), *(scan(seed=1010, world="two", detector=d) for d in HOUSE)]
+    rivals = null(6, detector="bti-dbf")
+    rivals.append(scan("badnets", 1000, low={0: LOW}, asr=1.0, detector="bti-dbf"))
+    alone, found = summarise(house), summarise([*rivals, *house])
+    assert list(found.judged) == ["nc", "reverse", TOGETHER, "bti-dbf"]
+    assert found.rows[: len(alone.rows)] == alone.rows and not found.left_out
+    beside = found.rows[len(alone.rows) :]
+    assert [(r.detector, r.attack, r.world, r.named) for r in beside] == [
+        ("bti-dbf", "badnets", "one", (1, 1))
+    ]
+    assert found.judged["bti-dbf"][0].verdict is Verdict.BACKDOORED
+    assert len(found.calibrations["bti-dbf", 10].models) == 6
+
+
+def test_two_rivals_are_not_taken_together() -> None:
+    scans = [*known(detector="bti-dbf"), *known(detector="feature-re"), *known()]
+    assert list(summarise(scans).judged) == ["nc", "bti-dbf", "feature-re"]
+
+
+def test_a_detector_without_enough_clean_models_is_left_out() -> None:
+    few = [*null(4, detector="bti-dbf"), scan(seed=4, reached=3, detector="bti-dbf")]
+    few += [scan(seed=1000, detector="feature-re")]
+    alone, found = summarise(ours()), summarise([*ours(), *few])
+    assert found.left_out == {("bti-dbf", 10): 4, ("feature-re", 10): 0}
+    assert (found.calibrations, found.judged, found.rows) == alone[:3]
+    told = "Not judged, with fewer than 5 clean models to calibrate on: BTI-DBF: 4; FeatureRE: 0."
+    assert told in population_tables(found)[0].note
+    assert "Not judged" not in population_tables(alone)[0].note
+
+
+def test_every_number_of_classes_has_a_calibration_of_its_own() -> None:
+    def wider(seed: int) -> Scan:
+        scores = torch.cat([clean_scores(seed), clean_scores(seed + 1)])
+        return scan(seed=seed, scores=scores, reached=2 * LABELS, world="wide")
+
+    alone = summarise(known())
+    found = summarise([*known(), *map(wider, (0, 1, 2, 3, 4, 1000, 1001))])
+    assert found.calibrations["nc", 10] == alone.calibrations["nc", 10]
+    assert len(found.calibrations["nc", 20].models) == 5
+    assert [j for j in found.judged["nc"] if j.scan.world == "one"] == list(alone.judged["nc"])
+    assert only(found, "nc", "clean", "wide").judged == 2
+    note = population_tables(found)[0].note
+    assert "Neural Cleanse on 10 classes: 12; Neural Cleanse on 20 classes: 5" in note
+    few = summarise([*known(), *map(wider, (0, 1000))])
+    assert few.left_out == {("nc", 20): 1} and few.judged == alone.judged
+
+
+def test_one_of_the_house_left_out_leaves_nothing_together() -> None:
+    found = summarise([*known(), *null(4, detector="reverse")])
+    assert list(found.judged) == ["nc"] and found.left_out == {("reverse", 10): 4}
+
+
 def test_several_worlds_are_also_summed_up() -> None:
     other = [scan(seed=1000, world="two"), scan("badnets", 1000, asr=0.1, world="two")]
     found = summarise([*known(), *other])
@@ -250,9 +320,22 @@ def test_other_settings_in_either_half_are_refused(seed: int) -> None:
         summarise([*null(), scan(seed=seed, settings={"steps": 1})])
 
 
+@pytest.mark.parametrize("seed", [12, 1000])
+def test_another_number_of_images_in_either_half_is_refused(seed: int) -> None:
+    told = "expected one number of the defender's images in both halves, got 100, 250"
+    with pytest.raises(ValueError, match=told):
+        summarise([*null(), scan(seed=seed, images=250)])
+    with pytest.raises(ValueError, match=told):
+        calibrate([*null(), scan(seed=seed, images=250)])
+    # Each detector has its own null distribution, and may have images of its own.
+    summarise([*null(), *null(detector="bti-dbf", images=250)])
+
+
 def test_what_cannot_be_summed_up() -> None:
     with pytest.raises(ValueError, match="at least 5 clean models to calibrate on, got 4"):
         summarise(null(4))
+    with pytest.raises(ValueError, match="at least 5 clean models to calibrate on, got 3"):
+        summarise([*null(2), *null(3, detector="reverse")])
     with pytest.raises(ValueError, match="at least one scan"):
         summarise([])
     with pytest.raises(ValueError, match="floor"):
@@ -299,11 +382,11 @@ def test_records_are_read_back(tmp_path: Path) -> None:
         for attack in ("clean", "badnets"):
             rows = [only(f, "nc", attack) for f in (again, first)]
             assert getattr(rows[0], name) == getattr(rows[1], name)
-    assert again.calibrations["nc"].versions == versions()
+    assert again.calibrations["nc", 10].versions == versions()
 
 
 def test_tables_are_written(tmp_path: Path) -> None:
-    write(tmp_path, [*known(), *known(detector="reverse")])
+    write(tmp_path, ours())
     page, numbers = write_population(tmp_path)
     assert (page.name, numbers.name) == ("population.md", "population.csv")
     text = page.read_text()
@@ -315,9 +398,14 @@ def test_tables_are_written(tmp_path: Path) -> None:
         for detector in ("nc", "reverse", "all")
         for attack in ("clean", "badnets")
     ]
-    ours = rows[1]
-    assert (ours["trained"], ours["judged"], ours["flagged"], ours["named"]) == ("6", "5", "3", "2")
+    nc = rows[1]
+    assert (nc["trained"], nc["judged"], nc["flagged"], nc["named"]) == ("6", "5", "3", "2")
     assert rows[0]["named"] == rows[0]["auroc"] == "" and rows[-1]["paper_auroc"] == ""
+    assert (nc["flagged_low"], nc["flagged_high"]) == tuple(map(str, exact_interval(3, 5)))
+    assert (nc["named_low"], nc["named_high"]) == tuple(map(str, exact_interval(2, 5)))
+    low, auroc, high = (float(nc[name]) for name in ("auroc_low", "auroc", "auroc_high"))
+    assert 0 <= low < auroc < high <= 1
+    assert rows[0]["named_low"] == rows[0]["auroc_high"] == rows[-1]["paper_named_low"] == ""
     before = page.read_bytes(), numbers.read_bytes()
     write_population(tmp_path)
     assert (page.read_bytes(), numbers.read_bytes()) == before
@@ -335,6 +423,37 @@ def test_the_cross_table_holds_attacks_by_detectors() -> None:
     clean, badnets = cross.rows
     assert clean[2].startswith("1 of 5") and clean[3] == ABSENT
     assert badnets[2].startswith("2 of 5") and badnets[3] == badnets[4] == ABSENT
+
+
+def test_beside_rivals_the_two_of_the_house_are_named() -> None:
+    tables = population_tables(summarise([*ours(), *known(detector="bti-dbf")]))
+    both = "Neural Cleanse + Reverse generators (Bonferroni)"
+    assert tables[2].headers[2:] == ("Neural Cleanse", "Reverse generators", both, "BTI-DBF")
+    for table in tables[:2]:
+        assert [row[0] for row in table.rows] == list(tables[2].headers[2:])
+    assert "Not every detector has seen the same models" in tables[2].note
+
+
+def test_what_is_planned_is_counted(tmp_path: Path) -> None:
+    scans = [*ours(), scan(seed=5, detector="bti-dbf")]
+    before = [path.read_bytes() for path in write_population(write(tmp_path, scans))]
+    assert b"What is done" not in before[0]
+    write_plan(tmp_path / "one", World(STUDY, {"clean": 14}, {"clean": 5, "badnets": 8}))
+    write_plan(tmp_path / "two", World(STUDY, {}, {"clean": 0, "blend": 3}))
+    table = coverage_table(tmp_path, read_scans(tmp_path))
+    assert table is not None
+    assert table.headers == (
+        *("world", "half", "models", "Neural Cleanse", "Reverse generators", "BTI-DBF"),
+    )
+    assert table.rows == (
+        ("one", "calibration", "No attack (clean victim)", "12 of 14", "12 of 14", "1 of 14"),
+        ("one", "test", "No attack (clean victim)", "5 of 5", "5 of 5", "0 of 5"),
+        ("one", "test", "BadNets", "6 of 8", "6 of 8", "0 of 8"),
+        ("two", "test", "Blend", "0 of 3", "0 of 3", "0 of 3"),
+    )
+    after = [path.read_bytes() for path in write_population(tmp_path)]
+    assert after[0].startswith(before[0]) and b"What is done" in after[0]
+    assert after[1] == before[1]
 
 
 def test_the_command_renders_what_is_there(

@@ -169,7 +169,11 @@ def alike(models: Sequence[CleanModel], subject: Subject | None) -> tuple[CleanM
 
 
 def load_calibration(
-    detector: str, preset: str | None = None, *, settings: Mapping[str, Any] | None = None
+    detector: str,
+    preset: str | None = None,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    classes: int | None = None,
 ) -> Calibration | None:
     """The calibration shipped for a detector with these settings; None if there is none.
 
@@ -178,13 +182,20 @@ def load_calibration(
         preset: Name of the settings; None: any.
         settings: The settings themselves, ready for JSON: a calibration made with others does not
             hold. None: any.
+        classes: Of the model to be judged: each number of classes has a calibration of its own.
+            Where there is none for it, the first is returned, and its limits say that it does not
+            cover the model.
     """
     now = None if settings is None else json.loads(json.dumps(dict(settings)))
-    for calibration in _shipped():
-        named = calibration.detector == detector and preset in (None, calibration.preset)
-        if named and now in (None, dict(calibration.settings)):
-            return calibration
-    return None
+    found = [
+        calibration
+        for calibration in _shipped()
+        if calibration.detector == detector
+        and preset in (None, calibration.preset)
+        and now in (None, dict(calibration.settings))
+    ]
+    covering = (c for c in found if any(model.subject.classes == classes for model in c.models))
+    return next(covering, found[0] if found else None)
 
 
 def read_calibrations(path: Path) -> tuple[Calibration, ...]:

@@ -174,7 +174,7 @@ def judge_scan(
         triggers=triggers,
         config={**settings, "images": len(images)},
         seed=seed,
-        calibration=load_calibration(detector, settings=settings),
+        calibration=load_calibration(detector, settings=settings, classes=len(scores)),
         subject=describe_subject(model, images, classes=len(scores)),
     )
 

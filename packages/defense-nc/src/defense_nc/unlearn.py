@@ -129,7 +129,8 @@ def unlearn(
     images, labels = images.to(device), labels.to(device)
     num_classes = _count_classes(cleaned, images[:1])
     check_labels(labels, len(images), num_classes=num_classes)
-    stamped = _stamp(trigger, images, rounded=config.round_to_pixels)
+    stamped = triggered_copies(trigger, images, rounded=config.round_to_pixels)
+    images, labels = torch.cat([images, stamped]), labels.repeat(2)
     optimizer = torch.optim.SGD(
         parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
     )
@@ -140,39 +141,70 @@ def unlearn(
         torch.manual_seed(seed)
         cleaned.train()
         for _ in show_progress(range(config.epochs), desc="unlearning", enabled=progress):
-            for clean_rows, stamped_rows in _epoch(len(images), config, generator):
-                batch = torch.cat([images[clean_rows], stamped[stamped_rows]])
-                goal = torch.cat([labels[clean_rows], labels[stamped_rows]])
+            rows = pass_batches(
+                len(stamped),
+                batch_size=config.batch_size,
+                trigger_share=config.trigger_share,
+                append=config.append,
+                generator=generator,
+            )
+            for batch in rows:
                 optimizer.zero_grad()
-                F.cross_entropy(cleaned(batch), goal).backward()
+                F.cross_entropy(cleaned(images[batch]), labels[batch]).backward()
                 optimizer.step()
     return cleaned.eval()
 
 
-def _epoch(
-    count: int, config: UnlearnConfig, generator: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of one epoch: rows of the clean images, and rows of the triggered ones."""
-    chosen = torch.randperm(count, generator=generator)[
-        : max(1, round(config.trigger_share * count))
-    ]
+def pass_batches(
+    count: int,
+    *,
+    batch_size: int,
+    trigger_share: float,
+    append: bool,
+    generator: torch.Generator,
+    kinds: int = 1,
+) -> Iterator[Tensor]:
+    """The batches of one pass over images and triggered copies of them, as row numbers.
+
+    Rows 0 .. count - 1 are the clean images; one block of ``count`` rows follows for each kind of
+    trigger. In a batch the clean rows come first. `UnlearnConfig` says what the settings mean.
+
+    Args:
+        count: Clean images, at least 2.
+        batch_size: Rows per batch, at least 2.
+        trigger_share: Share of the images that carry a trigger, in (0, 1]; at least one does.
+        append: Add the triggered images to the clean ones; in their place if False.
+        generator: Draws which images carry a trigger, which trigger that is, and the order.
+        kinds: Triggers to choose from, at least 1; each triggered image carries one of them.
+    """
+    chosen = torch.randperm(count, generator=generator)[: max(1, round(trigger_share * count))]
     clean = torch.arange(count)
-    if not config.append:
+    if not append:
         clean = clean[~torch.isin(clean, chosen)]
-    # Triggered rows are numbered from `count` on, so that one shuffle mixes both.
-    rows = torch.cat([clean, count + chosen])
-    parts = list(rows[torch.randperm(len(rows), generator=generator)].split(config.batch_size))
+    block = torch.ones_like(chosen)
+    if kinds > 1:
+        block += torch.randint(kinds, chosen.shape, generator=generator)
+    rows = torch.cat([clean, block * count + chosen])
+    parts = list(rows[torch.randperm(len(rows), generator=generator)].split(batch_size))
     if len(parts) > 1 and len(parts[-1]) == 1:
         # Batch normalisation cannot train on a single image.
         parts[-2:] = [torch.cat(parts[-2:])]
     for part in parts:
-        yield part[part < count], part[part >= count] - count
+        yield torch.cat([part[part < count], part[part >= count]])
 
 
-def _stamp(trigger: Trigger, images: Tensor, *, rounded: bool) -> Tensor:
-    """A triggered copy of every image."""
+def triggered_copies(trigger: Trigger, images: Tensor, *, rounded: bool) -> Tensor:
+    """A triggered copy of every image; the caller's trigger stays as and where it is.
+
+    Args:
+        trigger: Any trigger.
+        images: Clean float32 ``(N, C, H, W)`` in [0, 1].
+        rounded: Round the copies to the 8-bit grid.
+
+    Raises:
+        ValueError: A trigger that breaks the image contract.
+    """
     if isinstance(trigger, nn.Module):
-        # A copy: the caller's trigger stays where it is.
         trigger = copy.deepcopy(trigger).to(images.device).eval()
     with torch.no_grad():
         ids = torch.arange(len(images), device=images.device)

@@ -70,16 +70,32 @@ def closeness(
     asked = None if target is None else torch.full((len(images),), target, device=images.device)
     found = _apply(reversed_trigger, images, ids, asked)
     truth = _apply(true_trigger, images, ids, asked)
+    return image_closeness(found, truth, images, seed=seed)
+
+
+def image_closeness(found: Tensor, truth: Tensor, images: Tensor, *, seed: int = 0) -> Closeness:
+    """The figures of `closeness`, for images that carry the two triggers already.
+
+    Args:
+        found: The images with the reversed trigger, on the 8-bit grid.
+        truth: The images with the attacker's trigger, likewise.
+        images: Clean float32 ``(N, C, H, W)`` in [0, 1].
+        seed: Which images are compared with which for ``cosine_shuffled``; 0 if N is 1.
+
+    Raises:
+        ValueError: Bad images, or of other shapes.
+    """
     clean = quantize(images)
+    between, before = psnr(found, truth), psnr(clean, truth)  # these refuse what is no pair
     ours, theirs = (found - clean).flatten(1).double(), (truth - clean).flatten(1).double()
     energy = float(theirs.square().mean())
     missed = float((theirs - ours).square().mean())
     other = _derangement(len(images), seed).to(images.device)
     return Closeness(
-        psnr=float(psnr(found, truth).double().mean()),
-        psnr_clean=float(psnr(clean, truth).double().mean()),
+        psnr=float(between.double().mean()),
+        psnr_clean=float(before.double().mean()),
         cosine=_cosine(ours, theirs),
-        cosine_shuffled=_cosine(ours, theirs[other]),
+        cosine_shuffled=_cosine(ours, theirs[other]) if len(images) > 1 else 0.0,
         energy_reversed=float(ours.square().mean()),
         energy_true=energy,
         explained=1 - missed / energy if energy > 0 else 0.0,
@@ -120,4 +136,4 @@ def _derangement(count: int, seed: int) -> Tensor:
     return moved
 
 
-__all__ = ["Closeness", "closeness"]
+__all__ = ["Closeness", "closeness", "image_closeness"]

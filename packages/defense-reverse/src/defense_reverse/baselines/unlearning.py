@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from defense_nc.mitigator import Repaired, check_repair, trainable
+from defense_nc.unlearn import pass_batches, triggered_copies
 from defense_reverse.baselines.training import Augmentation, Schedule, preset_of, sgd_of, train
-from wm_inject.images import check_images, quantize
 from wm_inject.poison import Trigger
 
 
@@ -125,7 +126,8 @@ class Unlearning:
         device = trainable(tuned)[0].device
         images, labels = images.to(device), labels.to(device)
         suspected = sorted(triggers)
-        stamped = [_stamp(triggers[t], images, rounded=self.round_to_pixels) for t in suspected]
+        rounded = self.round_to_pixels
+        stamped = [triggered_copies(triggers[t], images, rounded=rounded) for t in suspected]
         losses = train(
             *(tuned, torch.cat([images, *stamped]), labels.repeat(1 + len(stamped))),
             sgd=sgd_of(self),
@@ -138,25 +140,19 @@ class Unlearning:
 
     def _rows(self, count: int, kinds: int, generator: torch.Generator) -> Iterator[Tensor]:
         """The batches of all steps: clean rows come first, then one block of rows a trigger."""
-        left = self.steps
-        while left > 0:
-            chosen = torch.randperm(count, generator=generator)
-            chosen = chosen[: max(1, round(self.trigger_share * count))]
-            clean = torch.arange(count)
-            if not self.append:
-                clean = clean[~torch.isin(clean, chosen)]
-            block = torch.ones_like(chosen)
-            if kinds > 1:
-                block += torch.randint(kinds, chosen.shape, generator=generator)
-            rows = torch.cat([clean, block * count + chosen])
-            rows = rows[torch.randperm(len(rows), generator=generator)]
-            parts = list(rows.split(self.batch_size))
-            if len(parts) > 1 and len(parts[-1]) == 1:
-                # Batch normalisation cannot train on a single image.
-                parts[-2:] = [torch.cat(parts[-2:])]
-            for part in parts[:left]:
-                yield torch.cat([part[part < count], part[part >= count]])
-            left -= len(parts)
+
+        def passes() -> Iterator[Tensor]:
+            while True:
+                yield from pass_batches(
+                    count,
+                    batch_size=self.batch_size,
+                    trigger_share=self.trigger_share,
+                    append=self.append,
+                    generator=generator,
+                    kinds=kinds,
+                )
+
+        return islice(passes(), self.steps)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -171,19 +167,3 @@ PRESETS: dict[str, dict[str, Any]] = {
         "append": False,
     },
 }
-
-
-def _stamp(trigger: Trigger, images: Tensor, *, rounded: bool) -> Tensor:
-    """A triggered copy of every image."""
-    if isinstance(trigger, nn.Module):
-        # A copy: the caller's trigger stays where it is.
-        trigger = copy.deepcopy(trigger).to(images.device).eval()
-    with torch.no_grad():
-        ids = torch.arange(len(images), device=images.device)
-        stamped = torch.cat([trigger(images[i], ids=i) for i in ids.split(256)])
-    check_images(stamped, name="triggered images")
-    if stamped.shape != images.shape:
-        raise ValueError(
-            f"expected triggered images of shape {tuple(images.shape)}, got {tuple(stamped.shape)}"
-        )
-    return quantize(stamped) if rounded else stamped

@@ -57,7 +57,8 @@ def _tiny(data: str) -> dict[str, Any]:
 def _small(data: str) -> dict[str, Any]:
     numbers: dict[str, Any] = {
         "attacks": ("badnets", "wanet"),
-        "steps": 400,
+        # Ten passes, as in the reverse-generator paper, over 5 % of the images, twice each.
+        "steps": 625 if data == "cifar10" else 400,
         "nc": NCConfig.preset("fast"),
         "reverse": ReverseConfig.preset("fast"),
     }

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from defense_reverse.closeness import image_closeness
 from wm_eval.measure import poisoned_images
 from wm_eval.paper2.trial import Trial
 from wm_eval.pictures import amplified, residual_gain, save_picture
@@ -22,9 +22,9 @@ SHOWN_LABELS = 10  # of more labels the figure shows the first, and the target
 def compare_triggers(trial: Trial, detector: str, _: Path) -> Made:
     """How close the reversed images of the target come to the planted ones, with pictures.
 
-    ``cosine`` is the mean over images of the cosine between what the reversed trigger changes and
-    what the planted one changes; ``cosine_others`` the same of the triggers of the other labels,
-    which is what resembling nothing in particular amounts to.
+    ``cosine``, ``psnr_planted`` and ``psnr_between`` are the ``cosine``, ``psnr_clean`` and
+    ``psnr`` of `defense_reverse.closeness`; ``cosine_others`` is the cosine of the triggers of the
+    other labels, which is what resembling nothing in particular amounts to.
     """
     config, target = trial.config, trial.config.target
     test = trial.others(config.compared)
@@ -33,27 +33,22 @@ def compare_triggers(trial: Trial, detector: str, _: Path) -> Made:
     known = trial.study.space.record(f"scan-{detector}-{config.attack}-{trial.seed}").values
     labels = [row["label"] for row in known["labels"]]
     found = {k: poisoned_images(trial.reversed(detector, k), test) for k in labels}
-    cosines = {k: cosine(found[k] - images, planted - images) for k in labels}
-    others = [value for label, value in cosines.items() if label != target]
+    near = {k: image_closeness(found[k], planted, images) for k in labels}
+    others = [one.cosine for label, one in near.items() if label != target]
     values = {
         "attack": config.attack,
         "defence": detector,
         "target": target,
         "n": len(test),
-        "cosine": cosines[target],
+        "cosine": near[target].cosine,
         "cosine_others": sum(others) / len(others),
-        "psnr_planted": float(psnr(planted, images).mean()),
+        "psnr_planted": near[target].psnr_clean,
         "psnr_reversed": float(psnr(found[target], images).mean()),
-        "psnr_between": float(psnr(found[target], planted).mean()),
+        "psnr_between": near[target].psnr,
     }
     shown = _shown(labels, target)
     drawn = _draw(trial, detector, images, planted, {k: found[k] for k in shown})
     return Made(values | drawn, [f"pictures/{file}" for file in sorted(_files(drawn))])
-
-
-def cosine(first: Tensor, second: Tensor) -> float:
-    """The mean over images of the cosine between two changes; a change of nothing has cosine 0."""
-    return float(F.cosine_similarity(first.flatten(1), second.flatten(1)).mean())
 
 
 def _shown(labels: Sequence[int], target: int) -> list[int]:
@@ -112,4 +107,4 @@ def _files(drawn: Mapping[str, Any]) -> set[str]:
     return {picture["file"] for row in rows for picture in row.values()}
 
 
-__all__ = ["SHOWN_LABELS", "compare_triggers", "cosine"]
+__all__ = ["SHOWN_LABELS", "compare_triggers"]

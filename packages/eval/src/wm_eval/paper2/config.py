@@ -174,7 +174,7 @@ _FAST = TrainConfig.preset("fast", epochs=24)
 _PRESETS = {
     "mnist": _Usual("wanet-mnist", TrainConfig.preset("mnist")),
     "cifar10": _Usual("preactresnet18", _FAST, limit=20_000, images=500),
-    "gtsrb": _Usual("preactresnet18", _FAST, limit=13_000, images=392),
+    "gtsrb": _Usual("preactresnet18", replace(_FAST, epochs=40), limit=13_000, images=392),
     "digits": _Usual("resnet10", TrainConfig.preset("fast", epochs=8), width=8, images=300),
 }
 _OTHER = _Usual("preactresnet18", _FAST)

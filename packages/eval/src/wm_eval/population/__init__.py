@@ -3,4 +3,4 @@
 `wm_eval.population.run` trains and scans, `summary` judges one half by the other.
 """
 
-__all__ = ["config", "counts", "run", "summary", "tables"]
+__all__ = ["config", "counts", "plan", "run", "summary", "tables"]

@@ -18,6 +18,7 @@ from wm_eval.config import plain
 from wm_eval.detectors import detector
 from wm_eval.measure import scan_values
 from wm_eval.population.config import HALVES, Half, PopulationConfig, World
+from wm_eval.population.plan import write_plan
 from wm_eval.records import canonical_json, hardware, write_text
 from wm_eval.workspace import Made, Workspace
 from wm_victim import Dataset, defender_subset, load_classifier, load_dataset
@@ -42,7 +43,8 @@ def run_population(
 
     Args:
         config: The population.
-        out: Its folder; each world has ``records/`` and ``models/`` of its own inside.
+        out: Its folder; each world has ``records/`` and ``models/`` of its own inside, and in
+            ``population.json`` how many models it is to have.
         worlds: Only these; all if None.
         halves: Only these: "calibration" or "test".
         scans: Scan what was trained; only train it if not.
@@ -95,6 +97,7 @@ class _World:
 
     def go(self, halves: Sequence[Half], *, scans: bool, deadline: float | None) -> bool:
         """Every model of some halves; False if the time ran out before the last."""
+        write_plan(self.folder, self.world)
         for half in halves:
             for attack, seed in self.world.models(half):
                 study = self._study(attack, seed, deadline)
@@ -151,7 +154,13 @@ class _World:
 
 
 def scan_victim(
-    study: AttackStudy, half: Half, attack: str, name: str, preset: str, images: int, _: Path
+    study: AttackStudy,
+    half: Half,
+    attack: str,
+    name: str,
+    preset: str,
+    images: int,
+    checkpoint: Path,
 ) -> Made:
     """One detector's look at one victim, with everything that a verdict can be made from."""
     data: Dataset = study.data
@@ -164,6 +173,7 @@ def scan_victim(
         labels=mine.labels,
         seed=study.seed,
         progress=study.progress,
+        checkpoint=checkpoint,
     )
     watched = study.space.record(f"victim-plain-{attack}-{study.seed}").values["history"]["watched"]
     values = scan_values(report) | {

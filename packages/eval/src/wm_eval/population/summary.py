@@ -1,7 +1,8 @@
 """What a population says of its detectors: thresholds from one half, figures from the other.
 
 Nothing is scanned anew here. The null distribution of a detector is fitted to the clean models of
-the calibration half, and every model of the test half is judged by it from its recorded scores.
+the calibration half, one for each number of classes, and every model of the test half is judged by
+it from its recorded scores.
 """
 
 from __future__ import annotations
@@ -26,15 +27,19 @@ from wm_eval.population.config import check_rates
 from wm_eval.population.counts import Judged, Row, Scan, count_rows
 from wm_eval.records import Record, read_records
 
-TOGETHER = "all"  # all detectors as one, each at its share of the error rate
+HOUSE = ("nc", "reverse")  # what this project ships
+TOGETHER = "all"  # both of them as one, each at its share of the error rate
+LEAST = 5  # clean models of the calibration half, or a detector is not judged
 
 
 class Population(NamedTuple):
     """Everything that is said of a population."""
 
-    calibrations: Mapping[str, Calibration]  # by detector
+    calibrations: Mapping[tuple[str, int], Calibration]  # by detector and number of classes
     judged: Mapping[str, tuple[Judged, ...]]  # the test half, by detector
     rows: tuple[Row, ...]
+    # By detector and number of classes: the clean models, where they are too few to calibrate on.
+    left_out: Mapping[tuple[str, int], int]
 
 
 def read_scans(out: str | Path) -> tuple[Scan, ...]:
@@ -63,23 +68,23 @@ def read_scans(out: str | Path) -> tuple[Scan, ...]:
 def calibrate(scans: Iterable[Scan]) -> Calibration:
     """The null distribution of one detector, from the clean models of the calibration half.
 
+    Args:
+        scans: Of models with as many classes.
+
     Raises:
-        ValueError: Fewer than five such models, or scans of either half with different settings.
+        ValueError: Fewer than five such models, or scans of either half with different settings or
+            numbers of images.
     """
     scans = list(scans)
-    settings = [s.values["settings"]["settings"]["detector"] for s in scans]
-    if any(other != settings[0] for other in settings):
-        raise ValueError("expected one set of detector settings in both halves, got more")
-    mine = [s for s in scans if s.attack == CLEAN and s.values["half"] == "calibration"]
-    models = [model for scan in mine if (model := _clean(scan)) is not None]
-    if len(models) < 5:
-        raise ValueError(f"expected at least 5 clean models to calibrate on, got {len(models)}")
-    first = mine[0].values
+    models = _clean_models(scans)
+    if len(models) < LEAST:
+        raise _too_few(len(models))
+    first = next(s for s in scans if _may_teach(s)).values
     return fit_calibration(
         models,
         detector=first["detector"],
         preset=first["preset"],
-        settings=settings[0],
+        settings=first["settings"]["settings"]["detector"],
         versions=first["versions"],
     )
 
@@ -87,39 +92,85 @@ def calibrate(scans: Iterable[Scan]) -> Calibration:
 def summarise(scans: Sequence[Scan], *, floor: float = 0.9, alpha: float = 0.05) -> Population:
     """Judge the test half and count.
 
+    Detectors need not have seen the same models: each is judged by its own calibrations on what it
+    has seen. Scans for whose number of classes a detector cannot be calibrated are left out. The
+    two of this house together are judged on the models that both have seen, whatever other
+    detectors there are.
+
     Args:
         scans: Of `read_scans`, both halves.
         floor: Attack success that a backdoored model must have to be judged.
         alpha: Share of clean models that may be called backdoored.
 
     Raises:
-        ValueError: No scans, a rate out of range, or a detector without five clean models in the
-            calibration half.
+        ValueError: No scans, a rate out of range, no detector with five clean models in the
+            calibration half, or one with different settings or numbers of images in the halves.
     """
     check_rates(floor=floor, alpha=alpha)
     if not scans:
         raise ValueError("expected at least one scan of a population, got none")
-    calibrations: dict[str, Calibration] = {}
+    calibrations: dict[tuple[str, int], Calibration] = {}
     judged: dict[str, tuple[Judged, ...]] = {}
-    for detector in sorted({s.values["defence"] for s in scans}):
+    left_out: dict[tuple[str, int], int] = {}
+    for detector in house_first(s.values["defence"] for s in scans):
         mine = [s for s in scans if s.values["defence"] == detector]
-        calibration = calibrate(mine)
-        test = [s for s in mine if s.values["half"] == "test"]
-        calibrations[detector] = calibration
-        judged[detector] = tuple(_judge(scan, calibration, alpha) for scan in test)
-    if len(judged) > 1:
-        halves = [
-            [_judge(j.scan, calibrations[d], alpha / len(judged)) for j in group]
-            for d, group in judged.items()
+        for classes in sorted({_classes(s) for s in mine}):
+            same = [s for s in mine if _classes(s) == classes]
+            if (count := len(_clean_models(same))) < LEAST:
+                left_out[detector, classes] = count
+                continue
+            calibration = calibrations[detector, classes] = calibrate(same)
+            test = [s for s in same if s.values["half"] == "test"]
+            now = tuple(_judge(scan, calibration, alpha) for scan in test)
+            judged[detector] = (*judged.get(detector, ()), *now)
+    if not judged:
+        raise _too_few(max(left_out.values()))
+    if judged.keys() >= set(HOUSE):
+        ours = {detector: judged[detector] for detector in HOUSE}
+        shares = [
+            [
+                _judge(j.scan, calibrations[detector, _classes(j.scan)], alpha / len(HOUSE))
+                for j in group
+            ]
+            for detector, group in ours.items()
         ]
-        judged[TOGETHER] = _together(halves)
+        judged = {**ours, TOGETHER: _together(shares), **judged}  # the others come after
     rows = [
         row
         for detector, group in judged.items()
         for attack in (CLEAN, *TABLE)
         for row in count_rows(detector, attack, group, floor)
     ]
-    return Population(calibrations, judged, tuple(rows))
+    return Population(calibrations, judged, tuple(rows), left_out)
+
+
+def house_first(detectors: Iterable[str]) -> list[str]:
+    """Different names of detectors, those of this house before all others."""
+    return sorted(set(detectors), key=lambda name: (name not in HOUSE, name))
+
+
+def _too_few(count: int) -> ValueError:
+    return ValueError(f"expected at least {LEAST} clean models to calibrate on, got {count}")
+
+
+def _classes(scan: Scan) -> int:
+    return int(scan.values["subject"]["classes"])
+
+
+def _may_teach(scan: Scan) -> bool:
+    return scan.attack == CLEAN and scan.values["half"] == "calibration"
+
+
+def _clean_models(scans: Sequence[Scan]) -> list[CleanModel]:
+    """What one detector can be calibrated on, from scans that were all made alike."""
+    settings = [scan.values["settings"]["settings"] for scan in scans]
+    if any(other["detector"] != settings[0]["detector"] for other in settings):
+        raise ValueError("expected one set of detector settings in both halves, got more")
+    images = sorted({one["images"] for one in settings})
+    if len(images) > 1:
+        got = ", ".join(map(str, images))
+        raise ValueError(f"expected one number of the defender's images in both halves, got {got}")
+    return [model for s in scans if _may_teach(s) and (model := _clean(s)) is not None]
 
 
 def _clean(scan: Scan) -> CleanModel | None:
@@ -157,7 +208,7 @@ def _judge(scan: Scan, calibration: Calibration, alpha: float) -> Judged:
 
 
 def _together(groups: Sequence[Sequence[Judged]]) -> tuple[Judged, ...]:
-    """All detectors on the same models, each at its share of the error rate (Bonferroni).
+    """Several detectors on the same models, each at its share of the error rate (Bonferroni).
 
     "backdoored" as soon as one says so, "clean" if all do.
     """
@@ -186,4 +237,13 @@ def _column(scan: Scan, name: str) -> torch.Tensor:
     return torch.tensor([label[name] for label in scan.values["labels"]], dtype=torch.float64)
 
 
-__all__ = ["TOGETHER", "Population", "calibrate", "read_scans", "summarise"]
+__all__ = [
+    "HOUSE",
+    "LEAST",
+    "TOGETHER",
+    "Population",
+    "calibrate",
+    "house_first",
+    "read_scans",
+    "summarise",
+]

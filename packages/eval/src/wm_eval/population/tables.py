@@ -6,21 +6,40 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from wm_eval.attacks.config import CLEAN
 from wm_eval.attacks.gather import TITLES
 from wm_eval.detectors import DETECTORS
 from wm_eval.population.config import EVERYWHERE
 from wm_eval.population.counts import Rate, Row
-from wm_eval.population.summary import TOGETHER, Population, read_scans, summarise
+from wm_eval.population.plan import coverage_table
+from wm_eval.population.summary import (
+    HOUSE,
+    LEAST,
+    TOGETHER,
+    Population,
+    read_scans,
+    summarise,
+)
 from wm_eval.records import write_text
 from wm_eval.tables import ABSENT, Table, percent, to_markdown
 
 _PAPERS_RULE = "paper's rule"
+_PLAIN = ("detector", "attack", "world", "trained", "judged", "inconclusive", "asr_min")
+_RATES = ("flagged", "named", "paper_flagged", "paper_named")
+_COLUMNS = (
+    *_PLAIN,
+    *(f"{name}{end}" for name in (*_RATES, "auroc") for end in ("", "_low", "_high")),
+    "paper_auroc",
+)
 
 
 def write_population(out: str | Path, *, floor: float = 0.9, alpha: float = 0.05) -> list[Path]:
     """Write the tables of a population from its records, as Markdown and as a tidy CSV.
+
+    In the CSV, ``NAME_low`` and ``NAME_high`` are the 95 % interval of ``NAME``: of a count, that
+    of its share of the judged models, in [0, 1].
 
     Args:
         out: The population's folder.
@@ -30,10 +49,14 @@ def write_population(out: str | Path, *, floor: float = 0.9, alpha: float = 0.05
     Raises:
         ValueError: No scans, or too few clean ones to calibrate on.
     """
-    found = summarise(read_scans(out), floor=floor, alpha=alpha)
+    scans = read_scans(out)
+    found = summarise(scans, floor=floor, alpha=alpha)
+    tables = population_tables(found, floor, alpha)
+    if (covered := coverage_table(out, scans)) is not None:
+        tables.append(covered)
     folder = Path(out) / "tables"
     folder.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(to_markdown(table) for table in population_tables(found, floor, alpha))
+    text = "\n".join(to_markdown(table) for table in tables)
     failed = sorted(Path(out).glob("*/failures/*.json"))
     if failed:
         names = ", ".join(f"{path.parent.parent.name}/{path.stem}" for path in failed)
@@ -50,9 +73,10 @@ def population_tables(found: Population, floor: float = 0.9, alpha: float = 0.05
 
 
 def _clean_table(found: Population, alpha: float) -> Table:
+    titles = _titles(found)
     rows = [
         (
-            _detector(row.detector),
+            titles[row.detector],
             row.world,
             str(row.judged),
             _rate(row.flagged),
@@ -63,14 +87,20 @@ def _clean_table(found: Population, alpha: float) -> Table:
         if row.attack == CLEAN
     ]
     counts = "; ".join(
-        f"{_detector(name)}: {len(calibration.models)}"
-        for name, calibration in found.calibrations.items()
+        f"{_group(found, name, classes)}: {len(calibration.models)}"
+        for (name, classes), calibration in found.calibrations.items()
     )
     note = (
         f"Clean models of the test half, judged at a false-positive rate of {alpha:g}. The null "
         f"distribution comes from other clean models, of the calibration half ({counts}). "
         "Intervals are exact, 95 %."
     )
+    if found.left_out:
+        few = "; ".join(
+            f"{_group(found, name, classes)}: {count}"
+            for (name, classes), count in found.left_out.items()
+        )
+        note += f" Not judged, with fewer than {LEAST} clean models to calibrate on: {few}."
     headers = (
         "detector",
         "world",
@@ -83,9 +113,10 @@ def _clean_table(found: Population, alpha: float) -> Table:
 
 
 def _backdoored_table(found: Population, floor: float) -> Table:
+    titles = _titles(found)
     rows = [
         (
-            _detector(row.detector),
+            titles[row.detector],
             _attack(row.attack),
             row.world,
             f"{row.judged} of {row.trained}",
@@ -134,8 +165,11 @@ def _cross_table(found: Population) -> Table:
         asr = [c.asr_min for c in cells if c is not None and c.asr_min is not None]
         rates = [None if c is None else c.flagged if name == CLEAN else c.named for c in cells]
         rows.append((_attack(name), percent(min(asr, default=None)), *map(_rate, rates)))
-    headers = ("attack", "lowest ASR", *map(_detector, detectors))
+    titles = _titles(found)
+    headers = ("attack", "lowest ASR", *(titles[name] for name in detectors))
     note = "Backdoored models whose true target was named; clean models called backdoored."
+    if _rivals(found):
+        note += " Not every detector has seen the same models."
     return Table("cross", "Attacks by detectors", headers, tuple(rows), note)
 
 
@@ -144,10 +178,24 @@ def _only(rows: Sequence[Row], row: Row) -> bool:
     return len(alike) == 1
 
 
-def _detector(name: str) -> str:
-    if name == TOGETHER:
-        return "all detectors (Bonferroni)"
-    return DETECTORS[name].title if name in DETECTORS else name
+def _group(found: Population, name: str, classes: int) -> str:
+    """A detector's title, with the number of classes where there are several."""
+    title = _titles(found)[name]
+    several = len({count for _, count in (*found.calibrations, *found.left_out)}) > 1
+    return f"{title} on {classes} classes" if several else title
+
+
+def _titles(found: Population) -> dict[str, str]:
+    """What detectors are called. All together are those of this house, whoever else is there."""
+    names = (*HOUSE, *found.judged, *(name for name, _ in found.left_out))
+    titles = {name: DETECTORS[name].title if name in DETECTORS else name for name in names}
+    pair = " + ".join(titles[name] for name in HOUSE)
+    return titles | {TOGETHER: f"{pair if _rivals(found) else 'all detectors'} (Bonferroni)"}
+
+
+def _rivals(found: Population) -> set[str]:
+    """Detectors that are not of this house, judged or not."""
+    return {*found.judged, *(name for name, _ in found.left_out)} - {*HOUSE, TOGETHER}
 
 
 def _attack(name: str) -> str:
@@ -170,17 +218,22 @@ def _auroc(row: Row) -> str:
 
 def _csv(rows: Sequence[Row]) -> str:
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    rates = ("flagged", "named", "paper_flagged", "paper_named")
-    plain = ("detector", "attack", "world", "trained", "judged", "inconclusive", "asr_min")
-    scores = ("auroc", "paper_auroc")
-    writer.writerow((*plain, *rates, *scores))
-    for row in rows:
-        counts = ["" if (r := getattr(row, name)) is None else r.hits for name in rates]
-        numbers = [getattr(row, name) for name in (*plain, *scores)]
-        told = ["" if value is None else value for value in numbers]
-        writer.writerow((*told[: len(plain)], *counts, *told[len(plain) :]))
+    writer = csv.DictWriter(buffer, _COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(map(_cells, rows))
     return buffer.getvalue()
+
+
+def _cells(row: Row) -> dict[str, Any]:
+    """The cells of a row by column; None is written as nothing."""
+    cells = {name: getattr(row, name) for name in (*_PLAIN, "auroc", "paper_auroc")}
+    rates = {name: rate for name in _RATES if (rate := getattr(row, name)) is not None}
+    cells |= {name: rate.hits for name, rate in rates.items()}
+    intervals = {name: rate.interval for name, rate in rates.items()}
+    for name, interval in (intervals | {"auroc": row.auroc_interval}).items():
+        if interval is not None:
+            cells[f"{name}_low"], cells[f"{name}_high"] = interval
+    return cells
 
 
 __all__ = ["population_tables", "write_population"]
