@@ -151,6 +151,20 @@ def test_an_attack_without_a_ratio_keeps_that_of_the_study() -> None:
     assert world.study_of("wanet", 0, num_classes=10).ratio == 0.2
 
 
+def test_triggers_that_must_be_fitted_may_cost_more_than_the_rest() -> None:
+    world = World(STUDY, test={"badnets": 1, "lf": 1}, profiles={"lf": "small"})
+    assert world.study_of("badnets", 0, num_classes=10).profile == STUDY.profile == "tiny"
+    assert world.study_of("lf", 0, num_classes=10).profile == "small"
+
+
+@pytest.mark.parametrize("world", population_profile("small").worlds.values())
+def test_no_shipped_trigger_is_fitted_as_for_a_test(world: World) -> None:
+    # The tiny masks of input-aware cover half of the image, which no detector looks for.
+    fitted = {"ssba", "lf", "marksman", "input-aware", "watermark"}
+    for attack in fitted & {*world.calibration, *world.test}:
+        assert world.study_of(attack, 0, num_classes=10).profile == "small"
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -159,6 +173,8 @@ def test_an_attack_without_a_ratio_keeps_that_of_the_study() -> None:
         ({"test": {"clean": 1.5}}, "expected counts in 0"),
         ({"ratios": {"badnets": 0.0}}, r"expected ratios in \(0, 1\]"),
         ({"ratios": {"clean": 0.1}}, r"expected ratios in \(0, 1\]"),
+        ({"profiles": {"badnets": "huge"}}, "expected profiles out of tiny, small, paper"),
+        ({"profiles": {"clean": "small"}}, "expected profiles out of tiny, small, paper"),
     ],
 )
 def test_a_world_that_cannot_be(changes: dict[str, Any], told: str) -> None:

@@ -20,15 +20,36 @@ CLEANINGS = {
         "Cleaning on CIFAR-10",
         "`wm-eval mitigate --data cifar10` on the victims of the table of attacks makes it.",
     ),
-    "cleaning-gtsrb": ("Cleaning on GTSRB", "`wm-eval mitigate --data gtsrb` makes it."),
+    "cleaning-gtsrb": (
+        "Cleaning on GTSRB",
+        "`wm-eval mitigate --data gtsrb --shares 0.05` makes it.",
+    ),
 }
 DETECTS = {
     "detect-mnist": (
         "The reverse-generator paper's experiment on MNIST",
         "`wm-eval detect --data mnist` makes it.",
     ),
+    "detect-cifar10-vgg16": (
+        "The reverse-generator paper's experiment on CIFAR-10, VGG16",
+        "`wm-eval detect --data cifar10 --arch vgg16 --seeds 2 --parts detection` makes it.",
+    ),
+    "detect-cifar10-mobilenetv2": (
+        "The reverse-generator paper's experiment on CIFAR-10, MobileNetV2",
+        "`wm-eval detect --data cifar10 --arch mobilenetv2 --width 8 --seeds 1 --parts detection` "
+        "makes it.",
+    ),
+    "detect-gtsrb-vgg16": (
+        "The reverse-generator paper's experiment on GTSRB, VGG16",
+        "`wm-eval detect --data gtsrb --arch vgg16 --seeds 2 --parts detection` makes it.",
+    ),
 }
-INDICES = ("figure3-cifar10", "figure3-cifar10-reverse")
+INDICES = (
+    "figure3-cifar10",
+    "figure3-cifar10-reverse",
+    "figure3-cifar10-feature-re",
+    "figure3-cifar10-bti-dbf",
+)
 SPEED = {
     "speed-nc": "python packages/defense-nc/benchmarks/bench_inversion.py --out FILE",
     "speed-reverse": "python packages/defense-reverse/benchmarks/bench_reverse.py --out FILE",
