@@ -130,8 +130,9 @@ def _speed(results: Path) -> list[str]:
     headers = ("detector", "way", "times as fast", "CPU seconds", "verdict", "mask overlap")
     note = (
         "PreActResNet-18 of width 16 on CIFAR-10, with a BadNets backdoor for Neural Cleanse and "
-        "FTrojan's for the generators, one thread, all ways of a detector in turns in one run. The factor is the median over rounds of CPU seconds against "
-        "the reference: one label after the other, float32, the same stopping rule."
+        "FTrojan's for the generators, one thread, all ways of a detector in turns in one run. The "
+        "factor is the median over rounds of CPU seconds against the reference: one label after "
+        "the other, float32, the same stopping rule."
     )
     table = Table("speed", "What a scan costs", headers, tuple(rows), note)
     made = " and ".join(f"`{command}`" for command in SPEED.values())
