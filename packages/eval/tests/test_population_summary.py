@@ -16,13 +16,13 @@ from torch import Tensor
 from defense_nc import Subject, Verdict, judge
 from defense_nc.calibration import read_calibrations
 from wm_eval.cli import main
+from wm_eval.detectors import HOUSE
 from wm_eval.intervals import exact_interval
 from wm_eval.measure import scan_values
 from wm_eval.population.config import World, population_profile
 from wm_eval.population.counts import Row, Scan, auroc_interval
 from wm_eval.population.plan import coverage_table, write_plan
 from wm_eval.population.summary import (
-    HOUSE,
     TOGETHER,
     Population,
     calibrate,

@@ -107,6 +107,7 @@ class Detector:
         return report
 
 
+HOUSE = ("nc", "reverse")  # the two that are calibrated; all others are rivals
 _REVERSE = ("defense_reverse.scan", "defense_reverse:ReverseConfig")
 _SMALL = MappingProxyType({"fast": "small", "robust": "small"})
 DETECTORS: Mapping[str, Detector] = MappingProxyType(
@@ -158,4 +159,4 @@ def detector(name: str) -> Detector:
     return DETECTORS[name]
 
 
-__all__ = ["DETECTORS", "Detector", "detector"]
+__all__ = ["DETECTORS", "HOUSE", "Detector", "detector"]

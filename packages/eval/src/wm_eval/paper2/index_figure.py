@@ -11,6 +11,7 @@ from wm_eval.attacks.config import CLEAN
 from wm_eval.attacks.gather import TITLES, Number
 from wm_eval.attacks.render import Page, write_page
 from wm_eval.attacks.spread import plus_minus
+from wm_eval.detectors import HOUSE
 from wm_eval.paper2.cells import detector_title, spread
 from wm_eval.paper2.plots import BLUE, INK, RED, new_figure, save_svg
 from wm_eval.paper2.summary import Scan, named
@@ -20,9 +21,11 @@ from wm_eval.tables import ABSENT, Table, percent
 THRESHOLD = 2.0
 _NOTE = (
     "Index: the paper's, mean ± sample standard deviation over seeds; above 2 its rule says "
-    "backdoored. The verdict is that of the calibrated rule; named right: it names the target. "
+    "backdoored. The verdict is that of {rule}; named right: it names the target. "
     "The paper prints 0.7 for its own attack, and a figure without numbers for the others."
 )
+_CALIBRATED = "the calibrated rule"
+_OWN = "the detector's own rule, which states no error rate"
 
 
 def write_index_figure(out: str | Path) -> list[Path]:
@@ -58,8 +61,9 @@ def index_page(out: str | Path) -> Page:
     )
     headers = ("attack", "index", "index, lower median", "verdict", "named right", "ASR", "n")
     rows = tuple(_row(attack, mine) for attack, mine in _by_attack(scans).items())
-    table = Table("figure3", "Anomaly index by attack", headers, rows, _NOTE)
     first = next(iter(scans.values()))
+    note = _NOTE.format(rule=_CALIBRATED if first["defence"] in HOUSE else _OWN)
+    table = Table("figure3", "Anomaly index by attack", headers, rows, note)
     about = f"{first['data']}; a defender with {first['n_images']} clean images."
     title = f"{detector_title(first['defence'])}: index by attack (watermark paper, figure 3)"
     return Page("figure3", title, about, (table,), numbers, str(first["data"]))

@@ -174,7 +174,7 @@ def _small() -> dict[str, World]:
         "mnist-plain": World(
             _study(DataConfig("mnist"), "wanet-mnist", 64, mnist),
             {CLEAN: 10},
-            {CLEAN: 15, **two, "wanet": 10, "input-aware": 16},
+            {CLEAN: 15, **two, "wanet": 10, "input-aware": 20},
             # With its own tenth, one model in two stays below an attack success of 90 %. And masks
             # that are fitted for a test cover half the image, in place of 3 %: no trigger yet.
             ratios={"input-aware": 0.2},

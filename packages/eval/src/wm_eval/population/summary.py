@@ -23,12 +23,12 @@ from defense_nc import (
     judge,
 )
 from wm_eval.attacks.config import CLEAN, TABLE
+from wm_eval.detectors import HOUSE
 from wm_eval.population.config import check_rates
 from wm_eval.population.counts import Judged, Row, Scan, count_rows
 from wm_eval.records import Record, read_records
 
-HOUSE = ("nc", "reverse")  # what this project ships
-TOGETHER = "all"  # both of them as one, each at its share of the error rate
+TOGETHER = "all"  # both detectors of this house as one, each at its share of the error rate
 LEAST = 5  # clean models of the calibration half, or a detector is not judged
 
 
@@ -238,7 +238,6 @@ def _column(scan: Scan, name: str) -> torch.Tensor:
 
 
 __all__ = [
-    "HOUSE",
     "LEAST",
     "TOGETHER",
     "Population",

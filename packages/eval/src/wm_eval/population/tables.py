@@ -10,12 +10,11 @@ from typing import Any
 
 from wm_eval.attacks.config import CLEAN
 from wm_eval.attacks.gather import TITLES
-from wm_eval.detectors import DETECTORS
+from wm_eval.detectors import DETECTORS, HOUSE
 from wm_eval.population.config import EVERYWHERE
 from wm_eval.population.counts import Rate, Row
 from wm_eval.population.plan import coverage_table
 from wm_eval.population.summary import (
-    HOUSE,
     LEAST,
     TOGETHER,
     Population,
