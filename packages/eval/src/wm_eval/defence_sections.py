@@ -30,18 +30,9 @@ DETECTS = {
         "The reverse-generator paper's experiment on MNIST",
         "`wm-eval detect --data mnist` makes it.",
     ),
-    "detect-cifar10-vgg16": (
-        "The reverse-generator paper's experiment on CIFAR-10, VGG16",
-        "`wm-eval detect --data cifar10 --arch vgg16 --seeds 2 --parts detection` makes it.",
-    ),
-    "detect-cifar10-mobilenetv2": (
-        "The reverse-generator paper's experiment on CIFAR-10, MobileNetV2",
-        "`wm-eval detect --data cifar10 --arch mobilenetv2 --width 8 --seeds 1 --parts detection` "
-        "makes it.",
-    ),
     "detect-gtsrb-vgg16": (
         "The reverse-generator paper's experiment on GTSRB, VGG16",
-        "`wm-eval detect --data gtsrb --arch vgg16 --seeds 2 --parts detection` makes it.",
+        "`wm-eval detect --data gtsrb --arch vgg16 --seeds 1 --parts detection` makes it.",
     ),
 }
 INDICES = (
