@@ -36,7 +36,7 @@ def test_a_trained_patch_backdoor_is_named_and_cleaned(data):
     plan = PoisonPlan(ratio=0.1, target=TARGET)
     model = trained(data, plan=plan, trigger=trigger)
     assert attack_success(model, data.test, trigger, target=TARGET) > 0.95
-    known = defender_subset(data.train, count=200, seed=0)
+    known = defender_subset(data.train, count=300, seed=0)
     report = scan(
         model, known.images, labels=known.labels, config=NCConfig.preset("fast"), progress=False
     )
@@ -49,7 +49,7 @@ def test_a_trained_patch_backdoor_is_named_and_cleaned(data):
 @pytest.mark.slow
 def test_nothing_is_named_in_a_trained_clean_classifier(data):
     model = trained(data)
-    known = defender_subset(data.train, count=200, seed=0)
+    known = defender_subset(data.train, count=300, seed=0)
     report = scan(
         model, known.images, labels=known.labels, config=NCConfig.preset("fast"), progress=False
     )

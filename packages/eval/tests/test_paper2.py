@@ -432,11 +432,11 @@ def test_presets() -> None:
 def test_a_patch_is_found_and_unlearned_for_real(tmp_path: Path) -> None:
     config = replace(
         TINY,
-        data=DataConfig("digits", image_size=SIZE),
+        data=DataConfig("digits"),  # at the size, and scanned with images, that verdicts hold for
         train=TrainConfig.preset("fast", epochs=6, precision="float32"),
         seeds=(0,),
         detectors=("nc",),
-        images=100,
+        images=300,
         tested=None,
         cleaning=UnlearnConfig.preset("reverse", epochs=5, lr=1e-2),
         cleaning_shares=(0.2,),
