@@ -16,10 +16,9 @@ All together stay just under 2 on a CPU (results/speed/speed-reverse.json), and 
   labels always go on: of 1200 steps 952 are left, so that it cannot be worth more than 1.26.
 
 A verdict here is the scan's own. Without the race the settings are not those of the calibration, so
-that only the last way is judged by it, and the others by a rule that asks for more. A faint
-backdoor may fall between the two: FTrojan in the digits, four times as strong as usual, was named
-by the last way and not with bfloat16 alone, at scores that the calibrated rule names in both. That
-is why the digits carry Blend; there the calibrated rule names label 8 beside the target.
+that only the last way is judged by it, and the others by a rule that asks for more. FTrojan in
+CIFAR-10 is plain enough for both, and the images must be there (WM_DATA): in the bundled digits its
+usual wave is not learned.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ from defense_nc import ScanReport
 from defense_reverse import ReverseConfig, UNetGenerator, pretrain, scan
 from wm_inject.files import write_json
 from wm_inject.poison import PoisonPlan
-from wm_inject.triggers import BlendTrigger, FTrojanTrigger
+from wm_inject.triggers import FTrojanTrigger
 from wm_victim import (
     Dataset,
     ImageSet,
@@ -112,15 +111,8 @@ class Victim(NamedTuple):
 
 
 def victim() -> Victim:
-    """A PreActResNet-18 of width 16 with an invisible trigger all over the image.
-
-    FTrojan in CIFAR-10 where WM_DATA has it, a faint Blend in the bundled digits at 32 pixels
-    otherwise: from 1200 digits FTrojan's usual wave is not learned.
-    """
-    real = "WM_DATA" in os.environ
-    data = load_dataset(
-        "cifar10" if real else "digits", limit=20_000 if real else None, image_size=32
-    )
+    """A PreActResNet-18 of width 16 on CIFAR-10 with FTrojan's invisible trigger."""
+    data = load_dataset("cifar10", limit=20_000, image_size=32)
     model = build_classifier(
         "preactresnet18",
         num_classes=data.num_classes,
@@ -129,11 +121,7 @@ def victim() -> Victim:
         width=16,
         seed=0,
     )
-    trigger = (
-        FTrojanTrigger(image_size=32, channels=data.channels)
-        if real
-        else BlendTrigger(image_size=32, channels=data.channels, alpha=0.1)
-    )
+    trigger = FTrojanTrigger(image_size=32, channels=data.channels)
     train_classifier(
         model,
         data.train,
@@ -205,11 +193,10 @@ def correlation(first: Tensor, second: Tensor) -> float:
 
 
 def check(record: dict[str, Any]) -> None:
-    """Every way says what the reference says, and the target is the label nearest to reach."""
+    """Every way names the target alone, and changes about what the reference changes."""
     assert record["attack_success"] > 0.9, record["attack_success"]
-    verdict = record["ways"]["reference"]["verdict"]
     for name, row in record["ways"].items():
-        assert row["verdict"] == verdict and TARGET in row["suspected"], (name, row)
+        assert row["verdict"] == "backdoored" and row["suspected"] == [TARGET], (name, row)
         assert min(row["scores"]) == row["scores"][TARGET], (name, row)
         assert row["correlation"] >= 0.5, (name, row)
 
@@ -225,6 +212,7 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.skipif("WM_DATA" not in os.environ, reason="WM_DATA, with CIFAR-10, is not set")
 def test_factors_of_precision_stack_and_race(benchmark: BenchmarkFixture) -> None:
     record: dict[str, Any] = benchmark.pedantic(
         factors, kwargs={"preset": "fast", "rounds": 1}, rounds=1
