@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,15 +154,168 @@ def test_bad_input_is_refused(exporter, settings, images):
         exporter(TinyInjector(), images, **settings)
 
 
-def test_modules_that_do_not_give_one_tensor_are_refused(exporter):
-    class Two(nn.Module):
-        def forward(self, images):
-            return images, images
+class Two(nn.Module):
+    """A score and a map for every image."""
 
-    with pytest.raises(ValueError, match=r"gives one tensor \(4, ...\), got tuple"):
-        exporter(Two(), example())
+    __module__ = "tiny"
+
+    def forward(self, images):
+        return images.mean(dim=(1, 2, 3)), images.mean(dim=1, keepdim=True)
+
+
+class Essay(nn.Module):
+    """What no exporter can follow: it goes by the values."""
+
+    def forward(self, images):
+        return images + 1 if images.sum() > 3 else images
+
+
+def test_modules_that_do_not_give_tensors_are_refused(exporter):
+    class Text(nn.Module):
+        def forward(self, images):
+            return [images]
+
+    with pytest.raises(ValueError, match=r"gives tensors \(4, ...\), got list"):
+        exporter(Text(), example())
     with pytest.raises(ValueError, match="expected a torch module"):
         exporter(lambda images: images, example())
+
+
+def test_several_outputs_have_names(tmp_path):
+    parity = to_onnx(Two(), example(), tmp_path / "m.onnx", output_names=("score", "map"))
+    assert parity.max_abs < 1e-6
+    model = OnnxModel(tmp_path / "m.onnx")
+    assert [port.name for port in model.outputs] == ["score", "map"]
+    found = model.run({"image": example(7).numpy()})
+    for got, want in zip(found.values(), Two()(example(7)), strict=True):
+        assert np.abs(got - want.numpy()).max() < 1e-6
+    with pytest.raises(ValueError, match="expected a model of one output, m.onnx gives score, map"):
+        model(example().numpy())
+    with pytest.raises(ValueError, match="expected 2 output_names, got output"):
+        to_onnx(Two(), example(), tmp_path / "n.onnx")
+    to_torchscript(Two(), example(), tmp_path / "m.pt")
+    assert len(torch.jit.load(str(tmp_path / "m.pt"))(example())) == 2
+
+
+def test_what_cannot_be_exported_is_named_in_one_line(tmp_path):
+    with pytest.raises(ValueError, match="cannot export Essay to ONNX: .*data-dependent") as told:
+        to_onnx(Essay(), example(), tmp_path / "m.onnx")
+    assert "\n" not in str(told.value) and list(tmp_path.iterdir()) == []
+
+
+class Mixer(nn.Module):
+    """Most of its weights in matrix products, as in a transformer; a small change to the image."""
+
+    __module__ = "tiny"
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.mix = nn.Sequential(nn.Linear(256, 64), nn.GELU(), nn.Linear(64, 256))
+
+    def forward(self, images):
+        change = self.mix(images.flatten(2)).unflatten(2, (16, 16))
+        return (images + 0.1 * torch.tanh(change)).clamp(0, 1)
+
+
+@pytest.mark.parametrize("uint8", [False, True])
+@pytest.mark.parametrize(("precision", "allowed"), [("float16", 1e-3), ("int8", 2e-2)])
+def test_lower_precisions_stay_close(tmp_path, precision, allowed, uint8):
+    to_onnx(Mixer(), example(), tmp_path / "plain.onnx", uint8=uint8)
+    path = tmp_path / "low.onnx"
+    parity = to_onnx(Mixer(), example(), path, precision=precision, uint8=uint8)
+    model = OnnxModel(path)
+    assert model.metadata["precision"] == precision
+    assert model.metadata["parity"]["max_abs"] == parity.max_abs
+    # Half a step of rounding to 8 bits on either side.
+    assert 0 < parity.max_abs <= allowed + uint8 / 255
+    small, large = (file.stat().st_size for file in (path, tmp_path / "plain.onnx"))
+    assert small < (0.7 if precision == "float16" else 0.5) * large
+    images = to_pixels(example(9)) if uint8 else example(9).numpy()
+    want = OnnxModel(tmp_path / "plain.onnx")(images)
+    assert model(images).dtype == want.dtype
+    assert np.abs(model(images).astype(float) - want).max() / (255 if uint8 else 1) <= 2e-2
+
+
+def test_float16_ends_before_the_residual_is_added(tmp_path):
+    """The identity but for a change of zero: in float16 the image itself would lose digits."""
+    module = Mixer()
+    nn.init.zeros_(module.mix[2].weight), nn.init.zeros_(module.mix[2].bias)
+    assert to_onnx(module, example(), tmp_path / "m.onnx", precision="float16").max_abs == 0
+
+
+def test_int8_is_for_matrix_products(tmp_path):
+    with pytest.raises(ValueError, match="matrix products for int8, got one of convolutions"):
+        to_onnx(TinyInjector(), example(), tmp_path / "m.onnx", precision="int8")
+    with pytest.raises(ValueError, match="matrix products for float16, found none"):
+        to_onnx(BadNetsTrigger(image_size=16), example(), tmp_path / "m.onnx", precision="float16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_torchscript_in_bfloat16(tmp_path):
+    parity = to_torchscript(Mixer(), example(), tmp_path / "m.pt", precision="bfloat16")
+    assert 0 < parity.max_abs < 5e-3
+    assert torch.jit.load(str(tmp_path / "m.pt"))(example()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision", ["float64", "bfloat16"])
+def test_unknown_precisions_are_refused(tmp_path, precision):
+    with pytest.raises(ValueError, match="expected a precision in float32, float16, int8"):
+        to_onnx(Mixer(), example(), tmp_path / "m.onnx", precision=precision)
+    with pytest.raises(ValueError, match="expected a precision in float32, bfloat16"):
+        to_torchscript(Mixer(), example(), tmp_path / "m.pt", precision="int8")
+
+
+def test_a_precision_that_is_too_coarse_for_the_tolerance_is_an_error(tmp_path):
+    with pytest.raises(ParityError, match="differs from the module"):
+        to_onnx(Mixer(), example(), tmp_path / "m.onnx", precision="int8", tolerance=1e-6)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_any_size(tmp_path):
+    class Blur(nn.Module):
+        def forward(self, images):
+            return torch.nn.functional.avg_pool2d(images, 3, 1, 1)
+
+    for uint8 in (False, True):
+        to_onnx(Blur(), example(), tmp_path / "m.onnx", any_size=True, uint8=uint8)
+        model = OnnxModel(tmp_path / "m.onnx")
+        images = torch.rand(2, 3, 24, 40)
+        given = to_pixels(images) if uint8 else images.numpy()
+        want = to_pixels(Blur()(to_float(given))) if uint8 else Blur()(images).numpy()
+        assert np.abs(model(given).astype(float) - want).max() <= (1 if uint8 else 1e-6)
+
+
+def test_weights_in_a_file_of_their_own(tmp_path):
+    path = tmp_path / "m.onnx"
+    to_onnx(Mixer(), example(), path, external_data=True)
+    assert {file.name for file in tmp_path.iterdir()} == {"m.onnx", "m.onnx.data"}
+    assert path.stat().st_size < 2 * 64 * 256 * 4 < (tmp_path / "m.onnx.data").stat().st_size
+    with torch.no_grad():
+        assert np.abs(OnnxModel(path)(example().numpy()) - Mixer()(example()).numpy()).max() < 1e-5
+    with pytest.raises(ValueError, match="float32 with external data, got int8"):
+        to_onnx(Mixer(), example(), path, external_data=True, precision="int8")
+
+
+def test_files_hold_no_path_of_the_machine_that_made_them(tmp_path):
+    to_onnx(Mixer(), example(), tmp_path / "m.onnx")
+    to_torchscript(Mixer(), example(), tmp_path / "m.pt")
+    for name in ("m.onnx", "m.pt"):
+        content = (tmp_path / name).read_bytes()
+        assert str(Path(__file__).parents[1]).encode() not in content
+        assert b"site-packages" not in content and b"test_export" not in content
+
+
+def test_the_record_tells_the_weights(tmp_path):
+    def digest(module):
+        to_onnx(module, example(), tmp_path / "m.onnx")
+        return OnnxModel(tmp_path / "m.onnx").metadata["weights_sha256"]
+
+    other = Mixer()
+    with torch.no_grad():
+        other.mix[0].bias[0] += 1e-3
+    assert digest(Mixer()) == digest(Mixer()) != digest(other)
 
 
 def test_torchscript_carries_its_metadata_and_warns_nobody(tmp_path):
@@ -217,16 +371,36 @@ def test_a_uint8_graph_of_a_classifier_gives_logits(tmp_path):
 
 def test_names_of_input_and_output(tmp_path):
     path = tmp_path / "m.onnx"
-    to_onnx(BadNetsTrigger(image_size=16), example(), path, input_name="x", output_name="y")
+    to_onnx(BadNetsTrigger(image_size=16), example(), path, input_name="x", output_names=("y",))
     model = OnnxModel(path)
     assert model.input_name == "x" and model.extra_inputs == ()
     assert model.metadata["inputs"] == ["x"]
 
 
-def test_two_gigabytes_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("wm_inject.export._ONNX_LIMIT", 10)
-    with pytest.raises(ValueError, match="at most 10 bytes of weights"):
-        to_onnx(TinyInjector(), example(), tmp_path / "m.onnx")
+def test_weights_too_large_for_one_file_get_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("wm_inject.onnx_graph._LIMIT", 10)
+    to_onnx(Mixer(), example(), tmp_path / "m.onnx")
+    assert (tmp_path / "m.onnx.data").exists()
+
+
+@pytest.mark.slow
+def test_more_than_two_gigabytes(tmp_path):
+    """The limit of one protobuf, for real: 2.1 GiB of weights, most of which are not used much."""
+
+    class Huge(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.zeros(2_200, 512, 512))
+            self.table[-1] = 0.25
+
+        def forward(self, images):
+            row = images.new_full((len(images),), len(self.table) - 1, dtype=torch.int64)
+            return images * self.table[row][:, :1, :16, None].transpose(2, 3)[..., :1, :]
+
+    to_onnx(Huge(), example(), tmp_path / "m.onnx")
+    assert (tmp_path / "m.onnx.data").stat().st_size > 2**31
+    images = example().numpy()
+    assert np.allclose(OnnxModel(tmp_path / "m.onnx")(images), images / 4)
 
 
 NAMES = [("ids",), ("target",), ("ids", "target")]

@@ -174,9 +174,10 @@ def test_a_killed_process_leaves_whole_files_only_and_is_taken_up(source, tmp_pa
     command = [sys.executable, "-c", KILLED, str(source), str(out)]
     assert subprocess.run(command, check=False).returncode == -9
     left = [path for path in out.rglob("*.png") if not path.name.startswith(".")]
-    assert len(left) == 5 and len(list(out.rglob(".*.part*"))) == 1
+    # Two threads write: the other one may have been in the middle of the fifth.
+    assert len(left) in (4, 5) and list(out.rglob(".*.part*"))
     settings = {"plan": FolderPlan(ratio=0.5), "batch_size": 3, **SETTINGS}
-    assert poison_files(invert, source, out, **settings).written == 12 - 5
+    assert poison_files(invert, source, out, **settings).written == 12 - len(left)
     poison_files(invert, source, tmp_path / "whole", **settings)
     assert content(out) == content(tmp_path / "whole")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -116,6 +117,11 @@ TABLE = Table(
             ),
         },
         "load_detector": checkpoint_files(we.load_detector),
+        "export_detector": {
+            **images(lambda bad: we.export_detector(detector(), bad, Path("never.onnx"))),
+            "no detector": lambda tmp: we.export_detector(MARK, IMAGES, tmp / "d.onnx"),  # type: ignore[arg-type]
+            "suffix": lambda tmp: we.export_detector(detector(), IMAGES, tmp / "d.bin"),
+        },
         "JointConfig": {
             "size": config(size="huge"),
             "optimizer": config(optimizer="nothing"),

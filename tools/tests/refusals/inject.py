@@ -62,6 +62,37 @@ def onnx(tmp: Path, *, uint8: bool = False) -> Path:
     return write(tmp / "patch.onnx", exported(uint8))
 
 
+class Bright(nn.Module):
+    """A detector of light: a score and a map."""
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return images.mean(dim=(1, 2, 3)), images
+
+
+@cache
+def exported_detector() -> bytes:
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "light.onnx")
+        metadata = {"detector": {"threshold": 0.5, "false_positive_rate": 0.01}}
+        names = ("score", "map")
+        wm.to_onnx(Bright(), IMAGES, path, uint8=True, output_names=names, metadata=metadata)
+        return path.read_bytes()
+
+
+def detector(tmp: Path) -> Path:
+    return write(tmp / "light.onnx", exported_detector())
+
+
+def judges(build: Callable[[Path], Any]) -> dict[str, Call]:
+    """Stored images that are none."""
+    return {
+        "shape": lambda tmp: build(tmp)(GREY[:, :-1]),
+        "dtype": lambda tmp: build(tmp)(GREY.astype(np.float32)),
+        "range": lambda tmp: build(tmp)(GREY.astype(np.int16) - 1),
+        "empty": lambda tmp: build(tmp)(GREY[:0]),
+    }
+
+
 def model_files(call: Callable[[Path], object]) -> dict[str, Call]:
     """Files that are no ONNX models."""
     return {
@@ -292,6 +323,15 @@ TABLE = Table(
             "too few": lambda tmp: wm.to_onnx(PATCH, IMAGES[:2], tmp / "m.onnx"),
             "tolerance": lambda tmp: wm.to_onnx(PATCH, IMAGES, tmp / "m.onnx", tolerance=-1.0),
             "module": lambda tmp: wm.to_onnx(print, IMAGES, tmp / "m.onnx"),  # type: ignore[arg-type]
+            "precision": lambda tmp: wm.to_onnx(
+                PATCH,
+                IMAGES,
+                tmp / "m.onnx",
+                precision="float8",  # type: ignore[arg-type]
+            ),
+            "output_names": lambda tmp: wm.to_onnx(
+                PATCH, IMAGES, tmp / "m.onnx", output_names=("a", "b")
+            ),
         },
         "OnnxModel": {
             "shape": lambda tmp: wm.OnnxModel(onnx(tmp))(FLOATS[..., :-1]),
@@ -309,6 +349,17 @@ TABLE = Table(
             "empty": lambda tmp: wm.Poisoner(onnx(tmp))(GREY[:0]),
             "other channels": lambda tmp: wm.Poisoner(onnx(tmp))(PIXELS),
             **model_files(wm.Poisoner),
+        },
+        "Extractor": {
+            **judges(lambda tmp: wm.Extractor(detector(tmp))),
+            **model_files(wm.Extractor),
+            "no detector": lambda tmp: wm.Extractor(onnx(tmp)),
+        },
+        "Scanner": {
+            **judges(lambda tmp: wm.Scanner(detector(tmp))),
+            **model_files(wm.Scanner),
+            "no detector": lambda tmp: wm.Scanner(onnx(tmp)),
+            "nothing": lambda _: wm.Scanner(),
         },
         "poison_folder": {
             **model_files(lambda path: wm.poison_folder(path, path.parent, path.parent / "out")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ TRUTHS = torch.tensor([True, True, False, False])
 TRIGGER = nc.InvertedTrigger(torch.zeros(1, SIZE, SIZE), torch.zeros(1, SIZE, SIZE))
 STRIP = nc.Strip(overlays=1)
 FILTER = nc.InputFilter()
+SMALL = FILTER.calibrate(MODEL, IMAGES, triggers={0: TRIGGER})
 
 
 def repairs(
@@ -98,6 +100,21 @@ CASES: Mapping[str, Cases] = {
             MODEL, IMAGES, triggers={0: TRIGGER, 1: TRIGGER}
         ),
         "no linear layer": lambda _: FILTER.calibrate(FLAT, IMAGES, triggers={0: TRIGGER}),
+    },
+    "DiscriminantFilter": {
+        **images(lambda bad: nc.DiscriminantFilter().calibrate(MODEL, bad, triggers={0: TRIGGER})),
+        "shrinkage": lambda _: nc.DiscriminantFilter(shrinkage=0.0),
+        "rate": lambda _: nc.DiscriminantFilter(false_positive_rate=1.0),
+        "preset": lambda _: nc.DiscriminantFilter.preset("secret"),
+        "no trigger": lambda _: nc.DiscriminantFilter().calibrate(MODEL, IMAGES),
+        "few images": lambda _: nc.DiscriminantFilter().calibrate(
+            MODEL, IMAGES, triggers={0: TRIGGER}
+        ),
+    },
+    "export_filter": {
+        **images(lambda bad: nc.export_filter(SMALL, bad, Path("filter.onnx"))),
+        "no filter": lambda tmp: nc.export_filter(nc.Strip(), IMAGES, tmp / "f.onnx"),
+        "size": lambda tmp: nc.export_filter(SMALL, IMAGES[..., :-1], tmp / "f.onnx"),
     },
     "NeuronPruning": {
         **repairs(nc.NeuronPruning(), {0: TRIGGER}),

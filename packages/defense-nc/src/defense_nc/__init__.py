@@ -6,6 +6,8 @@ from defense_nc.batched import invert_triggers
 from defense_nc.calibrate import clean_model, fit_calibration, refit
 from defense_nc.calibration import Calibration, CleanModel, load_calibration
 from defense_nc.config import NCConfig
+from defense_nc.discriminant_filter import DiscriminantFilter
+from defense_nc.filter_export import export_filter
 from defense_nc.input_detector import CalibratedDetector, InputDetector, auroc, threshold_at
 from defense_nc.input_filter import InputFilter
 from defense_nc.inversion import frozen, invert_trigger
@@ -26,6 +28,7 @@ __all__ = [
     "Calibration",
     "CleanModel",
     "CostSchedule",
+    "DiscriminantFilter",
     "InputDetector",
     "InputFilter",
     "InvertedTrigger",
@@ -45,6 +48,7 @@ __all__ = [
     "clean_model",
     "combine",
     "describe_subject",
+    "export_filter",
     "fit_calibration",
     "frozen",
     "invert_trigger",

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from defense_nc.__about__ import __version__
-from defense_nc.scan_cli import add_inputs, open_inputs, report_table, verdict_code
+from defense_nc.scan_cli import (
+    add_inputs,
+    add_outputs,
+    open_inputs,
+    report_table,
+    verdict_code,
+    write_outputs,
+)
 from wm_inject.cli_common import Parser, add_common, run_cli
 
 if TYPE_CHECKING:
@@ -21,6 +28,7 @@ if TYPE_CHECKING:
 _EPILOG = """\
 examples:
   defense-nc scan victim.safetensors --data digits --json scan.json
+  defense-nc scan victim.safetensors --data digits --filter filter.onnx
   defense-nc unlearn victim.safetensors --data digits --label 0 --out cleaned.safetensors
 
 `scan` exits with its verdict: 0 clean, 1 backdoored, 2 inconclusive, 3 not scanned (an error).
@@ -53,6 +61,7 @@ def _parser() -> Parser:
     scan = commands.add_parser("scan", help="is there a backdoor?", epilog=_EPILOG)
     add_inputs(scan, presets=_PRESETS, images=500)
     scan.add_argument("--json", type=Path, help="also write the report here")
+    add_outputs(scan)
     scan.add_argument(
         "--checkpoint", type=Path, help="keep the state here, and go on from it after a stop"
     )
@@ -99,6 +108,8 @@ def _scan(args: argparse.Namespace) -> ScanReport:
         about = {"classifier": args.classifier.name, "data": data.name, "preset": args.preset}
         write_json(args.json, report.to_dict() | about | {"fingerprint": data.fingerprint})
     print(report_table(report))
+    for line in write_outputs(args, report, model, known):
+        print(line)
     return report
 
 

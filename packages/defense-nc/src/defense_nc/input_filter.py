@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from defense_nc.feature_score import FeatureScore
 from defense_nc.input_detector import CalibratedDetector, check_rate, threshold_at
-from defense_nc.neurons import activations, excitement, last_linear, put_trigger
+from defense_nc.neurons import excitement, last_linear, put_trigger
 from wm_inject.images import check_images, quantize
 from wm_inject.poison import Trigger
 
@@ -83,15 +85,18 @@ class InputFilter:
         gain = excitement(model, images, quantize(put_trigger(trigger, images)))  # (F,)
         count = max(1, round(self.share * len(gain)))
         watched = gain.sort(descending=True, stable=True).indices[:count]
-
-        def suspicion(batch: Tensor) -> Tensor:
-            fired = activations(model, batch.to(layer.weight.device))
-            return fired[:, watched].double().mean(1).cpu()
-
+        weight = torch.zeros(len(gain), dtype=torch.float64)
+        weight[watched.cpu()] = 1 / count
+        suspicion = FeatureScore(model, weight)
         return CalibratedDetector(
             self.name,
             threshold_at(suspicion(images), self.false_positive_rate),
             tuple(images.shape[1:]),
             suspicion,
-            {"label": label, "neurons": watched.tolist(), "images": len(images)},
+            {
+                "label": label,
+                "neurons": watched.tolist(),
+                "images": len(images),
+                "false_positive_rate": self.false_positive_rate,
+            },
         )

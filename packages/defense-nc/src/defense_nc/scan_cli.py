@@ -47,6 +47,65 @@ def add_inputs(parser: argparse.ArgumentParser, *, presets: Sequence[str], image
     )
 
 
+def add_outputs(parser: argparse.ArgumentParser) -> None:
+    """Give a scan's parser what it may write for services: ONNX files of what was found.
+
+    Args:
+        parser: The parser of a ``scan`` command.
+    """
+    parser.add_argument(
+        "--filter",
+        type=Path,
+        metavar="OUT.onnx",
+        help="write a filter for incoming images, for the label that stands out most",
+    )
+    parser.add_argument(
+        "--filter-rate",
+        type=float,
+        default=0.01,
+        help="share of clean images that the filter may flag (default: 0.01)",
+    )
+    parser.add_argument(
+        "--reversed", type=Path, metavar="OUT.onnx", help="write that label's reversed trigger"
+    )
+
+
+def write_outputs(
+    args: argparse.Namespace, report: ScanReport, model: Classifier, known: ImageSet
+) -> list[str]:
+    """Write what `add_outputs` asked for, and say in lines what was written.
+
+    Args:
+        args: With the options of `add_outputs`, and a seed.
+        report: What the scan found.
+        model: The classifier that was scanned.
+        known: The defender's images.
+
+    Raises:
+        ValueError: Too few images for a filter, or a rate outside its range.
+    """
+    from defense_nc.discriminant_filter import DiscriminantFilter
+    from defense_nc.filter_export import export_filter
+    from wm_inject import to_onnx
+
+    if args.filter is None and args.reversed is None:
+        return []
+    if not report.suspected:
+        return ["no file for services: the scan named no label"]
+    label = min(report.suspected, key=lambda one: report.labels[one].p_value)
+    trigger, lines = report.triggers[label], []
+    example = known.images[:8]
+    if args.reversed is not None:
+        to_onnx(trigger.cpu(), example, args.reversed, uint8=True)
+        lines.append(f"wrote {args.reversed}: the reversed trigger of label {label}")
+    if args.filter is not None:
+        settings = DiscriminantFilter(false_positive_rate=args.filter_rate)
+        found = settings.calibrate(model, known.images, triggers={label: trigger}, seed=args.seed)
+        export_filter(found, example, args.filter)
+        lines.append(f"wrote {args.filter}: flags images that act like triggers of label {label}")
+    return lines
+
+
 def open_inputs(args: argparse.Namespace) -> tuple[Classifier, Dataset, ImageSet]:
     """The classifier, its data, and the defender's few images; model and images on the device.
 
@@ -108,4 +167,11 @@ def report_table(report: ScanReport) -> str:
     )
 
 
-__all__ = ["add_inputs", "open_inputs", "report_table", "verdict_code"]
+__all__ = [
+    "add_inputs",
+    "add_outputs",
+    "open_inputs",
+    "report_table",
+    "verdict_code",
+    "write_outputs",
+]

@@ -8,7 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from defense_nc.scan_cli import add_inputs, open_inputs, report_table, verdict_code
+from defense_nc.scan_cli import (
+    add_inputs,
+    add_outputs,
+    open_inputs,
+    report_table,
+    verdict_code,
+    write_outputs,
+)
 from defense_reverse.__about__ import __version__
 from defense_reverse.config import PRESETS
 from wm_inject.cli_common import Parser, add_common, run_cli
@@ -59,6 +66,7 @@ def _parser() -> Parser:
     )
     scan.add_argument("--json", type=Path, help="also write the report here")
     scan.add_argument("--triggers", type=Path, help="also write the generators to this folder")
+    add_outputs(scan)
     add_common(scan, version=__version__)
     clean = commands.add_parser("clean", help="clean the label that a scan names", epilog=_EPILOG)
     add_inputs(clean, presets=tuple(PRESETS), images=500)
@@ -102,6 +110,8 @@ def _scan(args: argparse.Namespace) -> ScanReport:
         for label, trigger in report.triggers.items():
             assert isinstance(trigger, ReversedTrigger)
             save_reversed(trigger, args.triggers / f"label-{label}.safetensors", about)
+    for line in write_outputs(args, report, model, known):
+        print(line)
     return report
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wm_inject.cli_common import Parser, add_common, resolve_device, run_cli
+from wm_inject.cli_export import add_export_options, export_module, form, told
 from wm_victim.__about__ import __version__
 from wm_victim.cli_options import add_attack, add_model, check_attack
 from wm_victim.cli_train import run_train
@@ -24,6 +25,7 @@ examples:
   wm-victim train --data digits --out victim.safetensors --trigger badnets.safetensors --ratio 0.1
   wm-victim train --data digits --out victim.safetensors --attack lf --save-trigger lf.safetensors
   wm-victim test victim.safetensors --data digits --trigger badnets.safetensors --target 0
+  wm-victim export --uint8 victim.safetensors victim.onnx
 """
 
 
@@ -37,7 +39,7 @@ def _main(argv: Sequence[str] | None) -> int:
     args = parser.parse_args(argv)
     if args.command == "train":
         check_attack(args)
-    return _train(args) if args.command == "train" else _test(args)
+    return {"train": _train, "test": _test, "export": _export}[args.command](args)
 
 
 def _parser() -> Parser:
@@ -63,6 +65,11 @@ def _parser() -> Parser:
     test.add_argument("--trigger", type=Path, help="also measure the attack of this trigger")
     test.add_argument("--target", type=int, default=0, help="label it asks for (default: 0)")
     add_common(test, version=__version__)
+    export = commands.add_parser("export", help="turn a classifier into ONNX or TorchScript")
+    export.add_argument("classifier", type=Path, help="a file that `wm-victim train` wrote")
+    add_export_options(export)
+    add_common(export, version=__version__)
+    export.set_defaults(parser=export)
     return parser
 
 
@@ -115,6 +122,25 @@ def _test(args: argparse.Namespace) -> int:
             )
     trigger = None if args.trigger is None else _load_trigger(args.trigger, args)
     _print_results(model.to(resolve_device(args.device)), data, trigger, args)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from wm_victim.models import load_classifier
+
+    form(args)  # refuses a wrong suffix before any work is done
+    resolve_device(args.device)  # a file is always checked on the CPU; refuse a device that is not
+    model = load_classifier(args.classifier)
+    channels, size = model.config["channels"], model.config["image_size"]
+    parity = export_module(
+        args,
+        model,
+        channels=channels,
+        size=size,
+        relative=True,
+        metadata={"kind": "classifier", "config": model.config},
+    )
+    print(told(args, parity, "classifier"))
     return 0
 
 

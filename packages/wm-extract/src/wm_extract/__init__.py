@@ -26,6 +26,7 @@ from wm_extract.detect import (
     mark_score,
     save_detector,
 )
+from wm_extract.export import export_detector
 from wm_extract.joint import (
     JointLosses,
     JointResult,
@@ -57,6 +58,7 @@ __all__ = [
     "SaltPepper",
     "UNetExtractor",
     "balanced_bit_accuracy",
+    "export_detector",
     "extract",
     "image_loss",
     "load_detector",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from wm_extract.__about__ import __version__
 from wm_inject.cli_common import Parser, add_common, resolve_device, run_cli
+from wm_inject.cli_export import add_export_options, example_images, form, told
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +19,7 @@ EPILOG = """examples:
   wm-extract train photos/ --image-size 32 --out mark/
   wm-extract train photos/ --image-size 64 --watermark logo.png --psnr 40 --out mark/
   wm-extract detect incoming/ --detector mark/detector.safetensors --json found.json
+  wm-extract export --uint8 mark/detector.safetensors detector.onnx
 
 Train only on images you may use; mark only images you own or may audit with. The trained trigger
 (mark/trigger.safetensors) works with wm-inject, wm-victim and wm-eval."""
@@ -49,6 +51,12 @@ def _parser() -> Parser:
     detect.add_argument("--detector", type=Path, required=True, help="detector.safetensors")
     detect.add_argument("--json", type=Path, help="write every image's score here")
     add_common(detect, version=__version__)
+
+    export = commands.add_parser("export", help="turn a detector into ONNX or TorchScript")
+    export.add_argument("detector", type=Path, metavar="DETECTOR", help="detector.safetensors")
+    add_export_options(export)
+    add_common(export, version=__version__)
+    export.set_defaults(parser=export)
     return parser
 
 
@@ -151,9 +159,23 @@ def _detect(args: argparse.Namespace) -> int:
     return 0
 
 
+def _export(args: argparse.Namespace) -> int:
+    from wm_extract.detect import load_detector
+    from wm_extract.export import export_detector
+
+    settings = form(args)  # refuses a wrong suffix before any work is done
+    resolve_device(args.device)  # a file is always checked on the CPU; refuse a device that is not
+    detector = load_detector(args.detector)
+    channels, size = detector.extractor.config["channels"], detector.watermark.shape[-1]
+    images = example_images(args, channels=channels, size=size)
+    given = {name: value for name, value in settings.items() if value is not None}
+    print(told(args, export_detector(detector, images, args.out, **given), "detector"))
+    return 0
+
+
 def _main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    return _train(args) if args.command == "train" else _detect(args)
+    return {"train": _train, "detect": _detect, "export": _export}[args.command](args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from wm_inject import CheckpointError, check_images, load_checkpoint, save_check
 from wm_inject.vit import check_watermark
 
 MIN_CALIBRATION = 50
-_CLIP = 1e-4  # keeps the score's logit finite
+CLIP = 1e-4  # keeps the score's logit finite
 
 
 class Detection(NamedTuple):
@@ -69,7 +69,7 @@ def mark_score(maps: Tensor, watermark: Tensor) -> Tensor:
     wanted = _bits(watermark)
     check_images(maps, channels=1, size=(watermark.shape[1], watermark.shape[2]), name="maps")
     contrast = maps[:, 0][:, wanted].mean(1) - maps[:, 0][:, ~wanted].mean(1)
-    return contrast.clamp(_CLIP, 1 - _CLIP).logit()
+    return contrast.clamp(CLIP, 1 - CLIP).logit()
 
 
 def _bits(watermark: Tensor) -> Tensor:

@@ -36,8 +36,10 @@ if TYPE_CHECKING:
     from wm_inject.poison import Poisoned as Poisoned
     from wm_inject.poison import PoisonPlan as PoisonPlan
     from wm_inject.poison import Trigger as Trigger
+    from wm_inject.runtime import Extractor as Extractor
     from wm_inject.runtime import OnnxModel as OnnxModel
     from wm_inject.runtime import Poisoner as Poisoner
+    from wm_inject.runtime import Scanner as Scanner
     from wm_inject.runtime import poison_folder as poison_folder
     from wm_inject.stealth import Lpips as Lpips
     from wm_inject.stealth import LpipsUnavailable as LpipsUnavailable
@@ -70,7 +72,7 @@ _MODULES = {
     "images": "check_images check_labels check_pixels list_images load_image quantize save_image"
     " to_float to_pixels",
     "poison": "CoTraining PoisonPlan Poisoned Trigger",
-    "runtime": "OnnxModel Poisoner poison_folder",
+    "runtime": "Extractor OnnxModel Poisoner Scanner poison_folder",
     "stealth": "Lpips LpipsUnavailable find_lpips_weights linf psnr ssim",
     "attacks": "ATTACKS Attack FitContext attack",
     "triggers": "BadNetsTrigger BlendTrigger BlindNetTrigger FTrojanTrigger InputAwareTrigger"

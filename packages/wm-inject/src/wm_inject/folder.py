@@ -18,6 +18,7 @@ from wm_inject.cli_common import progress as show_progress
 from wm_inject.files import atomic_path, write_json
 from wm_inject.folder_plan import FolderPlan, FolderRow, Labels, list_rows, read_labels
 from wm_inject.images import check_side, list_images, load_image, save_image
+from wm_inject.pipeline import pipeline
 
 if TYPE_CHECKING:
     from wm_inject.images import Pixels
@@ -105,10 +106,13 @@ def poison_files(
     if known is not None:
         _write_labels(out / LABELS_FILE, rows, known.classes)
     written = 0
+    batches = _Batches(apply, source, out, size, channels, plan.target)
     shown: Progress[Any]
     with show_progress(total=len(rows), desc="poisoning", enabled=progress) as shown:
-        for batch in _batches(rows, batch_size):
-            written += _write_batch(apply, batch, source, out, size, channels, plan.target)
+        for batch, pixels in pipeline(
+            _batches(rows, batch_size), batches.read, batches.work, batches.write
+        ):
+            written += 0 if pixels is None else len(pixels)
             shown.update(len(batch))
     return FolderResult(len(rows), sum(row.poisoned for row in rows), written)
 
@@ -195,29 +199,41 @@ def _batches(rows: Sequence[FolderRow], size: int) -> Iterator[Sequence[FolderRo
             yield group[start : start + size]
 
 
-def _write_batch(
-    apply: Apply,
-    batch: Sequence[FolderRow],
-    source: Path,
-    out: Path,
-    size: int,
-    channels: int,
-    target: int,
-) -> int:
-    """Write what is missing of one batch, and say how much that was.
+class _Batches(NamedTuple):
+    """What is done to a batch of files; each step may run while others do for other batches."""
 
-    The whole batch goes through the trigger even if a part of it is there: the last bit of a result
-    may depend on the size of the batch.
-    """
-    missing = [place for place, row in enumerate(batch) if not (out / row.file).exists()]
-    if not missing:
-        return 0
-    files = [source / row.source for row in batch]
-    pixels = np.stack([load_image(file, size=size, channels=channels) for file in files])
-    if batch[0].poisoned:
-        asked = [target if row.label_after is None else row.label_after for row in batch]
-        ids = np.array([row.id for row in batch], np.int64)
-        pixels = apply(pixels, ids=ids, target=np.array(asked, np.int64))
-    for place in missing:
-        save_image(out / batch[place].file, pixels[place])
-    return len(missing)
+    apply: Apply
+    source: Path
+    out: Path
+    size: int
+    channels: int
+    target: int
+
+    def read(self, batch: Sequence[FolderRow]) -> Pixels | None:
+        """The stored images; None if all of them are written already.
+
+        The whole batch is read even if a part of it is there: the last bit of a result may depend
+        on the size of the batch.
+        """
+        if not self._missing(batch):
+            return None
+        files = [self.source / row.source for row in batch]
+        return np.stack([load_image(f, size=self.size, channels=self.channels) for f in files])
+
+    def work(self, batch: Sequence[FolderRow], pixels: Pixels | None) -> dict[int, Pixels] | None:
+        """The images that are missing, by their place in the batch, poisoned where they are to be."""
+        if pixels is None:
+            return None
+        if batch[0].poisoned:
+            asked = [self.target if row.label_after is None else row.label_after for row in batch]
+            ids = np.array([row.id for row in batch], np.int64)
+            pixels = self.apply(pixels, ids=ids, target=np.array(asked, np.int64))
+        return {place: pixels[place] for place in self._missing(batch)}
+
+    def write(self, batch: Sequence[FolderRow], pixels: dict[int, Pixels] | None) -> None:
+        """Write them, each whole or not at all."""
+        for place, image in (pixels or {}).items():
+            save_image(self.out / batch[place].file, image)
+
+    def _missing(self, batch: Sequence[FolderRow]) -> list[int]:
+        return [place for place, row in enumerate(batch) if not (self.out / row.file).exists()]

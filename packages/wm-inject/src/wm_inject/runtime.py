@@ -1,4 +1,4 @@
-"""Poison images with an exported model: numpy, Pillow and ONNX Runtime, no torch.
+"""Poison and judge images with exported models: numpy, Pillow and ONNX Runtime, no torch.
 
 Meant for graphs that this project exported. ONNX files cannot run code, but a hostile one can hang
 or exhaust the process that opens it: open a stranger's model with wm-victim.
@@ -14,10 +14,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from wm_inject.folder import poison_files
-from wm_inject.images import check_pixels
 from wm_inject.onnx_model import CPU as CPU
 from wm_inject.onnx_model import METADATA_KEY as METADATA_KEY
 from wm_inject.onnx_model import OnnxModel as OnnxModel
+from wm_inject.scanner import Detector as Detector
+from wm_inject.scanner import Extraction as Extraction
+from wm_inject.scanner import Extractor as Extractor
+from wm_inject.scanner import Scan as Scan
+from wm_inject.scanner import ScannedFile as ScannedFile
+from wm_inject.scanner import Scanner as Scanner
+from wm_inject.scanner import as_input, image_input
 
 if TYPE_CHECKING:
     from wm_inject.folder import FolderResult
@@ -44,16 +50,12 @@ class Poisoner:
         self, path: str | Path, *, providers: Sequence[str] = CPU, threads: int = 1
     ) -> None:
         self.model = OnnxModel(path, providers=providers, threads=threads)
-        shape = self.model.input_shape
-        self.uint8 = self.model.dtype == np.uint8
-        sides = (shape[1:3] if self.uint8 else shape[2:4]) if len(shape) == 4 else ()
-        channels = shape[3 if self.uint8 else 1] if len(shape) == 4 else None
-        if channels not in (1, 3) or not sides or any(not isinstance(n, int) for n in sides):
-            raise ValueError(f"expected a graph of images of a fixed size, got {shape}")
+        self.channels, self.size, self.uint8 = image_input(self.model)
+        if len(self.model.outputs) != 1:
+            raise ValueError(f"expected a graph of one output, got {len(self.model.outputs)}")
         unknown = sorted(set(self.model.extra_inputs) - {"ids", "target"})
         if unknown:
             raise ValueError(f"expected a graph of images, ids and target, got {unknown[0]!r}")
-        self.channels, self.size = int(channels), (int(sides[0]), int(sides[1]))  # type: ignore[arg-type]
         self.needs_ids = "ids" in self.model.extra_inputs
         self.needs_target = "target" in self.model.extra_inputs
 
@@ -74,17 +76,12 @@ class Poisoner:
             ValueError: Not such a batch, ids or a target that the trigger needs and did not get,
                 or the graph's output is not an image batch.
         """
-        check_pixels(pixels)
-        extra = self._extra({"ids": ids, "target": target})
-        if self.uint8:
-            out = self.model(pixels, **extra)
-        else:
-            floats = pixels.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)
-            out = self.model(np.ascontiguousarray(floats), **extra)
-            if out.ndim == 4:
-                # Half up, as wm_inject.images.quantize does it.
-                out = np.floor(np.clip(out, 0, 1) * 255 + 0.5).astype(np.uint8)
-                out = np.ascontiguousarray(out.transpose(0, 2, 3, 1))
+        images = as_input(pixels, uint8=self.uint8)
+        out = self.model(images, **self._extra({"ids": ids, "target": target}))
+        if out.ndim == 4 and not self.uint8:
+            # Half up, as wm_inject.images.quantize does it.
+            out = np.floor(np.clip(out, 0, 1) * 255 + 0.5).astype(np.uint8)
+            out = np.ascontiguousarray(out.transpose(0, 2, 3, 1))
         if out.shape != pixels.shape or out.dtype != np.uint8:
             raise ValueError(
                 f"expected a graph that gives images {pixels.shape}, got {out.dtype} {out.shape}"

@@ -1,0 +1,127 @@
+"""An input filter that looks where the reversed trigger moves an image, not at single neurons.
+
+Ours. Neural Cleanse's own filter averages the neurons that the trigger excites most; this one takes
+the direction that best tells the defender's clean images from the same images with the trigger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from defense_nc.feature_score import FeatureScore
+from defense_nc.input_detector import CalibratedDetector, check_rate, threshold_at
+from defense_nc.neurons import activations, last_linear, put_trigger
+from wm_inject.images import check_images, quantize
+from wm_inject.poison import Trigger
+
+MIN_IMAGES = 40  # twenty to fit on, twenty for the threshold
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscriminantFilter:
+    """Settings of the filter.
+
+    Args:
+        shrinkage: Share of the covariance that is replaced by a multiple of the identity, in
+            (0, 1]: there are more neurons than a defender has images.
+        false_positive_rate: Share of clean images that may be held to be triggered, in [0, 1).
+
+    Raises:
+        ValueError: A value outside its range.
+    """
+
+    shrinkage: float = 0.1
+    false_positive_rate: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not 0 < self.shrinkage <= 1:
+            raise ValueError(f"expected shrinkage in (0, 1], got {self.shrinkage}")
+        check_rate(self.false_positive_rate)
+
+    @classmethod
+    def preset(cls, name: str = "small", **changes: Any) -> DiscriminantFilter:
+        """The settings of this name, small or paper (here the same), with some of them changed.
+
+        Raises:
+            ValueError: No such preset, or a value outside its range.
+        """
+        if name not in ("small", "paper"):
+            raise ValueError(f"expected a preset in small, paper, got {name!r}")
+        return cls(**changes)
+
+    @property
+    def name(self) -> str:
+        """What it is called in records and tables."""
+        return "discriminant-filter"
+
+    def calibrate(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        *,
+        triggers: Mapping[int, Trigger] | None = None,
+        seed: int = 0,
+    ) -> CalibratedDetector:
+        """Fit the direction on one half of the images, and the threshold on the other.
+
+        Args:
+            model: Images in [0, 1] to logits ``(N, K)``; not changed, and kept for scoring.
+            images: Clean float32 ``(N, C, H, W)`` in [0, 1], N at least 40, of all classes.
+            triggers: The reversed trigger of one label. For several labels, make a filter each.
+            seed: Decides which half an image is in.
+
+        Returns:
+            The filter: its score is 0 for the mean clean image and 1 for the mean triggered one.
+
+        Raises:
+            ValueError: Bad images or too few, a model without a linear layer, not exactly one
+                trigger, or one that changes nothing the classifier looks at.
+
+        Source: Fisher's linear discriminant with a shrunk covariance (Ledoit and Wolf's form, the
+        share fixed).
+        """
+        check_images(images)
+        if not triggers or len(triggers) != 1:
+            raise ValueError(f"expected one reversed trigger, got {len(triggers or ())}")
+        if len(images) < MIN_IMAGES:
+            raise ValueError(f"expected at least {MIN_IMAGES} images, got {len(images)}")
+        ((label, trigger),) = triggers.items()
+        images = images.to(last_linear(model).weight.device)
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+        first, second = images[order[::2]], images[order[1::2]]
+        clean = activations(model, first).double().cpu()
+        triggered = activations(model, quantize(put_trigger(trigger, first))).double().cpu()
+        weight = _direction(clean, triggered, self.shrinkage)
+        low, high = float((clean @ weight).mean()), float((triggered @ weight).mean())
+        if not high > low:
+            raise ValueError("expected a trigger that moves the classifier's activations")
+        suspicion = FeatureScore(model, weight / (high - low), -low / (high - low))
+        return CalibratedDetector(
+            self.name,
+            threshold_at(suspicion(second), self.false_positive_rate),
+            tuple(images.shape[1:]),
+            suspicion,
+            {
+                "label": label,
+                "images": len(second),
+                "false_positive_rate": self.false_positive_rate,
+            },
+        )
+
+
+def _direction(clean: Tensor, triggered: Tensor, shrinkage: float) -> Tensor:
+    """Fisher's discriminant of two groups of activations ``(N, F)``: ``(F,)``."""
+    centred = torch.cat([clean - clean.mean(0), triggered - triggered.mean(0)])
+    covariance = centred.T @ centred / len(centred)
+    size = len(covariance)
+    ball = covariance.trace().clamp_min(1e-12) / size * torch.eye(size, dtype=covariance.dtype)
+    mixed = (1 - shrinkage) * covariance + shrinkage * ball
+    return torch.linalg.solve(mixed, triggered.mean(0) - clean.mean(0))
+
+
+__all__ = ["MIN_IMAGES", "DiscriminantFilter"]

@@ -1,0 +1,142 @@
+"""What the ``export`` commands of all packages share, and that of ``wm-inject`` itself."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wm_inject.__about__ import __version__
+from wm_inject.cli_common import Parser, add_common, resolve_device
+from wm_inject.cli_trigger import image_shape
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from wm_inject.parity import Parity
+
+PRECISIONS = ("float32", "float16", "bfloat16", "int8")
+
+
+def add_export_options(parser: argparse.ArgumentParser) -> None:
+    """Give a parser what every export takes: the file, its precision and its form.
+
+    Args:
+        parser: The parser of one command; it must take CHECKPOINT itself.
+    """
+    parser.add_argument("out", type=Path, metavar="OUT", help="OUT.onnx or OUT.pt (TorchScript)")
+    parser.add_argument("--uint8", action="store_true", help="stored pixels in and out (ONNX)")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="inside the file (default: float32; float16 and int8 for ONNX, bfloat16 for .pt)",
+    )
+    parser.add_argument(
+        "--external-data", action="store_true", help="weights in a file of their own (ONNX)"
+    )
+    parser.add_argument(
+        "--any-size", action="store_true", help="images of any multiples of 8 pixels (ONNX)"
+    )
+    parser.add_argument("--batch", type=int, default=3, help="images to compare on (default: 3)")
+    parser.add_argument(
+        "--tolerance", type=float, help="largest difference (default: by precision)"
+    )
+
+
+def export_module(
+    args: argparse.Namespace,
+    module: nn.Module,
+    *,
+    channels: int,
+    size: int,
+    relative: bool = False,
+    **settings: Any,
+) -> Parity:
+    """Export a module by a command's options, and compare the file with it.
+
+    Args:
+        args: With the options of `add_export_options`, and a seed.
+        module: Images in, one tensor out.
+        channels: 1 or 3.
+        size: Side of the images it is compared on.
+        relative: Measure the difference as a share of the largest output.
+        settings: More of what `to_onnx` or `to_torchscript` takes.
+
+    Raises:
+        ValueError: As for the exporters.
+    """
+    from wm_inject.export import to_onnx, to_torchscript
+
+    example = example_images(args, channels=channels, size=size)
+    wanted = {**form(args), "relative": relative, **settings}
+    if args.out.suffix == ".pt":
+        return to_torchscript(module, example, args.out, **wanted)
+    return to_onnx(module, example, args.out, **wanted)
+
+
+def form(args: argparse.Namespace) -> dict[str, Any]:
+    """The exporter's settings that the options ask for."""
+    onnx_only = {
+        "uint8": args.uint8,
+        "external_data": args.external_data or None,
+        "any_size": args.any_size,
+    }
+    if args.out.suffix not in (".onnx", ".pt"):
+        args.parser.error("OUT ends in .onnx or .pt")
+    if args.out.suffix == ".pt" and any(onnx_only.values()):
+        args.parser.error("--uint8, --external-data and --any-size go with .onnx")
+    both = {"precision": args.precision, "tolerance": args.tolerance}
+    return both if args.out.suffix == ".pt" else both | onnx_only
+
+
+def example_images(args: argparse.Namespace, *, channels: int, size: int) -> Tensor:
+    """Random images to compare on, seeded: float32 ``(batch, channels, size, size)`` in [0, 1]."""
+    import torch
+
+    generator = torch.Generator().manual_seed(args.seed)
+    # On the 8-bit grid, as stored images are: a graph of stored pixels sees the same values.
+    drawn = torch.randint(0, 256, (args.batch, channels, size, size), generator=generator)
+    return drawn.float() / 255
+
+
+def told(args: argparse.Namespace, parity: Parity, what: str) -> str:
+    """What an export says when it is done."""
+    batches = " and ".join(str(size) for size in parity.batches)
+    return f"{args.out}: at batch sizes {batches} within {parity.max_abs:.2g} of the {what}"
+
+
+def add_export(parser: Parser) -> None:
+    """Give ``parser`` the options of ``wm-inject export``."""
+    parser.description = "Export a saved trigger, reload the file and compare it with the trigger."
+    parser.epilog = """examples:
+  wm-inject export --uint8 trigger.safetensors trigger.onnx
+  wm-inject export --uint8 --precision int8 trigger.safetensors small.onnx
+  wm-inject export --uint8 --triton repository/ trigger.safetensors trigger.onnx"""
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a saved trigger")
+    add_export_options(parser)
+    parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="default: 3")
+    parser.add_argument(
+        "--triton", type=Path, metavar="DIR", help="also put it into a Triton model repository"
+    )
+    add_common(parser, version=__version__)
+    parser.set_defaults(run=run_export, parser=parser)
+
+
+def run_export(args: argparse.Namespace) -> str:
+    """Export the trigger, and say in a line how far the file is from it."""
+    from wm_inject.triggers import load_trigger
+
+    form(args)  # refuses a wrong suffix before any work is done
+    if args.triton is not None and args.out.suffix != ".onnx":
+        args.parser.error("--triton goes with .onnx")
+    resolve_device(args.device)  # a file is always checked on the CPU; refuse a device that is not
+    trigger: Any = load_trigger(args.checkpoint)
+    size, channels = image_shape(trigger, args.channels)
+    parity = export_module(args, trigger, channels=channels, size=size)
+    line = told(args, parity, "trigger")
+    if args.triton is None:
+        return line
+    from wm_inject.serve.triton import write_triton
+
+    return f"{line}\n{write_triton(args.out, args.triton)}"
