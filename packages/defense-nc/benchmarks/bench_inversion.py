@@ -194,6 +194,7 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.slow  # minutes: left out of `hatch run bench`
 def test_factors_of_precision_stack_and_race(benchmark: BenchmarkFixture) -> None:
     record: dict[str, Any] = benchmark.pedantic(
         factors, kwargs={"preset": "fast", "rounds": 1}, rounds=1

@@ -9,6 +9,7 @@ import torch
 from defense_nc import InvertedTrigger, batched, judge
 from defense_nc.cli import main
 from defense_nc.schedule import PRESETS
+from wm_inject.runtime import Poisoner, Scanner
 from wm_victim import accuracy, build_classifier, load_classifier, load_dataset, save_classifier
 
 CLEAN = [41.0, 50, 62, 70, 84, 66, 75, 58, 80]
@@ -29,8 +30,11 @@ def scores(monkeypatch):
     """What the scan finds, said by the test: the command's answers need no real search."""
     found = [*CLEAN, 8.0]
 
+    mask, pattern = torch.zeros(1, 28, 28), torch.ones(1, 28, 28)
+    mask[:, :5, :5] = 1
+
     def scan(model, images, *, seed, alpha, max_ratio, **_):
-        trigger = InvertedTrigger(torch.zeros(1, 28, 28), torch.zeros(1, 28, 28))
+        trigger = InvertedTrigger(mask, pattern)
         return judge(
             "neural-cleanse",
             torch.tensor(found),
@@ -63,6 +67,33 @@ def test_scan_exits_with_its_verdict(classifier, scores, capsys, tmp_path, last,
     assert record["verdict"] == verdict
     assert (record["data"], record["seed"], len(record["labels"])) == ("digits", 3, 10)
     assert len(record["fingerprint"]) == 64
+
+
+def test_files_for_services_of_the_label_that_is_named(classifier, scores, capsys, tmp_path):
+    files = [tmp_path / "filter.onnx", tmp_path / "reversed.onnx"]
+    given = ("--data", "digits", "--filter", files[0], "--reversed", files[1])
+    assert run("scan", classifier, *given, "--filter-rate", 0.02) == 1
+    printed = capsys.readouterr().out
+    assert f"wrote {files[1]}: the reversed trigger of label 9" in printed
+    assert f"wrote {files[0]}: flags images that act like triggers of label 9" in printed
+    pixels = torch.randint(0, 256, (4, 28, 28, 1), dtype=torch.uint8).numpy()
+    marked = Poisoner(files[1])(pixels)
+    assert (marked[:, :5, :5] == 255).all() and (marked[:, 5:] == pixels[:, 5:]).all()
+    scanner = Scanner(files[0])
+    assert scanner.false_positive_rate == 0.02 and scanner(marked).flagged.shape == (4,)
+
+
+def test_no_files_without_a_named_label_and_the_verdict_stands(classifier, scores, tmp_path, capsys):
+    scores[9] = 45.0
+    out = tmp_path / "filter.onnx"
+    assert run("scan", classifier, "--data", "digits", "--filter", out) == 0
+    assert "no file for services: the scan named no label" in capsys.readouterr().out
+    scores[9] = 8.0
+    few = ("--data", "digits", "--images", 20, "--filter", out)
+    assert run("scan", classifier, *few) == 1
+    assert "no filter: expected at least 40 images, got 20" in capsys.readouterr().out
+    assert not out.exists()
+    assert run("scan", classifier, *few, "--filter-rate", 2) == 3
 
 
 def test_an_inconclusive_scan_exits_2(classifier, scores):

@@ -3,8 +3,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from wm_inject import OnnxModel
 from wm_inject.checkpoint import load_checkpoint
 from wm_inject.triggers import BadNetsTrigger, WaNetTrigger, save_trigger
+from wm_victim import build_classifier, save_classifier
 from wm_victim.cli import main
 
 SMALL = ["--data", "digits", "--image-size", "16", "--device", "cpu"]
@@ -141,3 +143,27 @@ def test_help_and_version_answer(capsys: pytest.CaptureFixture[str]) -> None:
             main(arguments)
         assert stopped.value.code == 0
     assert "wm-victim 0.1.0" in capsys.readouterr().out
+
+
+def test_a_classifier_is_exported_in_either_form(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved, images = tmp_path / "v.safetensors", torch.rand(4, 1, 16, 16)
+    model = build_classifier("resnet10", num_classes=10, channels=1, image_size=16, width=8).eval()
+    save_classifier(model, saved)
+    assert main(["export", str(saved), str(tmp_path / "v.onnx")]) == 0
+    assert main(["export", "--precision", "bfloat16", str(saved), str(tmp_path / "v.pt")]) == 0
+    assert capsys.readouterr().out.count("of the classifier") == 2
+    found = OnnxModel(tmp_path / "v.onnx")
+    with torch.no_grad():
+        want = model(images)
+        script = torch.jit.load(str(tmp_path / "v.pt"))(images)
+    assert abs(found(images.numpy()) - want.numpy()).max() < 1e-3
+    assert (script - want).abs().max() < 0.1
+    assert found.metadata["kind"] == "classifier"
+    assert found.metadata["config"]["num_classes"] == 10
+    assert main(["export", "--precision", "int8", str(saved), str(tmp_path / "w.onnx")]) == 1
+    assert "error: expected a model of matrix products" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main(["export", "--uint8", str(saved), str(tmp_path / "w.pt")])
+    assert stopped.value.code == 64

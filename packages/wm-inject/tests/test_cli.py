@@ -82,6 +82,9 @@ def test_a_trigger_that_wants_a_target_is_exported_and_poisons_the_same(photos, 
         ["train"],
         ["export", "t.safetensors", "t.zip"],
         ["export", "--uint8", "t.safetensors", "t.pt"],
+        ["export", "--external-data", "t.safetensors", "t.pt"],
+        ["export", "--triton", "repository", "t.safetensors", "t.pt"],
+        ["export", "--precision", "int4", "t.safetensors", "t.onnx"],
         ["stealth", "one"],
     ],
 )
@@ -116,3 +119,13 @@ def test_help_and_version(command, capsys):
     assert "example" in shown and shown.endswith(f"wm-inject {__version__}\n")
     if not command:
         assert 'There is no "wm-inject train"' in shown
+
+
+def test_export_into_a_triton_repository(tmp_path, capsys):
+    saved, repository = tmp_path / "t.safetensors", tmp_path / "repository"
+    save_trigger(BadNetsTrigger(image_size=16), saved)
+    given = paths(saved, tmp_path / "mark.onnx")
+    assert main(["export", "--uint8", "--triton", str(repository), *given]) == 0
+    assert (repository / "mark/1/model.onnx").is_file()
+    assert 'name: "mark"' in (repository / "mark/config.pbtxt").read_text()
+    assert str(repository / "mark") in capsys.readouterr().out

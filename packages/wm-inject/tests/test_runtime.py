@@ -338,3 +338,55 @@ assert code == 0 and heavy == ["torch"], (code, heavy)
             image = to_pixels(Told()(to_float(image[None]), **place))[0]
         written = load_image(out / row["file"])
         assert (written != image).mean() <= 1e-3
+
+
+def test_a_run_that_takes_too_long_is_broken_off(tmp_path):
+    """A loop of ten million steps inside the graph."""
+    from onnx import TensorProto, helper, save
+
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["go"], ["on"]),
+            helper.make_node("Sin", ["x"], ["y"]),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, None),
+        ],
+        [
+            helper.make_tensor_value_info("on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("y", TensorProto.FLOAT, None),
+        ],
+    )
+    shape = ["N", 3, SIZE, SIZE]
+    whole = helper.make_graph(
+        [helper.make_node("Loop", ["steps", "", "image"], ["out"], body=body)],
+        "g",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, shape)],
+        [helper.make_tensor("steps", TensorProto.INT64, [], [10_000_000])],
+    )
+    opsets = [helper.make_opsetid("", 18)]
+    save(helper.make_model(whole, opset_imports=opsets, ir_version=10), str(tmp_path / "m.onnx"))
+    model = OnnxModel(tmp_path / "m.onnx")
+    image = np.zeros((1, 3, SIZE, SIZE), np.float32)
+    with pytest.raises(TimeoutError, match=r"did not answer within 0\.05 s"):
+        model.run({"image": image}, timeout=0.05)
+
+
+def test_bound_runs_give_the_same(models, told):
+    plain, batch = OnnxModel(models / "float.onnx"), np.random.default_rng(0).random((4, 3, SIZE, SIZE))
+    images = batch.astype(np.float32)
+    bound = OnnxModel(models / "float.onnx")
+    bound.provider = "CUDAExecutionProvider"  # what makes it bind; the session stays on the CPU
+    assert np.array_equal(plain(images), bound(images))
+    assert np.array_equal(
+        plain.run({"image": images}, timeout=60)["output"], bound(images[::-1].copy())[::-1]
+    )
+    given = {"image": images, **vectors(4)}
+    several = OnnxModel(told / "float.onnx")
+    want = several.run(given)
+    several.provider = "CUDAExecutionProvider"
+    assert np.array_equal(want["output"], several.run(given, timeout=60)["output"])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -8,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from wm_inject.cli import main
 from wm_inject.export import to_onnx
 from wm_inject.images import save_image, to_float
-from wm_inject.runtime import Detector, Extractor, Scanner
+from wm_inject.runtime import Detector, Extractor, Scanner, providers_for
 
 SIZE = 8
 
@@ -165,3 +167,32 @@ print(Scanner({str(files["glare"])!r})(pixels).flagged, Extractor({str(files["li
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ["[", "True", "True]", "[", "True", "True]"]
+
+
+def test_the_command_lists_what_is_flagged(files, tmp_path, capsys):
+    folder = tmp_path / "in"
+    for number in range(5):
+        save_image(folder / f"{number}.png", grey(255 if number == 2 else 20)[0])
+    (folder / "4b.png").write_bytes(b"no picture")
+    found = tmp_path / "found.json"
+    given = ["--detector", str(files["light"]), "--detector", str(files["glare"])]
+    assert main(["scan", *given, "--json", str(found), str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "flagged  2.png  light 1  glare 1"
+    assert lines[1].startswith("unread   4b.png: ")
+    assert lines[2] == "1 of 5 images flagged (false-positive rate at most 0.012), 1 unread"
+    told = json.loads(found.read_text())
+    assert told["detectors"]["glare"]["threshold"] == 0.9
+    assert [row["file"] for row in told["images"] if row["flagged"]] == ["2.png"]
+    assert main(["scan", "--detector", str(tmp_path / "none.onnx"), str(folder)]) == 1
+    assert "found no file" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main(["scan", str(folder)])
+    assert stopped.value.code == 64
+
+
+def test_devices():
+    assert providers_for("auto") == providers_for("cpu") == ("CPUExecutionProvider",)
+    assert providers_for("cuda")[0] == "CUDAExecutionProvider"
+    with pytest.raises(ValueError, match="expected a device in auto, cpu, cuda"):
+        providers_for("tpu")

@@ -113,7 +113,7 @@ CASES: Mapping[str, Cases] = {
     },
     "export_filter": {
         **images(lambda bad: nc.export_filter(SMALL, bad, Path("filter.onnx"))),
-        "no filter": lambda tmp: nc.export_filter(nc.Strip(), IMAGES, tmp / "f.onnx"),
+        "no filter": lambda tmp: nc.export_filter(nc.Strip(), IMAGES, tmp / "f.onnx"),  # type: ignore[arg-type]
         "size": lambda tmp: nc.export_filter(SMALL, IMAGES[..., :-1], tmp / "f.onnx"),
     },
     "NeuronPruning": {

@@ -139,4 +139,4 @@ def run_export(args: argparse.Namespace) -> str:
         return line
     from wm_inject.serve.triton import write_triton
 
-    return f"{line}\n{write_triton(args.out, args.triton)}"
+    return f"{line}\nTriton model in {write_triton(args.out, args.triton)}"

@@ -78,14 +78,13 @@ def _plan(args: argparse.Namespace) -> FolderPlan:
 def _with_onnx(args: argparse.Namespace) -> FolderResult:
     from wm_inject import runtime
 
-    cuda = args.device == "cuda"
     return runtime.poison_folder(
         args.onnx,
         args.images,
         args.out,
         plan=_plan(args),
         batch_size=args.batch_size,
-        providers=("CUDAExecutionProvider", *runtime.CPU) if cuda else runtime.CPU,
+        providers=runtime.providers_for(args.device),
     )
 
 

@@ -7,13 +7,15 @@ stranger's model with wm-victim.
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import metadata as installed
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from wm_inject.watchdog import after
 
 Array = np.ndarray[Any, Any]
 
@@ -26,6 +28,20 @@ _TYPES = {
     "tensor(int64)": "int64",
     "tensor(bool)": "bool",
 }
+
+
+def providers_for(device: str) -> tuple[str, ...]:
+    """The providers to ask for: CUDA and nothing less for "cuda", else the CPU.
+
+    "auto" means the CPU: ONNX Runtime says that it has CUDA where there is no GPU, so nothing
+    short of opening a session can tell.
+
+    Raises:
+        ValueError: Another device than "auto", "cpu" or "cuda".
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"expected a device in auto, cpu, cuda, got {device!r}")
+    return (CUDA, *CPU) if device == "cuda" else CPU
 
 
 class Port(NamedTuple):
@@ -172,31 +188,32 @@ def _run(
 
     options = ort.RunOptions()
     options.log_severity_level = 4
-    timer = None
-    if timeout is not None:
-        timer = threading.Timer(timeout, setattr, (options, "terminate", True))
-        timer.daemon = True
-        timer.start()
+    if timeout is None:
+        return _run_once(session, feeds, options, bind=bind)
     try:
-        if not bind:
-            found: list[Array] = session.run(None, dict(feeds), options)
-            return found
-        binding = session.io_binding()
-        for name, array in feeds.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        for port in session.get_outputs():
-            binding.bind_output(port.name)
-        session.run_with_iobinding(binding, options)
-        found = binding.copy_outputs_to_cpu()
-        return found
+        with after(timeout, partial(setattr, options, "terminate", True)):
+            return _run_once(session, feeds, options, bind=bind)
     # ONNX Runtime has a class of its own for this, which is a bare Exception.
     except Exception as error:
         if options.terminate:
             raise TimeoutError(f"the model did not answer within {timeout:g} s") from error
         raise
-    finally:
-        if timer is not None:
-            timer.cancel()
+
+
+def _run_once(
+    session: Any, feeds: Mapping[str, Array], options: Any, *, bind: bool
+) -> list[Array]:
+    if not bind:
+        found: list[Array] = session.run(None, dict(feeds), options)
+        return found
+    binding = session.io_binding()
+    for name, array in feeds.items():
+        binding.bind_cpu_input(name, np.ascontiguousarray(array))
+    for port in session.get_outputs():
+        binding.bind_output(port.name)
+    session.run_with_iobinding(binding, options)
+    found = binding.copy_outputs_to_cpu()
+    return found
 
 
 def open_session(path: Path, providers: tuple[str, ...], threads: int) -> Any:

@@ -17,6 +17,7 @@ from wm_inject.folder import poison_files
 from wm_inject.onnx_model import CPU as CPU
 from wm_inject.onnx_model import METADATA_KEY as METADATA_KEY
 from wm_inject.onnx_model import OnnxModel as OnnxModel
+from wm_inject.onnx_model import providers_for as providers_for
 from wm_inject.scanner import Detector as Detector
 from wm_inject.scanner import Extraction as Extraction
 from wm_inject.scanner import Extractor as Extractor

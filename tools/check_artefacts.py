@@ -1,0 +1,205 @@
+"""Export everything that a finished study made, in every form, and measure what the forms cost.
+
+For example ``python tools/check_artefacts.py docs/studies/cifar10.toml --study runs/cifar10
+--attacks runs/attacks-cifar10 --out results/artefacts-cifar10``. The study is one of ``wm-eval run``,
+the attacks are the folder of ``wm-eval table1``.
+
+Every file is compared with its torch module by the exporter itself. Beyond that, the images that an
+exported injector poisons, in 8 bits, are measured as those of torch are: how visible the mark is,
+how often the detector finds it and the classifier obeys it, each in torch and in its own file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from defense_nc import DiscriminantFilter, export_filter
+from wm_eval import load_study
+from wm_eval.config import StudyConfig
+from wm_eval.study import Study, load_reversed, reversed_file
+from wm_eval.workspace import Made, Workspace
+from wm_extract import MarkDetector, export_detector
+from wm_inject import load_trigger, psnr, quantize, to_float, to_onnx, to_pixels, to_torchscript
+from wm_inject.cli_common import Parser, add_common, resolve_device, run_cli
+from wm_inject.export import TOLERANCES, ParityError
+from wm_inject.runtime import Extractor, OnnxModel, Poisoner, Scanner
+from wm_victim import load_classifier, load_dataset
+
+EXAMPLES = 8  # images that the exporter compares on
+ONNX = (("float32", False), ("float32", True), ("float16", True), ("int8", True))
+SCRIPT = ("float32", "bfloat16")
+RATE = 0.01  # false alarms that the detector's and the filter's thresholds are chosen for
+
+
+class Artefact(NamedTuple):
+    """Something to export."""
+
+    name: str
+    module: nn.Module
+    relative: bool  # logits: differences are a share of the largest
+
+
+def artefacts(study: Study, attacks: Path | None) -> Iterator[Artefact]:
+    """What the study made, and the triggers of the attacks beside it."""
+    yield Artefact("injector", study.trigger().cpu(), False)
+    yield Artefact("extractor", study.extractor().cpu(), False)
+    yield Artefact("classifier", study.victim("backdoored").cpu(), True)
+    cleaned = study.space.path("models/cleaned-nc.safetensors")
+    yield Artefact("cleaned classifier", load_classifier(cleaned).eval(), True)
+    for defence in ("nc", "reverse"):
+        path = study.space.path(reversed_file(defence, "backdoored"))
+        yield Artefact(f"reversed trigger ({defence})", load_reversed(path).eval(), False)
+    for path in sorted(attacks.glob("models/trigger-*.safetensors")) if attacks else ():
+        name = path.stem.removeprefix("trigger-")
+        if name.count("-") == 1 or name == "input-aware-0":  # not those of one recipe's victim
+            yield Artefact(f"trigger {name.rsplit('-', 1)[0]}", load_trigger(path).eval(), False)
+
+
+def export_all(found: Artefact, images: Tensor, folder: Path) -> Iterator[dict[str, Any]]:
+    """A row for every form of one artefact: its parity, or why there is no such file."""
+    stem = found.name.replace(" ", "-").replace("(", "").replace(")", "")
+    forms: list[tuple[str, str, bool]] = [("onnx", *one) for one in ONNX]
+    forms += [("torchscript", precision, False) for precision in SCRIPT]
+    for form, precision, uint8 in forms:
+        suffix = "onnx" if form == "onnx" else "pt"
+        path = folder / f"{stem}-{precision}{'-uint8' if uint8 else ''}.{suffix}"
+        row: dict[str, Any] = {"artefact": found.name, "form": form, "precision": precision}
+        row |= {"uint8": uint8, "tolerance": TOLERANCES[precision], "relative": found.relative}
+        settings: dict[str, Any] = {"precision": precision, "relative": found.relative}
+        try:
+            if form == "onnx":
+                parity = to_onnx(found.module, images, path, uint8=uint8, **settings)
+            else:
+                parity = to_torchscript(found.module, images, path, **settings)
+        except (ValueError, ParityError) as error:
+            yield row | {"absent": str(error)}
+            continue
+        yield row | {"max_abs": parity.max_abs, "max_rel": parity.max_rel, "file": path.name}
+
+
+def measure_injectors(study: Study, folder: Path) -> list[dict[str, Any]]:
+    """What the detector and the classifier make of images that each form of the injector poisoned."""
+    test = study.test
+    trigger, target = study.trigger(), study.config.plan.target
+    half = len(test) // 2
+    clean, others = test.images[:half], test.images[half:][test.labels[half:] != target]
+    with torch.no_grad():
+        marked = quantize(torch.cat([trigger(part) for part in clean.split(100)]))
+        by_torch = torch.cat([trigger(part) for part in others.split(100)])
+    detector = MarkDetector.calibrate(
+        study.extractor(), trigger.watermark, clean, marked=marked, false_positive_rate=RATE
+    )
+    export_detector(detector, clean[:EXAMPLES], folder / "detector.onnx")
+    extractor, victim = Extractor(folder / "detector.onnx"), study.victim("backdoored")
+    classifier = OnnxModel(folder / "classifier-float32-uint8.onnx")
+    pixels = {"torch": to_pixels(by_torch)}
+    for precision, uint8 in ONNX:
+        path = folder / f"injector-{precision}{'-uint8' if uint8 else ''}.onnx"
+        poisoner, stored = Poisoner(path), to_pixels(others)
+        parts = [poisoner(stored[n : n + 100]) for n in range(0, len(stored), 100)]
+        pixels[f"{precision}{', uint8' if uint8 else ''}"] = np.concatenate(parts)
+    rows = []
+    for name, poisoned in pixels.items():
+        images = to_float(poisoned)
+        with torch.no_grad():
+            logits = torch.cat([victim(part) for part in images.split(500)])
+        steps = np.abs(poisoned.astype(int) - pixels["torch"])
+        rows.append(
+            {
+                "injector": name,
+                "n": len(images),
+                "psnr": float(psnr(others, images).mean()),
+                "found_by_torch": float(detector.detect(images).marked.double().mean()),
+                "found_by_file": float(extractor(poisoned).marked.mean()),
+                "asr_by_torch": float((logits.argmax(1) == target).double().mean()),
+                "asr_by_file": float((classifier(poisoned).argmax(1) == target).mean()),
+                "values_differing": float((steps > 0).mean()),
+                "largest_step": int(steps.max()),
+            }
+        )
+    return rows
+
+
+def measure_filters(study: Study, folder: Path) -> list[dict[str, Any]]:
+    """False alarms and hits of a filter from each defence's reversed trigger, in its own file."""
+    test, victim, known = study.test, study.victim("backdoored"), study.defender(500)
+    trigger, target = study.trigger(), study.config.plan.target
+    others = test.images[test.labels != target]
+    with torch.no_grad():
+        poisoned = to_pixels(torch.cat([trigger(part) for part in others.split(100)]))
+    rows = []
+    for defence in ("nc", "reverse"):
+        reversed_ = load_reversed(study.space.path(reversed_file(defence, "backdoored")))
+        fitted = DiscriminantFilter(false_positive_rate=RATE).calibrate(
+            victim, known.images, triggers={target: reversed_.eval()}, seed=study.config.seed
+        )
+        path = folder / f"filter-{defence}.onnx"
+        parity = export_filter(fitted, known.images[:EXAMPLES], path)
+        scanner = Scanner(path)
+        rows.append(
+            {
+                "filter": defence,
+                "stated_rate": RATE,
+                "images": len(known),
+                "max_rel": parity.max_rel,
+                "false_alarms": int(scanner(to_pixels(test.images)).flagged.sum()),
+                "n_clean": len(test),
+                "hits": int(scanner(poisoned).flagged.sum()),
+                "n_poisoned": len(poisoned),
+            }
+        )
+    return rows
+
+
+def make(config: StudyConfig, study: Study, attacks: Path | None, out: Path) -> Made:
+    """Everything, with the exported files in ``exports/``."""
+    folder = out / "exports"
+    folder.mkdir(parents=True, exist_ok=True)
+    images = study.test.images[:EXAMPLES].cpu()
+    rows = [row for one in artefacts(study, attacks) for row in export_all(one, images, folder)]
+    injectors, filters = measure_injectors(study, folder), measure_filters(study, folder)
+    return Made({"artefacts": rows, "injectors": injectors, "filters": filters})
+
+
+def digests(*folders: Path | None) -> Mapping[str, str]:
+    """SHA-256 of every model file that goes in."""
+    files = [path for folder in folders if folder for path in sorted(folder.glob("models/*"))]
+    return {
+        f"{path.parents[1].name}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+        if "reversed" in path.name or "trigger" in path.name or "extractor" in path.name
+    }
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    parser = Parser(prog="check_artefacts", description=__doc__)
+    parser.add_argument("config", type=Path, help="the study's TOML file")
+    parser.add_argument("--study", type=Path, required=True, help="the finished study's folder")
+    parser.add_argument("--attacks", type=Path, help="the folder of a table of attacks")
+    parser.add_argument("--out", type=Path, required=True)
+    add_common(parser, version="with the workspace")
+    parser.set_defaults(seed=None)
+    args = parser.parse_args(argv)
+    config = load_study(args.config, seed=args.seed)
+    data = load_dataset(config.data.name, limit=config.data.limit, seed=config.seed)
+    device = str(resolve_device(args.device))
+    study = Study(config, data, Workspace(args.study, config.seed, "", device, print), False)
+    space = Workspace(args.out, config.seed, data.fingerprint, device, print)
+    settings = {"study": config.name, "models": digests(args.study, args.attacks)}
+    space.stage(
+        "artefacts", settings, (), lambda _: partial(make, config, study, args.attacks, args.out)()
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(_main))
