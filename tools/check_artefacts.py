@@ -1,8 +1,8 @@
 """Export everything that a finished study made, in every form, and measure what the forms cost.
 
 For example ``python tools/check_artefacts.py docs/studies/cifar10.toml --study runs/cifar10
---attacks runs/attacks-cifar10 --out results/artefacts-cifar10``. The study is one of ``wm-eval run``,
-the attacks are the folder of ``wm-eval table1``.
+--attacks runs/attacks-cifar10 --out results/artefacts-cifar10``. The study is one of ``wm-eval
+run``, the attacks are the folder of ``wm-eval table1``.
 
 Every file is compared with its torch module by the exporter itself. Beyond that, the images that an
 exported injector poisons, in 8 bits, are measured as those of torch are: how visible the mark is,
@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +23,6 @@ from torch import Tensor, nn
 
 from defense_nc import DiscriminantFilter, export_filter
 from wm_eval import load_study
-from wm_eval.config import StudyConfig
 from wm_eval.study import Study, load_reversed, reversed_file
 from wm_eval.workspace import Made, Workspace
 from wm_extract import MarkDetector, export_detector
@@ -37,6 +35,7 @@ from wm_victim import load_classifier, load_dataset
 EXAMPLES = 8  # images that the exporter compares on
 ONNX = (("float32", False), ("float32", True), ("float16", True), ("int8", True))
 SCRIPT = ("float32", "bfloat16")
+DEFENDER = 1000  # clean images that the filter's maker has
 RATE = 0.01  # false alarms that the detector's and the filter's thresholds are chosen for
 
 
@@ -87,7 +86,7 @@ def export_all(found: Artefact, images: Tensor, folder: Path) -> Iterator[dict[s
 
 
 def measure_injectors(study: Study, folder: Path) -> list[dict[str, Any]]:
-    """What the detector and the classifier make of images that each form of the injector poisoned."""
+    """What detector and classifier make of images that each form of the injector poisoned."""
     test = study.test
     trigger, target = study.trigger(), study.config.plan.target
     half = len(test) // 2
@@ -130,44 +129,45 @@ def measure_injectors(study: Study, folder: Path) -> list[dict[str, Any]]:
 
 
 def measure_filters(study: Study, folder: Path) -> list[dict[str, Any]]:
-    """False alarms and hits of a filter from each defence's reversed trigger, in its own file."""
-    test, victim, known = study.test, study.victim("backdoored"), study.defender(500)
+    """False alarms and hits of a filter from each defence's reversed trigger, in its own file.
+
+    Once with images that the classifier was trained on, as defenders have in studies, and once with
+    images that it has not seen; judged on others that it has not seen.
+    """
+    test, victim = study.test, study.victim("backdoored")
     trigger, target = study.trigger(), study.config.plan.target
-    others = test.images[test.labels != target]
+    half = len(test) // 2
+    clean = test.images[half:]
+    others = clean[test.labels[half:] != target]
     with torch.no_grad():
         poisoned = to_pixels(torch.cat([trigger(part) for part in others.split(100)]))
     rows = []
     for defence in ("nc", "reverse"):
-        reversed_ = load_reversed(study.space.path(reversed_file(defence, "backdoored")))
-        fitted = DiscriminantFilter(false_positive_rate=RATE).calibrate(
-            victim, known.images, triggers={target: reversed_.eval()}, seed=study.config.seed
-        )
-        path = folder / f"filter-{defence}.onnx"
-        parity = export_filter(fitted, known.images[:EXAMPLES], path)
-        scanner = Scanner(path)
-        rows.append(
-            {
-                "filter": defence,
-                "stated_rate": RATE,
-                "images": len(known),
-                "max_rel": parity.max_rel,
-                "false_alarms": int(scanner(to_pixels(test.images)).flagged.sum()),
-                "n_clean": len(test),
-                "hits": int(scanner(poisoned).flagged.sum()),
-                "n_poisoned": len(poisoned),
-            }
-        )
+        reversed_ = load_reversed(study.space.path(reversed_file(defence, "backdoored"))).eval()
+        for seen, known in (
+            ("yes", study.defender(DEFENDER).images),
+            ("no", test.images[:DEFENDER]),
+        ):
+            fitted = DiscriminantFilter(false_positive_rate=RATE).calibrate(
+                victim, known, triggers={target: reversed_}, seed=study.config.seed
+            )
+            path = folder / f"filter-{defence}.onnx"
+            parity = export_filter(fitted, known[:EXAMPLES], path)
+            scanner = Scanner(path)
+            rows.append(
+                {
+                    "filter": defence,
+                    "trained_on": seen,
+                    "stated_rate": RATE,
+                    "images": len(known),
+                    "max_rel": parity.max_rel,
+                    "false_alarms": int(scanner(to_pixels(clean)).flagged.sum()),
+                    "n_clean": len(clean),
+                    "hits": int(scanner(poisoned).flagged.sum()),
+                    "n_poisoned": len(poisoned),
+                }
+            )
     return rows
-
-
-def make(config: StudyConfig, study: Study, attacks: Path | None, out: Path) -> Made:
-    """Everything, with the exported files in ``exports/``."""
-    folder = out / "exports"
-    folder.mkdir(parents=True, exist_ok=True)
-    images = study.test.images[:EXAMPLES].cpu()
-    rows = [row for one in artefacts(study, attacks) for row in export_all(one, images, folder)]
-    injectors, filters = measure_injectors(study, folder), measure_filters(study, folder)
-    return Made({"artefacts": rows, "injectors": injectors, "filters": filters})
 
 
 def digests(*folders: Path | None) -> Mapping[str, str]:
@@ -189,14 +189,34 @@ def _main(argv: Sequence[str] | None) -> int:
     add_common(parser, version="with the workspace")
     parser.set_defaults(seed=None)
     args = parser.parse_args(argv)
+    (args.out / "exports").mkdir(parents=True, exist_ok=True)
     config = load_study(args.config, seed=args.seed)
     data = load_dataset(config.data.name, limit=config.data.limit, seed=config.seed)
     device = str(resolve_device(args.device))
     study = Study(config, data, Workspace(args.study, config.seed, "", device, print), False)
     space = Workspace(args.out, config.seed, data.fingerprint, device, print)
     settings = {"study": config.name, "models": digests(args.study, args.attacks)}
+    folder = args.out / "exports"
+    images = study.test.images[:EXAMPLES].cpu()
+
+    def exports(_: Path) -> Made:
+        found = artefacts(study, args.attacks)
+        return Made(
+            {"artefacts": [row for one in found for row in export_all(one, images, folder)]}
+        )
+
+    space.stage("artefacts", settings, (), exports)
     space.stage(
-        "artefacts", settings, (), lambda _: partial(make, config, study, args.attacks, args.out)()
+        "injectors",
+        settings,
+        ("artefacts",),
+        lambda _: Made({"injectors": measure_injectors(study, folder)}),
+    )
+    space.stage(
+        "filters",
+        {**settings, "rate": RATE, "images": DEFENDER},
+        (),
+        lambda _: Made({"filters": measure_filters(study, folder)}),
     )
     return 0
 

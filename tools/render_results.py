@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from wm_eval.artefact_section import artefact_parts
 from wm_eval.attacks.config import RECIPES
 from wm_eval.attacks.gather import read_study
 from wm_eval.attacks.learning import learning
@@ -234,6 +235,7 @@ def render(results: Path) -> str:
             "",
             to_markdown(gap_table(study, read_records(results / "cifar10-gap" / "records"))),
         ]
+    parts += artefact_parts(results / "artefacts-cifar10")
     parts += defence_parts(results)
     for name, (title, text) in DETECTIONS.items():
         if (results / name / "records").is_dir():

@@ -83,7 +83,9 @@ def test_files_for_services_of_the_label_that_is_named(classifier, scores, capsy
     assert scanner.false_positive_rate == 0.02 and scanner(marked).flagged.shape == (4,)
 
 
-def test_no_files_without_a_named_label_and_the_verdict_stands(classifier, scores, tmp_path, capsys):
+def test_no_files_without_a_named_label_and_the_verdict_stands(
+    classifier, scores, tmp_path, capsys
+):
     scores[9] = 45.0
     out = tmp_path / "filter.onnx"
     assert run("scan", classifier, "--data", "digits", "--filter", out) == 0

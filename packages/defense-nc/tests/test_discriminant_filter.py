@@ -10,6 +10,7 @@ from torch import nn
 
 from defense_nc import DiscriminantFilter, InputFilter, Strip, auroc, export_filter
 from defense_nc.feature_score import FeatureScore
+from defense_nc.input_detector import conformal_threshold
 from defense_nc.neurons import activations
 from wm_inject.images import to_pixels
 from wm_inject.runtime import Detector, Scanner
@@ -75,7 +76,7 @@ def test_clean_images_score_nought_and_triggered_ones_one(model, data):
     assert float(found.score(first).mean()) == pytest.approx(0, abs=1e-4)
     assert float(found.score(trigger(first)).mean()) == pytest.approx(1, abs=1e-4)
     # The threshold comes from the half that the direction has not seen.
-    assert int(found.decide(second).sum()) == int(0.05 * len(second))
+    assert int(found.decide(second).sum()) == int(0.05 * (len(second) + 1)) - 1
     assert found.log == {"label": TARGET, "images": 150, "false_positive_rate": 0.05}
 
 
@@ -95,6 +96,20 @@ def test_model_and_trigger_come_back_as_they_were(model, data):
     found.suspicion.network()
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert trigger.training and model(data.images[:2]).shape == (2, 10)
+
+
+def test_the_conformal_threshold_holds_its_rate_on_new_scores():
+    """Over many draws: the share of new scores above it is k / (N + 1) on average, never more."""
+    generator = torch.Generator().manual_seed(0)
+    for count, rate in ((19, 0.05), (50, 0.05), (199, 0.01), (150, 0.5)):
+        draws = torch.randn(2000, count + 1, generator=generator, dtype=torch.float64)
+        above = [conformal_threshold(row[:-1], rate) < float(row[-1]) for row in draws]
+        expected = int(rate * (count + 1) + 1e-9) / (count + 1)
+        assert expected <= rate
+        assert sum(above) / 2000 == pytest.approx(expected, abs=4 * (rate / 2000) ** 0.5)
+    for scores, rate in ((torch.rand(18), 0.05), (torch.rand(0), 0.05), (torch.rand(50), 0.0)):
+        with pytest.raises(ValueError, match="expected scores"):
+            conformal_threshold(scores, rate)
 
 
 @pytest.mark.parametrize("kind", [DiscriminantFilter, InputFilter])

@@ -189,7 +189,7 @@ def test_several_outputs_have_names(tmp_path):
     found = model.run({"image": example(7).numpy()})
     for got, want in zip(found.values(), Two()(example(7)), strict=True):
         assert np.abs(got - want.numpy()).max() < 1e-6
-    with pytest.raises(ValueError, match="expected a model of one output, m.onnx gives score, map"):
+    with pytest.raises(ValueError, match=r"a model of one output, m\.onnx gives score, map"):
         model(example().numpy())
     with pytest.raises(ValueError, match="expected 2 output_names, got output"):
         to_onnx(Two(), example(), tmp_path / "n.onnx")
@@ -198,7 +198,7 @@ def test_several_outputs_have_names(tmp_path):
 
 
 def test_what_cannot_be_exported_is_named_in_one_line(tmp_path):
-    with pytest.raises(ValueError, match="cannot export Essay to ONNX: .*data-dependent") as told:
+    with pytest.raises(ValueError, match=r"cannot export Essay to ONNX: .*data-dependent") as told:
         to_onnx(Essay(), example(), tmp_path / "m.onnx")
     assert "\n" not in str(told.value) and list(tmp_path.iterdir()) == []
 

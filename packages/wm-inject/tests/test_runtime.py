@@ -377,7 +377,10 @@ def test_a_run_that_takes_too_long_is_broken_off(tmp_path):
 
 
 def test_bound_runs_give_the_same(models, told):
-    plain, batch = OnnxModel(models / "float.onnx"), np.random.default_rng(0).random((4, 3, SIZE, SIZE))
+    plain, batch = (
+        OnnxModel(models / "float.onnx"),
+        np.random.default_rng(0).random((4, 3, SIZE, SIZE)),
+    )
     images = batch.astype(np.float32)
     bound = OnnxModel(models / "float.onnx")
     bound.provider = "CUDAExecutionProvider"  # what makes it bind; the session stays on the CPU

@@ -118,9 +118,11 @@ def test_what_is_no_detector_is_refused(files, tmp_path):
     to_onnx(Picture(), torch.rand(3, 3, SIZE, SIZE), tmp_path / "p.onnx", uint8=True)
     with pytest.raises(ValueError, match="expected a detector of images with an output score"):
         Detector(tmp_path / "p.onnx")
-    with pytest.raises(ValueError, match="expected mute.onnx to hold a detector's threshold"):
+    with pytest.raises(ValueError, match=r"expected mute\.onnx to hold a detector's threshold"):
         Detector(files["mute"])
-    with pytest.raises(ValueError, match="expected a detector with an output map, got glare.onnx"):
+    with pytest.raises(
+        ValueError, match=r"expected a detector with an output map, got glare\.onnx"
+    ):
         Extractor(files["glare"])
     for paths, told in (
         ([], "different names, got none"),
@@ -162,7 +164,8 @@ sys.modules["torch"] = None
 import numpy as np
 from wm_inject.runtime import Extractor, Scanner
 pixels = np.full((2, {SIZE}, {SIZE}, 3), 255, np.uint8)
-print(Scanner({str(files["glare"])!r})(pixels).flagged, Extractor({str(files["light"])!r})(pixels).marked)
+print(Scanner({str(files["glare"])!r})(pixels).flagged)
+print(Extractor({str(files["light"])!r})(pixels).marked)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from defense_nc.feature_score import FeatureScore
-from defense_nc.input_detector import CalibratedDetector, check_rate, threshold_at
+from defense_nc.input_detector import CalibratedDetector, check_rate, conformal_threshold
 from defense_nc.neurons import activations, last_linear, put_trigger
 from wm_inject.images import check_images, quantize
 from wm_inject.poison import Trigger
@@ -29,7 +29,8 @@ class DiscriminantFilter:
     Args:
         shrinkage: Share of the covariance that is replaced by a multiple of the identity, in
             (0, 1]: there are more neurons than a defender has images.
-        false_positive_rate: Share of clean images that may be held to be triggered, in [0, 1).
+        false_positive_rate: Probability, at most, that a clean image is held to be triggered, in
+            (0, 1); half of the images must be as many as one over it.
 
     Raises:
         ValueError: A value outside its range.
@@ -71,7 +72,9 @@ class DiscriminantFilter:
 
         Args:
             model: Images in [0, 1] to logits ``(N, K)``; not changed, and kept for scoring.
-            images: Clean float32 ``(N, C, H, W)`` in [0, 1], N at least 40, of all classes.
+            images: Clean float32 ``(N, C, H, W)`` in [0, 1], N at least 40, of all classes. Best
+                images that the model was not trained on: on those it is surer than on new ones,
+                and more new ones are flagged than the rate says.
             triggers: The reversed trigger of one label. For several labels, make a filter each.
             seed: Decides which half an image is in.
 
@@ -79,8 +82,8 @@ class DiscriminantFilter:
             The filter: its score is 0 for the mean clean image and 1 for the mean triggered one.
 
         Raises:
-            ValueError: Bad images or too few, a model without a linear layer, not exactly one
-                trigger, or one that changes nothing the classifier looks at.
+            ValueError: Bad images, too few for the rate or at all, a model without a linear layer,
+                not exactly one trigger, or one that changes nothing the classifier looks at.
 
         Source: Fisher's linear discriminant with a shrunk covariance (Ledoit and Wolf's form, the
         share fixed).
@@ -103,7 +106,7 @@ class DiscriminantFilter:
         suspicion = FeatureScore(model, weight / (high - low), -low / (high - low))
         return CalibratedDetector(
             self.name,
-            threshold_at(suspicion(second), self.false_positive_rate),
+            conformal_threshold(suspicion(second), self.false_positive_rate),
             tuple(images.shape[1:]),
             suspicion,
             {

@@ -102,6 +102,33 @@ def threshold_at(scores: Tensor, false_positive_rate: float) -> float:
     return float(scores.sort(descending=True).values[allowed])
 
 
+def conformal_threshold(scores: Tensor, false_positive_rate: float) -> float:
+    """A threshold that a new clean image exceeds with at most this probability.
+
+    For scores that chose nothing else, and new images that are drawn as these were. `threshold_at`
+    says how many of the calibration images themselves may exceed it: a little less careful.
+
+    Args:
+        scores: Scores of clean images, floating ``(N,)``, finite.
+        false_positive_rate: In (0, 1).
+
+    Raises:
+        ValueError: Scores of another kind, a rate outside its range, or too few scores for it.
+
+    Source: split conformal prediction: the k-th largest of N scores is exceeded with probability at
+    most k / (N + 1).
+    """
+    _check_scores(scores)
+    check_rate(false_positive_rate)
+    place = math.floor(false_positive_rate * (len(scores) + 1) + 1e-9)
+    if place < 1:
+        raise ValueError(
+            f"expected scores of more images for a false_positive_rate of {false_positive_rate:g}, "
+            f"got {len(scores)}"
+        )
+    return float(scores.sort(descending=True).values[place - 1])
+
+
 def auroc(scores: Tensor, truths: Tensor) -> float:
     """The area under the ROC curve: how often a triggered image scores above a clean one.
 

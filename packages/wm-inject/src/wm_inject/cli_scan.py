@@ -12,9 +12,9 @@ _EPILOG = """examples:
   wm-inject scan --detector detector.onnx incoming/
   wm-inject scan --detector mark.onnx --detector filter.onnx --json found.json incoming/
 
-"wm-extract export" writes detectors of a watermark, "--filter" of both defences' scans one of images
-that act like a reversed trigger. Each file holds its threshold and the rate of false alarms that the
-threshold was chosen for."""
+"wm-extract export" writes detectors of a watermark, "--filter" of both defences' scans one of
+images that act like a reversed trigger. Each file holds its threshold and the rate of false alarms
+that the threshold was chosen for."""
 
 
 def add_scan(parser: Parser) -> None:

@@ -221,7 +221,7 @@ class _Batches(NamedTuple):
         return np.stack([load_image(f, size=self.size, channels=self.channels) for f in files])
 
     def work(self, batch: Sequence[FolderRow], pixels: Pixels | None) -> dict[int, Pixels] | None:
-        """The images that are missing, by their place in the batch, poisoned where they are to be."""
+        """The missing images by their place in the batch, poisoned where they are to be."""
         if pixels is None:
             return None
         if batch[0].poisoned:
