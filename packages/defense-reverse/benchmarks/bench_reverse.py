@@ -212,6 +212,7 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.slow  # minutes: left out of `hatch run bench`
 @pytest.mark.skipif("WM_DATA" not in os.environ, reason="WM_DATA, with CIFAR-10, is not set")
 def test_factors_of_precision_stack_and_race(benchmark: BenchmarkFixture) -> None:
     record: dict[str, Any] = benchmark.pedantic(

@@ -350,6 +350,17 @@ TABLE = Table(
             "other channels": lambda tmp: wm.Poisoner(onnx(tmp))(PIXELS),
             **model_files(wm.Poisoner),
         },
+        "fast_trigger": {
+            **images(lambda bad: wm.fast_trigger(wm.WatermarkTrigger(INJECTOR))(bad)),
+            "no watermark": lambda _: wm.fast_trigger(PATCH),  # type: ignore[arg-type]
+            "precision": lambda _: wm.fast_trigger(
+                wm.WatermarkTrigger(INJECTOR),
+                precision="float16",  # type: ignore[arg-type]
+            ),
+            "compile on a CPU": lambda _: wm.fast_trigger(
+                wm.WatermarkTrigger(INJECTOR), compile=True
+            ),
+        },
         "Extractor": {
             **judges(lambda tmp: wm.Extractor(detector(tmp))),
             **model_files(wm.Extractor),

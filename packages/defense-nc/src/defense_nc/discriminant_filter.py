@@ -72,9 +72,8 @@ class DiscriminantFilter:
 
         Args:
             model: Images in [0, 1] to logits ``(N, K)``; not changed, and kept for scoring.
-            images: Clean float32 ``(N, C, H, W)`` in [0, 1], N at least 40, of all classes. Best
-                images that the model was not trained on: on those it is surer than on new ones,
-                and more new ones are flagged than the rate says.
+            images: Clean float32 ``(N, C, H, W)`` in [0, 1], N at least 40, of all classes; best
+                such that the model was not trained on.
             triggers: The reversed trigger of one label. For several labels, make a filter each.
             seed: Decides which half an image is in.
 

@@ -102,8 +102,8 @@ def filter_table(records: Mapping[str, Record]) -> Table:
     images = records["filters"].values["filters"][0]["images"]
     note = (
         f"{images} clean images of the defender: half fit the direction, half the threshold. The "
-        "rate is stated for images like those: on its own training images a classifier is surer "
-        "than on new ones, and more new ones are flagged than the rate says."
+        "rate is stated for images that are drawn as those were. Judged on test images that chose "
+        "nothing."
     )
     return Table("artefact-filters", "Filters for incoming images", headers, tuple(rows), note)
 

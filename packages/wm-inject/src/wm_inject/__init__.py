@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from wm_inject.export import ParityError as ParityError
     from wm_inject.export import to_onnx as to_onnx
     from wm_inject.export import to_torchscript as to_torchscript
+    from wm_inject.fast import fast_trigger as fast_trigger
     from wm_inject.images import check_images as check_images
     from wm_inject.images import check_labels as check_labels
     from wm_inject.images import check_pixels as check_pixels
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "checkpoint": "Checkpoint CheckpointError load_checkpoint save_checkpoint",
     "export": "Parity ParityError to_onnx to_torchscript",
+    "fast": "fast_trigger",
     "images": "check_images check_labels check_pixels list_images load_image quantize save_image"
     " to_float to_pixels",
     "poison": "CoTraining PoisonPlan Poisoned Trigger",

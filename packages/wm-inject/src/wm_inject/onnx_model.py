@@ -200,9 +200,7 @@ def _run(
         raise
 
 
-def _run_once(
-    session: Any, feeds: Mapping[str, Array], options: Any, *, bind: bool
-) -> list[Array]:
+def _run_once(session: Any, feeds: Mapping[str, Array], options: Any, *, bind: bool) -> list[Array]:
     if not bind:
         found: list[Array] = session.run(None, dict(feeds), options)
         return found

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from timm.layers.patch_embed import PatchEmbed
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from wm_inject.images import check_images, pad_to_multiple
+from wm_inject.vit_block import make_block, run_blocks
 
 SIZES = {"tiny": (64, 2), "small": (192, 3), "base": (384, 6), "large": (1024, 16)}
 RECIPES = ("paper", "released", "robust")
@@ -157,7 +157,7 @@ class ViTInjector(nn.Module):
         self.shape = shape
         self.grid = shape.padded_size // patch_size
         self.patch_embed = PatchEmbed(shape.padded_size, patch_size, channels, width)
-        self.encoder = nn.ModuleList(_block(width, heads) for _ in range(depth))
+        self.encoder = nn.ModuleList(make_block(width, heads) for _ in range(depth))
         self.encoder_norm = nn.LayerNorm(width)
         self.mark_embed = nn.Linear(patch_size**2, width)
         self.project = nn.Sequential(
@@ -167,7 +167,7 @@ class ViTInjector(nn.Module):
             nn.GELU(),
             nn.Linear(width // 2, width),
         )
-        self.decoder = nn.ModuleList(_block(width, heads) for _ in range(decoder_depth))
+        self.decoder = nn.ModuleList(make_block(width, heads) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, patch_size**2 * channels)
         self.register_buffer("position", sincos_position(self.grid, width), persistent=False)
@@ -191,12 +191,10 @@ class ViTInjector(nn.Module):
         side = self.shape.image_size
         padded = pad_to_multiple(images, PAD_MULTIPLE)
         x = self.patch_embed(padded) + self.position  # (N, L, D), L = (padded side / patch) ** 2
-        for block in self.encoder:
-            x = block(x)
+        x = run_blocks(self.encoder, x)
         x = self.encoder_norm(x) + self.mark_embed(self.patchify(watermark))  # (N, L, D)
         x = self.project(x) + self.position  # (N, L, D)
-        for block in self.decoder:
-            x = block(x)
+        x = run_blocks(self.decoder, x)
         pixels = self.unpatchify(self.head(self.decoder_norm(x)))  # (N, C, padded, padded)
         pixels = pixels[..., :side, :side]  # (N, C, H, W)
         if not self.shape.residual:
@@ -205,13 +203,7 @@ class ViTInjector(nn.Module):
 
     def limit(self, residual: Tensor) -> Tensor:
         """Hold a residual ``(N, C, H, W)`` within the largest change and the PSNR floor."""
-        if self.shape.max_change is not None:
-            residual = self.shape.max_change * torch.tanh(residual / self.shape.max_change)
-        if self.shape.psnr_floor is None:
-            return residual
-        allowed = 10 ** (-self.shape.psnr_floor / 20)  # root mean square, in [0, 1] units
-        rms = residual.square().mean(dim=(1, 2, 3), keepdim=True).add(1e-12).sqrt()
-        return residual * (allowed / rms).clamp(max=1.0)
+        return limit_residual(residual, self.shape)
 
     def patchify(self, watermark: Tensor) -> Tensor:
         """R of equation 3: ``(1, H, W)`` or ``(N, 1, H, W)`` to ``(1 or N, L, patch ** 2)``."""
@@ -223,9 +215,7 @@ class ViTInjector(nn.Module):
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """Tokens ``(N, L, patch ** 2 * C)`` to pixels ``(N, C, padded, padded)``."""
-        g, p, c = self.grid, self.shape.patch_size, self.shape.channels
-        x = tokens.reshape(-1, g, g, p, p, c).permute(0, 5, 1, 3, 2, 4)  # (N, C, g, p, g, p)
-        return x.reshape(-1, c, g * p, g * p)
+        return to_picture(tokens, self.shape)
 
     def load_mae_encoder(self, state: Mapping[str, Tensor]) -> None:
         """Start the encoder from timm's MAE weights (``vit_large_patch16_224.mae`` for "large").
@@ -263,12 +253,23 @@ class ViTInjector(nn.Module):
             nn.init.zeros_(self.head.weight)
 
 
-def _block(width: int, heads: int) -> Block:
-    block = Block(width, heads, mlp_ratio=4, qkv_bias=True)
-    # Plain softmax(q k^T) v: half the time of the fused kernel in bf16 on CPUs at these lengths.
-    attention: Any = block.attn
-    attention.fused_attn = False
-    return block
+def limit_residual(residual: Tensor, shape: ViTConfig) -> Tensor:
+    """Hold a residual ``(N, C, H, W)`` within the config's largest change and PSNR floor."""
+    if shape.max_change is not None:
+        residual = shape.max_change * torch.tanh(residual / shape.max_change)
+    if shape.psnr_floor is None:
+        return residual
+    allowed = 10 ** (-shape.psnr_floor / 20)  # root mean square, in [0, 1] units
+    rms = residual.square().mean(dim=(1, 2, 3), keepdim=True).add(1e-12).sqrt()
+    return residual * (allowed / rms).clamp(max=1.0)
+
+
+def to_picture(tokens: Tensor, shape: ViTConfig) -> Tensor:
+    """Tokens ``(N, L, patch ** 2 * C)`` to pixels ``(N, C, padded, padded)``."""
+    p, c = shape.patch_size, shape.channels
+    g = shape.padded_size // p
+    x = tokens.reshape(-1, g, g, p, p, c).permute(0, 5, 1, 3, 2, 4)  # (N, C, g, p, g, p)
+    return x.reshape(-1, c, g * p, g * p)
 
 
 def sincos_position(grid: int, width: int) -> Tensor:
