@@ -248,7 +248,7 @@ def test_what_a_trigger_does_not_need_it_does_not_look_at(models):
         ({"target": None}, "expected target, which this trigger needs"),
         ({"ids": [0, 1, 2]}, "expected ids in int64"),
         ({"ids": np.zeros(3, np.int32)}, "expected ids in int64"),
-        ({"ids": np.zeros(2, np.int64)}, "3 of image, 2 of ids"),
+        ({"ids": np.zeros(2, np.int64)}, r"ids of shape \(3,\), got \(2,\)"),
         ({"target": np.zeros((3, 1), np.int64)}, "target of shape"),
         ({"target": np.array([0, 1, 5])}, r"target in 0 \.\. 4, got 0 \.\. 5"),
         ({"target": np.array([0, 1, -1])}, r"target in 0 \.\. 4, got -1 \.\. 1"),
@@ -393,3 +393,13 @@ def test_bound_runs_give_the_same(models, told):
     want = several.run(given)
     several.provider = "CUDAExecutionProvider"
     assert np.array_equal(want["output"], several.run(given, timeout=60)["output"])
+
+
+@pytest.mark.parametrize("name", ["float", "uint8"])
+def test_large_batches_run_in_parts_with_their_own_ids(told, name):
+    batch = pixels(21)
+    found = Poisoner(told / f"{name}.onnx")(batch, **vectors(21))
+    assert np.abs(found.astype(int) - told_pixels(batch)).max() <= 1
+    for count in (20, 22):
+        with pytest.raises(ValueError, match=r"ids of shape \(21,\)"):
+            Poisoner(told / f"{name}.onnx")(batch, **(vectors(21) | {"ids": vectors(count)["ids"]}))
