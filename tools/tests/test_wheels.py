@@ -6,8 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from tools import release
+from torch import nn
+
+from wm_inject import BadNetsTrigger, load_image, save_image, to_float, to_onnx, to_pixels
 
 pytestmark = pytest.mark.slow
 PACKAGES = release.packages()
@@ -34,13 +39,14 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def install(package: release.Package, dist: Path, home: Path) -> Path:
+def install(package: release.Package, dist: Path, home: Path, *, extras: str = "") -> Path:
     """Put one package into a new environment, and give the folder of its executables."""
     run("uv", "venv", "-q", "--python", sys.executable, home / "venv", cwd=home)
     scripts = home / "venv" / ("Scripts" if os.name == "nt" else "bin")
     options: list[str | Path] = ["--find-links", dist, "-c", release.ROOT / "constraints.txt"]
     wheel = dist / f"{package.module}-{package.version}-py3-none-any.whl"
-    run("uv", "pip", "install", "-q", "--python", scripts / "python", *options, wheel, cwd=home)
+    wanted = f"{wheel}[{extras}]" if extras else wheel
+    run("uv", "pip", "install", "-q", "--python", scripts / "python", *options, wanted, cwd=home)
     return scripts
 
 
@@ -65,3 +71,41 @@ def test_the_base_wheel_brings_numpy_and_pillow_only(dist: Path, tmp_path: Path)
     assert {entry["name"] for entry in json.loads(listing)} == {"wm-inject", "numpy", "pillow"}
     assert "poison" in run(scripts / "wm-inject", "--help", cwd=tmp_path)
     run(scripts / "python", "-c", "import wm_inject.runtime", cwd=tmp_path)
+
+
+class Bright(nn.Module):
+    """A detector of light."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean(dim=(1, 2, 3))
+
+
+def test_the_cpu_extra_poisons_judges_and_serves_without_torch(dist: Path, tmp_path: Path) -> None:
+    """What a service owner installs: the wheel with the extras cpu and serve, and exported files."""
+    images, mark, found = tmp_path / "images", tmp_path / "mark.onnx", tmp_path / "light.onnx"
+    trigger = BadNetsTrigger(image_size=16)
+    to_onnx(trigger, torch.rand(3, 3, 16, 16), mark, uint8=True)
+    settings = {"threshold": 0.5, "false_positive_rate": 0.01}
+    to_onnx(
+        Bright(),
+        torch.rand(3, 3, 16, 16),
+        found,
+        uint8=True,
+        output_names=("score",),
+        metadata={"detector": settings},
+    )
+    for shade in (0, 120, 250):
+        save_image(images / f"{shade}.png", np.full((16, 16, 3), shade, np.uint8))
+    (package,) = [package for package in PACKAGES if package.name == "wm-inject"]
+    scripts = install(package, dist, tmp_path, extras="cpu,serve")
+    tool = scripts / "wm-inject"
+    told = run(tool, "poison", "--onnx", mark, images, tmp_path / "out", cwd=tmp_path)
+    assert told.startswith("3 of 3 images poisoned")
+    stored = load_image(tmp_path / "out" / "120.png")
+    want = to_pixels(trigger(to_float(np.full((1, 16, 16, 3), 120, np.uint8))))[0]
+    assert (stored == want).all()
+    told = run(tool, "scan", "--detector", found, images, cwd=tmp_path)
+    assert told.splitlines()[0].startswith("flagged  250.png")
+    assert "serve" in run(tool, "serve", "--help", cwd=tmp_path)
+    run(scripts / "python", "-c", "import wm_inject.serve.server", cwd=tmp_path)
+    assert not list((tmp_path / "venv").rglob("site-packages/torch"))

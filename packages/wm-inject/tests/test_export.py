@@ -385,7 +385,7 @@ def test_weights_too_large_for_one_file_get_their_own(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_more_than_two_gigabytes(tmp_path):
-    """The limit of one protobuf, for real: 2.1 GiB of weights, most of which are not used much."""
+    """The limit of one protobuf, for real: 2.1 GiB of weights, of which little is used."""
 
     class Huge(nn.Module):
         def __init__(self) -> None:
@@ -394,8 +394,8 @@ def test_more_than_two_gigabytes(tmp_path):
             self.table[-1] = 0.25
 
         def forward(self, images):
-            row = images.new_full((len(images),), len(self.table) - 1, dtype=torch.int64)
-            return images * self.table[row][:, :1, :16, None].transpose(2, 3)[..., :1, :]
+            row = (0 * images[:, 0, 0, 0]).long() + len(self.table) - 1
+            return images * self.table[row][:, :1, :1, None]
 
     to_onnx(Huge(), example(), tmp_path / "m.onnx")
     assert (tmp_path / "m.onnx.data").stat().st_size > 2**31
