@@ -81,7 +81,7 @@ class Bright(nn.Module):
 
 
 def test_the_cpu_extra_poisons_judges_and_serves_without_torch(dist: Path, tmp_path: Path) -> None:
-    """What a service owner installs: the wheel with the extras cpu and serve, and exported files."""
+    """What a service owner installs: the wheel with two extras, and files that were exported."""
     images, mark, found = tmp_path / "images", tmp_path / "mark.onnx", tmp_path / "light.onnx"
     trigger = BadNetsTrigger(image_size=16)
     to_onnx(trigger, torch.rand(3, 3, 16, 16), mark, uint8=True)

@@ -136,6 +136,14 @@ def serve_graphs(tmp_path_factory) -> dict[str, Path]:
             {"scores": np.arange(5, dtype=np.float32)},
             metadata=["not", "what", "one", "expects"],
         ),
+        "judge": graph(
+            home / "judge.onnx",
+            [("image", u8, stored), ("target", i64, ["N"])],
+            [("score", f32, ["N"])],
+            [("Gather", ["scores", "target"], ["score"])],
+            {"scores": np.arange(5, dtype=np.float32)},
+            metadata={"detector": {"threshold": 2.5, "false_positive_rate": 0.01}},
+        ),
         "one": graph(
             home / "one.onnx",
             [("image", boolean, [1, SIDE])],

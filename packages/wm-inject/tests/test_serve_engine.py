@@ -232,6 +232,11 @@ def test_closing_waits_but_not_for_ever():
     asyncio.run(scene())
 
 
+def test_a_detector_tells_its_threshold(serve_graphs):
+    found = open_models({"judge": serve_graphs["judge"]})["judge"].describe()
+    assert found["parameters"] == {"threshold": 2.5, "false_positive_rate": 0.01}
+
+
 def test_models_are_opened_by_name(serve_graphs):
     models = open_models({"a.b-c_1": serve_graphs["told"]})
     found = models["a.b-c_1"].describe()

@@ -109,7 +109,12 @@ class OnnxModel:
         self.input_shape, self.dtype = images[0].shape, images[0].dtype
         self.extra_inputs: tuple[str, ...] = tuple(port.name for port in extra)
         raw = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "{}")
-        self.metadata: dict[str, Any] = json.loads(raw)
+        try:
+            told = json.loads(raw)
+        except ValueError:
+            told = None
+        # A graph of somebody else may keep something of its own under that name.
+        self.metadata: dict[str, Any] = told if isinstance(told, dict) else {}
 
     def __repr__(self) -> str:
         extra = "".join(f", {name}" for name in self.extra_inputs)

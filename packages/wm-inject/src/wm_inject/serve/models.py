@@ -58,7 +58,10 @@ class Served:
                 )
 
     def describe(self) -> dict[str, Any]:
-        """The model's metadata as the Open Inference Protocol words it; -1 is any length."""
+        """The model's metadata as the Open Inference Protocol words it; -1 is any length.
+
+        A detector's threshold and what it was chosen for come along as ``parameters``.
+        """
         sides = {"inputs": self.model.inputs, "outputs": self.model.outputs}
         ports = {
             side: [
@@ -71,7 +74,9 @@ class Served:
             ]
             for side, found in sides.items()
         }
-        return {"name": self.name, "versions": [VERSION], "platform": "onnx_onnxv1", **ports}
+        about = {"name": self.name, "versions": [VERSION], "platform": "onnx_onnxv1", **ports}
+        detector = self.model.metadata.get("detector")
+        return {**about, "parameters": detector} if isinstance(detector, dict) else about
 
 
 def check_name(name: str) -> str:
