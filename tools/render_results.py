@@ -19,6 +19,7 @@ from wm_eval.attacks.tables import table1, table2
 from wm_eval.defence_sections import defence_parts
 from wm_eval.paper2.summary import summarise_detection
 from wm_eval.records import Record, read_records, write_text
+from wm_eval.speed_section import speed_parts
 from wm_eval.summary import headline, story
 from wm_eval.tables import DEFENCES, Table, percent, to_markdown, with_interval
 from wm_inject.cli_common import run_cli
@@ -236,6 +237,7 @@ def render(results: Path) -> str:
             to_markdown(gap_table(study, read_records(results / "cifar10-gap" / "records"))),
         ]
     parts += artefact_parts(results / "artefacts-cifar10")
+    parts += speed_parts(results / "speed")
     parts += defence_parts(results)
     for name, (title, text) in DETECTIONS.items():
         if (results / name / "records").is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -11,9 +12,11 @@ import pytest
 import torch
 from skimage.metrics import structural_similarity
 
+from wm_inject import folder
 from wm_inject.export import to_onnx
-from wm_inject.images import to_float, to_pixels
-from wm_inject.runtime import Poisoner
+from wm_inject.images import save_image, to_float, to_pixels
+from wm_inject.pipeline import pipeline
+from wm_inject.runtime import Poisoner, poison_folder
 from wm_inject.stealth import ssim
 from wm_inject.triggers import WaNetTrigger
 
@@ -62,3 +65,33 @@ def test_exported_warp_against_torch(benchmark, tmp_path):
             return to_pixels(trigger(to_float(pixels)))
 
     record(benchmark, "runtime_times_torch", lambda: poisoner(pixels), other)
+
+
+def in_a_row(items, read, work, write=None):
+    """What `pipeline` does, one step after the other."""
+    for item in items:
+        done = work(item, read(item))
+        if write:
+            write(item, done)
+        yield item, done
+
+
+def test_a_folder_read_worked_on_and_written_at_once(benchmark, tmp_path, monkeypatch):
+    """Seconds of the clock: the gain is what a second core takes over."""
+    source, model = tmp_path / "in", tmp_path / "m.onnx"
+    draw = np.random.default_rng(0)
+    for number in range(96):
+        coarse = draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        save_image(source / f"{number}.png", coarse.repeat(14, 0).repeat(14, 1))
+    to_onnx(WaNetTrigger(image_size=224), torch.rand(3, 3, 224, 224), model, uint8=True)
+
+    def run(how) -> Callable[[], object]:
+        def call() -> object:
+            monkeypatch.setattr(folder, "pipeline", how)
+            out = tmp_path / "out"
+            shutil.rmtree(out, ignore_errors=True)
+            return poison_folder(model, source, out, batch_size=16, progress=False)
+
+        return call
+
+    record(benchmark, "pipeline_times_in_a_row", run(pipeline), run(in_a_row))
