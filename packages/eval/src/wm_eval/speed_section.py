@@ -29,7 +29,7 @@ def speed_parts(folder: Path) -> list[str]:
         "## Speed of the networks",
         "",
         f"`hatch run bench --record results/{folder.name}/{RECORD}` makes it; "
-        f"[record]({folder.name}/{RECORD}). [What is measured](../docs/speed.md). One thread of an "
+        f"[record]({folder.name}/{RECORD}). [What is measured](../docs/speed.md). One thread of: "
         f"{record['processor']}; {versions}.",
         "",
         to_markdown(_shares(record["benchmarks"])),

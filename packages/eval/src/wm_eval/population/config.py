@@ -193,7 +193,7 @@ def _small() -> dict[str, World]:
                 joint=attack_profile("small", "cifar10").joint,
             ),
             {CLEAN: 10},
-            {CLEAN: 15, "badnets": 7, "blend": 7, **dict.fromkeys(static, 5)},
+            {CLEAN: 15, "badnets": 7, "blend": 7, **dict.fromkeys(static, 5), "lf": 8},
             profiles=dict.fromkeys(static, "small"),
         ),
         "cifar10-residual": World(
