@@ -168,13 +168,6 @@ def test_unreadable_images_are_refused(tmp_path):
         load_image(picture, channels=4)
 
 
-def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
-    save_image(tmp_path / "a.png", np.zeros((64, 64, 3), np.uint8))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ValueError, match=r"cannot read a\.png"):
-        load_image(tmp_path / "a.png")
-
-
 def test_listing_is_sorted_and_deep(tmp_path):
     for name in ("b.png", "a/c.JPG", "a/notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
-from PIL import Image
 
 from wm_inject.cli_common import Progress
 from wm_inject.cli_common import progress as show_progress
+from wm_inject.decode import stored_size
 from wm_inject.files import atomic_path, write_json
 from wm_inject.folder_plan import FolderPlan, FolderRow, Labels, list_rows, read_labels
 from wm_inject.images import check_side, list_images, load_image, save_image
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 FORMAT = "wm-folder-1"
 PLAN_FILE, LABELS_FILE = "plan.json", "labels.csv"
-_PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF")
 _HALF_WRITTEN = re.compile(r"\..+\.part\d+\.(png|json|csv)")  # how atomic_path names its files
 
 
@@ -125,12 +124,7 @@ def common_side(source: str | Path) -> int:
     """
     sizes: dict[tuple[int, int], Path] = {}
     for file in list_images(source):
-        try:
-            with Image.open(file, formats=_PILLOW_FORMATS) as header:
-                sizes.setdefault(header.size, file)
-        # Pillow answers damaged files with nine kinds of exception; all mean "not an image".
-        except Exception as error:
-            raise ValueError(f"cannot read {file.name} as an image: {error}") from error
+        sizes.setdefault(stored_size(file), file)
         width, height = next(iter(sizes))
         if len(sizes) > 1 or width != height:
             found = " and ".join(f"{name.name} {w} x {h}" for (w, h), name in sizes.items())

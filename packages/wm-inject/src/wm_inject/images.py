@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from wm_inject.decode import decode_image
 from wm_inject.files import atomic_path
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 MAX_SIDE = 4096  # a settings file must not be able to ask for all memory
-_PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF")
 
 
 def check_images(
@@ -209,6 +209,8 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
 def load_image(path: str | Path, *, size: int | None = None, channels: int = 3) -> Pixels:
     """Read one image file as uint8 ``(H, W, channels)``, turned upright by its EXIF tag.
 
+    See `wm_inject.decode.decode_image` for 16 bits, palettes and transparency.
+
     Args:
         path: A regular file in one of the usual still-image formats.
         size: Resize to ``size`` x ``size`` (bilinear) if given.
@@ -217,22 +219,12 @@ def load_image(path: str | Path, *, size: int | None = None, channels: int = 3) 
     Raises:
         ValueError: Not a regular file, not a readable image, truncated, or unreasonably large.
     """
-    import warnings
-
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"expected an image file, found none at {path}")
     if channels not in (1, 3):
         raise ValueError(f"expected channels 1 or 3, got {channels}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_PILLOW_FORMATS) as opened:
-                opened.load()
-                image = ImageOps.exif_transpose(opened).convert("RGB" if channels == 3 else "L")
-    # Pillow answers damaged files with nine kinds of exception; all of them mean "not an image".
-    except Exception as error:
-        raise ValueError(f"cannot read {path.name} as an image: {error}") from error
+    image = decode_image(path, channels=channels)
     if size is not None:
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(image, dtype=np.uint8).reshape(image.height, image.width, channels)
