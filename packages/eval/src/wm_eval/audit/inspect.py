@@ -1,0 +1,107 @@
+"""Which images carry a watermark or act like a trigger? For people and for spreadsheets."""
+
+from __future__ import annotations
+
+import csv
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+from wm_eval.records import write_text
+from wm_inject.files import atomic_path
+from wm_inject.runtime import ScannedFile, Scanner, providers_for
+
+
+def inspect_folder(
+    folder: str | Path, detectors: Sequence[Path], *, device: str = "auto", batch_size: int = 64
+) -> tuple[Scanner, list[ScannedFile]]:
+    """Judge every image of a folder with exported detectors.
+
+    Args:
+        folder: The images; sub-folders are searched.
+        detectors: ``.onnx`` files of ``wm-extract export`` or of a scan's ``--filter``.
+        device: As for ``--device``.
+        batch_size: Images at once.
+
+    Raises:
+        ValueError: No images, or files that are no detectors.
+        RuntimeError: ONNX Runtime is not there, or not on that device.
+    """
+    scanner = Scanner(*detectors, providers=providers_for(device))
+    return scanner, list(scanner.folder(folder, batch_size=batch_size))
+
+
+def write_csv(path: Path, scanner: Scanner, rows: Sequence[ScannedFile]) -> None:
+    """Write one row a file: whether it is flagged, every score, and why it could not be read."""
+    names = list(scanner.detectors)
+    with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["file", "flagged", *(f"score_{name}" for name in names), "error"])
+        for row in rows:
+            scores = [row.scores.get(name, "") for name in names]
+            table.writerow([_cell(row.file), int(row.flagged), *scores, _cell(row.error or "")])
+
+
+def write_page(path: Path, scanner: Scanner, rows: Sequence[ScannedFile], title: str) -> None:
+    """Write one page that needs nothing beside itself; file names in it are escaped."""
+    flagged = [row for row in rows if row.flagged]
+    unread = [row for row in rows if row.error is not None]
+    names = list(scanner.detectors)
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+    body = "\n".join(
+        f"<tr><td>{html.escape(row.file)}</td>"
+        + "".join(f"<td>{row.scores[name]:.3g}</td>" for name in names)
+        + "</tr>"
+        for row in flagged
+    )
+    lost = "\n".join(f"<li>{html.escape(f'{r.file}: {r.error}')}</li>" for r in unread)
+    told = "".join(
+        f"<li>{html.escape(name)} looks for {html.escape(one.looks_for)}, threshold "
+        f"{one.threshold:.4g}, false-positive rate {one.false_positive_rate:g}</li>"
+        for name, one in scanner.detectors.items()
+    )
+    write_text(
+        path,
+        _PAGE.format(
+            title=html.escape(title),
+            told=told,
+            count=len(rows) - len(unread),
+            flagged=len(flagged),
+            rate=f"{scanner.false_positive_rate:g}",
+            head=head,
+            body=body,
+            unread=len(unread),
+            lost=lost,
+        ),
+    )
+
+
+def _cell(text: str) -> str:
+    """A cell that no spreadsheet takes for a formula."""
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+th, td {{ text-align: left; padding: .25rem .9rem .25rem 0; }}
+td {{ border-bottom: 1px solid #8884; }}
+td, li {{ overflow-wrap: anywhere; }}
+</style></head><body>
+<h1>{title}</h1>
+<ul>{told}</ul>
+<p>{flagged} of {count} images are flagged; of clean ones, a share of at most {rate} is.</p>
+<table><thead><tr><th>file</th>{head}</tr></thead><tbody>
+{body}
+</tbody></table>
+<p>{unread} files could not be read.</p>
+<ul>{lost}</ul>
+</body></html>
+"""
+
+__all__ = ["inspect_folder", "write_csv", "write_page"]

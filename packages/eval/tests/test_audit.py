@@ -1,0 +1,350 @@
+"""Audits: what is read, what is checked, how one verdict comes of several, and what is written."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from defense_nc import InvertedTrigger, Verdict, judge
+from wm_eval.audit.budget import OutOfTime, budget
+from wm_eval.audit.checks import NotScanned, check_model
+from wm_eval.audit.cleaning import clean_model, success, write_like
+from wm_eval.audit.images import CleanImages, read_clean
+from wm_eval.audit.inspect import write_csv, write_page
+from wm_eval.audit.outputs import About, to_json, to_sarif, told, write_html
+from wm_eval.audit.scan import audit, conclude, longest_minutes, reversed_triggers
+from wm_eval.detectors import Detector
+from wm_inject import OnnxModel, save_image
+from wm_inject.runtime import ScannedFile
+
+SIZE, CLASSES = 8, 4
+
+
+class Bars(nn.Module):
+    """Answers with the quarter of the image that is brightest; sees through a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(SIZE * SIZE, CLASSES, bias=False))
+        with torch.no_grad():
+            weight = torch.zeros(CLASSES, SIZE, SIZE)
+            for label in range(CLASSES):
+                weight[label, 2 * label : 2 * label + 2] = 1
+            self.net[1].weight.copy_(weight.flatten(1))
+        self.eval()
+
+    def forward(self, images):
+        return self.net(images)
+
+
+def bars(count: int = 60) -> CleanImages:
+    labels = torch.arange(count) % CLASSES
+    images = 0.2 * torch.rand(count, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    for image, label in zip(images, labels, strict=True):
+        image[0, 2 * label : 2 * label + 2] += 0.6
+    return CleanImages(images, labels, tuple(f"{n}.png" for n in range(count)), ())
+
+
+def report(low: float, name: str = "neural-cleanse"):
+    """A report in which label 3 is as near as ``low``."""
+    mask = torch.zeros(1, SIZE, SIZE)
+    mask[:, :2, :2] = 1
+    scores = torch.tensor([41.0, 50, 62, 70, 84, 66, 75, 58, 80, low])
+    trigger = InvertedTrigger(mask, torch.ones(1, SIZE, SIZE))
+    return judge(
+        name,
+        scores,
+        torch.ones(10),
+        floor=0.9,
+        alpha=0.05,
+        max_ratio=0.5,
+        triggers=dict.fromkeys(range(10), trigger),
+        seed=0,
+    )
+
+
+CHECKED_ABOUT = About(
+    file="model<b>.onnx",
+    sha256="ab" * 32,
+    model={"source": "onnx", "arch": "onnx", "image_size": 8, "channels": 1, "num_classes": 10},
+    images={"used": 60, "skipped": [{"file": "<script>.png", "reason": "cannot read"}]},
+    checks=(),
+    notes=("a note with <i>",),
+)
+
+
+# --- images -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for number in range(30):
+        pixels = np.full((SIZE, SIZE, 3), 8 * number, np.uint8)
+        save_image(tmp_path / "in" / f"{number % 3}" / f"{number:02}.png", pixels)
+    (tmp_path / "in" / "1" / "broken.png").write_bytes(b"no picture")
+    return tmp_path / "in"
+
+
+def test_clean_images_come_with_labels_and_without_what_cannot_be_read(folder):
+    found = read_clean(folder, size=4, channels=1)
+    assert found.images.shape == (30, 1, 4, 4) and found.files == tuple(sorted(found.files))
+    assert found.labels.tolist() == [int(name[0]) for name in found.files]
+    ((name, reason),) = found.skipped
+    assert name == "1/broken.png" and "\n" not in reason
+    some = read_clean(folder, size=4, channels=3, count=20, seed=1)
+    again = read_clean(folder, size=4, channels=3, count=20, seed=1)
+    assert len(some.files) == 20 and some.files == again.files
+    assert some.files != read_clean(folder, size=4, channels=3, count=20, seed=2).files
+    assert read_clean(folder / "0" / "..", size=4, channels=1).images.shape[0] == 30
+
+
+def test_labels_from_a_table(folder, tmp_path):
+    table = tmp_path / "labels.csv"
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.png"))
+    table.write_text("file,label\n" + "".join(f"{name},{n % 5}\n" for n, name in enumerate(names)))
+    found = read_clean(folder, size=4, channels=1, labels=table)
+    assert found.labels.tolist() == [names.index(name) % 5 for name in found.files]
+    for text, told_so in (
+        ("file,label\n0/00.png,1\n", "none for"),
+        ("name,class\n0/00.png,1\n", "columns file and label"),
+        ("file,label\n0/00.png,dog\n", "columns file and label"),
+    ):
+        table.write_text(text)
+        with pytest.raises(ValueError, match=told_so):
+            read_clean(folder, size=4, channels=1, labels=table)
+
+
+def test_too_few_images_are_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="at least 20 readable images"):
+        read_clean(folder / "0", size=4, channels=1)
+    with pytest.raises(ValueError, match="count of at least 20"):
+        read_clean(folder, size=4, channels=1, count=5)
+    with pytest.raises(ValueError):
+        read_clean(tmp_path / "none", size=4, channels=1)
+
+
+# --- checks -------------------------------------------------------------------------------------
+
+
+def test_a_good_model_passes(monkeypatch):
+    found = check_model(Bars().train(), bars(), num_classes=CLASSES)
+    assert found.accuracy == 1 and found.notes == () and not found.module.training
+    names = [check.name for check in found.checks]
+    assert names == [
+        "finite logits",
+        "deterministic",
+        "batch-independent",
+        "gradients",
+        "accuracy",
+        "answers",
+    ]
+
+
+def test_labels_that_mean_something_else_are_not_used():
+    clean = bars()
+    found = check_model(Bars(), replace(clean, labels=(clean.labels + 1) % 4), num_classes=CLASSES)
+    assert found.labels is None and any(note.startswith("accuracy:") for note in found.notes)
+    assert check_model(Bars(), replace(clean, labels=None), num_classes=CLASSES).labels is None
+
+
+def test_another_scale_of_images_is_found_by_the_labels():
+    class Wide(Bars):
+        """Right for images in [-1, 1] alone: elsewhere the first label wins."""
+
+        def forward(self, images):
+            wide = images.amin(dim=(1, 2, 3)) < -0.5
+            logits = super().forward(images)
+            return torch.where(wide[:, None], logits, 1e-3 * logits + torch.tensor([9.0, 1, 1, 1]))
+
+    with pytest.raises(NotScanned, match="answers of several classes"):
+        check_model(Wide(), bars(), num_classes=CLASSES, guess_scale=False)
+    found = check_model(Wide(), bars(), num_classes=CLASSES)
+    assert found.accuracy == 1 and "[-1, 1]" in found.checks[4].detail
+
+
+@pytest.mark.parametrize(
+    ("change", "told_so"),
+    [
+        (lambda x: x * float("nan"), "finite logits"),
+        (lambda x: x[:, :3], "finite logits"),
+        (lambda x: x + torch.rand(1), "the same logits"),
+        (lambda x: x.detach(), "gradients with respect"),
+        (lambda x: x * 0, "finite gradients that are not zero"),
+        (lambda x: x * 1e-3 + torch.tensor([9.0, 0, 0, 0]), "several classes, got label 0 for all"),
+    ],
+)
+def test_models_that_cannot_be_scanned(change, told_so):
+    class Changed(Bars):
+        def forward(self, images):
+            return change(super().forward(images))
+
+    with pytest.raises(NotScanned, match=told_so):
+        check_model(Changed(), bars(), num_classes=CLASSES)
+
+
+# --- the scan -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reports", "failures", "verdict"),
+    [
+        ({"nc": 45.0, "reverse": 45.0}, {}, Verdict.CLEAN),
+        ({"nc": 45.0, "reverse": 3.0}, {}, Verdict.BACKDOORED),
+        ({"nc": 3.0}, {"reverse": "out of time"}, Verdict.BACKDOORED),
+        ({"nc": 45.0}, {"reverse": "out of time"}, Verdict.INCONCLUSIVE),
+        ({}, {"nc": "no", "reverse": "no"}, Verdict.NOT_SCANNED),
+    ],
+)
+def test_one_verdict_of_several(reports, failures, verdict):
+    found = conclude({name: report(low) for name, low in reports.items()}, failures, 0.05)
+    assert found.verdict is verdict and found.reason
+    assert found.suspected == ((9,) if verdict is Verdict.BACKDOORED else ())
+    assert found.to_dict()["exit_code"] == verdict.exit_code
+
+
+def test_every_detector_gets_its_share_and_failures_do_not_stop_the_others(monkeypatch, tmp_path):
+    asked = {}
+
+    def scan(self, model, images, **settings):
+        asked[self.name] = settings
+        if self.name == "nc":
+            raise ValueError("expected something\nelse")
+        return report(3.0)
+
+    monkeypatch.setattr(Detector, "scan", scan)
+    checked = check_model(Bars(), bars(), num_classes=CLASSES)
+    lines = []
+    found = audit(checked, bars(), alpha=0.04, state=tmp_path / "state", say=lines.append)
+    assert found.verdict is Verdict.BACKDOORED and found.failures == {
+        "nc": "expected something else"
+    }
+    assert asked["reverse"]["alpha"] == 0.02
+    assert asked["reverse"]["checkpoint"] == tmp_path / "state" / "reverse.safetensors"
+    assert lines == ["Neural Cleanse: started", "Reverse generators: started"]
+    assert list(reversed_triggers(found)) == [9]
+    assert longest_minutes(checked, bars(), CLASSES) > 0
+    for wrong in ({"detectors": ()}, {"alpha": 1.0}, {"detectors": ("nc", "nc")}):
+        with pytest.raises(ValueError, match="expected detectors and alpha"):
+            audit(checked, bars(), **wrong)
+
+
+def test_minutes_break_a_scan_off(monkeypatch):
+    def scan(self, *args, **settings):
+        time.sleep(30)
+
+    monkeypatch.setattr(Detector, "scan", scan)
+    checked = check_model(Bars(), bars(), num_classes=CLASSES)
+    start = time.monotonic()
+    found = audit(checked, bars(), minutes=0.002)
+    assert time.monotonic() - start < 10 and found.verdict is Verdict.NOT_SCANNED
+    assert "not finished within" in found.failures["nc"]
+    assert found.failures["reverse"] == "not begun: the minutes were over"
+
+
+def test_a_budget_leaves_other_interrupts_alone():
+    with budget(None), budget(10):
+        pass
+    with pytest.raises(KeyboardInterrupt), budget(10):
+        raise KeyboardInterrupt
+    with pytest.raises(OutOfTime), budget(0.001):
+        time.sleep(5)
+    with pytest.raises(ValueError, match="minutes > 0"), budget(0):
+        pass
+
+
+# --- cleaning -----------------------------------------------------------------------------------
+
+
+def test_what_the_trigger_needs_is_unlearned():
+    model, clean = Bars(), bars()
+    with torch.no_grad():
+        model.net[1].weight[3, 0] = 12.0  # a bright first pixel means label 3
+    mask = torch.zeros(1, SIZE, SIZE)
+    mask[0, 0, 0] = 1
+    triggers = {3: InvertedTrigger(mask, torch.ones(1, SIZE, SIZE))}
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    assert success(model, triggers, clean.images)[3] == 1
+    cleaned = clean_model(model, triggers, clean.images, clean.labels)
+    # Ten passes over sixty images do not take all of it, but what the trigger needs shrinks.
+    assert success(cleaned, triggers, clean.images)[3] < 1
+    assert cleaned.net[1].weight[3, 0].item() < 11.9
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with pytest.raises(ValueError, match="reversed triggers to unlearn"):
+        clean_model(model, {}, clean.images, clean.labels)
+
+
+def test_a_cleaned_model_is_written_as_it_came(tmp_path):
+    model, images = Bars(), bars().images
+    opened = SimpleNamespace(source="onnx", arch="onnx")
+    assert "within" in write_like(model, opened, images[:4], tmp_path / "c.onnx", {"a": 1})
+    found = OnnxModel(tmp_path / "c.onnx")
+    assert np.abs(found(images.numpy()) - model(images).detach().numpy()).max() < 1e-3
+    assert found.metadata["kind"] == "cleaned classifier" and found.metadata["a"] == 1
+    opened.source = "torchscript"
+    write_like(model, opened, images[:4], tmp_path / "c.pt", {})
+    assert torch.allclose(torch.jit.load(str(tmp_path / "c.pt"))(images), model(images), atol=1e-5)
+    opened = SimpleNamespace(source="safetensors", arch="bars")
+    write_like(nn.Sequential(nn.Identity(), model), opened, images, tmp_path / "c.safetensors", {})
+    from safetensors.torch import load_file
+
+    assert set(load_file(tmp_path / "c.safetensors")) == set(model.state_dict())
+    with pytest.raises(ValueError, match=r"expected a file \*\.onnx"):
+        write_like(model, SimpleNamespace(source="onnx"), images, tmp_path / "c.pt", {})
+
+
+# --- outputs ------------------------------------------------------------------------------------
+
+
+def test_json_and_sarif():
+    guilty = conclude({"nc": report(3.0)}, {}, 0.05)
+    found = json.loads(json.dumps(to_json(CHECKED_ABOUT, guilty)))
+    assert found["verdict"] == "backdoored" and found["exit_code"] == 1
+    assert found["detectors"]["nc"]["suspected"] == [9] and found["images"]["used"] == 60
+    log = json.loads(json.dumps(to_sarif(CHECKED_ABOUT, guilty)))
+    (run,) = log["runs"]
+    (result,) = run["results"]
+    assert log["version"] == "2.1.0" and result["level"] == "error"
+    assert result["properties"]["label"] == 9 and run["invocations"][0]["executionSuccessful"]
+    clean = to_sarif(CHECKED_ABOUT, conclude({"nc": report(45.0)}, {}, 0.05))["runs"][0]
+    assert clean["results"] == []
+    nothing = to_json(CHECKED_ABOUT, None, "cannot open it")
+    assert nothing["verdict"] == "not-scanned" and nothing["exit_code"] == 3
+    run = to_sarif(CHECKED_ABOUT, None, "cannot open it")["runs"][0]
+    assert not run["invocations"][0]["executionSuccessful"] and run["results"] == []
+
+
+def test_the_page_escapes_what_strangers_named(tmp_path):
+    found = conclude({"nc": report(3.0)}, {"reverse": "<b>no</b>"}, 0.05)
+    write_html(tmp_path / "a.html", CHECKED_ABOUT, found, bars().images)
+    page = (tmp_path / "a.html").read_text()
+    assert "<script>" not in page and "&lt;script&gt;.png" in page
+    assert "model&lt;b&gt;.onnx" in page and "&lt;b&gt;no&lt;/b&gt;" in page
+    assert page.count("data:image/png;base64,") == 12 and "http" not in page
+    assert "backdoored" in page and told(CHECKED_ABOUT, found).splitlines()[-1].startswith(
+        "verdict:"
+    )
+
+
+def test_inspections_escape_names_and_formulas(tmp_path):
+    one = SimpleNamespace(looks_for="<light>", threshold=0.5, false_positive_rate=0.01)
+    scanner = SimpleNamespace(detectors={"a": one}, false_positive_rate=0.01)
+    rows = [
+        ScannedFile("=cmd()|.png", True, {"a": 0.9}, None),
+        ScannedFile("<img src=x>.png", True, {"a": 0.8}, None),
+        ScannedFile("b.png", False, {}, "cannot read <b>"),
+    ]
+    write_csv(tmp_path / "a.csv", scanner, rows)
+    lines = (tmp_path / "a.csv").read_text().splitlines()
+    assert lines[0] == "file,flagged,score_a,error" and lines[1] == "'=cmd()|.png,1,0.9,"
+    assert lines[3] == "b.png,0,,cannot read <b>"
+    write_page(tmp_path / "a.html", scanner, rows, "Images of <x>")
+    page = (tmp_path / "a.html").read_text()
+    assert "<img" not in page and "&lt;img src=x&gt;.png" in page and "&lt;light&gt;" in page
+    assert "2 of 2 images are flagged" in page
