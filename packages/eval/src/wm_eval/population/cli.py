@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from wm_eval.executor_options import add_executor, chosen_executor
+
 POPULATION_HELP = "error rates of detectors on many small classifiers, clean and backdoored"
 POPULATION_EPILOG = """\
 examples:
   wm-eval population --profile tiny --out runs/population      minutes, on bundled digits
-  wm-eval population --worlds mnist-plain --minutes 60         one world; several may run at once
+  wm-eval population --worlds mnist-plain --minutes 60         one world
+  wm-eval population --workers 8                               eight models at a time
   wm-eval population --only-tables --calibrate calibration.json
 
 It can be stopped at any time, and the same command goes on.
@@ -32,6 +35,7 @@ def add_population(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--calibrate", type=Path, metavar="FILE", help="write the null distributions here, as JSON"
     )
+    add_executor(command)
 
 
 def population_command(given: argparse.Namespace) -> int:
@@ -46,14 +50,16 @@ def population_command(given: argparse.Namespace) -> int:
         given.profile, detectors=dict.fromkeys(given.detectors, given.preset)
     )
     if not given.only_tables:
+        device = str(resolve_device(given.device))
         run_population(
             config,
             out,
             worlds=given.worlds,
             halves=(given.half,) if given.half else HALVES,
             scans=not given.only_train,
-            device=str(resolve_device(given.device)),
+            device=device,
             minutes=given.minutes,
+            executor=chosen_executor(given, device=device),
         )
     if given.only_train:
         return 0

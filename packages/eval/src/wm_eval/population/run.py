@@ -1,27 +1,30 @@
 """Train a population of classifiers and let every detector look at every one of them.
 
-Every world is a folder of its own, laid out as a study of attacks, so that several processes can
-work on several worlds. What is done is kept; the same call goes on where it stopped.
+Every world is a folder of its own, laid out as a study of attacks. A model with its scans is one
+unit of work. What is done is kept; the same call goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from wm_eval.attacks.config import CLEAN
-from wm_eval.attacks.run import Task, planted
+from wm_eval.attacks.run import SEARCHES, Task, planted
 from wm_eval.attacks.study import AttackStudy, victim_file
 from wm_eval.config import plain
+from wm_eval.datasets import study_images
 from wm_eval.detectors import detector
+from wm_eval.executors import HERE, Executor, Outcome, Turn, Unit, run_units
 from wm_eval.measure import scan_values
 from wm_eval.population.config import HALVES, Half, PopulationConfig, World
 from wm_eval.population.plan import write_plan
 from wm_eval.records import canonical_json, hardware, write_text
 from wm_eval.workspace import Made, Workspace
-from wm_victim import Dataset, defender_subset, load_classifier, load_dataset
+from wm_victim import Dataset, defender_subset, load_classifier
 
 
 def run_population(
@@ -35,6 +38,7 @@ def run_population(
     minutes: float | None = None,
     progress: bool = False,
     say: Callable[[str], None] = print,
+    executor: Executor = HERE,
 ) -> list[Path]:
     """Train and scan every model of a population, or do the rest of it.
 
@@ -52,6 +56,7 @@ def run_population(
         minutes: Nothing starts later than this; the same call goes on.
         progress: Show how far long stages are.
         say: Called with a line for every stage.
+        executor: Where models are trained and scanned, each as one unit.
 
     Returns:
         The folders of records, one per world.
@@ -70,63 +75,75 @@ def run_population(
     if minutes is not None and not minutes > 0:
         raise ValueError(f"expected minutes > 0, got {minutes}")
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    units = []
     for name in chosen:
-        work = _World(config, config.worlds[name], Path(out) / name, device, progress, say)
-        if not work.go(halves, scans=scans, deadline=deadline):
-            say("out of time: the same command goes on from here")
-            break
+        work = _World(config, name, Path(out) / name, device, progress and executor.bars, scans)
+        write_plan(work.folder, work.world)
+        units += work.units(halves)
+    study_images.cache_clear()
+    if not run_units(units, executor, deadline=deadline, say=say):
+        say("out of time: the same command goes on from here")
     return [Path(out) / name / "records" for name in chosen]
 
 
+@dataclass(frozen=True)
 class _World:
     """The work on one world."""
 
-    def __init__(
-        self,
-        config: PopulationConfig,
-        world: World,
-        folder: Path,
-        device: str,
-        progress: bool,
-        say: Callable[[str], None],
-    ) -> None:
-        images = world.study.data
-        self.config, self.world, self.folder = config, world, folder
-        self.device, self.progress, self.say = device, progress, say
-        self.data = load_dataset(images.name, image_size=images.image_size, limit=images.limit)
+    config: PopulationConfig
+    name: str
+    folder: Path
+    device: str
+    progress: bool
+    scans: bool
 
-    def go(self, halves: Sequence[Half], *, scans: bool, deadline: float | None) -> bool:
-        """Every model of some halves; False if the time ran out before the last."""
-        write_plan(self.folder, self.world)
+    @property
+    def world(self) -> World:
+        """What it is."""
+        return self.config.worlds[self.name]
+
+    def units(self, halves: Sequence[Half]) -> list[Unit]:
+        """Every model of some halves; a search for a trigger waits for the clean one."""
+        units: list[Unit] = []
         for half in halves:
-            for attack, seed in self.world.models(half):
-                study = self._study(attack, seed, deadline)
-                for task in self._tasks(study, half, attack, scans=scans):
-                    if deadline is not None and time.monotonic() > deadline:
-                        return False
-                    reason = None
-                    try:
-                        study.space.stage(task.name, task.settings, task.inputs, task.work)
-                    except TimeoutError as error:
-                        self.say(str(error))
-                        return False
-                    except (ValueError, RuntimeError, ImportError) as error:
-                        reason = " ".join(str(error).split()) or type(error).__name__
-                    self._note(task, seed, reason)
-                    # The other detectors can still look at the model; without one nothing can.
-                    if reason is not None and not task.name.startswith("scan-"):
-                        break
-        return True
+            models = self.world.models(half)
+            for attack, seed in models:
+                clean = attack in SEARCHES and (CLEAN, seed) in models
+                after = (self._unit_name(CLEAN, seed),) if clean else ()
+                work = partial(self.model, half, attack, seed)
+                units.append(Unit(self._unit_name(attack, seed), work, after))
+        return units
 
-    def _study(self, attack: str, seed: int, deadline: float | None) -> AttackStudy:
-        config = self.world.study_of(attack, seed, num_classes=self.data.num_classes)
-        space = Workspace(self.folder, seed, self.data.fingerprint, self.device, self.say)
-        return AttackStudy(config, self.data, space, self.progress, deadline)
+    def _unit_name(self, attack: str, seed: int) -> str:
+        return f"{self.name}-{attack}-{seed}"
 
-    def _tasks(self, study: AttackStudy, half: Half, attack: str, *, scans: bool) -> Iterator[Task]:
+    def model(self, half: Half, attack: str, seed: int, turn: Turn) -> Outcome:
+        """Train one model and scan it, in whatever process."""
+        data = study_images(self.world.study.data)
+        config = self.world.study_of(attack, seed, num_classes=data.num_classes)
+        space = Workspace(self.folder, seed, data.fingerprint, self.device, turn.say)
+        study = AttackStudy(config, data, space, self.progress, turn.deadline)
+        for task in self._tasks(study, half, attack):
+            if turn.deadline is not None and time.monotonic() > turn.deadline:
+                return Outcome(finished=False)
+            reason = None
+            try:
+                space.stage(task.name, task.settings, task.inputs, task.work)
+            except TimeoutError as error:
+                turn.say(str(error))
+                return Outcome(finished=False)
+            except (ValueError, RuntimeError, ImportError) as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+            self._note(task, seed, reason, turn.say)
+            # The other detectors can still look at the model; without one nothing can.
+            if reason is not None and not task.name.startswith("scan-"):
+                break
+        return Outcome()
+
+    def _tasks(self, study: AttackStudy, half: Half, attack: str) -> Iterator[Task]:
         seed = study.seed
         yield from planted(study, "plain", attack)
-        for name, preset in self.config.detectors.items() if scans else ():
+        for name, preset in self.config.detectors.items() if self.scans else ():
             settings = {
                 "images": self.config.images,
                 "half": half,
@@ -141,13 +158,13 @@ class _World:
                 partial(scan_victim, study, half, attack, name, preset, self.config.images),
             )
 
-    def _note(self, task: Task, seed: int, reason: str | None) -> None:
+    def _note(self, task: Task, seed: int, reason: str | None, say: Callable[[str], None]) -> None:
         """Keep why a stage failed; forget it when the stage has succeeded."""
         path = self.folder / "failures" / f"{task.name}.json"
         if reason is None:
             path.unlink(missing_ok=True)
             return
-        self.say(f"{task.name}: failed: {reason}")
+        say(f"{task.name}: failed: {reason}")
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = {"stage": task.name, "attack": task.attack, "recipe": task.recipe}
         write_text(path, canonical_json({**kept, "seed": seed, "reason": reason}))
