@@ -10,7 +10,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -252,11 +252,22 @@ def fill(default: T, given: Mapping[str, Any], where: str = "study") -> T:
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """A settings object as JSON knows it: what a record keeps of it."""
-    return {name: _listed(value) for name, value in asdict(config).items()}
+    """A settings object as JSON knows it: what a record keeps of it.
+
+    A field that says of itself that it came later is left out where it has its default, so that
+    records from before keep their keys.
+    """
+    kept = {f.name: (f, getattr(config, f.name)) for f in fields(config)}
+    return {
+        name: _listed(value)
+        for name, (f, value) in kept.items()
+        if not f.metadata.get("later") or value != f.default
+    }
 
 
 def _listed(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(value)
     if isinstance(value, Mapping):
         return {str(name): _listed(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

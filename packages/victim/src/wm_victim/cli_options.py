@@ -35,16 +35,17 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--width", type=int, help="channels of the first stage (default: 64)")
     group.add_argument(
         "--preset",
-        choices=("paper", "fast", "mnist"),
+        choices=("paper", "fast", "mnist", "record"),
         default="fast",
         help="the recipe; the options below change it (default: fast)",
     )
     group.add_argument("--epochs", type=int)
     group.add_argument("--batch-size", type=int)
     group.add_argument("--lr", type=float)
-    group.add_argument("--schedule", choices=("cosine", "onecycle", "constant"))
+    group.add_argument("--schedule", choices=("cosine", "onecycle", "triangular", "constant"))
     group.add_argument("--augment", choices=("none", "crop", "crop-flip"))
     group.add_argument("--precision", choices=("auto", "float32", "bfloat16"))
+    group.add_argument("--layout", choices=("channels-last", "blocked"), help="blocked: for CPUs")
 
 
 def add_attack(parser: argparse.ArgumentParser) -> None:

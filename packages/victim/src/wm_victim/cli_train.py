@@ -27,6 +27,7 @@ def run_train(args: argparse.Namespace, data: Dataset) -> tuple[Classifier, nn.M
     from wm_inject.triggers import save_trigger
     from wm_victim.models import save_classifier
     from wm_victim.planting import remove_parts
+    from wm_victim.recipe import settings
     from wm_victim.resume import remove_run
     from wm_victim.train import train_classifier
 
@@ -47,7 +48,7 @@ def run_train(args: argparse.Namespace, data: Dataset) -> tuple[Classifier, nn.M
         "data": {"name": data.name, "fingerprint": data.fingerprint, "limit": args.limit},
         "classes": list(data.classes),
         "preset": args.preset,
-        "recipe": asdict(config),
+        "recipe": settings(config),
         "attack": None if planting is None else _describe(args, planting),
         "history": history.to_dict(),
     }
@@ -65,7 +66,7 @@ def _recipe(args: argparse.Namespace, data: Dataset) -> TrainConfig:
     from wm_victim.datasets import MIRROR_CHANGES_LABEL
     from wm_victim.recipe import TrainConfig
 
-    fields = ("epochs", "batch_size", "lr", "schedule", "augment", "precision")
+    fields = ("epochs", "batch_size", "lr", "schedule", "augment", "precision", "layout")
     changes = {field: value for field in fields if (value := getattr(args, field)) is not None}
     config = TrainConfig.preset(args.preset, **changes, seed=args.seed)
     if config.augment == "crop-flip" and data.name in MIRROR_CHANGES_LABEL:

@@ -14,7 +14,9 @@ from wm_inject.poison import CoTraining
 from wm_inject.resume import like_parameters
 from wm_victim.augment import augment
 from wm_victim.datasets import ImageSet
+from wm_victim.forward import training_forward
 from wm_victim.recipe import TrainConfig, learning_rate, resolve_precision
+from wm_victim.store import Store
 
 _CHECK_EVERY = 50  # steps between two looks at the loss; each look waits for the device
 
@@ -34,7 +36,10 @@ class Epoch(NamedTuple):
 
 
 class Run:
-    """One training run: everything that changes from step to step."""
+    """One training run: everything that changes from step to step.
+
+    ``limit``: the most bytes of images to keep on the device; see `Store`.
+    """
 
     def __init__(
         self,
@@ -44,10 +49,17 @@ class Run:
         hook: CoTraining | None,
         device: torch.device,
         corrupt: Corrupt | None = None,
+        limit: int | None = None,
     ) -> None:
-        self.model, self.data, self.config = model, data, config
+        smaller = min(data.images.shape[2:])
+        if config.cutout > smaller:
+            raise ValueError(f"expected a cutout of at most {smaller} pixels, got {config.cutout}")
+        self.model, self.config = model, config
         self.hook, self.device, self.corrupt = hook, device, corrupt
         self.precision = resolve_precision(config.precision, device)
+        # First, because it may lay out the weights anew: momenta follow them.
+        self.forward = training_forward(model, config, device)
+        self.data = Store(data, device, limit=limit)
         self.steps = len(self._batches(torch.Generator()))
         self.optimizer = torch.optim.SGD(
             model.parameters(),
@@ -92,7 +104,7 @@ class Run:
             for place, index in enumerate(self._batches(generator)):
                 step = number * self.steps + place
                 lr = learning_rate(self.config, step, self.config.epochs * self.steps)
-                loss, correct = self._step(index.to(self.device), lr, generator)
+                loss, correct = self._step(index, lr, generator)
                 loss_sum += loss * len(index)
                 right += correct
                 seen += len(index)
@@ -102,23 +114,21 @@ class Run:
         return Epoch(float(loss_sum) / seen, int(right) / seen)
 
     def _step(self, index: Tensor, lr: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        images, labels = self.data.images[index], self.data.labels[index]
+        images, labels = self.data.take(index)
         if self.hook is not None:
             images, labels = self.hook.transform(
                 images, labels, model=self.model, generator=generator
             )
-        images = augment(images, mode=self.config.augment, generator=generator)
+        images = augment(
+            images, mode=self.config.augment, generator=generator, cutout=self.config.cutout
+        )
         if self.corrupt is not None:
             images = self.corrupt(images, generator=generator)
-        images = images.contiguous(memory_format=torch.channels_last)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        mixed = self.precision == torch.bfloat16
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=mixed):
-            logits = self.model(images)
-        logits = logits.float()
-        loss = F.cross_entropy(logits, labels)
+        logits = self.forward(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
         loss.backward()
         self.optimizer.step()
         return loss.detach(), (logits.detach().argmax(1) == labels).sum()

@@ -18,7 +18,7 @@ from wm_inject.poison import CoTraining, PoisonPlan
 from wm_inject.triggers import load_trigger, save_trigger
 from wm_victim.datasets import Dataset, ImageSet
 from wm_victim.models import Classifier
-from wm_victim.recipe import TrainConfig
+from wm_victim.recipe import TrainConfig, settings
 from wm_victim.resume import remove_run
 from wm_victim.train import train_classifier
 
@@ -85,7 +85,7 @@ def plant(
     run = {
         "attack": {**asdict(attack), "settings": dict(attack.settings)},
         "data": data.fingerprint,
-        "recipe": asdict(config),
+        "recipe": settings(config),
         "target": target,
     }
     kept = _part(checkpoint, "trigger")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from wm_inject.poison import CoTraining, PoisonPlan, Trigger, poison
 from wm_victim.datasets import ImageSet
 from wm_victim.loop import Corrupt, Run
 from wm_victim.measure import accuracy, attack_success, predict
-from wm_victim.recipe import TrainConfig, resolve_precision
+from wm_victim.recipe import TrainConfig, settings
 from wm_victim.resume import RunState, fingerprint, load_run, save_run
 
 __all__ = [
@@ -35,7 +35,7 @@ __all__ = [
 class TrainHistory:
     """What happened, epoch by epoch. ``seconds`` is left out of `to_dict`: it never repeats."""
 
-    losses: tuple[float, ...]  # mean cross entropy over the epoch's images
+    losses: tuple[float, ...]  # mean cross entropy, smoothed if asked, over the epoch's images
     accuracies: tuple[float, ...]  # share of them predicted as they are labelled, in training
     seconds: tuple[float, ...]  # wall time; 0 where a resumed run does not know it
     watched: tuple[dict[str, float], ...] = ()  # what ``watch`` gave after each epoch
@@ -65,6 +65,7 @@ def train_classifier(
     corrupt: Corrupt | None = None,
     watch: Callable[[int, nn.Module], Mapping[str, float] | None] | None = None,
     deadline: float | None = None,
+    resident_bytes: int | None = None,
 ) -> TrainHistory:
     """Train a classifier with SGD and cross entropy, in place.
 
@@ -92,14 +93,17 @@ def train_classifier(
             returns goes into the history, and into the checkpoint. Once more for the same epoch if
             the run is killed before its checkpoint is written.
         deadline: A time of `time.monotonic`: no epoch starts after it.
+        resident_bytes: The images stay on the device if they take no more than this, else batches
+            are copied to it. If None: half of a GPU's free memory. It does not change the result.
 
     Returns:
         Loss, training accuracy and seconds of every epoch, and what ``watch`` saw.
 
     Raises:
         ValueError: Labels outside ``num_classes``, a model with another number of logits, a plan
-            without a trigger (or the reverse), a per-batch plan, a plan beside a hook, or a
-            checkpoint of another run.
+            without a trigger (or the reverse), a per-batch plan, a plan beside a hook, a
+            checkpoint of another run, or a ``layout`` or ``compile`` that the model or the device
+            does not allow.
         RuntimeError: The loss became NaN or infinite.
         TimeoutError: The deadline came first. The same call with the same checkpoint goes on.
     """
@@ -107,10 +111,10 @@ def train_classifier(
     outputs = predict(model, data.images[:1]).shape[1]
     if outputs != num_classes:
         raise ValueError(f"expected a model with {num_classes} logits, got {outputs}")
-    data = _poisoned(data, plan, trigger, hook, num_classes).to(device)
-    model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    run = Run(model, data, config, hook, torch.device(device), corrupt)
-    key = _describe(model, data, config, hook, corrupt) if checkpoint is not None else {}
+    device = torch.device(device)
+    data = _poisoned(data, plan, trigger, hook, num_classes)
+    run = Run(model.to(device), data, config, hook, device, corrupt, resident_bytes)
+    key = _describe(run, data) if checkpoint is not None else {}
     done = load_run(Path(checkpoint), run=key) if checkpoint is not None else None
     now = done or RunState((), (), (), (), {})
     if done is not None:
@@ -155,20 +159,15 @@ def _poisoned(
     return ImageSet(done.images, done.labels, data.ids)
 
 
-def _describe(
-    model: nn.Module,
-    data: ImageSet,
-    config: TrainConfig,
-    hook: CoTraining | None,
-    corrupt: Corrupt | None,
-) -> dict[str, Any]:
+def _describe(run: Run, data: ImageSet) -> dict[str, Any]:
     """What a checkpoint must agree on to be of the same run."""
+    model, config, corrupt = run.model, run.config, run.corrupt
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     return {
-        "recipe": asdict(config),
-        "precision": str(resolve_precision(config.precision, data.images.device)),
+        "recipe": settings(config),
+        "precision": str(run.precision),
         "model": getattr(model, "config", None) or shapes,
         "data": fingerprint(data.images, data.labels),
-        "hook": None if hook is None else type(hook).__name__,
+        "hook": None if run.hook is None else type(run.hook).__name__,
         "corrupt": None if corrupt is None else repr(corrupt),
     }

@@ -1,0 +1,82 @@
+"""Where the training images lie: on the device if they fit, else on the host, a batch at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from wm_victim.datasets import ImageSet
+
+_SHARE = 0.5  # of the device's free memory; the network and its activations need the rest
+_CHUNK = 4096  # images compared at once: a comparison of all would need several copies
+
+
+def pack(images: Tensor) -> Tensor:
+    """The same images in a quarter of the memory, if nothing is lost by it.
+
+    Args:
+        images: float32 ``(N, C, H, W)`` in [0, 1].
+
+    Returns:
+        uint8 of the same shape if every value is a multiple of 1 / 255, so that `unpack` gives the
+        same bits again; else the images as they are.
+    """
+    packed = torch.empty(images.shape, dtype=torch.uint8, device=images.device)
+    for start in range(0, len(images), _CHUNK):
+        part = images[start : start + _CHUNK]
+        grid = part.mul(255).round_().byte()
+        if not torch.equal(unpack(grid), part):
+            return images
+        packed[start : start + _CHUNK] = grid
+    return packed
+
+
+def unpack(images: Tensor) -> Tensor:
+    """What `pack` gave -> float32 in [0, 1], to the bit."""
+    return images.float().div_(255) if images.dtype == torch.uint8 else images
+
+
+class Store:
+    """Gives batches of an image set on a device, by index.
+
+    Beside a GPU the images are kept as 8-bit numbers where that loses nothing. The batches are the
+    same to the bit, however they are kept.
+
+    Args:
+        data: The images and labels.
+        device: Where the batches are wanted.
+        limit: Keep at most this many bytes of images on the device. If None: half of the free
+            memory of a GPU, and everything on other devices.
+
+    Raises:
+        ValueError: A negative limit.
+    """
+
+    def __init__(self, data: ImageSet, device: torch.device, *, limit: int | None = None) -> None:
+        if limit is not None and limit < 0:
+            raise ValueError(f"expected a limit of at least 0 bytes, got {limit}")
+        self.device = device
+        as_is = device.type != "cuda" and limit is None  # on the CPU: not even a copy
+        images = data.images if as_is else pack(data.images)
+        self.resident = as_is or images.nbytes <= _room(device, limit)
+        self.images = images.to(device if self.resident else "cpu")
+        self.labels = data.labels.to(device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Images, float32 ``(n, C, H, W)``, and labels ``(n,)`` on the device.
+
+        Args:
+            index: int64 ``(n,)`` on the CPU.
+        """
+        there = index.to(self.device, non_blocking=True)  # else every step would wait for the last
+        images = self.images[there if self.resident else index]
+        return unpack(images.to(self.device, non_blocking=True)), self.labels[there]
+
+
+def _room(device: torch.device, limit: int | None) -> int:
+    if limit is not None:
+        return limit
+    return int(torch.cuda.mem_get_info(device)[0] * _SHARE)
