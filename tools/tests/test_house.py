@@ -181,7 +181,15 @@ def test_the_code_is_finished() -> None:
 
 
 def test_nothing_unpickles() -> None:
-    calls = re.compile(r"\btorch\.load\(|\bpickle\.loads?\(|weights_only=False")
+    """One call is allowed: in a child process with limits, after every opcode was looked at."""
     for package in PACKAGES:
         for path in modules(package):
-            assert not calls.search(path.read_text()), f"{place(path)} unpickles"
+            calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+            for call in calls:
+                name = ast.unparse(call.func)
+                given = {k.arg: ast.unparse(k.value) for k in call.keywords}
+                assert given.get("weights_only") != "False", f"{place(path)} unpickles"
+                if name in ("torch.load", "pickle.load", "pickle.loads"):
+                    allowed = place(path).endswith("wm_victim/loading/from_state.py")
+                    safe = given.get("weights_only") == "True"
+                    assert allowed and safe, f"{place(path)} unpickles"

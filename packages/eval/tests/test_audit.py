@@ -20,9 +20,11 @@ from wm_eval.audit.images import CleanImages, read_clean
 from wm_eval.audit.inspect import write_csv, write_page
 from wm_eval.audit.outputs import About, to_json, to_sarif, told, write_html
 from wm_eval.audit.scan import audit, conclude, longest_minutes, reversed_triggers
+from wm_eval.cli import main
 from wm_eval.detectors import Detector
-from wm_inject import OnnxModel, save_image
+from wm_inject import OnnxModel, save_image, to_onnx
 from wm_inject.runtime import ScannedFile
+from wm_victim import build_classifier, save_classifier
 
 SIZE, CLASSES = 8, 4
 
@@ -276,8 +278,24 @@ def test_what_the_trigger_needs_is_unlearned():
     assert success(cleaned, triggers, clean.images)[3] < 1
     assert cleaned.net[1].weight[3, 0].item() < 11.9
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    wrong = (clean.labels + 1) % CLASSES  # what it learns then costs more than it may
+    with pytest.raises(ValueError, match="not cleaned: unlearning took more than 5%"):
+        clean_model(_Brittle(), triggers, clean.images, wrong)
     with pytest.raises(ValueError, match="reversed triggers to unlearn"):
         clean_model(model, {}, clean.images, clean.labels)
+
+
+class _Brittle(Bars):
+    """Right on everything until its weights have moved at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("first", self.net[1].weight.detach().clone())
+
+    def forward(self, images):
+        logits = super().forward(images).roll(1, dims=1)
+        moved = (self.net[1].weight - self.first).abs().max() > 0
+        return torch.where(moved, logits * float("nan"), logits)
 
 
 def test_a_cleaned_model_is_written_as_it_came(tmp_path):
@@ -348,3 +366,67 @@ def test_inspections_escape_names_and_formulas(tmp_path):
     page = (tmp_path / "a.html").read_text()
     assert "<img" not in page and "&lt;img src=x&gt;.png" in page and "&lt;light&gt;" in page
     assert "2 of 2 images are flagged" in page
+
+
+# --- the command line ---------------------------------------------------------------------------
+
+
+def test_what_cannot_be_opened_is_not_scanned(folder, tmp_path, capsys):
+    (tmp_path / "model.pkl").write_bytes(b"\x80\x04K\x01.")
+    out = tmp_path / "a.json"
+    given = ["scan", str(tmp_path / "model.pkl"), "--images", str(folder), "--json", str(out)]
+    assert main([*given, "--sarif", str(tmp_path / "a.sarif")]) == 3
+    told_so = capsys.readouterr().err.strip()
+    assert told_so.startswith("error: cannot open model.pkl") and "\n" not in told_so
+    found = json.loads(out.read_text())
+    assert found["verdict"] == "not-scanned" and found["reason"] in told_so
+    log = json.loads((tmp_path / "a.sarif").read_text())
+    assert not log["runs"][0]["invocations"][0]["executionSuccessful"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["scan", "model.onnx"])
+    assert stopped.value.code == 64
+
+
+def test_a_model_is_scanned_from_its_file(folder, tmp_path, monkeypatch, capsys):
+    """A classifier of ours from its checkpoint, with the search itself made up."""
+    low = {"nc": 45.0, "reverse": 45.0}
+    monkeypatch.setattr(Detector, "scan", lambda self, *args, **_: report(low[self.name]))
+    model = build_classifier("resnet10", num_classes=3, channels=3, image_size=16, width=8)
+    save_classifier(model, tmp_path / "v.safetensors")
+    given = ["scan", str(tmp_path / "v.safetensors"), "--images", str(folder)]
+    wanted = ["--html", str(tmp_path / "a.html"), "--json", str(tmp_path / "a.json")]
+    code = main([*given, *wanted])
+    printed = capsys.readouterr()
+    if code == 3:  # untrained, it may answer one label for everything
+        assert "answers of several classes" in printed.err
+        return
+    assert code == 0 and "verdict: clean" in printed.out and "at most" in printed.err
+    low["nc"] = 3.0
+    assert main(given) == 1
+    assert (tmp_path / "a.html").stat().st_size > 1000
+
+
+def test_inspect(tmp_path, capsys):
+    class Light(nn.Module):
+        def forward(self, images):
+            return images.mean(dim=(1, 2, 3))
+
+    detector = tmp_path / "light.onnx"
+    metadata = {"detector": {"threshold": 0.5, "false_positive_rate": 0.01}}
+    to_onnx(
+        Light(),
+        torch.rand(3, 3, SIZE, SIZE),
+        detector,
+        uint8=True,
+        output_names=("score",),
+        metadata=metadata,
+    )
+    for shade in (0, 100, 250):
+        save_image(tmp_path / "in" / f"{shade}.png", np.full((SIZE, SIZE, 3), shade, np.uint8))
+    outputs = [f"--{kind}={tmp_path}/found.{kind}" for kind in ("csv", "json", "html")]
+    assert main(["inspect", str(tmp_path / "in"), "--extractor", str(detector), *outputs]) == 0
+    assert "flagged  250.png" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "found.json").read_text())["images"]
+    assert [row["flagged"] for row in rows] == [False, False, True]  # 0.png, 100.png, 250.png
+    assert len((tmp_path / "found.csv").read_text().splitlines()) == 4
+    assert "250.png" in (tmp_path / "found.html").read_text()

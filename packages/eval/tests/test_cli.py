@@ -8,6 +8,7 @@ import pytest
 
 from wm_eval import cli
 from wm_eval.__about__ import __version__
+from wm_eval.executors import InProcess
 
 
 def code(argv: list[str]) -> int:
@@ -107,7 +108,8 @@ def test_tables_hand_over_what_was_asked(
 
     asked = []
 
-    def run_attack_study(config, out, *, device, minutes, parts):
+    def run_attack_study(config, out, *, device, minutes, parts, executor):
+        assert executor == InProcess()
         asked.append((config, Path(out).as_posix(), device, minutes, parts))
         return Path(out) / "records"
 

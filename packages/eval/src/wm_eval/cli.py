@@ -10,7 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wm_eval.__about__ import __version__
+from wm_eval.audit.cli import (
+    CLEAN_EPILOG,
+    CLEAN_HELP,
+    INSPECT_EPILOG,
+    INSPECT_HELP,
+    SCAN_EPILOG,
+    SCAN_HELP,
+    add_clean,
+    add_inspect,
+    add_scan,
+    clean_command,
+    inspect_command,
+    scan_command,
+)
 from wm_eval.cleaning.cli import MITIGATE_EPILOG, MITIGATE_HELP, add_mitigate, mitigate_command
+from wm_eval.executor_options import add_executor, chosen_executor
 from wm_eval.paper2.cli import (
     DETECT_EPILOG,
     DETECT_HELP,
@@ -42,6 +57,7 @@ examples:
   wm-eval population --profile tiny           error rates of both defences, on many small models
   wm-eval mitigate --data cifar10             what cleaning leaves of a backdoor
   wm-eval report runs/cifar10                 draw the page of a study anew
+  wm-eval scan model.onnx --images clean/     is a stranger's model backdoored?
   wm-eval table1 --profile tiny --data digits every attack under every corruption, in minutes
 """
 _TABLE_EPILOG = """\
@@ -63,6 +79,9 @@ _DEFENCES = {
     "population": (POPULATION_HELP, POPULATION_EPILOG, add_population, population_command),
     "mitigate": (MITIGATE_HELP, MITIGATE_EPILOG, add_mitigate, mitigate_command),
     "figure3": (FIGURE3_HELP, FIGURE3_EPILOG, add_figure3, figure3_command),
+    "scan": (SCAN_HELP, SCAN_EPILOG, add_scan, scan_command),
+    "clean": (CLEAN_HELP, CLEAN_EPILOG, add_clean, clean_command),
+    "inspect": (INSPECT_HELP, INSPECT_EPILOG, add_inspect, inspect_command),
 }
 _RUN_EPILOG = """\
 example study.toml:
@@ -135,6 +154,7 @@ def _add_table(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--recipes", type=_names, help="plain,corrupted or one of them (default: plain)"
     )
+    add_executor(command)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -146,11 +166,13 @@ def _table(given: argparse.Namespace) -> int:
 
     config = _table_config(given)
     out = given.out or Path("runs") / f"{given.profile}-{Path(given.data).stem}"
+    device = str(resolve_device(given.device))
     records = run_attack_study(
         config,
         out,
-        device=str(resolve_device(given.device)),
+        device=device,
         minutes=given.minutes,
+        executor=chosen_executor(given, device=device),
         parts=(_TABLES[given.command][0],),
     )
     shown = _drawn(given.command, out)

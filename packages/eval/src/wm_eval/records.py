@@ -145,7 +145,8 @@ def read_records(folder: str | Path) -> dict[str, Record]:
         ValueError: No such folder, no record in it, or a file in it that is none.
     """
     folder = Path(folder)
-    paths = sorted(p for p in folder.glob("*.json") if not p.name.endswith(".env.json"))
+    # What begins with a dot was being written when a run was killed.
+    paths = sorted(p for p in folder.glob("[!.]*.json") if not p.name.endswith(".env.json"))
     if not paths:
         raise ValueError(f"expected records (*.json) in {folder}, found none")
     return {path.stem: read_record(path) for path in paths}

@@ -77,11 +77,12 @@ class Workspace:
         config = {"settings": settings, "inputs": digests}
         key = record_key(name, config, self.seed, self.data, versions())
         done = self._done(path, key)
+        checkpoint = self.path("work", f"{name}-{key}.safetensors")
         if done is not None:
+            checkpoint.unlink(missing_ok=True)  # of a run that was killed a moment too early
             self.say(f"{name}: done before")
             return done
         self.say(f"{name}: started")
-        checkpoint = self.path("work", f"{name}-{key}.safetensors")
         start = time.perf_counter()
         made = work(checkpoint)
         seconds = time.perf_counter() - start

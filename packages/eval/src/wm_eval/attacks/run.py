@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from wm_eval.attacks.config import CLEAN, AttackStudyConfig, Recipe
 from wm_eval.attacks.stages import (
@@ -20,26 +20,18 @@ from wm_eval.attacks.stages import (
 )
 from wm_eval.attacks.study import AttackStudy
 from wm_eval.config import plain
+from wm_eval.datasets import study_images
+from wm_eval.executors import HERE, Executor, Outcome, Turn, run_units
 from wm_eval.records import canonical_json, hardware, write_text
-from wm_eval.workspace import Made, Workspace
-from wm_victim import load_dataset
+from wm_eval.units import Task as Task
+from wm_eval.units import grouped, to_units
+from wm_eval.workspace import Workspace
 
 PARTS = ("cells", "stealth", "figure")
 # Whose trigger depends on a classifier: on the clean victim, or on one that is trained with it.
-_SEARCHES, _TRAINS = ("lf",), ("marksman",)
+SEARCHES, _TRAINS = ("lf",), ("marksman",)
 # Whose trigger is only finished by the training of the victim.
 _FINISHED_BY_VICTIM = ("input-aware",)
-
-
-class Task(NamedTuple):
-    """A stage that is to be done."""
-
-    name: str
-    attack: str | None
-    recipe: Recipe | None
-    settings: Mapping[str, Any]
-    inputs: tuple[str, ...]
-    work: Callable[[Path], Made]
 
 
 def run_attack_study(
@@ -51,6 +43,7 @@ def run_attack_study(
     parts: Sequence[str] = PARTS,
     progress: bool = True,
     say: Callable[[str], None] | None = None,
+    executor: Executor = HERE,
 ) -> Path:
     """Run a study of attacks, or the rest of it.
 
@@ -65,6 +58,7 @@ def run_attack_study(
         parts: What is wanted: "cells" of the table, "stealth" figures, tiles of the "figure".
         progress: Show how far long stages are.
         say: Called with a line when a stage starts, fails or is skipped; writes to stderr if None.
+        executor: Where the victims of the attacks are made and measured, each as one unit.
 
     Returns:
         The folder of records.
@@ -79,26 +73,59 @@ def run_attack_study(
     if not parts or set(parts) - set(PARTS):
         raise ValueError(f"expected parts out of {', '.join(PARTS)}, got {', '.join(parts)}")
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    images = config.data
-    data = load_dataset(images.name, image_size=images.image_size, limit=images.limit)
+    study_images.cache_clear()
+    data = study_images(config.data)
     if config.target >= data.num_classes:
         raise ValueError(
             f"expected a target label below {data.num_classes} classes, got {config.target}"
         )
     out = Path(out)
     speak = say if say is not None else (_stderr if progress else _silent)
+    units = []
     for seed in config.seeds:
-        space = Workspace(out, seed, data.fingerprint, device, speak)
-        if not _work(AttackStudy(config, data, space, progress, deadline), parts):
-            speak("out of time: the same command goes on from here")
-            break
+        study = AttackStudy(config, data, Workspace(out, seed, data.fingerprint, device, speak))
+        groups = grouped((_group(study, task), task) for task in _tasks(study, parts))
+        work = partial(_unit, config, out, device, progress and executor.bars, seed, tuple(parts))
+        units += to_units(groups, work)
+    if not run_units(units, executor, deadline=deadline, say=speak):
+        speak("out of time: the same command goes on from here")
     return out / "records"
 
 
-def _work(study: AttackStudy, parts: Sequence[str]) -> bool:
-    """Do every stage of a seed; False if the time ran out before the last."""
-    failed: dict[str, str] = {}  # by stage: the first on its way that failed, and why
-    for task in _tasks(study, parts):
+def _group(study: AttackStudy, task: Task) -> str:
+    """An attack with all that belongs to its first recipe; of other recipes, what is added."""
+    recipe = task.recipe or study.config.recipes[0]
+    return f"{recipe}-{task.attack or CLEAN}-{study.seed}"
+
+
+def _unit(
+    config: AttackStudyConfig,
+    out: Path,
+    device: str,
+    progress: bool,
+    seed: int,
+    parts: Sequence[str],
+    mine: frozenset[str],
+    turn: Turn,
+) -> Outcome:
+    """The tasks of one unit, in whatever process."""
+    data = study_images(config.data)
+    space = Workspace(out, seed, data.fingerprint, device, turn.say)
+    study = AttackStudy(config, data, space, progress, turn.deadline)
+    failed = dict(turn.failed)
+    tasks = [task for task in _tasks(study, parts) if task.name in mine]
+    return Outcome(_work(study, tasks, failed), failed)
+
+
+def _work(study: AttackStudy, tasks: Iterable[Task], failed: dict[str, str]) -> bool:
+    """Do every task; False if the time ran out before the last.
+
+    Args:
+        study: One seed of the study.
+        tasks: Each after those that it needs.
+        failed: By stage: the first on its way that failed, and why. Filled up.
+    """
+    for task in tasks:
         if study.deadline is not None and time.monotonic() > study.deadline:
             return False
         told = reason = next((failed[i] for i in task.inputs if i in failed), None)
@@ -180,7 +207,7 @@ def _appearance(study: AttackStudy, name: str, parts: Sequence[str]) -> Iterator
 def _trigger(study: AttackStudy, name: str) -> Iterator[Task]:
     settings = {"attack": study.described(name), "target": study.config.target}
     inputs: tuple[str, ...] = ()
-    if name in _SEARCHES:
+    if name in SEARCHES:
         clean = _victim(study, "plain", CLEAN)
         yield clean
         inputs = (clean.name,)

@@ -172,11 +172,21 @@ def inspect_command(args: argparse.Namespace) -> int:
 
 
 def _scan(args: argparse.Namespace) -> int:
-    from wm_eval.audit.outputs import to_json, to_sarif, told, write_html
+    from wm_eval.audit.outputs import About, to_json, to_sarif, told, write_html
     from wm_eval.audit.scan import longest_minutes
     from wm_inject.files import write_json
 
-    opened, clean, checked = _open(args)
+    try:
+        opened, clean, checked = _open(args)
+    except (ValueError, RuntimeError) as error:
+        # Machines that read the report are told as well that there is no verdict.
+        nothing = About(args.model.name, "", {}, {"used": 0, "skipped": []}, (), ())
+        reason = " ".join(str(error).split())
+        if args.json is not None:
+            write_json(args.json, to_json(nothing, None, reason))
+        if args.sarif is not None:
+            write_json(args.sarif, to_sarif(nothing, None, reason))
+        raise
     about = _about(args, opened, clean, checked)
     longest = longest_minutes(checked, clean, opened.num_classes)
     sys.stderr.write(f"at most {max(1, round(longest))} minutes, usually much less\n")

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wm_eval.executor_options import add_executor, chosen_executor
+
 if TYPE_CHECKING:
     from wm_eval.cleaning.config import CleaningConfig
 
@@ -51,6 +53,7 @@ def add_mitigate(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--no-rescan", action="store_true", help="do not scan again what unlearning has cleaned"
     )
+    add_executor(command)
 
 
 def mitigate_command(given: argparse.Namespace) -> int:
@@ -72,12 +75,14 @@ def mitigate_command(given: argparse.Namespace) -> int:
 
     config = mitigate_config(given)
     out = given.out or Path("runs") / f"{given.profile}-{Path(given.data).stem}"
+    device = str(resolve_device(given.device))
     records = run_cleaning(
         config,
         out,
         victims=given.victims,
-        device=str(resolve_device(given.device)),
+        device=device,
         minutes=given.minutes,
+        executor=chosen_executor(given, device=device),
     )
     if (records / "cleaning.json").is_file():
         paths = write_cleaning_tables(out)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from defense_nc.mitigator import Mitigator
-from wm_eval.attacks.run import Task, planted
+from wm_eval.attacks.config import CLEAN
+from wm_eval.attacks.run import SEARCHES, Task, planted
 from wm_eval.attacks.study import AttackStudy
 from wm_eval.cleaning.config import RESCANNED, SCANNED_BY, CleaningConfig
 from wm_eval.cleaning.methods import build_method
@@ -25,9 +26,10 @@ from wm_eval.cleaning.stages import (
 )
 from wm_eval.cleaning.victims import take_victims
 from wm_eval.config import plain
+from wm_eval.datasets import study_images
+from wm_eval.executors import HERE, Executor, Outcome, Turn, Unit, run_units
 from wm_eval.records import canonical_json, hardware, write_text
 from wm_eval.workspace import Workspace
-from wm_victim import load_dataset
 
 
 class _Work(NamedTuple):
@@ -47,6 +49,7 @@ def run_cleaning(
     minutes: float | None = None,
     progress: bool = True,
     say: Callable[[str], None] | None = None,
+    executor: Executor = HERE,
 ) -> Path:
     """Train, scan and clean victims and scan the cleaned ones, or do the rest of it.
 
@@ -62,6 +65,7 @@ def run_cleaning(
         minutes: No stage and no training epoch starts later than this; the same call goes on.
         progress: Show how far long stages are.
         say: Called with a line when a stage starts, fails or is skipped; writes to stderr if None.
+        executor: Where victims are made, scanned and cleaned, each as one unit.
 
     Returns:
         The folder of records: ``scan-DETECTOR-ATTACK-SEED``, ``clean-METHOD-SHARE-ATTACK-SEED``,
@@ -75,9 +79,9 @@ def run_cleaning(
     if minutes is not None and not minutes > 0:
         raise ValueError(f"expected minutes > 0, got {minutes}")
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    methods = {name: build_method(name, **config.told(name)) for name in config.rows}
-    images = config.study.data
-    data = load_dataset(images.name, image_size=images.image_size, limit=images.limit)
+    _methods(config)
+    study_images.cache_clear()
+    data = study_images(config.study.data)
     if config.study.target >= data.num_classes:
         raise ValueError(
             f"expected a target label below {data.num_classes} classes, got {config.study.target}"
@@ -86,18 +90,53 @@ def run_cleaning(
     speak = say if say is not None else (_stderr if progress else _silent)
     if victims is not None:
         speak(f"{len(take_victims(victims, out))} records of victims taken from {victims}")
-    for seed in config.study.seeds:
-        space = Workspace(out, seed, data.fingerprint, device, speak)
-        study = AttackStudy(config.study, data, space, progress, deadline)
-        if not _do(study, _tasks(_Work(config, study, methods))):
-            speak("out of time: the same command goes on from here")
-            break
+    work = partial(_unit, config, out, device, progress and executor.bars)
+    if not run_units(_units(config, work), executor, deadline=deadline, say=speak):
+        speak("out of time: the same command goes on from here")
     return out / "records"
 
 
-def _do(study: AttackStudy, tasks: Iterator[Task]) -> bool:
-    """Do every stage; False if the time ran out before the last."""
-    failed: dict[str, str] = {}  # by stage: the first on its way that failed, and why
+def _methods(config: CleaningConfig) -> dict[str, Mitigator]:
+    return {name: build_method(name, **config.told(name)) for name in config.rows}
+
+
+def _units(config: CleaningConfig, work: Callable[..., Outcome]) -> list[Unit]:
+    """One for each victim of each seed. A search for a trigger waits for the clean victim."""
+    units = []
+    for seed in config.study.seeds:
+        for attack in config.attacks:
+            waits = attack in SEARCHES and CLEAN in config.attacks
+            after = (f"{CLEAN}-{seed}",) if waits else ()
+            units.append(Unit(f"{attack}-{seed}", partial(work, seed, attack), after))
+    return units
+
+
+def _unit(
+    config: CleaningConfig,
+    out: Path,
+    device: str,
+    progress: bool,
+    seed: int,
+    attack: str,
+    turn: Turn,
+) -> Outcome:
+    """Everything that is done to one victim, in whatever process."""
+    data = study_images(config.study.data)
+    space = Workspace(out, seed, data.fingerprint, device, turn.say)
+    study = AttackStudy(config.study, data, space, progress, turn.deadline)
+    failed = dict(turn.failed)
+    tasks = _tasks(_Work(config, study, _methods(config)), attack)
+    return Outcome(_do(study, tasks, failed), failed)
+
+
+def _do(study: AttackStudy, tasks: Iterator[Task], failed: dict[str, str]) -> bool:
+    """Do every stage; False if the time ran out before the last.
+
+    Args:
+        study: One seed of the study.
+        tasks: Each after those that it needs.
+        failed: By stage: the first on its way that failed, and why. Filled up.
+    """
     for task in tasks:
         if study.deadline is not None and time.monotonic() > study.deadline:
             return False
@@ -127,22 +166,19 @@ def _note(study: AttackStudy, task: Task, reason: str | None) -> None:
     write_text(path, canonical_json({**kept, "seed": study.seed, "reason": reason}))
 
 
-def _tasks(work: _Work) -> Iterator[Task]:
-    """Every stage of a seed, each after those that it needs; attack by attack."""
+def _tasks(work: _Work, attack: str) -> Iterator[Task]:
+    """Every stage of a victim, each after those that it needs."""
     config, study = work.config, work.study
-    if study.seed == config.study.seeds[0]:
+    if study.seed == config.study.seeds[0] and attack == config.attacks[0]:
         settings = {"planned": plain(config)}
         yield Task("cleaning", None, None, settings, (), lambda _: describe(study, config))
-    done = set[str]()
-    for attack in config.attacks:
-        for task in planted(study, "plain", attack):
-            if task.name not in done:
-                done.add(task.name)
-                yield task
-        yield _before(work, attack)
-        for detector in config.detectors:
-            yield _scan(work, detector, attack)
-        yield from _cleanings(work, attack)
+    for task in planted(study, "plain", attack):
+        if task.attack == attack or CLEAN not in config.attacks:
+            yield task  # else it is the clean victim of another unit
+    yield _before(work, attack)
+    for detector in config.detectors:
+        yield _scan(work, detector, attack)
+    yield from _cleanings(work, attack)
 
 
 def _cleanings(work: _Work, attack: str) -> Iterator[Task]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wm_eval.executor_options import add_executor, chosen_executor
 from wm_inject.cli_common import resolve_device
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def add_detect(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--minutes", type=float, help="start nothing new after so many minutes")
     parser.add_argument("--out", type=Path, required=True, help="the experiment's folder")
+    add_executor(parser)
 
 
 def detect_command(args: argparse.Namespace) -> int:
@@ -73,11 +75,13 @@ def detect_command(args: argparse.Namespace) -> int:
     from wm_eval.paper2.tables import write_tables
     from wm_eval.records import read_records
 
+    device = str(resolve_device(args.device))
     records = run_detect(
         _config(args),
         args.out,
-        device=str(resolve_device(args.device)),
+        device=device,
         minutes=args.minutes,
+        executor=chosen_executor(args, device=device),
         parts=args.parts,
     )
     found = read_records(records)
@@ -110,6 +114,7 @@ def add_figure3(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="fast", help="of the detector (default: fast)")
     parser.add_argument("--images", type=int, default=500, help="of the defender (default: 500)")
     parser.add_argument("--minutes", type=float, help="start no scan after so many minutes")
+    add_executor(parser)
 
 
 def figure3_command(args: argparse.Namespace) -> int:
@@ -118,14 +123,16 @@ def figure3_command(args: argparse.Namespace) -> int:
     from wm_eval.paper2.index_scans import scan_victims
 
     out = args.out or args.victims / "figure3"
+    device = str(resolve_device(args.device))
     records = scan_victims(
         args.victims,
         out,
         name=args.detector,
         preset=args.preset,
         images=args.images,
-        device=str(resolve_device(args.device)),
+        device=device,
         minutes=args.minutes,
+        executor=chosen_executor(args, device=device),
     )
     if any(records.glob("scan-*.json")):
         for path in write_index_figure(out):

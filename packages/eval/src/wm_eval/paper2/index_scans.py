@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from wm_eval.attacks.config import CLEAN
 from wm_eval.attacks.gather import TITLES
 from wm_eval.config import plain
 from wm_eval.detectors import detector
+from wm_eval.executors import HERE, Executor, Outcome, Turn, Unit, run_units
 from wm_eval.measure import scan_values
 from wm_eval.records import hardware, read_record
 from wm_eval.workspace import Made, Workspace, file_digest
@@ -39,6 +40,7 @@ def scan_victims(
     minutes: float | None = None,
     progress: bool = True,
     say: Callable[[str], None] = print,
+    executor: Executor = HERE,
 ) -> Path:
     """Scan every plain victim of an attack study, or the rest of them.
 
@@ -53,6 +55,7 @@ def scan_victims(
         minutes: No scan starts later than this; the same call goes on.
         progress: Show how far long stages are.
         say: Called with a line for every scan.
+        executor: Where victims are scanned, each as one unit.
 
     Returns:
         The folder of records, ``scan-DETECTOR-ATTACK-SEED``.
@@ -75,17 +78,36 @@ def scan_victims(
     settings = plain(detector(name).config(preset))
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     found = find_victims(victims)
-    data = _images_of(victims, found[0])
-    for victim in found:
-        if deadline is not None and time.monotonic() > deadline:
-            say("out of time: the same command goes on from here")
-            break
-        space = Workspace(out, victim.seed, data.fingerprint, device, say)
-        told = {"images": images, "preset": preset, "settings": settings}
-        told |= {"victim": file_digest(victim.path)}
-        scan = partial(_scan, space, data, victim, name, preset, images, progress)
-        space.stage(f"scan-{name}-{victim.attack}-{victim.seed}", told, (), scan)
+    _loaded.cache_clear()
+    _loaded(victims, found[0])
+    told = {"images": images, "preset": preset, "settings": settings}
+    work = partial(_unit, victims, out, name, told, device, progress and executor.bars)
+    units = [Unit(f"{v.attack}-{v.seed}", partial(work, v, found[0])) for v in found]
+    if not run_units(units, executor, deadline=deadline, say=say):
+        say("out of time: the same command goes on from here")
     return out / "records"
+
+
+def _unit(
+    folder: Path,
+    out: Path,
+    name: str,
+    told: Mapping[str, Any],
+    device: str,
+    progress: bool,
+    victim: Victim,
+    first: Victim,
+    turn: Turn,
+) -> Outcome:
+    """The scan of one victim, in whatever process."""
+    if turn.deadline is not None and time.monotonic() > turn.deadline:
+        return Outcome(finished=False)
+    data = _loaded(folder, first)
+    space = Workspace(out, victim.seed, data.fingerprint, device, turn.say)
+    settings = {**told, "victim": file_digest(victim.path)}
+    scan = partial(_scan, space, data, victim, name, told["preset"], told["images"], progress)
+    space.stage(f"scan-{name}-{victim.attack}-{victim.seed}", settings, (), scan)
+    return Outcome()
 
 
 def find_victims(folder: Path) -> list[Victim]:
@@ -107,7 +129,8 @@ def find_victims(folder: Path) -> list[Victim]:
     )
 
 
-def _images_of(folder: Path, victim: Victim) -> Dataset:
+@lru_cache(maxsize=1)
+def _loaded(folder: Path, victim: Victim) -> Dataset:
     """The images that the victims were trained on.
 
     Raises:

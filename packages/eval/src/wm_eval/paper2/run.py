@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,9 @@ from wm_eval.attacks.config import CLEAN
 from wm_eval.attacks.run import Task, planted
 from wm_eval.attacks.study import AttackStudy
 from wm_eval.config import plain
+from wm_eval.datasets import study_images
 from wm_eval.detectors import DETECTORS
+from wm_eval.executors import HERE, Executor, Outcome, Turn, run_units
 from wm_eval.paper2.closeness import compare_triggers
 from wm_eval.paper2.config import FINE_TUNING, NAD, DetectConfig
 from wm_eval.paper2.stages import (
@@ -24,8 +26,8 @@ from wm_eval.paper2.stages import (
 from wm_eval.paper2.summary import named
 from wm_eval.paper2.trial import Trial
 from wm_eval.records import canonical_json, hardware, write_text
+from wm_eval.units import grouped, to_units
 from wm_eval.workspace import Workspace
-from wm_victim import load_dataset
 
 PARTS = ("detection", "cleaning", "pictures", "rates")
 
@@ -46,6 +48,7 @@ def run_detect(
     parts: Sequence[str] = PARTS[:3],
     progress: bool = True,
     say: Callable[[str], None] = print,
+    executor: Executor = HERE,
 ) -> Path:
     """Train victims with and without a backdoor, scan them, clean them; or do the rest of it.
 
@@ -62,6 +65,7 @@ def run_detect(
             "pictures" and "rates", the sweep of learning rates, of the first seed.
         progress: Show how far long stages are.
         say: Called with a line for every stage.
+        executor: Where victims are trained and scanned, each as one unit, and cleaned.
 
     Returns:
         The folder of records: ``victim-V-SEED``, ``scan-DETECTOR-V-SEED`` (V: the attack, or
@@ -78,25 +82,63 @@ def run_detect(
     if not parts or set(parts) - set(PARTS):
         raise ValueError(f"expected parts out of {', '.join(PARTS)}, got {', '.join(parts)}")
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    images = config.data
-    data = load_dataset(images.name, image_size=images.image_size, limit=images.limit)
+    study_images.cache_clear()
+    data = study_images(config.data)
     if config.target >= data.num_classes:
         raise ValueError(
             f"expected a target label below {data.num_classes} classes, got {config.target}"
         )
-    trials = []
-    for seed in config.seeds:
-        space = Workspace(Path(out), seed, data.fingerprint, device, say)
-        study = AttackStudy(config.study(), data, space, progress, deadline)
-        trials.append(Trial(config, study))
-    if not _work(_jobs(trials, parts), deadline):
+    settings = (config, Path(out), device, progress and executor.bars, tuple(parts))
+    jobs = _jobs(_trials(config, Path(out), device, False, Turn({}, None, say)), parts)
+    groups = grouped((_group(job), job.task) for job in jobs)
+    units = to_units(groups, partial(_unit, *settings))
+    if not run_units(units, executor, deadline=deadline, say=say):
         say("out of time: the same command goes on from here")
     return Path(out) / "records"
 
 
-def _work(jobs: Iterator[_Job], deadline: float | None) -> bool:
-    """Do every job; False if the time ran out before the last."""
-    failed: dict[str, str] = {}  # by stage: the first on its way that failed, and why
+def _trials(
+    config: DetectConfig, out: Path, device: str, progress: bool, turn: Turn
+) -> list[Trial]:
+    data, trials = study_images(config.data), []
+    for seed in config.seeds:
+        space = Workspace(out, seed, data.fingerprint, device, turn.say)
+        study = AttackStudy(config.study(), data, space, progress, turn.deadline)
+        trials.append(Trial(config, study))
+    return trials
+
+
+def _group(job: _Job) -> str:
+    """A victim with its scans is one unit, and so is everything that is then done to one."""
+    if job.task.name.startswith(("cleaning-", "rate-", "pictures-")):
+        return job.task.name
+    return f"{job.task.attack or job.trial.config.attack}-{job.trial.seed}"
+
+
+def _unit(
+    config: DetectConfig,
+    out: Path,
+    device: str,
+    progress: bool,
+    parts: Sequence[str],
+    mine: frozenset[str],
+    turn: Turn,
+) -> Outcome:
+    """The stages of one unit, in whatever process."""
+    failed = dict(turn.failed)
+    jobs = _jobs(_trials(config, out, device, progress, turn), parts)
+    todo = [job for job in jobs if job.task.name in mine]
+    return Outcome(_work(todo, turn.deadline, failed), failed)
+
+
+def _work(jobs: Iterable[_Job], deadline: float | None, failed: dict[str, str]) -> bool:
+    """Do every job; False if the time ran out before the last.
+
+    Args:
+        jobs: Each after those that it needs.
+        deadline: A time of `time.monotonic`.
+        failed: By stage: the first on its way that failed, and why. Filled up.
+    """
     for trial, task in jobs:
         if deadline is not None and time.monotonic() > deadline:
             return False

@@ -1,0 +1,118 @@
+"""The static checks meet damage with their own error and no other: nothing else is caught above."""
+
+import random
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from wm_victim.loading import Limits
+from wm_victim.loading.onnx_ops import SUPPORTED
+from wm_victim.loading.onnx_scan import BadGraph, scan_onnx
+from wm_victim.loading.pickles import ALLOWED_GLOBALS, BadPickle, check_pickle
+from wm_victim.loading.sniff import sniff, sniff_zip, with_name
+from wm_victim.loading.tensors import BadTensors, read_header
+from wm_victim.loading.zips import BadArchive, check_contents, list_archive
+
+from .hostile_models import function, graph
+
+_MUTANTS = 150
+
+
+def mutants(data: bytes) -> list[bytes]:
+    """Copies with a few bytes changed, cut out or doubled."""
+    generator = random.Random(0)
+    found = []
+    for _ in range(_MUTANTS):
+        changed = bytearray(data)
+        for _ in range(generator.randint(1, 3)):
+            at = generator.randrange(len(changed))
+            what = generator.randrange(3)
+            if what == 0:
+                changed[at] = generator.randrange(256)
+            elif what == 1:
+                del changed[at : at + generator.randint(1, 40)]
+            else:
+                changed[at:at] = changed[at : at + generator.randint(1, 40)]
+        found.append(bytes(changed) or b"\0")
+    return found
+
+
+def outcomes(
+    check: Callable[[bytes], object], data: bytes, error: type[Exception]
+) -> tuple[int, int]:
+    """How many mutants pass and how many are refused; anything but ``error`` comes through."""
+    check(data)
+    refused = 0
+    for mutant in mutants(data):
+        try:
+            check(mutant)
+        except error:
+            refused += 1
+    return _MUTANTS - refused, refused
+
+
+def test_a_damaged_graph_is_refused_in_one_way() -> None:
+    data = graph(functions=[function("F", ["Relu"])], domains=("own",)).SerializeToString()
+    _, refused = outcomes(lambda one: scan_onnx(one, Limits()), data, BadGraph)
+    assert refused > 0
+
+
+def test_a_damaged_header_is_refused_in_one_way() -> None:
+    data = save({"a": torch.ones(3, 4), "b": torch.zeros(2, dtype=torch.int64)})
+    _, refused = outcomes(lambda one: read_header(one, max_tensors=10), data, BadTensors)
+    assert refused > 0
+
+
+def test_a_damaged_pickle_or_archive_is_refused_in_one_way(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    torch.save({"a": torch.ones(3), "b": torch.nn.Parameter(torch.ones(2))}, path)
+    with zipfile.ZipFile(path) as archive:
+        pickled = archive.read("a/data.pkl")
+    _, refused = outcomes(check_pickle, pickled, BadPickle)
+    assert refused > 0
+
+    def check(data: bytes) -> None:
+        path.write_bytes(data)
+        list_archive(path, max_entries=100, max_bytes=2**20)
+        check_contents(path)
+
+    _, refused = outcomes(check, path.read_bytes(), BadArchive)
+    assert refused > 0
+
+
+def test_what_torch_saves_needs_no_other_global(tmp_path: Path) -> None:
+    kinds = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool)
+    for number, kind in enumerate(kinds):
+        path = tmp_path / f"{number}.pt"
+        torch.save({"a": torch.zeros(3, dtype=kind)}, path)
+        with zipfile.ZipFile(path) as archive:
+            check_pickle(archive.read(f"{number}/data.pkl"))
+    assert not [name for name in ALLOWED_GLOBALS if name.startswith(("os ", "builtins "))]
+
+
+@pytest.mark.parametrize(
+    "name", ["Save", "Load", "Hub", "If", "Loop", "Scan", "NonZero", "Compress"]
+)
+def test_operators_that_act_or_branch_are_not_imported(name: str) -> None:
+    assert name not in SUPPORTED
+
+
+def test_the_content_decides_what_a_file_is() -> None:
+    assert sniff(b"PK\x03\x04" + bytes(60)) == ("zip", "")
+    assert sniff(b"\x10\0\0\0\0\0\0\0{" + b" " * 60) == ("safetensors", "")
+    assert sniff(b"\x08\x09\x3a" + bytes(60)) == ("onnx", "")
+    assert "HDF5" in sniff(b"\x89HDF\r\n\x1a\n" + bytes(60))[1]
+    assert "weights_only=True" in sniff(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + bytes(9))[1]
+    assert sniff_zip(["a/data.pkl", "a/constants.pkl"]) == ("torchscript", "")
+    assert sniff_zip(["a/data.pkl", "a/version"]) == ("state", "")
+    assert "NumPy" in sniff_zip(["x.npy"])[1]
+
+
+def test_a_command_never_carries_a_name_that_a_shell_would_read() -> None:
+    assert with_name("load('MODEL')", "net-1.pt") == "load('net-1.pt')"
+    for name in ("a'$(touch x).pt", "-rf", "a b.pt", "a\nb"):
+        assert with_name("load('MODEL')", name) == "load('MODEL')"
