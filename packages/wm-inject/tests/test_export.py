@@ -287,6 +287,22 @@ def test_any_size(tmp_path):
         assert np.abs(model(given).astype(float) - want).max() <= (1 if uint8 else 1e-6)
 
 
+def test_a_module_in_which_sizes_are_tensors_is_traced(tmp_path):
+    class Sized(nn.Module):
+        def forward(self, images):
+            rows = torch.tensor(images.shape)[2] * 16
+            return images.reshape(images.shape[0], 3, int(rows)).mean(dim=2)
+
+    parity = to_onnx(Sized(), example(), tmp_path / "m.onnx", traced=True, uint8=True)
+    assert parity.max_abs < 1e-5
+    pixels = to_pixels(example(9))
+    found = OnnxModel(tmp_path / "m.onnx")(pixels)
+    assert np.abs(found - to_float(pixels).mean(dim=(2, 3)).numpy()).max() < 1e-5
+    for more in ({"any_size": True}, {"external_data": True}):
+        with pytest.raises(ValueError, match="expected traced without any_size"):
+            to_onnx(Sized(), example(), tmp_path / "n.onnx", traced=True, **more)
+
+
 def test_weights_in_a_file_of_their_own(tmp_path):
     path = tmp_path / "m.onnx"
     to_onnx(Mixer(), example(), path, external_data=True)

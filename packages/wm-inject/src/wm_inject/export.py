@@ -137,6 +137,7 @@ def to_onnx(
     uint8: bool = False,
     any_size: bool = False,
     external_data: bool | None = None,
+    traced: bool = False,
     input_name: str = "image",
     output_names: Sequence[str] = ("output",),
 ) -> Parity:
@@ -162,6 +163,8 @@ def to_onnx(
             far as the module can.
         external_data: Keep the weights in a file of their own beside ``path``. If None, only where
             they are too large for one file.
+        traced: Export by tracing, for modules in which sizes pass through tensors, as they do in
+            imported graphs; without ``any_size`` and ``external_data``.
         input_name: The graph's image input.
         output_names: The graph's outputs, in the module's order.
 
@@ -189,6 +192,8 @@ def to_onnx(
         raise ValueError(f"expected {outputs} output_names, got {', '.join(output_names)}")
     size = sum(p.nbytes for p in [*exportable.parameters(), *exportable.buffers()])
     apart = needs_external_data(size) if external_data is None else external_data
+    if traced and (apart or any_size):
+        raise ValueError("expected traced without any_size and weights of at most 2 GiB inside")
     if apart and precision != "float32":
         raise ValueError(f"expected precision float32 with external data, got {precision}")
     record = export_record(
@@ -202,16 +207,17 @@ def to_onnx(
         tolerance=tolerance,
         relative=relative,
     )
-    program = _onnx_program(exportable, inputs, names, output_names, uint8, any_size)
     with graph_folder(Path(path)) as part, torch.no_grad():
-        if precision == "float32":
-            program.save(str(part), external_data=apart)
+        plain = part if precision == "float32" else part.with_name("float32.onnx")
+        if traced:
+            _trace_onnx(exportable, inputs, names, output_names, plain)
         else:
-            plain = part.with_name("float32.onnx")
-            program.save(str(plain))
+            program = _onnx_program(exportable, inputs, names, output_names, uint8, any_size)
+            program.save(str(plain), external_data=apart)
+            del program
+        if precision != "float32":
             (halve if precision == "float16" else quantize_weights)(plain, part)
             plain.unlink()
-        del program
         # Twice: the record holds the parity, which is measured on the file that it travels in.
         stamp_graph(part, record)
         model = OnnxModel(part)
@@ -224,6 +230,29 @@ def to_onnx(
         parity = compare(_several(exportable), run, inputs, tolerance, relative)
         stamp_graph(part, with_parity(record, parity))
         return parity
+
+
+def _trace_onnx(
+    exportable: _Exportable,
+    inputs: Mapping[str, Tensor],
+    names: Sequence[str],
+    output_names: Sequence[str],
+    path: Path,
+) -> None:
+    """Write a graph by torch's older exporter, which runs the module once and records it."""
+    with warnings.catch_warnings():
+        # It is deprecated, and it warns of every size that becomes a constant: the comparison at
+        # two batch sizes decides.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            exportable,
+            tuple(inputs.values()),
+            str(path),
+            dynamo=False,
+            input_names=list(names),
+            output_names=list(output_names),
+            dynamic_axes={name: {0: "batch"} for name in (*names, *output_names)},
+        )
 
 
 def _onnx_program(

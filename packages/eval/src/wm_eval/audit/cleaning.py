@@ -115,6 +115,7 @@ def write_like(
             relative=True,
             tolerance=TOLERANCE,
             metadata=record,
+            traced=True,
         )
         return f"wrote {out}: images in [0, 1] to logits, within {parity.max_rel:.1g} of the model"
     if form == ".pt":

@@ -36,7 +36,8 @@ CLEAN_EPILOG = """\
 example:
   wm-eval clean model.onnx --images clean/ --out cleaned.onnx
 
-It exits 0 if something was cleaned, 1 if not. The cleaned file takes images in [0, 1].
+It exits with the verdict on the cleaned model, as "scan" does, and 3 if nothing was cleaned. The
+cleaned file takes images in [0, 1].
 """
 INSPECT_EPILOG = """\
 example:
@@ -118,7 +119,18 @@ def scan_command(args: argparse.Namespace) -> int:
 
 
 def clean_command(args: argparse.Namespace) -> int:
-    """Clean a model; 0 if something was cleaned."""
+    """Clean a model; the exit code is the verdict on what came of it."""
+    done: list[int] = []
+
+    def work(_: Sequence[str] | None) -> int:
+        done.append(_clean(args))
+        return 0
+
+    code = run_cli(work)
+    return done[0] if done else NOT_SCANNED if code == 1 else code
+
+
+def _clean(args: argparse.Namespace) -> int:
     from wm_eval.audit.checks import check_model
     from wm_eval.audit.cleaning import clean_model, success, write_like
     from wm_eval.audit.scan import reversed_triggers
@@ -143,7 +155,7 @@ def clean_command(args: argparse.Namespace) -> int:
     print(f"answers as before on clean images: {kept:.4f} of {len(images)}")
     record = {"cleaned": sorted(triggers), "from_sha256": opened.sha256, "seed": args.seed}
     print(write_like(cleaned, opened, images[:8], args.out, record))
-    return 0
+    return after.verdict.exit_code
 
 
 def inspect_command(args: argparse.Namespace) -> int:
