@@ -47,7 +47,8 @@ def clean_model(
     config = UnlearnConfig.preset("nc")
     # A graph that was exported has its batch norms folded in: a rate that is right for training
     # may blow it up. The first rate that leaves the model what it knew is taken.
-    for rate in (config.lr, config.lr / 10, config.lr / 100):
+    for half_decades in range(5):
+        rate = config.lr * 10 ** (-half_decades / 2)
         cleaned = module
         for trigger in triggers.values():
             cleaned = unlearn(
