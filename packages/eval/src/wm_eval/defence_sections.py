@@ -40,6 +40,10 @@ DETECTS = {
         "The reverse-generator paper's experiment on GTSRB, VGG16",
         "`wm-eval detect --data gtsrb --arch vgg16 --seeds 1 --parts detection` makes it.",
     ),
+    "detect-cifar10-vgg16": (
+        "The reverse-generator paper's experiment on CIFAR-10, VGG16",
+        "`wm-eval detect --data cifar10 --arch vgg16 --seeds 1 --parts detection` makes it.",
+    ),
 }
 INDICES = (
     "figure3-cifar10",
