@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import inspect
 import json
 from importlib import import_module
@@ -148,8 +147,6 @@ def image_shape(trigger: Any, channels: int) -> tuple[int, int]:
 
 def trigger_digest(trigger: nn.Module) -> str:
     """SHA-256 of the trigger's tensors: a picture that was given is not among its settings."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(trigger.state_dict().items()):
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    from wm_inject.export_record import tensors_digest
+
+    return tensors_digest(trigger.state_dict())
