@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 # Images in one run on a CPU: what a network computes of them stays in the caches. At 32 at once the
-# learned injector is up to a tenth slower (bench_injector.py, "in parts").
+# large learned injectors are slower (bench_injector.py, "in parts").
 _AT_ONCE = 8
 
 
