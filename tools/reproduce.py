@@ -11,7 +11,8 @@ from pathlib import Path
 
 from wm_eval import __version__
 from wm_eval.executor_options import add_executor, chosen_executor
-from wm_eval.executors import HERE, LocalProcesses
+from wm_eval.executors import HERE
+from wm_eval.local_processes import LocalProcesses
 from wm_inject.cli_common import Parser, add_common, resolve_device, run_cli
 
 _EPILOG = """\

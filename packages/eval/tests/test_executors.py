@@ -22,7 +22,8 @@ from wm_eval.attacks.config import AttackStudyConfig
 from wm_eval.attacks.run import run_attack_study
 from wm_eval.config import DataConfig, MeasureConfig, VictimConfig
 from wm_eval.executor_options import add_executor, chosen_executor
-from wm_eval.executors import HERE, InProcess, LocalProcesses, Outcome, Turn, Unit, run_units
+from wm_eval.executors import HERE, InProcess, Outcome, Turn, Unit, run_units
+from wm_eval.local_processes import LocalProcesses
 from wm_eval.paper2.config import detect_preset
 from wm_eval.paper2.run import run_detect
 from wm_eval.population.config import PopulationConfig, World

@@ -34,7 +34,8 @@ STUDY = AttackStudyConfig(
 COMMAND = """
 import sys
 from wm_eval.attacks.run import run_attack_study
-from wm_eval.executors import HERE, LocalProcesses
+from wm_eval.executors import HERE
+from wm_eval.local_processes import LocalProcesses
 from wm_eval.config import DataConfig, MeasureConfig, VictimConfig
 from wm_eval.attacks.config import AttackStudyConfig
 from wm_extract import JointConfig

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from wm_inject import OnnxModel
 from wm_inject.checkpoint import load_checkpoint
 from wm_inject.triggers import BadNetsTrigger, WaNetTrigger, save_trigger
-from wm_victim import build_classifier, save_classifier
+from wm_victim import build_classifier, load_dataset, save_classifier
 from wm_victim.cli import main
 
 SMALL = ["--data", "digits", "--image-size", "16", "--device", "cpu"]
@@ -55,6 +56,28 @@ def test_noise_mode_is_for_triggers_that_offer_it(
     capsys.readouterr()
     assert main([*command, "--trigger", str(patch)]) == 1
     assert "badnets trigger has no noise mode" in capsys.readouterr().err
+
+
+def test_what_is_in_a_data_set(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "digits", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    digits = load_dataset("digits")
+    sizes = [int((digits.train.labels == label).sum()) for label in range(10)]
+    assert told == {
+        "name": "digits",
+        "image_size": 32,
+        "channels": 1,
+        "classes": 10,
+        "train": 1200,
+        "test": 597,
+        "smallest_class": min(sizes),
+        "largest_class": max(sizes),
+        "mib_in_memory": round(1797 * 32 * 32 * 4 / 2**20, 1),
+        "mib_on_a_gpu": round(1200 * 32 * 32 / 2**20, 1),
+        "fingerprint": digits.fingerprint,
+    }
+    assert main(["data", "digits", "--image-size", "16"]) == 0
+    assert "image size             16\n" in capsys.readouterr().out
 
 
 def test_a_kept_checkpoint_stays(tmp_path: Path) -> None:

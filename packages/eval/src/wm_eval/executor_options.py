@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from wm_eval.executors import HERE, Executor, LocalProcesses
+from wm_eval.executors import HERE, Executor
+from wm_eval.local_processes import LocalProcesses
 from wm_eval.ray_tasks import LOCAL, RayTasks
 
 

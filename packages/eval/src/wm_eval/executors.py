@@ -1,4 +1,6 @@
-"""Where the units of a study run: in this process, on several local ones, or as Ray tasks.
+"""The units of a study, in their order, and where they run: what every executor has to offer.
+
+In this process: here. On several local ones: `local_processes`. As Ray tasks: `ray_tasks`.
 
 A unit is a coarse piece of a study, such as one attack of a table: its trigger, its victim, its
 cells. It is safe to kill at any moment, because each of its stages is kept when it is done. What it
@@ -12,16 +14,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
-from typing import TYPE_CHECKING, NamedTuple, Protocol
-
-if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
-    from multiprocessing.queues import SimpleQueue
+from typing import NamedTuple, Protocol
 
 GRACE = 30.0  # seconds that a unit may go on after the deadline before its process is ended
 _LINE = 1000  # letters of a line: a short message goes through a pipe whole or not at all
@@ -113,67 +110,6 @@ class InProcess:
 
 
 HERE = InProcess()
-
-
-@dataclass(frozen=True)
-class LocalProcesses:
-    """Processes of this machine, each with one thread, so that records depend on no count.
-
-    They end with the session and with this process, however it ends.
-
-    Args:
-        workers: How many, at least 1.
-
-    Raises:
-        ValueError: Fewer.
-    """
-
-    workers: int = 2
-    bars = False
-
-    def __post_init__(self) -> None:
-        if isinstance(self.workers, bool) or not isinstance(self.workers, int) or self.workers < 1:
-            raise ValueError(f"expected workers >= 1, got {self.workers!r}")
-
-    @property
-    def slots(self) -> int:
-        """One unit a process."""
-        return self.workers
-
-    @contextmanager
-    def session(self, say: Callable[[str], None]) -> Iterator[Submit]:
-        """Start the processes as they are needed."""
-        from multiprocessing import get_context
-
-        context = get_context("spawn")  # a fork of a process with threads may hang
-        alive, held = context.Pipe(duplex=False)
-        lines: SimpleQueue[str] = context.SimpleQueue()
-        pool = ProcessPoolExecutor(
-            self.workers, mp_context=context, initializer=_start, initargs=(alive, lines)
-        )
-        closing = threading.Event()
-        told = threading.Thread(target=_pass_on, args=(lines, say, closing), daemon=True)
-        told.start()
-
-        def submit(
-            unit: Unit, failed: Mapping[str, str], deadline: float | None
-        ) -> Future[Outcome]:
-            return pool.submit(_take_turn, unit.work, dict(failed), to_wall(deadline))
-
-        try:
-            with ends_on_sigterm():
-                yield submit
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                "a worker process was ended from outside (no memory left?): the same command "
-                "goes on from here"
-            ) from error
-        finally:
-            held.close()  # every worker waits for this
-            pool.shutdown(wait=True, cancel_futures=True)
-            closing.set()
-            told.join(timeout=5)
-            alive.close()
 
 
 def run_units(
@@ -273,45 +209,11 @@ def ends_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-_say: Callable[[str], None] = print  # of a worker; set when it starts
-
-
-def _start(alive: Connection, lines: SimpleQueue[str]) -> None:
-    """Make a new process a worker: it ends when the one that started it ends or lets go."""
-    global _say
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to act on
-    threading.Thread(target=_end_with, args=(alive,), daemon=True).start()
-    _say = lines.put
-
-
-def _end_with(alive: Connection) -> None:
-    alive.poll(None)  # nothing is ever sent: this returns when the other end is closed
-    os._exit(1)
-
-
-def _take_turn(
-    work: Callable[[Turn], Outcome], failed: Mapping[str, str], wall: float | None
-) -> Outcome:
-    return take_turn(work, failed, wall, _say)
-
-
-def _pass_on(lines: SimpleQueue[str], say: Callable[[str], None], closing: threading.Event) -> None:
-    """Say what the workers say, until the session has closed and all is said."""
-    while True:
-        last = closing.is_set()
-        while not lines.empty():
-            say(lines.get())
-        if last:
-            return
-        closing.wait(0.05)
-
-
 __all__ = [
     "GRACE",
     "HERE",
     "Executor",
     "InProcess",
-    "LocalProcesses",
     "Outcome",
     "Submit",
     "Turn",

@@ -1,8 +1,9 @@
-"""The ``wm-victim`` command: train a classifier, clean or poisoned, and test one."""
+"""The ``wm-victim`` command: look at data, train a classifier, clean or poisoned, and test one."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +19,13 @@ if TYPE_CHECKING:
     from wm_victim.datasets import Dataset
     from wm_victim.models import Classifier
 
-_DATA_HELP = "digits, mnist, fashion-mnist, cifar10, gtsrb, a folder of class folders, or an .npz"
+_DATA_HELP = (
+    "digits, mnist, fashion-mnist, cifar10, gtsrb, imagenet10, a folder of class folders, or an "
+    ".npz"
+)
 _EPILOG = """\
 examples:
+  wm-victim data cifar10
   wm-victim train --data digits --model resnet10 --width 16 --epochs 5 --out clean.safetensors
   wm-victim train --data digits --out victim.safetensors --trigger badnets.safetensors --ratio 0.1
   wm-victim train --data digits --out victim.safetensors --attack lf --save-trigger lf.safetensors
@@ -39,17 +44,24 @@ def _main(argv: Sequence[str] | None) -> int:
     args = parser.parse_args(argv)
     if args.command == "train":
         check_attack(args)
-    return {"train": _train, "test": _test, "export": _export}[args.command](args)
+    run = {"data": _data, "train": _train, "test": _test, "export": _export}
+    return run[args.command](args)
 
 
 def _parser() -> Parser:
     parser = Parser(
         prog="wm-victim",
-        description="Train an image classifier on clean or poisoned data, and test one.",
+        description="Look at a data set, train an image classifier on it, clean or poisoned, and "
+        "test one.",
         epilog=_EPILOG,
     )
     parser.add_argument("--version", action="version", version=f"wm-victim {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    data = commands.add_parser("data", help="what is in a data set", epilog=_EPILOG)
+    data.add_argument("data", metavar="NAME", help=_DATA_HELP)
+    _add_place(data)
+    data.add_argument("--json", action="store_true", help="print JSON")
+    add_common(data, version=__version__)
     train = commands.add_parser("train", help="train a classifier", epilog=_EPILOG)
     _add_data(train)
     train.add_argument("--limit", type=int, help="train on the first N of a stratified order")
@@ -75,6 +87,10 @@ def _parser() -> Parser:
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help=_DATA_HELP)
+    _add_place(parser)
+
+
+def _add_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", type=Path, help="where named sets lie (default: WM_DATA)")
     parser.add_argument("--image-size", type=int, help="resize to N x N (default: the set's own)")
     parser.add_argument("--no-download", action="store_true", help="do not fetch a missing set")
@@ -96,6 +112,18 @@ def _load_trigger(path: Path, args: argparse.Namespace) -> Any:
     from wm_inject.triggers import load_trigger
 
     return load_trigger(path).to(resolve_device(args.device))
+
+
+def _data(args: argparse.Namespace) -> int:
+    from wm_victim.inventory import inventory
+
+    found = inventory(_load_data(args))
+    if args.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    for name, value in found.items():
+        print(f"{name.replace('_', ' '):22} {value}")
+    return 0
 
 
 def _train(args: argparse.Namespace) -> int:
