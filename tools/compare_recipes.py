@@ -2,8 +2,8 @@
 
 For example ``WM_DATA=... python tools/compare_recipes.py --out results/recipes-cifar10``.
 
-A narrow ResNet-18 (width 16, for a CPU) learns 20,000 images of CIFAR-10 in 24 epochs, once with the
-paper's recipe shortened to them and once with the record-holders', each in both memory layouts.
+A narrow ResNet-18 (width 16, for a CPU) learns 20,000 images of CIFAR-10 in 24 epochs, once with
+the paper's recipe shortened to them and once with the record-holders', each in both layouts.
 Accuracy on the test images after every epoch is recorded, not used for anything.
 """
 

@@ -37,8 +37,15 @@ STUDY = AttackStudyConfig(
 LACKING = ("onnx", "onnxruntime", "onnxscript", "matplotlib", "jinja2", "sklearn", "kornia")
 LEAN = """
 import sys
+from importlib import metadata
 sys.modules.update(dict.fromkeys({lacking}))
 sys.modules["sklearn.datasets"] = None
+installed = metadata.version
+def version(name):
+    if name.startswith(("wm-", "defense-")):
+        raise metadata.PackageNotFoundError(name)  # the repository is there, but not installed
+    return installed(name)
+metadata.version = version
 sys.path.insert(0, {tools!r})
 import reproduce
 if __name__ == "__main__":
@@ -106,14 +113,18 @@ def test_what_cannot_be_run_is_told_and_the_others_go_on(
             raise ModuleNotFoundError("no lpips", name="lpips.weights")
         if part.name == "slow":
             settings["say"]("out of time: the same command goes on from here")
+        if part.name in ("slow", "half"):
+            (out / part.name / "failures").mkdir(parents=True)
+            (out / part.name / "failures" / "victim.json").write_text("{}")
 
     monkeypatch.setitem(run._RUNS, "attacks", pretend)
     monkeypatch.setenv("WM_DATA", str(tmp_path))
-    wanted = [*parts("broken", "bare", "slow", "good"), *parts("absent", data="cifar10")]
+    wanted = [*parts("broken", "bare", "slow", "half", "good"), *parts("absent", data="cifar10")]
     assert tell(wanted, tmp_path) == {
         "broken": "cannot be run: no luck",
         "bare": "needs the package lpips, which is not installed",
-        "slow": "out of time",
+        "slow": "out of time, 1 stages failed",
+        "half": "1 stages failed",
         "good": None,
         "absent": "needs the data set cifar10, which is not in the data folder",
     }
@@ -174,4 +185,4 @@ def test_a_bare_machine_runs_what_its_packages_allow(tmp_path: Path) -> None:
         pytest.skip("WM_DATA names no folder with MNIST")
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "out" / "README.md").read_text()
-    assert "Table 1" in page and "Not here: tables in HTML" in page
+    assert "Table 1" in page and "Not here: tables in HTML" in page and "Failed: " not in page

@@ -4,11 +4,13 @@ import json
 import os
 import pickle
 import struct
+from importlib import metadata as installed
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from wm_inject import __version__
 from wm_inject.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 
 
@@ -45,6 +47,20 @@ def test_round_trip(tmp_path):
 def test_same_content_same_bytes(tmp_path):
     first = save(tmp_path / "a.safetensors").read_bytes()
     assert save(tmp_path / "b.safetensors").read_bytes() == first
+
+
+def test_a_checkout_that_is_not_installed_will_do(tmp_path, monkeypatch):
+    found = installed.version
+
+    def version(name):
+        if name == "wm-inject":
+            raise installed.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(installed, "version", version)
+    save(tmp_path / "a.safetensors")
+    told = load_checkpoint(tmp_path / "a.safetensors").metadata["versions"]
+    assert told["wm-inject"] == __version__ and told["torch"] == found("torch")
 
 
 def test_one_of_several_kinds_will_do(tmp_path):

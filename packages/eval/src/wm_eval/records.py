@@ -16,7 +16,7 @@ import platform
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,9 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 def versions() -> dict[str, str]:
     """The versions a number depends on: Python, torch, numpy and the six packages."""
     found = {"python": platform.python_version()}
-    for name in ("torch", "numpy", *PACKAGES):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "absent"
+    found |= {name: metadata.version(name) for name in ("torch", "numpy")}
+    for name in PACKAGES:  # from their source, which need not be installed
+        found[name] = import_module(f"{name.replace('-', '_')}.__about__").__version__
     return found
 
 

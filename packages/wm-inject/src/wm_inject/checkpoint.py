@@ -13,12 +13,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from wm_inject.__about__ import __version__
 from wm_inject.files import atomic_path
 
 FORMAT = "wm-checkpoint-1"
 _ENTRY = "wm"
 _MAX_HEADER = 16 * 2**20
-_PACKAGES = ("torch", "safetensors", "wm-inject")
+_PACKAGES = ("torch", "safetensors")
 
 
 class CheckpointError(ValueError):
@@ -64,6 +65,7 @@ def save_checkpoint(
     # Clones, because safetensors refuses tensors that share memory.
     tensors = {name: _plain(name, tensor) for name, tensor in state.items()}
     versions = {package: installed.version(package) for package in _PACKAGES}
+    versions["wm-inject"] = __version__  # which need not be installed: a checkout will do
     header = {
         "format": FORMAT,
         "kind": kind,

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from wm_inject.__about__ import __version__
 from wm_inject.parity import Parity
 
 FORMAT = "wm-export-2"
@@ -45,7 +46,7 @@ def export_record(
         "tolerance": tolerance,
         "relative": relative,
         "weights_sha256": tensors_digest(state),
-        "versions": {name: installed.version(name) for name in ("torch", "wm-inject")},
+        "versions": {"torch": installed.version("torch"), "wm-inject": __version__},
     }
     for name in ("kind", "config"):
         if isinstance(found := getattr(module, name, None), (str, dict)):

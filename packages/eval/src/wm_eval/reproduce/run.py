@@ -99,7 +99,9 @@ def _try(
         return f"needs the package {_package(error)}, which is not installed"
     except (ValueError, RuntimeError) as error:
         return f"cannot be run: {' '.join(str(error).split())}"
-    return _LATE if late else None
+    failed = len(list((out / part.name).rglob("failures/[!.]*.json")))
+    reasons = [_LATE] * late + [f"{failed} stages failed"] * (failed > 0)
+    return ", ".join(reasons) or None
 
 
 def _absent(part: Part) -> str | None:
