@@ -19,7 +19,9 @@ from collections.abc import Sequence
 _PATIENCE = 15.0  # seconds for the children of a killed command to end by themselves
 
 
-def interrupt(command: Sequence[str], *, kills: int, longest: float, seed: int = 0) -> int:
+def interrupt(
+    command: Sequence[str], *, kills: int, longest: float, seed: int = 0, whole: bool = False
+) -> int:
     """Run a command to its end, killing it on the way.
 
     Each time the kill (SIGKILL) takes the process alone, whose children must then end by
@@ -30,6 +32,7 @@ def interrupt(command: Sequence[str], *, kills: int, longest: float, seed: int =
         kills: How often, at most: a command that ends before its moment has come was not killed.
         longest: Seconds; each moment is drawn evenly from 0 to this.
         seed: Of the moments.
+        whole: Always take the whole group: Ray's own agents outlive the one that started them.
 
     Returns:
         How many kills found it running.
@@ -46,7 +49,7 @@ def interrupt(command: Sequence[str], *, kills: int, longest: float, seed: int =
         try:
             code = process.wait(draw.uniform(0, longest) if done < kills else None)
         except subprocess.TimeoutExpired:
-            end = draw.choice((os.kill, os.killpg))
+            end = os.killpg if whole else draw.choice((os.kill, os.killpg))
             end(process.pid, signal.SIGKILL)
             process.wait()
             _must_be_empty(process.pid)
@@ -86,13 +89,20 @@ def _main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--longest", type=float, default=60.0, help="seconds until a kill, at most")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--whole", action="store_true", help="always kill the whole group")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="after --")
     given = parser.parse_args(argv)
     command = given.command[1:] if given.command[:1] == ["--"] else given.command
     if not command:
         parser.error("expected a command after --")
     try:
-        done = interrupt(command, kills=given.kills, longest=given.longest, seed=given.seed)
+        done = interrupt(
+            command,
+            kills=given.kills,
+            longest=given.longest,
+            seed=given.seed,
+            whole=given.whole,
+        )
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -49,6 +49,11 @@ def test_children_that_outlive_it_are_told_and_ended(monkeypatch: pytest.MonkeyP
         interrupt([sys.executable, "-c", ORPHANS], kills=1, longest=2, seed=2)
 
 
+def test_the_whole_group_may_be_killed_each_time() -> None:
+    short = ORPHANS.replace("60", "2.5")
+    assert interrupt([sys.executable, "-c", short], kills=1, longest=2, seed=2, whole=True) == 1
+
+
 @pytest.mark.parametrize(("kills", "longest"), [(0, 1.0), (1, 0.0), (1, float("nan"))])
 def test_no_kills_and_no_time_are_refused(kills: int, longest: float) -> None:
     with pytest.raises(ValueError, match="expected kills >= 1 and longest > 0"):

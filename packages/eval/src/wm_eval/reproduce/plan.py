@@ -156,7 +156,7 @@ _CLEANERS = ("fine-tuning", "nc", "reverse")
 _TINY = Plan(
     "tiny",
     tables={"digits": {}},
-    indexed={"digits": {"images": 100}},
+    indexed={"digits": {"images": 500}},
     detections={
         "detect-digits": (
             "digits",
@@ -164,7 +164,7 @@ _TINY = Plan(
             {
                 "attack": "badnets",
                 "seeds": (0, 1),
-                "images": 100,
+                "images": 500,
                 "cleaning_shares": (0.05, 0.1),
                 "detectors": _WITH_LPIPS,
                 "methods": _CLEANERS,
