@@ -70,8 +70,9 @@ def mad_index(
 
     Source: Neural Cleanse, section IV; equation 6 of the reverse-generator paper.
 
-    >>> mad_index(torch.tensor([10., 20, 30, 40, 50, 60, 70, 80, 90, 5])).label
-    9
+    Examples:
+        >>> mad_index(torch.tensor([10., 20, 30, 40, 50, 60, 70, 80, 90, 5])).label
+        9
     """
     values = _check(scores)
     if side not in ("lower", "upper") or median not in ("mid", "low"):

@@ -164,8 +164,9 @@ class ReverseConfig:
     def stops(self) -> tuple[int, ...]:
         """The steps, each the end of a round, after which labels are compared; last of all the end.
 
-        >>> ReverseConfig(steps=100, round_steps=20, milestones=(0.3, 0.5)).stops()
-        (40, 60, 100)
+        Examples:
+            >>> ReverseConfig(steps=100, round_steps=20, milestones=(0.3, 0.5)).stops()
+            (40, 60, 100)
         """
         rounds = {-int(-share * self.steps // self.round_steps) for share in self.milestones}
         early = (count * self.round_steps for count in sorted(rounds))

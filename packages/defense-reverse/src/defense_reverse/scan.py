@@ -122,8 +122,9 @@ def detection_case(flagged: Collection[int], target: int) -> int:
 
     Source: section 4.2.
 
-    >>> [detection_case(flagged, 0) for flagged in ((0,), (0, 3), (3,), ())]
-    [1, 2, 3, 4]
+    Examples:
+        >>> [detection_case(flagged, 0) for flagged in ((0,), (0, 3), (3,), ())]
+        [1, 2, 3, 4]
     """
     if target < 0 or any(label < 0 for label in flagged):
         raise ValueError(f"expected labels >= 0, got flagged {tuple(flagged)} and target {target}")

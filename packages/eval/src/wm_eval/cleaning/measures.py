@@ -33,8 +33,9 @@ def der(acc_before: float, asr_before: float, acc_after: float, asr_after: float
         minimization" (2023). A popular benchmark adds the loss of accuracy in one of its two
         functions of this name; the sign here is the definition's.
 
-    >>> der(0.9, 1.0, 0.8, 0.0)
-    0.95
+    Examples:
+        >>> der(0.9, 1.0, 0.8, 0.0)
+        0.95
     """
     for name, rate in zip(
         ("acc_before", "asr_before", "acc_after", "asr_after"),

@@ -1,0 +1,312 @@
+"""Write the figures and the defaults into the pages of attacks and defences, from records and code.
+
+Run ``python tools/render_pages.py`` after records were added or a default was changed; a test holds
+the pages to them. A page is written by hand down to its marker, and by this tool after it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from wm_eval.artefact_section import filter_table
+from wm_eval.attacks.gather import TITLES as ATTACK_TITLES
+from wm_eval.attacks.gather import read_study
+from wm_eval.attacks.tables import table1, table2
+from wm_eval.cleaning.config import TITLES as METHOD_TITLES
+from wm_eval.cleaning.gather import read_cleaning
+from wm_eval.cleaning.tables import cleaning_page
+from wm_eval.defence_sections import CLEANINGS, DETECTS, INDICES, POPULATION
+from wm_eval.detectors import detector
+from wm_eval.paper2.index_figure import index_page
+from wm_eval.paper2.tables import pages as detect_pages
+from wm_eval.population.summary import read_scans, summarise
+from wm_eval.population.tables import population_tables
+from wm_eval.records import read_records, write_text
+from wm_eval.tables import ABSENT, Table, to_markdown
+from wm_inject.cli_common import run_cli
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, DOCS = ROOT / "results", ROOT / "docs"
+MARK = "<!-- What follows is written by tools/render_pages.py from code and records. -->"
+NO_RECORD = "No study here has measured it yet."
+_DATA = {"attacks-cifar10": "CIFAR-10", "attacks-mnist": "MNIST"}
+_RATES = {"cda": "CDA, %", "asr": "ASR, %", "ftr": "false triggers, %"}
+_RECIPES = {"plain": "", "corrupted": ", victims trained under corruptions"}
+
+
+class Settings(NamedTuple):
+    """A class whose defaults a page shows."""
+
+    where: str  # module:class
+    presets: tuple[str, ...] = ()
+
+
+_T, _R = "wm_inject.triggers", "defense_reverse.baselines"
+_PROFILES = ("tiny", "small", "paper")
+_SIZES = ("small", "paper")
+ATTACK_PAGES: dict[str, tuple[Settings, ...]] = {
+    "badnets": (Settings(f"{_T}.badnets:BadNetsTrigger"),),
+    "blend": (Settings(f"{_T}.blend:BlendTrigger"),),
+    "refool": (Settings(f"{_T}.refool:RefoolTrigger"),),
+    "blindnet": (Settings(f"{_T}.blindnet:BlindNetTrigger"),),
+    "ssba": (
+        Settings(f"{_T}.ssba:SsbaTrigger"),
+        Settings(f"{_T}.ssba_config:SsbaConfig", _PROFILES),
+    ),
+    "sig": (Settings(f"{_T}.sig:SigTrigger"),),
+    "ftrojan": (Settings(f"{_T}.ftrojan:FTrojanTrigger"),),
+    "lf": (Settings(f"{_T}.lf:LfTrigger"), Settings(f"{_T}.lf_fit:LfConfig", _PROFILES)),
+    "wanet": (Settings(f"{_T}.wanet:WaNetTrigger"),),
+    "marksman": (
+        Settings(f"{_T}.marksman:MarksmanTrigger"),
+        Settings(f"{_T}.marksman_hook:MarksmanConfig", _PROFILES),
+    ),
+    "input-aware": (
+        Settings(f"{_T}.input_aware:InputAwareTrigger"),
+        Settings(f"{_T}.input_aware_fit:InputAwareConfig", _PROFILES),
+    ),
+    "watermark": (
+        Settings(f"{_T}.watermark:WatermarkTrigger"),
+        Settings("wm_extract:JointConfig", ("robust", "paper")),
+    ),
+}
+_RIVALS = "defense_reverse.rivals"
+DETECTOR_PAGES = {
+    "neural-cleanse": ("nc", Settings("defense_nc:NCConfig", ("fast", "robust", "paper"))),
+    "reverse-generators": (
+        "reverse",
+        Settings("defense_reverse:ReverseConfig", ("fast", "robust", "paper")),
+    ),
+    "feature-re": ("feature-re", Settings("defense_reverse:FeatureREConfig", _SIZES)),
+    "bti-dbf": ("bti-dbf", Settings("defense_reverse:BtiDbfConfig", _SIZES)),
+}
+METHOD_PAGES = {
+    "unlearning": (
+        ("unlearning-nc", "unlearning-reverse", "control"),
+        Settings("defense_reverse:Unlearning", ("small", "paper", "nc")),
+    ),
+    "neuron-pruning": (("neuron-pruning",), Settings("defense_nc:NeuronPruning")),
+    "fine-tuning": (
+        ("fine-tuning", "control"),
+        Settings("defense_reverse:FineTuning", ("small", "paper", "reverse")),
+    ),
+    "fine-pruning": (("fine-pruning",), Settings("defense_reverse:FinePruning", _SIZES)),
+    "nad": (("nad",), Settings("defense_reverse:NAD", _SIZES)),
+    "anp": (("anp",), Settings("defense_reverse:ANP", _SIZES)),
+    "i-bau": (("i-bau",), Settings("defense_reverse:IBAU", _SIZES)),
+    "ft-sam": (("ft-sam",), Settings("defense_reverse:FTSAM", _SIZES)),
+}
+IMAGE_PAGES = {
+    "strip": Settings("defense_nc:Strip", _SIZES),
+    "input-filter": Settings("defense_nc:InputFilter"),
+    "discriminant-filter": Settings("defense_nc:DiscriminantFilter"),
+}
+
+
+def render_pages(results: Path) -> Iterator[tuple[Path, str]]:
+    """Each page's file, below docs/, and what stands in it after its marker."""
+    measured = list(_attack_tables(results))
+    for name, shown in ATTACK_PAGES.items():
+        tables = _of_attack(measured, ATTACK_TITLES[name])
+        yield Path("attacks", f"{name}.md"), _tail(shown, tables)
+    scanned = list(_detector_tables(results))
+    for page, (name, settings) in DETECTOR_PAGES.items():
+        title = detector(name).title
+        tables = [
+            *pick(scanned, "detector", {title}),
+            *_crosses(scanned, title),
+            *_index_tables(results, name),
+        ]
+        yield Path("defences", f"{page}.md"), _tail((settings,), tables)
+    cleaned = list(_cleaning_tables(results))
+    for page, (names, settings) in METHOD_PAGES.items():
+        titles = {METHOD_TITLES[n] for n in names}
+        titles |= {f"{title}, forced" for title in titles}
+        yield Path("defences", f"{page}.md"), _tail((settings,), pick(cleaned, "method", titles))
+    filters = filter_table(read_records(results / "artefacts-cifar10" / "records"))
+    for page, settings in IMAGE_PAGES.items():
+        tables = [filters] if page == "discriminant-filter" else []
+        yield Path("defences", f"{page}.md"), _tail((settings,), tables)
+
+
+def _tail(settings: Iterable[Settings], tables: Sequence[Table]) -> str:
+    parts = ["## Settings", "", *(to_markdown(settings_table(one)) for one in settings)]
+    parts += ["## Measured here", ""]
+    if not tables:
+        return "\n".join([*parts, NO_RECORD, ""])
+    parts += ["From records; [results](../../results/README.md) has the commands.", ""]
+    return "\n".join([*parts, *(to_markdown(table) for table in tables)])
+
+
+def settings_table(settings: Settings) -> Table:
+    """Every setting of a class with its default, and with what its presets change it to."""
+    module, _, name = settings.where.partition(":")
+    made = getattr(import_module(module), name)
+    defaults = dict(_defaults(made))
+    presets = [made.preset(preset) for preset in settings.presets]
+    headers = ("setting", *(settings.presets or ("default",)))
+    rows = tuple(
+        (f"`{key}`", *([_told(getattr(p, key)) for p in presets] or [_told(default)]))
+        for key, default in defaults.items()
+    )
+    title = f"{name} ({module.partition('.')[0]})"
+    return Table(name, title, headers, rows)
+
+
+def _defaults(made: type) -> Iterator[tuple[str, Any]]:
+    if is_dataclass(made):
+        for field in fields(made):
+            factory = field.default_factory
+            yield field.name, field.default if factory is MISSING else factory()
+        return
+    for key, parameter in signature(made).parameters.items():
+        given = parameter.default
+        yield key, MISSING if given is parameter.empty else given
+
+
+def _told(value: Any) -> str:
+    if value is MISSING:
+        return "required"
+    if is_dataclass(value):
+        return "its own settings"
+    if isinstance(value, float):
+        return f"`{value:.4g}`"
+    return f"`{value!r}`"
+
+
+def pick(tables: Iterable[Table], column: str, wanted: Collection[str]) -> list[Table]:
+    """The rows of tables where a column says one of these things, without that column if alone."""
+    found = []
+    for table in tables:
+        if column not in table.headers:
+            continue
+        place = table.headers.index(column)
+        rows = [row for row in table.rows if row[place] in wanted]
+        if not rows:
+            continue
+        kept = [n for n in range(len(table.headers)) if n != place or len({r[n] for r in rows}) > 1]
+        headers = tuple(table.headers[n] for n in kept)
+        cut = tuple(tuple(row[n] for n in kept) for row in rows)
+        found.append(table._replace(headers=headers, rows=cut))
+    return found
+
+
+def _attack_tables(results: Path) -> Iterator[Table]:
+    """Tables that have a column for the attack, with the data in their titles."""
+    for name in _DATA:
+        study = read_study(results / name)
+        for recipe, told in _RECIPES.items():
+            if study.started(recipe):
+                for table in table1(study, recipe).tables[:3]:
+                    yield table._replace(title=f"{table.title}: {_DATA[name]}{told}")
+        stealth = table2(study).tables[0]
+        yield stealth._replace(title=f"{stealth.title}: {_DATA[name]}")
+    populations = population_tables(summarise(read_scans(results / POPULATION)))
+    crosses = next(table for table in populations if table.name == "cross")
+    yield crosses._replace(title="Found by the defences, on many small models")
+    scans = [(name, index_page(results / name).tables[0]) for name in INDICES]
+    headers = ("detector", *scans[0][1].headers)
+    rows = tuple((_scanner(name), *row) for name, table in scans for row in table.rows)
+    yield Table("scans", "One victim on CIFAR-10, scanned", headers, rows, scans[0][1].note)
+
+
+def _of_attack(measured: Iterable[Table], title: str) -> list[Table]:
+    """What was measured of one attack; the three rates of a study side by side."""
+    mine = [table for table in pick(measured, "attack", {title}) if _says_something(table)]
+    rates = [table for table in mine if "source" in table.headers]
+    others = [table for table in mine if "source" not in table.headers]
+    groups: dict[str, list[Table]] = {}
+    for table in rates:
+        groups.setdefault(table.title.partition(": ")[2], []).append(table)
+    return [*(_side_by_side(title, group) for title, group in groups.items()), *others]
+
+
+def _says_something(table: Table) -> bool:
+    skipped = {"source", "seeds", "attack"}
+    kept = [n for n, header in enumerate(table.headers) if header not in skipped]
+    ours = [r for r in table.rows if "source" not in table.headers or "measured" in r]
+    return any(row[n] != ABSENT for row in ours for n in kept)
+
+
+def _side_by_side(where: str, group: Sequence[Table]) -> Table:
+    """Three tables of one row, or of two with the paper's, as columns of one, by corruption."""
+    columns: dict[str, Mapping[str, str]] = {}
+    for table in group:
+        measure = _RATES[table.name.rpartition("-")[2]]
+        for row in table.rows:
+            cells = dict(zip(table.headers, row, strict=True))
+            source = cells.pop("source")
+            cells.pop("seeds")
+            columns[measure if source == "measured" else f"{measure}, paper"] = cells
+    corruptions = next(iter(columns.values()))
+    rows = tuple((c, *(column[c] for column in columns.values())) for c in corruptions)
+    note = (
+        "CDA: clean test images classified right. ASR: images of other classes that get the target "
+        "label with the trigger. False triggers: the same without it."
+    )
+    return Table("rates", f"Rates: {where}", ("corruption", *columns), rows, note)
+
+
+def _detector_tables(results: Path) -> Iterator[Table]:
+    yield from population_tables(summarise(read_scans(results / POPULATION)))
+    for name in DETECTS:
+        for page in detect_pages(results / name):
+            yield from page.tables
+
+
+def _crosses(tables: Iterable[Table], title: str) -> list[Table]:
+    """The column of one detector in the table of attacks by detectors."""
+    found = []
+    for table in tables:
+        if table.name == "cross" and title in table.headers:
+            kept = [table.headers.index(name) for name in ("attack", "lowest ASR", title)]
+            headers = ("attack", "lowest ASR", "target named")
+            rows = tuple(tuple(row[n] for n in kept) for row in table.rows)
+            found.append(table._replace(headers=headers, rows=rows, title="By attack"))
+    return found
+
+
+def _scanner(folder: str) -> str:
+    name = folder.removeprefix("figure3-cifar10").lstrip("-") or "nc"
+    return str(detector(name).title)
+
+
+def _index_tables(results: Path, name: str) -> list[Table]:
+    wanted = detector(name).title
+    pages = [index_page(results / folder) for folder in INDICES if _scanner(folder) == wanted]
+    return [page.tables[0]._replace(title="One victim of each attack, CIFAR-10") for page in pages]
+
+
+def _cleaning_tables(results: Path) -> Iterator[Table]:
+    for name, (title, _) in CLEANINGS.items():
+        for table in cleaning_page(read_cleaning(results / name)).tables:
+            if table.name in ("cleaning", "cleaning-clean"):
+                yield table._replace(title=f"{title}: {table.title.lower()}")
+
+
+def with_tail(page: str, tail: str) -> str:
+    """A page with what follows its marker written anew.
+
+    Raises:
+        ValueError: The page has no marker, or several.
+    """
+    if page.count(MARK) != 1:
+        raise ValueError(f"expected one line {MARK!r}, got {page.count(MARK)}")
+    return f"{page.partition(MARK)[0]}{MARK}\n\n{tail}"
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    for name, tail in render_pages(RESULTS):
+        page = DOCS / name
+        write_text(page, with_tail(page.read_text(encoding="utf-8"), tail))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(_main))

@@ -1,0 +1,174 @@
+"""What the documentation says about code and records is so, and the site builds."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import logging
+import re
+from pathlib import Path
+
+import pytest
+from tools import release
+from tools.docs_site import OUTSIDE, site_links
+from tools.render_pages import (
+    ATTACK_PAGES,
+    DOCS,
+    MARK,
+    METHOD_PAGES,
+    NO_RECORD,
+    RESULTS,
+    pick,
+    render_pages,
+    settings_table,
+    with_tail,
+)
+from tools.render_results import ATTACKS as STUDIES
+
+from wm_eval.cleaning.config import TITLES
+from wm_eval.tables import Table
+from wm_inject import ATTACKS
+
+ROOT = release.ROOT
+PAGES = sorted(DOCS.rglob("*.md"))
+NAV = re.compile(r"^ +- (?:.+: )?(\S+\.md)$", re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def rendered() -> dict[Path, str]:
+    return dict(render_pages(RESULTS))
+
+
+def test_pages_say_what_code_and_records_say(rendered: dict[Path, str]) -> None:
+    stale = [
+        str(name)
+        for name, tail in rendered.items()
+        if (page := (DOCS / name).read_text(encoding="utf-8")) != with_tail(page, tail)
+    ]
+    assert stale == [], "run python tools/render_pages.py"
+
+
+def test_every_attack_and_every_method_has_a_page_with_figures(rendered: dict[Path, str]) -> None:
+    assert set(ATTACK_PAGES) == {*ATTACKS, "watermark"}
+    assert {name for names, _ in METHOD_PAGES.values() for name in names} == set(TITLES)
+    without = [name.stem for name, tail in rendered.items() if NO_RECORD in tail]
+    assert without == ["strip", "input-filter"]
+    assert set(STUDIES) == {"attacks-cifar10", "attacks-mnist"}, "tell tools/render_pages.py"
+    for name, tail in rendered.items():
+        head = (DOCS / name).read_text(encoding="utf-8").partition(MARK)[0]
+        for part in ("```text\n", "- **Source**: ", "- **Code**: ", "- **Needs**: ", "## Pitfalls"):
+            assert part in head, f"{name} lacks {part!r}"
+        assert "| --- |" in tail
+
+
+def test_figures_stand_below_the_marker_only() -> None:
+    for name in ATTACK_PAGES:
+        head = (DOCS / "attacks" / f"{name}.md").read_text(encoding="utf-8").partition(MARK)[0]
+        assert not re.search(r"\d\.\d ?%|\d dB", head.replace("34.3 dB", "")), name
+
+
+def test_a_page_without_its_marker_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected one line"):
+        with_tail("# Title\n", "tail")
+
+
+def test_picked_rows_keep_a_column_that_tells_them_apart() -> None:
+    table = Table("t", "T", ("who", "what"), (("a", "1"), ("b", "2"), ("c", "3")))
+    (one,) = pick([table], "who", {"a"})
+    assert one.headers == ("what",) and one.rows == (("1",),)
+    (two,) = pick([table], "who", {"a", "b"})
+    assert two.rows == (("a", "1"), ("b", "2"))
+    assert pick([table], "who", {"z"}) == [] and pick([table], "else", {"a"}) == []
+
+
+def test_a_table_of_settings_shows_presets_or_defaults() -> None:
+    table = settings_table(ATTACK_PAGES["badnets"][0])
+    assert ("`image_size`", "required") in table.rows and ("`margin`", "`0`") in table.rows
+    assert settings_table(ATTACK_PAGES["lf"][1]).headers == ("setting", "tiny", "small", "paper")
+
+
+def defined_in(path: Path) -> set[str]:
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return {n.name for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, kinds)}
+
+
+def source(name: str) -> Path | None:
+    found = list(ROOT.glob(f"packages/*/src/{name}"))
+    return found[0] if found else None
+
+
+def test_the_walk_names_what_is_there_and_visits_each_file_once() -> None:
+    stops = re.split(r"^### \d+\. ", (DOCS / "walk.md").read_text(), flags=re.MULTILINE)[1:]
+    files = [re.match(r"`([a-z_0-9/]+\.py)`\n", stop) for stop in stops]
+    names = [found[1] for found in files if found]
+    assert len(names) == len(stops) > 20 and len(set(names)) == len(names)
+    for name, stop in zip(names, stops, strict=True):
+        path = source(name)
+        assert path, f"{name} is gone"
+        told = set(re.findall(r"`(\w+)\(\)`", stop))
+        missing = told - defined_in(path)
+        assert missing == set(), f"{name} has no {missing}"
+
+
+def test_the_walk_looks_back_only() -> None:
+    stops = re.split(r"^### ", (DOCS / "walk.md").read_text(), flags=re.MULTILINE)[1:]
+    for number, stop in enumerate(stops, start=1):
+        body = stop.partition("\n## ")[0]
+        assert stop.startswith(f"{number}. ")
+        named = re.findall(r"stops? (\d+)(?: to (\d+))?", body)
+        assert all(int(one) < number for pair in named for one in pair if one), stop
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
+def test_a_page_names_files_and_imports_that_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"`((?:wm|defense)_[a-z]+/[a-z_0-9/]+\.(?:py|json))`", text)
+    assert [name for name in named if source(name) is None] == []
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    known = hasattr(module, alias.name)
+                    assert known or source(f"{node.module.replace('.', '/')}/{alias.name}.py")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
+def test_links_of_a_page_lead_somewhere(page: Path) -> None:
+    uri = page.relative_to(DOCS).as_posix()
+    site_links(page.read_text(encoding="utf-8"), uri, lambda name: True)
+
+
+def test_every_page_is_in_the_menu() -> None:
+    menu = NAV.findall((ROOT / "mkdocs.yml").read_text())
+    pages = {page.relative_to(DOCS).as_posix() for page in PAGES}
+    assert set(menu) == pages | set(OUTSIDE) and len(menu) == len(set(menu))
+
+
+def test_links_are_led_to_the_site_or_dropped() -> None:
+    def led(text: str, uri: str) -> str:
+        return site_links(text, uri, {"results/README.md", "house.md", "README.md"}.__contains__)
+
+    assert led("[r](../results/README.md#a)", "house.md") == "[r](results/README.md#a)"
+    assert led("[h](docs/house.md)", "README.md") == "[h](house.md)"
+    assert led("[p](packages) and [s](docs/responsible-use.md)", "README.md") == "p and s"
+    assert led("[x](#here) [y](https://example.org)", "README.md").count("](") == 2
+    assert led("```\n[p](packages)\n```\n", "README.md") == "```\n[p](packages)\n```\n"
+    with pytest.raises(ValueError, match="which is not there"):
+        led("[x](gone.md)", "house.md")
+
+
+def test_the_site_builds_strictly_and_fetches_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("mkdocs", reason="the site's generator is not installed")
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    with caplog.at_level(logging.WARNING):
+        build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path), strict=True))
+    assert (tmp_path / "walk.html").is_file() and (tmp_path / "api" / "wm-inject.html").is_file()
+    outside = re.compile(r"""<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=["']?(https?:|//)""")
+    for page in tmp_path.rglob("*.html"):
+        found = outside.search(page.read_text(encoding="utf-8"))
+        assert found is None, f"{page.name} fetches {found}"
