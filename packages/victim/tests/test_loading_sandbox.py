@@ -158,3 +158,20 @@ def test_script_that_passes_the_listing_still_reaches_nothing(
     command = [sys.executable, "-W", "ignore", "-c", control, str(path)]
     subprocess.run(command, capture_output=True, timeout=60, check=False)
     assert marker.exists()
+
+
+@pytest.mark.parametrize(("queued", "ends"), [(0.0, False), (10.0, True), (100.0, False)])
+def test_waiting_for_a_processor_is_not_held_against_a_child(
+    queued: float, ends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    naps = 1.0 if queued < 100 else 60.0  # however much it waited, the time has an end
+    monkeypatch.setattr(runner, "_queued", lambda _: queued)
+    command = [sys.executable, "-S", "-c", f"import time; time.sleep({naps})"]
+    assert runner._watch(command, tmp_path, 0.8) == (0 if ends else None)
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").is_file(), reason="nobody counts the waiting")
+def test_the_time_in_a_queue_is_the_kernels() -> None:
+    assert 0 < runner._queued(os.getpid()) < 1e6
+    assert runner._queued(2**22 + 1) == 0.0  # no such process

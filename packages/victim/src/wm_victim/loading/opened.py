@@ -26,7 +26,9 @@ class Limits:
         max_bytes: The largest file, or model with its external data, in bytes.
         memory: Bytes of private memory for a child on a small file.
         memory_per_byte: Further bytes for each byte of the file.
-        seconds: CPU and wall-clock seconds for a child on a small file, its start included.
+        seconds: CPU and wall-clock seconds for a child on a small file, its start included. Time
+            in which it was ready and a busy machine had no processor for it does not count, up to
+            three times as much.
         bytes_per_second: The file's bytes that earn one second more.
         max_nodes: Nodes of an ONNX graph, its functions expanded.
         max_tensors: Tensors of one file, and records of one archive.
