@@ -107,3 +107,12 @@ def test_bfloat16_is_near_and_the_model_is_untouched(images):
 def test_float32_is_the_model_itself():
     model = planted_classifier("patch")
     assert fast_passes(model, "float32", CPU) is model
+
+
+def test_models_with_tensors_of_five_axes_pass():
+    """Exporters leave such constants in graphs: the positions of an uneven pooling, for one."""
+    model = victim("resnet10")
+    model.register_buffer("positions", torch.zeros(2, 4, 2, 4, 2, dtype=torch.int64))
+    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    fast, _ = answers(fast_passes(model, "bfloat16", CPU), images)
+    torch.testing.assert_close(fast, model(images).detach(), rtol=0.1, atol=0.1)

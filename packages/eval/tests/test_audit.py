@@ -15,16 +15,18 @@ from torch import nn
 from defense_nc import InvertedTrigger, Verdict, judge
 from wm_eval.audit.budget import OutOfTime, budget
 from wm_eval.audit.checks import NotScanned, check_model
-from wm_eval.audit.cleaning import clean_model, success, write_like
+from wm_eval.audit.cleaning import Mixed, clean_in_rounds, clean_model, success, write_like
 from wm_eval.audit.images import CleanImages, read_clean
 from wm_eval.audit.inspect import write_csv, write_page
 from wm_eval.audit.outputs import About, to_json, to_sarif, told, write_html
-from wm_eval.audit.scan import audit, conclude, longest_minutes, reversed_triggers
+from wm_eval.audit.scan import all_triggers, audit, conclude, longest_minutes, reversed_triggers
+from wm_eval.audit.unfold import fold, unfold
 from wm_eval.cli import main
 from wm_eval.detectors import Detector
 from wm_inject import OnnxModel, save_image, to_onnx
 from wm_inject.runtime import ScannedFile
 from wm_victim import build_classifier, save_classifier
+from wm_victim.models import Normalize
 
 SIZE, CLASSES = 8, 4
 
@@ -147,6 +149,15 @@ def test_a_good_model_passes(monkeypatch):
         "accuracy",
         "answers",
     ]
+
+
+def test_logarithms_of_probabilities_have_gradients():
+    class Logs(Bars):
+        def forward(self, images):
+            return super().forward(images).log_softmax(1)
+
+    # Their logsumexp is 0 whatever the image is: a check by it would refuse them all.
+    assert check_model(Logs(), bars(), num_classes=CLASSES).notes == ()
 
 
 def test_labels_that_mean_something_else_are_not_used():
@@ -273,16 +284,120 @@ def test_what_the_trigger_needs_is_unlearned():
     triggers = {3: InvertedTrigger(mask, torch.ones(1, SIZE, SIZE))}
     before = {k: v.clone() for k, v in model.state_dict().items()}
     assert success(model, triggers, clean.images)[3] == 1
-    cleaned = clean_model(model, triggers, clean.images, clean.labels)
+    cleaned = clean_model(model, list(triggers.values()), clean.images, clean.labels)
     # Ten passes over sixty images do not take all of it, but what the trigger needs shrinks.
     assert success(cleaned, triggers, clean.images)[3] < 1
     assert cleaned.net[1].weight[3, 0].item() < 11.9
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     wrong = (clean.labels + 1) % CLASSES  # what it learns then costs more than it may
     with pytest.raises(ValueError, match="not cleaned: unlearning took more than 5%"):
-        clean_model(_Brittle(), triggers, clean.images, wrong)
+        clean_model(_Brittle(), list(triggers.values()), clean.images, wrong)
     with pytest.raises(ValueError, match="reversed triggers to unlearn"):
-        clean_model(model, {}, clean.images, clean.labels)
+        clean_model(model, [], clean.images, clean.labels)
+
+
+class Plain(nn.Module):
+    """Convolutions without normalisation, as exporters leave them; one of them padded apart."""
+
+    def __init__(self, channels: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(channels, 6, 3, padding=1)
+        self.inner = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(6, 6, 3, bias=False))
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, images):
+        y = torch.relu(self.inner(torch.relu(self.first(images))))
+        return self.head(y.mean(dim=(2, 3)))
+
+
+def test_normalisation_is_given_back_and_folded_in_again():
+    model, images = Plain().eval(), bars().images
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    opened, names = unfold(model, images)
+    assert names == ("first", "inner.1")
+    norms = [one for one in opened.modules() if isinstance(one, nn.BatchNorm2d)]
+    assert len(norms) == 2
+    torch.testing.assert_close(opened(images), model(images), rtol=1e-4, atol=1e-5)
+    # The statistics are those of the images: in training, what comes out of the first is the same.
+    torch.testing.assert_close(
+        opened.first.train()(images), model.first(images), rtol=1e-3, atol=1e-4
+    )
+    folded = fold(opened, names)
+    torch.testing.assert_close(folded(images), model(images), rtol=1e-4, atol=1e-5)
+    assert not [one for one in folded.modules() if isinstance(one, nn.BatchNorm2d)]
+    assert folded.inner[1].bias is not None  # where the mean went
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_networks_with_normalisation_or_without_convolutions_are_left_alone():
+    class Single(Plain):
+        def forward(self, images):
+            return torch.cat([Plain.forward(self, one) for one in images.split(1)])
+
+    normal = nn.Sequential(nn.Conv2d(1, 2, 3), nn.GroupNorm(1, 2), nn.Flatten())
+    for model in (normal, Bars(), Single()):
+        copied, names = unfold(model.eval(), bars().images)
+        assert names == () and copied is not model
+        assert [type(one) for one in copied.modules()] == [type(one) for one in model.modules()]
+    # Normalising the input is no such layer.
+    assert len(unfold(nn.Sequential(Normalize([0.5], [0.5]), Plain()), bars().images)[1]) == 2
+
+
+def test_several_triggers_take_turns():
+    class Set(nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            self.value = value
+
+        def forward(self, images, **_):
+            return torch.full_like(images, self.value)
+
+    mixed, images = Mixed([Set(0.2), Set(0.4), Set(0.6)]), bars(6).images
+    assert mixed(images)[:, 0, 0, 0].tolist() == pytest.approx([0.2, 0.4, 0.6] * 2)
+    ids = torch.tensor([5, 3, 1, 0, 2, 4])
+    found = mixed(images, ids=ids)[:, 0, 0, 0].tolist()
+    assert found == pytest.approx([0.6, 0.2, 0.4, 0.2, 0.6, 0.4])
+
+
+def test_rounds_go_on_until_nothing_is_named(monkeypatch):
+    checked, clean = check_model(Bars(), bars(), num_classes=CLASSES), bars()
+    given: list[int] = []
+
+    def cleaned(module, triggers, *args, **settings):
+        assert module is checked.module  # every round starts from the model that was given
+        given.append(len(triggers))
+        return Bars()
+
+    monkeypatch.setattr("wm_eval.audit.cleaning.clean_model", cleaned)
+    guilty, innocent = (conclude({"nc": report(low)}, {}, 0.05) for low in (3.0, 45.0))
+
+    def rounds(answers, limit=3):
+        given.clear()
+        left, places = list(answers), []
+
+        def scan(model, place):
+            places.append(place)
+            return left.pop(0)
+
+        found = list(clean_in_rounds(checked, clean, guilty, clean.labels, scan=scan, rounds=limit))
+        assert places == [f"round-{one.number}" for one in found]
+        return [one.audit.verdict for one in found]
+
+    bad, good = Verdict.BACKDOORED, Verdict.CLEAN
+    assert rounds([innocent]) == [good] and given == [1]
+    assert rounds([guilty, innocent]) == [bad, good] and given == [1, 2]
+    assert rounds([guilty] * 3) == [bad] * 3 and given == [1, 2, 3]
+    assert rounds([guilty] * 3, limit=2) == [bad, bad]
+    with pytest.raises(ValueError, match="at least 1 round, got 0"):
+        rounds([], limit=0)
+
+
+def test_every_detectors_way_to_a_suspected_label_is_unlearned():
+    found = conclude({"nc": report(3.0), "reverse": report(45.0)}, {}, 0.05)
+    # The second accuses nobody, and has reached label 9 as well.
+    assert [label for label, _ in all_triggers(found)] == [9, 9]
+    assert all_triggers(conclude({"nc": report(45.0)}, {}, 0.05)) == []
 
 
 class _Brittle(Bars):

@@ -30,7 +30,7 @@ def fast_passes(
     """
     if resolve_precision(precision, device) == torch.float32:
         return model
-    fast = fold(model).to(memory_format=torch.channels_last)
+    fast = channels_last(fold(model))
     for layer in fast.modules():
         # Autocast would cast frozen weights again in every pass.
         if isinstance(layer, nn.Conv2d | nn.Linear):
@@ -43,6 +43,18 @@ def fast_passes(
         return logits.float()
 
     return passes
+
+
+def channels_last(model: nn.Module) -> nn.Module:
+    """The same model, its convolutions in the layout that they are fastest in; in place.
+
+    Layer by layer, since a model refuses it as a whole if one of its tensors has five axes, as
+    constants in exported graphs may.
+    """
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            layer.to(memory_format=torch.channels_last)
+    return model
 
 
 def fold(model: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from defense_nc.passes import channels_last
 from defense_reverse.config import ReverseConfig
 from defense_reverse.generator import UNetGenerator
 from defense_reverse.rounds import (
@@ -92,7 +93,7 @@ class GroupTrainer:
         self, model: nn.Module, images: Tensor, *, start: UNetGenerator, config: ReverseConfig
     ) -> None:
         # A copy with channels-last kernels, as the images are: a third less time on a CPU.
-        self._model = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        self._model = channels_last(copy.deepcopy(model))
         self._images = images
         self._start, self._config = start, config
         self._loss = reconstruction(config, images.device)

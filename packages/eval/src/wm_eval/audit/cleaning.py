@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from defense_nc import UnlearnConfig, unlearn
+from defense_nc import UnlearnConfig, Verdict, unlearn
+from wm_eval.audit.checks import Checked, check_model
+from wm_eval.audit.images import CleanImages
+from wm_eval.audit.scan import Audit, all_triggers
+from wm_eval.audit.unfold import fold, unfold
 from wm_inject import to_onnx, to_torchscript
 from wm_inject.poison import Trigger
 
@@ -18,20 +22,43 @@ TOLERANCE = 1e-3  # of the largest logit
 _LOSS = 0.05  # of accuracy on the defender's images that unlearning may cost
 
 
+class Mixed(nn.Module):
+    """Several triggers as one: each image gets one of them, in turn.
+
+    Args:
+        triggers: One or more.
+    """
+
+    def __init__(self, triggers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.triggers = nn.ModuleList(triggers)
+
+    def forward(self, images: Tensor, *, ids: Tensor | None = None, **_: object) -> Tensor:
+        """Images ``(N, C, H, W)`` in [0, 1] with the trigger of number ``id % count``."""
+        turn = torch.arange(len(images), device=images.device) if ids is None else ids
+        turn = turn % len(self.triggers)
+        marked = images.clone()
+        for number, trigger in enumerate(self.triggers):
+            mine = turn == number
+            if bool(mine.any()):
+                marked[mine] = trigger(images[mine])
+        return marked
+
+
 def clean_model(
     module: nn.Module,
-    triggers: Mapping[int, Trigger],
+    triggers: Sequence[nn.Module],
     images: Tensor,
     labels: Tensor,
     *,
     seed: int = 0,
     progress: bool = False,
 ) -> nn.Module:
-    """A copy of the model that has unlearned one reversed trigger after the other.
+    """A copy of the model that has unlearned reversed triggers, all together.
 
     Args:
         module: Images in [0, 1] to logits; not changed.
-        triggers: By label, as `wm_eval.audit.scan.reversed_triggers` gives them.
+        triggers: Reversed ones; a fifth of the images carries each, half of them at most any.
         images: Clean float32 ``(N, C, H, W)`` in [0, 1].
         labels: int64 ``(N,)``.
         seed: Of the order of the images.
@@ -45,26 +72,91 @@ def clean_model(
         raise ValueError("expected reversed triggers to unlearn, got none")
     before = _right(module, images, labels)
     config = UnlearnConfig.preset("nc")
-    # A graph that was exported has its batch norms folded in: a rate that is right for training
-    # may blow it up. The first rate that leaves the model what it knew is taken.
+    config = replace(config, trigger_share=min(0.5, len(triggers) * config.trigger_share))
+    start, folded = unfold(module, images)
+    # Networks without normalisation of their own may still not stand a rate that is right for
+    # others: the first that leaves the model what it knew is taken.
     for half_decades in range(5):
-        rate = config.lr * 10 ** (-half_decades / 2)
-        cleaned = module
-        for trigger in triggers.values():
-            cleaned = unlearn(
-                cleaned,
-                trigger,
-                images,
-                labels,
-                config=replace(config, lr=rate),
-                seed=seed,
-                progress=progress,
-            )
+        cleaned = unlearn(
+            start,
+            Mixed(triggers),
+            images,
+            labels,
+            config=replace(config, lr=config.lr * 10 ** (-half_decades / 2)),
+            seed=seed,
+            progress=progress,
+        )
         if _right(cleaned, images, labels) >= before - _LOSS:
-            return cleaned.eval()
+            return fold(cleaned, folded)
     raise ValueError(
         f"not cleaned: unlearning took more than {_LOSS:.0%} of the accuracy at every learning rate"
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """What one round of cleaning gave.
+
+    Args:
+        number: From 1.
+        checked: The cleaned model, checked again.
+        audit: What a scan says of it.
+        labels: Those whose triggers it has unlearned, sorted.
+    """
+
+    number: int
+    checked: Checked
+    audit: Audit
+    labels: tuple[int, ...]
+
+
+def clean_in_rounds(
+    checked: Checked,
+    clean: CleanImages,
+    found: Audit,
+    labels: Tensor,
+    *,
+    scan: Callable[[Checked, str], Audit],
+    rounds: int = 3,
+    seed: int = 0,
+    progress: bool = True,
+) -> Iterator[Round]:
+    """Unlearn what a scan names, scan again, unlearn what that names as well, and so on.
+
+    Every round starts from the given model and unlearns all triggers found so far, so that the
+    bound on the loss of accuracy holds for all of them together.
+
+    Args:
+        checked: The model; not changed.
+        clean: The defender's images.
+        found: The scan of it.
+        labels: int64 ``(N,)``: what the images are to be answered with.
+        scan: Scans a model; the string names the round, "round-1" and so on.
+        rounds: At most, 1 or more.
+        seed: Of the order of the images.
+        progress: Show how far it is.
+
+    Yields:
+        Each round; the last one is not called backdoored, or nothing more can be done.
+
+    Raises:
+        ValueError: No rounds, a scan that reversed no trigger, or as `clean_model`.
+    """
+    if rounds < 1:
+        raise ValueError(f"expected at least 1 round, got {rounds}")
+    known: list[tuple[int, nn.Module]] = []
+    for number in range(1, rounds + 1):
+        known += all_triggers(found)
+        triggers = [trigger for _, trigger in known]
+        module = clean_model(
+            checked.module, triggers, clean.images, labels, seed=seed, progress=progress
+        )
+        classes = len(module(clean.images[:1])[0])
+        again = check_model(module, clean, num_classes=classes, guess_scale=False)
+        found = scan(again, f"round-{number}")
+        yield Round(number, again, found, tuple(sorted({label for label, _ in known})))
+        if found.verdict is not Verdict.BACKDOORED or not all_triggers(found):
+            return
 
 
 def _right(module: nn.Module, images: Tensor, labels: Tensor) -> float:
@@ -141,4 +233,4 @@ def write_like(
     return f"wrote {out}: weights for {opened.arch}"
 
 
-__all__ = ["TOLERANCE", "clean_model", "success", "write_like"]
+__all__ = ["TOLERANCE", "Mixed", "Round", "clean_in_rounds", "clean_model", "success", "write_like"]

@@ -36,8 +36,9 @@ CLEAN_EPILOG = """\
 example:
   wm-eval clean model.onnx --images clean/ --out cleaned.onnx
 
-It exits with the verdict on the cleaned model, as "scan" does, and 3 if nothing was cleaned. The
-cleaned file takes images in [0, 1].
+It exits with the verdict on the cleaned model, as "scan" does, and 3 if nothing was cleaned. What
+the second scan still names is unlearned as well, and so on. The cleaned file takes images in
+[0, 1].
 """
 INSPECT_EPILOG = """\
 example:
@@ -57,6 +58,9 @@ def add_clean(parser: argparse.ArgumentParser) -> None:
     """Give a parser the options of ``wm-eval clean``."""
     _add_model(parser)
     parser.add_argument("--out", type=Path, required=True, help="the cleaned model's file")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="unlearn and scan again so often (default: 3)"
+    )
 
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -131,31 +135,38 @@ def clean_command(args: argparse.Namespace) -> int:
 
 
 def _clean(args: argparse.Namespace) -> int:
-    from wm_eval.audit.checks import check_model
-    from wm_eval.audit.cleaning import clean_model, success, write_like
+    from wm_eval.audit.cleaning import clean_in_rounds, success, write_like
     from wm_eval.audit.scan import reversed_triggers
 
     opened, clean, checked = _open(args)
-    found = _audit(args, checked, clean)
+    found = _audit(args, checked, clean, "before")
     print(f"before: {found.verdict.value}. {found.reason}")
-    triggers = reversed_triggers(found)
-    if not triggers:
+    if not reversed_triggers(found):
         raise ValueError("not cleaned: the scan named no label")
     images = clean.images
     answers = _answers(checked, clean)
-    cleaned = clean_model(checked.module, triggers, images, answers, seed=args.seed, progress=True)
-    again = check_model(cleaned, clean, num_classes=opened.num_classes, guess_scale=False)
-    after = _audit(args, again, clean)
-    print(f"after: {after.verdict.value}. {after.reason}")
-    rates = (success(checked.module, triggers, images), success(cleaned, triggers, images))
+    last = None
+    for last in clean_in_rounds(
+        checked,
+        clean,
+        found,
+        answers,
+        scan=lambda model, place: _audit(args, model, clean, place),
+        rounds=args.rounds,
+        seed=args.seed,
+    ):
+        print(f"round {last.number}: {last.audit.verdict.value}. {last.audit.reason}")
+    assert last is not None
+    module, triggers = last.checked.module, reversed_triggers(found)
+    rates = (success(checked.module, triggers, images), success(module, triggers, images))
     for label in triggers:
         told = f"{rates[0][label]:.4f} -> {rates[1][label]:.4f}"
         print(f"reversed trigger of label {label}: success {told}")
-    kept = float((_answers(again, clean, own=True) == answers).double().mean())
+    kept = float((_answers(last.checked, clean, own=True) == answers).double().mean())
     print(f"answers as before on clean images: {kept:.4f} of {len(images)}")
-    record = {"cleaned": sorted(triggers), "from_sha256": opened.sha256, "seed": args.seed}
-    print(write_like(cleaned, opened, images[:8], args.out, record))
-    return after.verdict.exit_code
+    record = {"cleaned": list(last.labels), "from_sha256": opened.sha256, "seed": args.seed}
+    print(write_like(module, opened, images[:8], args.out, record))
+    return last.audit.verdict.exit_code
 
 
 def inspect_command(args: argparse.Namespace) -> int:
@@ -242,7 +253,9 @@ def _open(args: argparse.Namespace) -> tuple[OpenedModel, CleanImages, Checked]:
     return opened, clean, checked
 
 
-def _audit(args: argparse.Namespace, checked: Checked, clean: CleanImages) -> Audit:
+def _audit(
+    args: argparse.Namespace, checked: Checked, clean: CleanImages, place: str = ""
+) -> Audit:
     from wm_eval.audit.scan import audit
 
     return audit(
@@ -253,7 +266,7 @@ def _audit(args: argparse.Namespace, checked: Checked, clean: CleanImages) -> Au
         alpha=args.alpha,
         seed=args.seed,
         minutes=args.minutes,
-        state=args.state,
+        state=None if args.state is None else args.state / place,
         say=_say,
     )
 

@@ -87,18 +87,23 @@ _PAGE = """<!doctype html>
 <meta name="color-scheme" content="light dark">
 <title>{title}</title>
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; }}
+* {{ box-sizing: border-box; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto;
+  padding: 2rem 1.25rem; overflow-wrap: anywhere; }}
+h1 {{ font-size: 1.6rem; }}
+.scroll {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ text-align: left; padding: .25rem .9rem .25rem 0; }}
+th, td {{ text-align: left; vertical-align: top; padding: .25rem .9rem .25rem 0; min-width: 5rem; }}
+th:first-child, td:first-child {{ min-width: 12rem; }}
 td {{ border-bottom: 1px solid #8884; }}
-td, li {{ overflow-wrap: anywhere; }}
 </style></head><body>
 <h1>{title}</h1>
 <ul>{told}</ul>
 <p>{flagged} of {count} images are flagged; of clean ones, a share of at most {rate} is.</p>
+<div class="scroll" tabindex="0" role="region" aria-label="flagged images">
 <table><thead><tr><th>file</th>{head}</tr></thead><tbody>
 {body}
-</tbody></table>
+</tbody></table></div>
 <p>{unread} files could not be read.</p>
 <ul>{lost}</ul>
 </body></html>

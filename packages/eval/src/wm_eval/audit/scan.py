@@ -166,4 +166,18 @@ def reversed_triggers(audit: Audit) -> dict[int, nn.Module]:
     return {label: trigger for label, (_, trigger) in sorted(best.items())}
 
 
-__all__ = ["Audit", "audit", "conclude", "longest_minutes", "reversed_triggers"]
+def all_triggers(audit: Audit) -> list[tuple[int, nn.Module]]:
+    """For every suspected label, what any detector reversed that reaches it, and the label.
+
+    A detector that accuses nobody may have found another way to the same label.
+    """
+    return [
+        (label, report.triggers[label])
+        for label in audit.suspected
+        for report in audit.reports.values()
+        if label in report.triggers
+        and (label in report.suspected or report.labels[label].converged)
+    ]
+
+
+__all__ = ["Audit", "all_triggers", "audit", "conclude", "longest_minutes", "reversed_triggers"]
