@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -59,8 +63,28 @@ def test_the_page_loads_nothing_from_anywhere(study: Path) -> None:
     assert page.loads
     assert all(src.startswith(("data:image/png;base64,", "#")) for src in page.loads)
     assert "http://" not in text and "https://" not in text
-    assert "@import" not in text and "<script" not in text
+    assert "@import" not in text
     assert all(url.startswith("url(#") for url in re.findall(r"url\([^)]*", text))
+
+
+def test_only_the_pages_own_script_may_run(study: Path) -> None:
+    """The one that ships, by its hash: whatever a record smuggled in would not run."""
+    text, _ = read(study)
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    assert text.count("<script") == 1
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)
+    assert policy is not None
+    assert (
+        policy[1].startswith("default-src 'none'") and f"script-src 'sha256-{digest}'" in policy[1]
+    )
+    for word in ("fetch(", "XMLHttpRequest", "eval(", "innerHTML", "http"):
+        assert word not in script
+
+
+def test_the_slider_is_there_only_with_the_images_it_needs(study: Path) -> None:
+    assert 'id="gain"' in read(study)[0]
+    assert 'id="gain"' not in render_report(study, dataset_images=False).read_text()
 
 
 def test_the_page_is_accessible_and_follows_the_light(study: Path) -> None:
@@ -176,3 +200,17 @@ def test_images_of_the_data_set_can_stay_out_of_the_page(tmp_path: Path, study: 
     without = render_report(study, dataset_images=False).read_text(encoding="utf-8")
     assert "image 1, " in whole
     assert without.count("<img") == whole.count("<img") - 2 * 2  # two rows, two kinds
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_a_browser_runs_the_pages_script_and_nothing_else(study: Path) -> None:
+    page = render_report(study)
+    text = page.read_text(encoding="utf-8")
+    page.write_text(text.replace("</main>", "</main><script>document.title = 'taken'</script>"))
+    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    shown = subprocess.run(
+        [*browser, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    ).stdout
+    assert "<p hidden" in text and "<p hidden" not in shown  # the slider came to life
+    assert 'role="button"' in shown and '<th scope="col"><button>' in shown
+    assert "<title>taken" not in shown

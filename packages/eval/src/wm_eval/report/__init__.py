@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -39,7 +40,8 @@ def render_report(folder: str | Path, *, dataset_images: bool = True) -> Path:
     records = read_records(folder / "records")
     page = folder / "report.html"
     kinds = tuple(k for k in KINDS if dataset_images or k not in OF_THE_DATA)
-    write_text(page, _template().render(**_content(records, folder / "pictures", kinds)))
+    content = _content(records, folder / "pictures", kinds) | _script()
+    write_text(page, _template().render(**content))
     return page
 
 
@@ -55,6 +57,15 @@ def _template() -> Any:
     return environment.from_string(source)
 
 
+def _script() -> dict[str, Any]:
+    """The page's script, and the hash by which the page allows it and no other."""
+    from markupsafe import Markup
+
+    text = resources.files(__package__).joinpath("report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return {"script": Markup(text), "script_hash": f"sha256-{digest}"}
+
+
 def _content(records: Mapping[str, Record], pictures: Path, kinds: Sequence[str]) -> dict[str, Any]:
     tables = {table.name: table for table in study_tables(records)}
     first = next(iter(records.values()))
@@ -67,6 +78,7 @@ def _content(records: Mapping[str, Record], pictures: Path, kinds: Sequence[str]
         "one run; nothing was typed.",
         "headline": headline(records),
         "gain": mark["gain"] if mark else 1,
+        "kinds": kinds,
         "rows": _rows(mark, pictures, kinds) if mark else [],
         "watermark": _picture(pictures, mark["watermark"], "the watermark") if mark else None,
         "tables": tables,
@@ -149,8 +161,9 @@ def _picture(folder: Path, picture: Mapping[str, Any], alt: str) -> dict[str, An
 
 
 def _command(study: Mapping[str, Any], seed: int) -> str:
-    if study.get("name") == "demo":
-        return f"wm-eval demo --seed {seed} --out runs/demo"
+    if study.get("name") in ("demo", "demo-pretrained"):
+        how = "" if study["name"] == "demo" else " --pretrained"
+        return f"wm-eval demo{how} --seed {seed} --out runs/{study['name']}"
     return f"wm-eval run study.toml --seed {seed} --out runs/{study.get('name', 'study')}"
 
 
