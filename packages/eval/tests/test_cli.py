@@ -90,10 +90,12 @@ def test_demo_and_run_hand_over_what_was_asked(
     file = tmp_path / "a.toml"
     file.write_text('name = "mine"\nseed = 5')
     assert code(["demo", "--seed", "3", "--device", "cpu"]) == 0
+    assert code(["demo", "--pretrained", "--device", "cpu"]) == 0
     assert code(["run", str(file), "--out", "there", "--device", "cpu"]) == 0
     assert code(["run", str(file), "--out", "there", "--device", "cpu", "--seed", "2"]) == 0
     assert asked == [
         ("demo", 3, "runs/demo", "cpu"),
+        ("demo-pretrained", 0, "runs/demo-pretrained", "cpu"),
         ("mine", 5, "there", "cpu"),
         ("mine", 2, "there", "cpu"),
     ]

@@ -17,12 +17,27 @@ from torch import nn
 from defense_nc import InvertedTrigger, NCConfig, UnlearnConfig, judge
 from defense_reverse import ReverseConfig
 from wm_eval import experiment, stages
-from wm_eval.config import DefenceConfig, MeasureConfig, StudyConfig, VictimConfig
+from wm_eval.config import (
+    DataConfig,
+    DefenceConfig,
+    MeasureConfig,
+    StudyConfig,
+    VictimConfig,
+    plain,
+)
 from wm_eval.experiment import run_study
+from wm_eval.presets import study_preset
 from wm_eval.stages import Defence, chosen_label
 from wm_eval.workspace import Made
 from wm_extract import JointConfig, JointLosses, JointResult, UNetExtractor
-from wm_inject import ViTInjector, default_watermark, save_image
+from wm_inject import (
+    ViTInjector,
+    WatermarkTrigger,
+    default_watermark,
+    load_trigger,
+    pretrained_card,
+    save_image,
+)
 from wm_victim import TrainConfig, TrainHistory
 
 STAGES = [
@@ -135,6 +150,47 @@ def test_every_stage_leaves_a_record_and_is_done_once(
     for path in tmp_path.glob("records/*.json"):
         if not path.name.endswith(".env.json"):
             assert "seconds" not in path.read_text(encoding="utf-8")
+
+
+def test_a_study_may_start_from_ready_made_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes = Fakes(monkeypatch, named=4)
+    ready = replace(CONFIG, pretrained="tiny-32-grey")
+    result = run_study(ready, tmp_path, progress=False)
+    assert sorted(result.records) == STAGES
+    assert fakes.calls == ["clean", "backdoored", *SCANNED, *SCANNED]
+    record, card = result.records["injector"], pretrained_card("tiny-32-grey")
+    assert record.config["settings"]["pretrained"] == "tiny-32-grey"
+    assert record.config["settings"]["card"] == card["sha256"]
+    assert record.values["trained_on"] == card["data"] and card["data"]
+    kept = load_trigger(tmp_path / "models/trigger.safetensors").state_dict()
+    for name, value in WatermarkTrigger.from_pretrained("tiny-32-grey").state_dict().items():
+        assert torch.equal(kept[name], value)
+    first = study_bytes(tmp_path)
+    run_study(ready, tmp_path, progress=False)
+    assert len(fakes.calls) == 10 and study_bytes(tmp_path) == first
+
+
+def test_ready_made_weights_fit_the_images_or_are_refused(tmp_path: Path) -> None:
+    for settings, told in (
+        (
+            {"pretrained": "tiny-32"},
+            "of 3 channels and 32 px for the weights tiny-32, got 1 and 32",
+        ),
+        ({"pretrained": "tiny-32-grey", "data": DataConfig(image_size=28)}, "got 1 and 28"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            run_study(replace(CONFIG, **settings), tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"expected ready-made weights in .*'huge'"):
+        replace(CONFIG, pretrained="huge")
+    with pytest.raises(ValueError, match="expected pretrained or a watermark"):
+        replace(CONFIG, pretrained="tiny-32-grey", watermark="a.png")
+
+
+def test_studies_from_before_keep_their_settings() -> None:
+    assert "pretrained" not in plain(study_preset("demo"))
+    assert plain(study_preset("demo-pretrained"))["pretrained"] == "tiny-32-grey"
 
 
 def test_only_a_named_label_is_used_for_cleaning(

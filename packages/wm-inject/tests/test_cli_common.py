@@ -1,11 +1,20 @@
 from __future__ import annotations
 
 import io
+import sys
 
 import pytest
 import torch
 
-from wm_inject.cli_common import EXIT_USAGE, Parser, add_common, progress, resolve_device, run_cli
+from wm_inject.cli_common import (
+    EXIT_USAGE,
+    Parser,
+    add_common,
+    add_completion,
+    progress,
+    resolve_device,
+    run_cli,
+)
 
 
 class Terminal(io.StringIO):
@@ -44,6 +53,23 @@ def test_version_and_help(capsys):
     with pytest.raises(SystemExit):
         parser().parse_args(["--help"])
     assert "examples:\n  wm-demo go" in capsys.readouterr().out
+
+
+def test_a_shell_can_complete_the_whole_command(capsys, monkeypatch):
+    pytest.importorskip("shtab", reason="shtab is not installed")
+    built = Parser(prog="wm-demo")
+    add_completion(built)
+    go = built.add_subparsers(dest="command").add_parser("go", help="go there")
+    add_common(go, version="1.2.3")
+    with pytest.raises(SystemExit) as caught:
+        built.parse_args(["--completion", "bash"])
+    said = capsys.readouterr().out
+    assert caught.value.code == 0 and "--device" in said and "complete -o" in said
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit) as caught:
+        built.parse_args(["--completion", "bash"])
+    assert caught.value.code == EXIT_USAGE
+    assert "pip install shtab" in capsys.readouterr().err
 
 
 def test_resolve_device():

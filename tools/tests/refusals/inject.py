@@ -294,6 +294,7 @@ TABLE = Table(
             ),
         },
         "load_trigger": checkpoint_files(wm.load_trigger),
+        "pretrained_card": {"name": lambda _: wm.pretrained_card("huge")},
         "save_checkpoint": {
             "nan": lambda tmp: wm.save_checkpoint(tmp / "c", kind="x", config={}, state=NAN),
             "kind": lambda tmp: wm.save_checkpoint(tmp / "c", kind="", config={}, state={}),

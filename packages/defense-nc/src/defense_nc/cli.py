@@ -17,7 +17,7 @@ from defense_nc.scan_cli import (
     verdict_code,
     write_outputs,
 )
-from wm_inject.cli_common import Parser, add_common, run_cli
+from wm_inject.cli_common import Parser, add_common, add_completion, run_cli
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,6 +57,7 @@ def _parser() -> Parser:
         epilog=_EPILOG,
     )
     parser.add_argument("--version", action="version", version=f"defense-nc {__version__}")
+    add_completion(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     scan = commands.add_parser("scan", help="is there a backdoor?", epilog=_EPILOG)
     add_inputs(scan, presets=_PRESETS, images=500)

@@ -18,7 +18,7 @@ from defense_nc.scan_cli import (
 )
 from defense_reverse.__about__ import __version__
 from defense_reverse.config import PRESETS
-from wm_inject.cli_common import Parser, add_common, run_cli
+from wm_inject.cli_common import Parser, add_common, add_completion, run_cli
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,6 +56,7 @@ def _parser() -> Parser:
         epilog=_EPILOG,
     )
     parser.add_argument("--version", action="version", version=f"defense-reverse {__version__}")
+    add_completion(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     scan = commands.add_parser("scan", help="is there a backdoor?", epilog=_EPILOG)
     add_inputs(scan, presets=tuple(PRESETS), images=500)

@@ -42,7 +42,7 @@ from wm_eval.population.cli import (
     add_population,
     population_command,
 )
-from wm_inject.cli_common import Parser, add_common, resolve_device, run_cli
+from wm_inject.cli_common import Parser, add_common, add_completion, resolve_device, run_cli
 
 if TYPE_CHECKING:
     from wm_eval.attacks.config import AttackStudyConfig
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 _EPILOG = """\
 examples:
   wm-eval demo                                plant, find and remove a backdoor in minutes
+  wm-eval demo --pretrained                   the same, sooner: the watermark is trained already
   wm-eval run study.toml --out runs/cifar10   a study of your own, or the rest of it
   wm-eval detect --out runs/detection         the reverse-generator paper's experiment on MNIST
   wm-eval population --profile tiny           error rates of both defences, on many small models
@@ -108,9 +109,13 @@ def _main(argv: Sequence[str] | None) -> int:
         epilog=_EPILOG,
     )
     add_common(parser, version=__version__)
+    add_completion(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser("demo", help="the whole story on real digits, in minutes")
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: runs/demo")
+    demo.add_argument("--out", type=Path, help="default: runs/demo, or runs/demo-pretrained")
+    demo.add_argument(
+        "--pretrained", action="store_true", help="start from a watermark that ships: sooner done"
+    )
     run = commands.add_parser(
         "run", help="run a study from a TOML file, or the rest of it", epilog=_RUN_EPILOG
     )
@@ -220,10 +225,12 @@ def _study(given: argparse.Namespace) -> int:
 
     config: StudyConfig
     if given.command == "demo":
-        config = replace(study_preset("demo"), seed=given.seed)
+        preset = "demo-pretrained" if given.pretrained else "demo"
+        config = replace(study_preset(preset), seed=given.seed)
     else:
         config = load_study(given.config, seed=given.seed)
-    result = run_study(config, given.out, device=str(resolve_device(given.device)))
+    out = given.out or Path("runs") / config.name
+    result = run_study(config, out, device=str(resolve_device(given.device)))
     _tell(result)
     return 0
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from defense_nc import NCConfig, UnlearnConfig
 from defense_reverse import ReverseConfig
 from wm_extract import PAPER_CORRUPTIONS, JointConfig, named_corruption
-from wm_inject import PoisonPlan
+from wm_inject import PoisonPlan, pretrained_card
 from wm_victim import TrainConfig
 
 T = TypeVar("T")
@@ -134,6 +134,8 @@ class StudyConfig:
         seed: The one seed; it takes the place of the seeds inside the tables.
         data: The images.
         joint: Training of injector and extractor.
+        pretrained: Take injector and extractor ready-made instead, by a name in
+            `wm_inject.PRETRAINED`; ``joint`` then plays no role.
         watermark: Path of a picture to hide; the one that ships if None.
         strength: Gain on the change that the injector makes, at poisoning time.
         plan: Which training images are poisoned, and to what label.
@@ -147,7 +149,8 @@ class StudyConfig:
         reverse_cleaning: Unlearning with the reversed generator.
 
     Raises:
-        ValueError: A negative seed or strength, or a plan that no static poisoning can follow.
+        ValueError: A negative seed or strength, unknown weights, weights and a watermark, or a plan
+            that no static poisoning can follow.
     """
 
     name: str = "study"
@@ -155,6 +158,7 @@ class StudyConfig:
     data: DataConfig = DataConfig()
     joint: JointConfig = field(default_factory=JointConfig)
     watermark: str | None = None
+    pretrained: str | None = field(default=None, metadata={"later": True})
     strength: float = 1.0
     plan: PoisonPlan = field(default_factory=PoisonPlan)
     victim: VictimConfig = VictimConfig()
@@ -171,6 +175,10 @@ class StudyConfig:
             raise ValueError(f"expected a seed >= 0, got {self.seed}")
         if self.strength <= 0:
             raise ValueError(f"expected strength > 0, got {self.strength}")
+        if self.pretrained is not None:
+            pretrained_card(self.pretrained)
+            if self.watermark is not None:
+                raise ValueError("expected pretrained or a watermark: weights bring their own")
         if self.plan.mode != "static":
             raise ValueError("expected a static plan: a study poisons its training set once")
 

@@ -26,14 +26,17 @@ from wm_eval.stages import (
     measure_victims,
     scan_victim,
     stage_settings,
+    take_mark,
     train_mark,
     train_victim,
 )
 from wm_eval.study import Study
 from wm_eval.workspace import Made, Workspace, file_digest
+from wm_inject import pretrained_card
 from wm_victim import load_dataset
 
 ATTACK = ("data", "joint", "watermark", "strength")
+READY_MADE = ("data", "pretrained", "strength")
 
 
 @dataclass(frozen=True)
@@ -95,9 +98,13 @@ def _stages(study: Study) -> None:
         return stage_settings(study.config, *sections)
 
     do("data", settings("data", "measure"), (), lambda _: describe_data(study))
-    # A picture may change under its name; the injector depends on what is in it.
-    mark = {"watermark_sha256": file_digest(study.config.watermark)}
-    do("injector", settings(*ATTACK) | mark, ("data",), lambda at: train_mark(study, at))
+    # A picture or weights may change under their name; the injector depends on what is in them.
+    if study.config.pretrained is None:
+        mark = {"watermark_sha256": file_digest(study.config.watermark)}
+        do("injector", settings(*ATTACK) | mark, ("data",), lambda at: train_mark(study, at))
+    else:
+        card = {"card": pretrained_card(study.config.pretrained)["sha256"]}
+        do("injector", settings(*READY_MADE) | card, ("data",), lambda _: take_mark(study))
     do("watermark", settings("measure"), ("injector",), lambda _: measure_mark(study))
     training = ("data", "victim", "train")
     do(

@@ -7,6 +7,7 @@ change what it likes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from defense_nc import NCConfig, UnlearnConfig
 from defense_reverse import ReverseConfig
@@ -34,6 +35,11 @@ def demo() -> StudyConfig:
     )
 
 
+def demo_pretrained() -> StudyConfig:
+    """The demo with a watermark that ships, and that was trained on some of these images too."""
+    return replace(demo(), name="demo-pretrained", pretrained="tiny-32-grey")
+
+
 def cifar10() -> StudyConfig:
     """CIFAR-10, 20 thousand training images: about half an hour on two CPU cores."""
     return StudyConfig(
@@ -52,11 +58,15 @@ def cifar10() -> StudyConfig:
     )
 
 
-PRESETS: dict[str, Callable[[], StudyConfig]] = {"demo": demo, "cifar10": cifar10}
+PRESETS: dict[str, Callable[[], StudyConfig]] = {
+    "demo": demo,
+    "cifar10": cifar10,
+    "demo-pretrained": demo_pretrained,
+}
 
 
 def study_preset(name: str) -> StudyConfig:
-    """A study by name: "demo" or "cifar10".
+    """A study by name: "demo", "cifar10" or "demo-pretrained".
 
     Raises:
         ValueError: No such study.

@@ -37,6 +37,7 @@ from wm_extract import UNetExtractor, train_jointly
 from wm_inject import (
     WatermarkTrigger,
     load_image,
+    pretrained_card,
     quantize,
     save_checkpoint,
     save_trigger,
@@ -91,7 +92,7 @@ def describe_data(study: Study) -> Made:
 
 def train_mark(study: Study, checkpoint: Path) -> Made:
     """Train injector and extractor together, without labels and without a victim."""
-    config, space = study.config, study.space
+    config = study.config
     result = train_jointly(
         study.data.train.images.to(study.device),
         config=config.joint,
@@ -103,15 +104,7 @@ def train_mark(study: Study, checkpoint: Path) -> Made:
     trigger = WatermarkTrigger(
         result.injector.cpu(), watermark=result.watermark.cpu(), strength=config.strength
     )
-    metadata = {"seed": config.seed, "data": study.data.fingerprint}
-    save_trigger(trigger, space.path(TRIGGER), metadata)
-    save_checkpoint(
-        space.path(EXTRACTOR),
-        kind=UNetExtractor.kind,
-        config=result.extractor.config,
-        state=result.extractor.state_dict(),
-        metadata=metadata,
-    )
+    _save_mark(study, trigger, result.extractor)
     values = {
         "recipe": config.joint.recipe,
         "size": config.joint.size,
@@ -120,6 +113,44 @@ def train_mark(study: Study, checkpoint: Path) -> Made:
         "history": [row._asdict() for row in result.history],
     }
     return Made(values, (TRIGGER, EXTRACTOR))
+
+
+def take_mark(study: Study) -> Made:
+    """Take injector and extractor as they ship, trained beforehand."""
+    config, data = study.config, study.data
+    assert config.pretrained is not None
+    card = pretrained_card(config.pretrained)
+    wanted, got = (card["channels"], card["image_size"]), (data.channels, data.image_size)
+    if got != wanted:
+        raise ValueError(
+            f"expected images of {wanted[0]} channels and {wanted[1]} px for the weights "
+            f"{config.pretrained}, got {got[0]} and {got[1]}"
+        )
+    ready = WatermarkTrigger.from_pretrained(config.pretrained)
+    trigger = WatermarkTrigger(ready.injector, watermark=ready.watermark, strength=config.strength)
+    extractor = UNetExtractor.from_pretrained(config.pretrained)
+    _save_mark(study, trigger, extractor)
+    values = {
+        "recipe": card["recipe"],
+        "size": card["size"],
+        "trained_on": card["data"],
+        "injector_parameters": parameters(trigger),
+        "extractor_parameters": parameters(extractor),
+    }
+    return Made(values, (TRIGGER, EXTRACTOR))
+
+
+def _save_mark(study: Study, trigger: WatermarkTrigger, extractor: UNetExtractor) -> None:
+    """Write both where the later stages read them."""
+    metadata = {"seed": study.config.seed, "data": study.data.fingerprint}
+    save_trigger(trigger, study.space.path(TRIGGER), metadata)
+    save_checkpoint(
+        study.space.path(EXTRACTOR),
+        kind=UNetExtractor.kind,
+        config=extractor.config,
+        state=extractor.state_dict(),
+        metadata=metadata,
+    )
 
 
 def measure_mark(study: Study) -> Made:

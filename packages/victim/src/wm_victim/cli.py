@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wm_inject.cli_common import Parser, add_common, resolve_device, run_cli
+from wm_inject.cli_common import Parser, add_common, add_completion, resolve_device, run_cli
 from wm_inject.cli_export import add_export_options, export_module, form, told
 from wm_victim.__about__ import __version__
 from wm_victim.cli_options import add_attack, add_model, check_attack
@@ -56,6 +56,7 @@ def _parser() -> Parser:
         epilog=_EPILOG,
     )
     parser.add_argument("--version", action="version", version=f"wm-victim {__version__}")
+    add_completion(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     data = commands.add_parser("data", help="what is in a data set", epilog=_EPILOG)
     data.add_argument("data", metavar="NAME", help=_DATA_HELP)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wm_extract.__about__ import __version__
-from wm_inject.cli_common import Parser, add_common, resolve_device, run_cli
+from wm_inject.cli_common import Parser, add_common, add_completion, resolve_device, run_cli
 from wm_inject.cli_export import add_export_options, example_images, form, told
+from wm_inject.pretrained import PRETRAINED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 EPILOG = """examples:
   wm-extract train photos/ --image-size 32 --out mark/
   wm-extract train photos/ --image-size 64 --watermark logo.png --psnr 40 --out mark/
+  wm-extract detect incoming/ --pretrained tiny-32
   wm-extract detect incoming/ --detector mark/detector.safetensors --json found.json
   wm-extract export --uint8 mark/detector.safetensors detector.onnx
 
@@ -28,6 +30,7 @@ Train only on images you may use; mark only images you own or may audit with. Th
 def _parser() -> Parser:
     parser = Parser(prog="wm-extract", description=__doc__, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"wm-extract {__version__}")
+    add_completion(parser)
     commands = parser.add_subparsers(dest="command", required=True)
 
     train = commands.add_parser("train", help="train injector and extractor on a folder of images")
@@ -48,7 +51,14 @@ def _parser() -> Parser:
 
     detect = commands.add_parser("detect", help="which images of a folder carry the watermark")
     detect.add_argument("images", type=Path, help="folder of images (searched recursively)")
-    detect.add_argument("--detector", type=Path, required=True, help="detector.safetensors")
+    which = detect.add_mutually_exclusive_group(required=True)
+    which.add_argument("--detector", type=Path, help="detector.safetensors")
+    which.add_argument(
+        "--pretrained",
+        choices=PRETRAINED,
+        metavar="NAME",
+        help=f"a detector that ships: {', '.join(PRETRAINED)}",
+    )
     detect.add_argument("--json", type=Path, help="write every image's score here")
     add_common(detect, version=__version__)
 
@@ -134,12 +144,15 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _detect(args: argparse.Namespace) -> int:
-    from wm_extract.detect import load_detector
+    from wm_extract.detect import MarkDetector, load_detector
     from wm_inject import list_images, load_image, to_float
     from wm_inject.cli_common import progress
     from wm_inject.files import write_json
 
-    detector = load_detector(args.detector)
+    if args.pretrained:
+        detector = MarkDetector.from_pretrained(args.pretrained)
+    else:
+        detector = load_detector(args.detector)
     device = resolve_device(args.device)
     detector.extractor.to(device)
     size, channels = detector.watermark.shape[-1], detector.extractor.config["channels"]

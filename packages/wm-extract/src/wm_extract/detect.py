@@ -11,9 +11,18 @@ import torch
 from torch import Tensor
 
 from wm_extract.unet import UNetExtractor
-from wm_inject import CheckpointError, check_images, load_checkpoint, save_checkpoint
+from wm_inject import (
+    Checkpoint,
+    CheckpointError,
+    check_images,
+    load_checkpoint,
+    save_checkpoint,
+)
+from wm_inject.pretrained import read_pretrained
 from wm_inject.vit import check_watermark
 
+KIND = "mark-detector"
+WEIGHTS = Path(__file__).parent / "weights"
 MIN_CALIBRATION = 50
 CLIP = 1e-4  # keeps the score's logit finite
 
@@ -145,6 +154,19 @@ class MarkDetector:
             threshold = max(threshold, (threshold + lowest) / 2)
         return cls(extractor, watermark, threshold, false_positive_rate, len(clean))
 
+    @classmethod
+    def from_pretrained(cls, name: str) -> MarkDetector:
+        """The detector of the mark that `wm_inject.WatermarkTrigger.from_pretrained` hides.
+
+        Args:
+            name: One of `wm_inject.PRETRAINED`, such as "tiny-32".
+
+        Raises:
+            ValueError: No weights of this name.
+            CheckpointError: The file is not the one that was shipped.
+        """
+        return _detector(read_pretrained(name, kind=KIND, folder=WEIGHTS))
+
     def detect(self, images: Tensor) -> Detection:
         """Decide for every image.
 
@@ -192,7 +214,7 @@ def save_detector(detector: MarkDetector, path: str | Path) -> None:
     """Write a detector with its extractor and watermark to one checkpoint."""
     save_checkpoint(
         path,
-        kind="mark-detector",
+        kind=KIND,
         config={
             "extractor": detector.extractor.config,
             "threshold": detector.threshold,
@@ -212,21 +234,26 @@ def load_detector(path: str | Path) -> MarkDetector:
     Raises:
         CheckpointError: Not a detector's checkpoint, or damaged.
     """
-    saved = load_checkpoint(path, kind="mark-detector")
+    saved = load_checkpoint(path, kind=KIND)
     try:
-        extractor = UNetExtractor(**saved.config["extractor"])
-        prefix = "extractor."
-        weights = {k[len(prefix) :]: v for k, v in saved.state.items() if k.startswith(prefix)}
-        extractor.load_state_dict(weights)
-        return MarkDetector(
-            extractor.eval(),
-            saved.state["watermark"],
-            float(saved.config["threshold"]),
-            float(saved.config["false_positive_rate"]),
-            int(saved.config["calibrated_on"]),
-        )
+        return _detector(saved)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         first = str(error).splitlines()[0]
         raise CheckpointError(
             f"{Path(path).name} is not a detector we can read: {first}"
         ) from error
+
+
+def _detector(saved: Checkpoint) -> MarkDetector:
+    """The detector in a checkpoint that `save_detector` wrote."""
+    extractor = UNetExtractor(**saved.config["extractor"])
+    prefix = "extractor."
+    weights = {k[len(prefix) :]: v for k, v in saved.state.items() if k.startswith(prefix)}
+    extractor.load_state_dict(weights)
+    return MarkDetector(
+        extractor.eval(),
+        saved.state["watermark"].float(),  # weights may be stored in 16 bits
+        float(saved.config["threshold"]),
+        float(saved.config["false_positive_rate"]),
+        int(saved.config["calibrated_on"]),
+    )

@@ -47,6 +47,24 @@ class UNetExtractor(nn.Module):
         )
         self.heads = nn.ModuleList(nn.Conv2d(level, 1, 1) for level in widths[2::-1])
 
+    @classmethod
+    def from_pretrained(cls, name: str) -> UNetExtractor:
+        """The trained extractor that belongs to `wm_inject.ViTInjector.from_pretrained`.
+
+        In evaluation mode. `MarkDetector.from_pretrained` gives it with its watermark and a
+        threshold.
+
+        Args:
+            name: One of `wm_inject.PRETRAINED`, such as "small-32".
+
+        Raises:
+            ValueError: No weights of this name.
+            CheckpointError: The file is not the one that was shipped.
+        """
+        from wm_extract.detect import MarkDetector  # which imports this module
+
+        return MarkDetector.from_pretrained(name).extractor
+
     def scales(self, images: Tensor) -> list[Tensor]:
         """The three supervised logit maps, coarse to fine, each upsampled to ``(N, 1, H, W)``.
 

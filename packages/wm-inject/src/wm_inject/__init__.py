@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from wm_inject.poison import Poisoned as Poisoned
     from wm_inject.poison import PoisonPlan as PoisonPlan
     from wm_inject.poison import Trigger as Trigger
+    from wm_inject.pretrained import PRETRAINED as PRETRAINED
+    from wm_inject.pretrained import pretrained_card as pretrained_card
     from wm_inject.runtime import Extractor as Extractor
     from wm_inject.runtime import OnnxModel as OnnxModel
     from wm_inject.runtime import Poisoner as Poisoner
@@ -74,6 +76,7 @@ _MODULES = {
     "images": "check_images check_labels check_pixels list_images load_image quantize save_image"
     " to_float to_pixels",
     "poison": "CoTraining PoisonPlan Poisoned Trigger",
+    "pretrained": "PRETRAINED pretrained_card",
     "runtime": "Extractor OnnxModel Poisoner Scanner poison_folder",
     "stealth": "Lpips LpipsUnavailable find_lpips_weights linf psnr ssim",
     "attacks": "ATTACKS Attack FitContext attack",

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from wm_inject.__about__ import __version__
-from wm_inject.cli_common import Parser, add_common, resolve_device, run_cli
+from wm_inject.cli_common import Parser, add_common, add_completion, resolve_device, run_cli
 from wm_inject.cli_export import add_export
 from wm_inject.cli_fit import add_fit
 from wm_inject.cli_poison import add_poison
@@ -18,6 +18,7 @@ from wm_inject.cli_scan import add_scan
 from wm_inject.cli_serve import add_serve
 
 _EPILOG = """examples:
+  wm-inject poison --pretrained tiny-32 photos/ poisoned/
   wm-inject poison --trigger wanet --seed 1 photos/ poisoned/
   wm-inject fit --trigger ssba photos/ trigger.safetensors
   wm-inject poison --checkpoint trigger.safetensors photos/ poisoned/
@@ -43,6 +44,7 @@ def _main(argv: Sequence[str] | None) -> int:
         epilog=_EPILOG,
     )
     parser.add_argument("--version", action="version", version=f"wm-inject {__version__}")
+    add_completion(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_poison(commands.add_parser("poison", help="put a trigger into the images of a folder"))
     add_fit(commands.add_parser("fit", help="fit a trigger to images: ssba, blindnet"))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 EXIT_USAGE = 64
 EXIT_INTERRUPTED = 130
 DEVICES = ("auto", "cpu", "cuda")
+SHELLS = ("bash", "zsh", "tcsh")
 T = TypeVar("T")
 
 
@@ -51,6 +52,32 @@ def add_common(parser: argparse.ArgumentParser, *, version: str) -> None:
     group.add_argument("--seed", type=int, default=0, help="seed of every draw (default: 0)")
     package = parser.prog.split()[0]
     group.add_argument("--version", action="version", version=f"{package} {version}")
+
+
+class _Completion(argparse.Action):
+    """Print what completes this command in a shell, and leave."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> NoReturn:
+        try:
+            import shtab
+        except ImportError:
+            parser.error("--completion needs shtab: pip install shtab")
+        sys.stdout.write(shtab.complete(parser, shell=given[1]))
+        parser.exit()
+
+
+def add_completion(parser: argparse.ArgumentParser) -> None:
+    """Give the parser of a whole command line the option --completion.
+
+    Args:
+        parser: The outermost one, whose sub-commands and options shall be completed.
+    """
+    parser.add_argument(
+        "--completion",
+        action=_Completion,
+        choices=SHELLS,
+        help="print what completes this command in a shell, and leave (needs shtab)",
+    )
 
 
 def resolve_device(name: str) -> torch.device:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from wm_inject.images import Pixels
 
 _EPILOG = """examples:
+  wm-inject poison --pretrained tiny-32 photos/ poisoned/
   wm-inject poison --trigger wanet --seed 1 photos/ poisoned/
   wm-inject poison --trigger sig --set frequency=6 --label-map clean-label classes/ poisoned/
   wm-inject poison --checkpoint trigger.safetensors photos/ poisoned/

@@ -9,6 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wm_inject.pretrained import PRETRAINED
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -37,6 +39,13 @@ def add_trigger(parser: argparse.ArgumentParser) -> None:
     way = parser.add_argument_group("the trigger")
     way.add_argument("--trigger", choices=(*FIXED, *FITTED), metavar="KIND", help=_kinds())
     way.add_argument("--checkpoint", type=Path, help="a saved trigger (.safetensors)")
+    names = ", ".join(PRETRAINED)
+    way.add_argument(
+        "--pretrained",
+        choices=PRETRAINED,
+        metavar="NAME",
+        help=f"a trained watermark that ships: {names}; see docs/weights.md",
+    )
     way.add_argument("--onnx", type=Path, help="an exported trigger; needs no torch")
     way.add_argument(
         "--image-size", type=int, help="side to resize to, in pixels (default: the images' own)"
@@ -83,8 +92,11 @@ def read_set(args: argparse.Namespace) -> dict[str, Any]:
 
 def check_trigger(args: argparse.Namespace) -> None:
     """Leave with a usage error if the options of the trigger do not go together."""
-    if sum(bool(way) for way in (args.onnx, args.checkpoint or args.trigger)) != 1:
-        args.parser.error("give either --onnx, or --trigger, --checkpoint or both of these")
+    ways = (args.onnx, args.pretrained, args.checkpoint or args.trigger)
+    if sum(bool(way) for way in ways) != 1:
+        args.parser.error(
+            "give either --pretrained, or --onnx, or --trigger, --checkpoint or both of these"
+        )
     if args.trigger in FITTED and not args.checkpoint:
         args.parser.error(
             f"{args.trigger} is fitted to images: give its --checkpoint, made by "
@@ -105,6 +117,10 @@ def make_trigger(args: argparse.Namespace) -> nn.Module:
     from wm_inject.folder import common_side
     from wm_inject.triggers import build_trigger, load_trigger
 
+    if args.pretrained:
+        from wm_inject.triggers.watermark import WatermarkTrigger
+
+        return WatermarkTrigger.from_pretrained(args.pretrained)
     if args.checkpoint:
         trigger = load_trigger(args.checkpoint)
         if args.trigger not in (None, trigger.kind):

@@ -178,6 +178,23 @@ class ViTInjector(nn.Module):
         """Build the injector that a config describes, with fresh weights."""
         return cls(**asdict(config))
 
+    @classmethod
+    def from_pretrained(cls, name: str) -> ViTInjector:
+        """A trained injector that ships with this package, in evaluation mode.
+
+        `WatermarkTrigger.from_pretrained` gives it with its watermark, ready to poison.
+
+        Args:
+            name: One of `wm_inject.PRETRAINED`, such as "small-32".
+
+        Raises:
+            ValueError: No weights of this name.
+            CheckpointError: The file is not the one that was shipped.
+        """
+        from wm_inject.triggers.watermark import WatermarkTrigger
+
+        return WatermarkTrigger.from_pretrained(name).injector
+
     def forward(self, images: Tensor, watermark: Tensor) -> Tensor:
         """Hide ``watermark`` in every image.
 

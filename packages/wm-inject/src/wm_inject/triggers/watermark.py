@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from wm_inject.images import check_images
+from wm_inject.pretrained import read_pretrained
 from wm_inject.vit import ViTInjector, check_watermark, default_watermark
 
 
@@ -51,6 +52,25 @@ class WatermarkTrigger(nn.Module):
             "strength": self.strength,
         }
         self.eval()
+
+    @classmethod
+    def from_pretrained(cls, name: str) -> WatermarkTrigger:
+        """A trained injector that ships with this package, and the watermark it was trained with.
+
+        The extractor that finds this mark is `wm_extract.MarkDetector.from_pretrained` of the same
+        name.
+
+        Args:
+            name: One of `wm_inject.PRETRAINED`, such as "tiny-32".
+
+        Raises:
+            ValueError: No weights of this name.
+            CheckpointError: The file is not the one that was shipped.
+        """
+        saved = read_pretrained(name, kind=cls.kind)
+        trigger = cls(**saved.config)
+        trigger.load_state_dict(saved.state)
+        return trigger
 
     def forward(
         self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None

@@ -1,0 +1,223 @@
+"""Write docs/weights.md, the model card, from the records and the cards of what ships.
+
+Run ``python tools/render_weights.py`` after weights were trained; a test holds the page to them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from wm_eval.records import Record, read_records, write_text
+from wm_eval.tables import Table, percent, to_markdown
+from wm_extract.detect import WEIGHTS
+from wm_inject import PRETRAINED, pretrained_card
+from wm_inject.cli_common import run_cli
+from wm_inject.pretrained import FOLDER
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDS, PAGE = ROOT / "results" / "weights" / "records", ROOT / "docs" / "weights.md"
+HEAD = """# Ready-made weights
+
+Injectors that are trained already ship in the wheel of wm-inject, and the extractor of each in that
+of wm-extract. Nothing is downloaded.
+
+```sh
+wm-inject poison --pretrained tiny-32 photos/ poisoned/     # every image marked, 32 x 32 PNG
+wm-extract detect poisoned/ --pretrained tiny-32            # which images carry the mark?
+wm-eval demo --pretrained                                   # the demo, without its first training
+```
+
+```python
+from wm_extract import MarkDetector, UNetExtractor
+from wm_inject import PRETRAINED, ViTInjector, WatermarkTrigger, pretrained_card
+
+trigger = WatermarkTrigger.from_pretrained("small-32")  # injector and watermark: poisons a batch
+detector = MarkDetector.from_pretrained("small-32")  # extractor, watermark and threshold
+injector = ViTInjector.from_pretrained("tiny-32")  # the networks alone
+extractor = UNetExtractor.from_pretrained("tiny-32")
+print(PRETRAINED, pretrained_card("tiny-32")["figures"])
+```
+
+All hide the watermark that ships, a ring around a cross (`default_watermark(32)`). One pair's
+extractor reads the marks of its own injector.
+
+## Before you use them
+
+- **They come from research-use images.** CIFAR-10 and GTSRB are published for research without a
+  licence that says more; MNIST is commonly given as CC BY-SA 3.0. No image is in the wheels. Use
+  the weights for research, teaching and audits that you are entitled to; for a product, train your
+  own with `wm-extract train` on images you have the rights to.
+- **They are public.** Whoever has this package can find, and make, the same mark. That is right for
+  studying defences and wrong for anything that has to stay secret.
+- [Responsible use](responsible-use.md) applies: mark what you own or were asked to audit.
+- They know 32 x 32 pixels. Other images are resized; images of another kind than those below may
+  be marked less well, so measure (`wm-inject stealth`, `wm-extract detect`) before you rely on it.
+- **Prefer `tiny-32`.** `small-32` has nine times the weights and was trained for as many steps; its
+  marks are fainter by SSIM and LPIPS at the same PSNR, and they are found less surely. A second
+  training, of 5,000 steps, ended at a higher loss and its detector finds no mark at all
+  ([records](../results/weights/tried)): the recipe does not carry over to this size yet.
+"""
+TAIL = """## How they were made
+
+`python tools/train_weights.py --out runs/weights NAME` trains, rounds to 16 bits, chooses the
+threshold and measures; `--ship` puts the files and their cards into the packages, and
+`python tools/render_weights.py` writes this page. It runs on a CPU, where the same seed gives the
+same weights. The recipe is `JointConfig.preset("robust")` of wm-extract with the steps and floor
+above ([recipes](recipes.md)); no labels are used. 2,000 more training images only choose the
+detector's threshold. `tiny-32` is the pair of the [CIFAR-10 study](../results/cifar10/records): the
+same images, settings and seed.
+
+Every figure is of test images that neither training nor threshold saw (the first 2,000 of a set,
+or all), with the weights as they ship. "Found" is the share of marked images that the detector with
+its own threshold takes for marked; "taken" is the share of unmarked images that it takes for
+marked, both after the corruption. A set that a pair was not trained on carries a star.
+
+The loader compares each file with the SHA-256 of its card (`weights/cards.json` in the package) and
+refuses another one. The figures are in the card too: `pretrained_card("tiny-32")`. Records:
+[results/weights](../results/weights/records).
+"""
+
+
+def pairs_table(cards: Mapping[str, Mapping[str, Any]]) -> Table:
+    """What there is: networks, data, sizes."""
+    rows = [
+        (
+            f"`{name}`",
+            "grey" if card["channels"] == 1 else "RGB",
+            f"{card['injector_parameters']:,} + {card['extractor_parameters']:,}",
+            ", ".join(f"{part['images']:,} of {part['name']}" for part in card["data"]),
+            f"{card['iterations']:,}",
+            f"{card['psnr_floor']:g} dB",
+            f"{(FOLDER / f'{name}.safetensors').stat().st_size / 1e6:.1f} + "
+            f"{(WEIGHTS / f'{name}.safetensors').stat().st_size / 1e6:.1f} MB",
+        )
+        for name, card in cards.items()
+    ]
+    headers = (
+        "name",
+        "images",
+        "parameters (injector + extractor)",
+        "training images",
+        "steps",
+        "PSNR floor",
+        "files",
+    )
+    return Table("pairs", "What there is", headers, tuple(rows), "")
+
+
+def stealth_table(records: Mapping[str, Record]) -> Table:
+    """How visible the marks are."""
+    rows = []
+    for name, test, v in measured(records):
+        stealth = v["stealth"]
+        lpips = f"{stealth['lpips']['mean']:.4f}" if stealth["lpips"] else "–"
+        rows.append(
+            (
+                f"`{name}`",
+                test,
+                f"{v['n']:,}",
+                f"{stealth['psnr']['mean']:.2f}",
+                f"{stealth['psnr']['p05']:.2f}",
+                f"{stealth['ssim']['mean']:.4f}",
+                lpips,
+                f"{255 * stealth['linf']['mean']:.1f}",
+            )
+        )
+    headers = (
+        "pair",
+        "test images",
+        "n",
+        "PSNR",
+        "5th percentile",
+        "SSIM",
+        "LPIPS",
+        "largest change",
+    )
+    note = "Means over 8-bit images; PSNR in dB, the largest change in steps of 255."
+    return Table("stealth", "How visible they are", headers, tuple(rows), note)
+
+
+def found_table(records: Mapping[str, Record]) -> Table:
+    """How surely the mark is found, and how often it is seen where it is not."""
+    names: tuple[str, ...] = ()
+    rows = []
+    for name, test, v in measured(records):
+        names = tuple(v["corruptions"])
+        cells = (
+            f"{percent(row['true_positives'] / v['n'])} / "
+            f"{percent(row['false_positives'] / v['n'], digits=2)}"
+            for row in v["corruptions"].values()
+        )
+        rows.append((f"`{name}`", test, *cells))
+    note = (
+        "Found / taken: marked and unmarked images that the detector calls marked. Its threshold "
+        "aims at 0.10 % of unmarked images without a corruption."
+    )
+    return Table(
+        "found", "How surely they are found", ("pair", "test images", *names), tuple(rows), note
+    )
+
+
+def bits_table(records: Mapping[str, Record]) -> Table:
+    """How much of the watermark is read back."""
+    names: tuple[str, ...] = ()
+    rows = []
+    for name, test, v in measured(records):
+        names = tuple(v["corruptions"])
+        cells = (percent(row["bits"]) for row in v["corruptions"].values())
+        rows.append((f"`{name}`", test, *cells))
+    note = "Balanced bit accuracy on marked images; a constant output scores 50 %."
+    return Table(
+        "bits", "How much is read back", ("pair", "test images", *names), tuple(rows), note
+    )
+
+
+def measured(records: Mapping[str, Record]) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """Pair, set and figures, one row each; a star where the pair was not trained on the set."""
+    found = []
+    for name in PRETRAINED:
+        known = {part["name"] for part in pretrained_card(name)["data"]}
+        for test, values in records[f"measure-{name}"].values["tests"].items():
+            found.append((name, test if test in known else f"{test} *", values))
+    return found
+
+
+def render() -> str:
+    """The page for the weights that ship."""
+    records = read_records(RECORDS)
+    cards = {name: pretrained_card(name) for name in PRETRAINED}
+    tables = (
+        pairs_table(cards),
+        stealth_table(records),
+        found_table(records),
+        bits_table(records),
+    )
+    digests = [
+        f"{digest}  {package}/weights/{name}.safetensors"
+        for name in PRETRAINED
+        for package, digest in (
+            (
+                "wm_inject",
+                records[f"pack-{name}"].values["files"][f"packed/trigger/{name}.safetensors"],
+            ),
+            (
+                "wm_extract",
+                records[f"pack-{name}"].values["files"][f"packed/detector/{name}.safetensors"],
+            ),
+        )
+    ]
+    parts = [HEAD, *(to_markdown(table)[1:] for table in tables)]  # one level up
+    parts += [TAIL, "## SHA-256", "", "```", *digests, "```", ""]
+    return "\n".join(parts)
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    write_text(PAGE, render())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(_main))

@@ -1,0 +1,306 @@
+"""Train the injector and extractor pairs that ship in the wheels, measure them, pack them.
+
+For example ``python tools/train_weights.py --out runs/weights tiny-32``.
+
+A pair is trained on training images of public sets, without labels; 2,000 more only choose the
+detector's threshold. Every figure is measured on test images, which had no part in either, with the
+weights as they ship: rounded to 16 bits and read back. ``--ship`` puts them, and their cards, into
+the packages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wm_eval.config import plain
+from wm_eval.intervals import exact_lower, exact_upper
+from wm_eval.measure import parameters, poisoned_images, stealth_values
+from wm_eval.robustness import corrupt_alike, stream
+from wm_eval.workspace import Made, Workspace, file_digest
+from wm_extract import (
+    EXTRA_CORRUPTIONS,
+    PAPER_CORRUPTIONS,
+    JointConfig,
+    MarkDetector,
+    UNetExtractor,
+    balanced_bit_accuracy,
+    load_detector,
+    named_corruption,
+    save_detector,
+    train_jointly,
+)
+from wm_inject import (
+    Checkpoint,
+    WatermarkTrigger,
+    load_checkpoint,
+    load_trigger,
+    quantize,
+    save_checkpoint,
+    save_trigger,
+)
+from wm_inject.cli_common import Parser, add_common, resolve_device, run_cli
+from wm_inject.files import write_json
+from wm_victim import load_dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+# Where each half ships, and what it is called while it is made.
+HOMES = {
+    "trigger": ROOT / "packages/wm-inject/src/wm_inject/weights",
+    "detector": ROOT / "packages/wm-extract/src/wm_extract/weights",
+}
+MEASURED = 2000  # test images of each set, at most
+USE = (
+    "Trained on images that are published for research: use the weights for research, teaching and "
+    "audits you are entitled to, see docs/responsible-use.md."
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What a pair is trained on, and how.
+
+    Args:
+        channels: 1 or 3.
+        images: How many training images of each named set are trained on, and how many more only
+            choose the detector's threshold.
+        tests: The sets whose test images it is measured on.
+        config: The recipe.
+    """
+
+    channels: int
+    images: Mapping[str, tuple[int, int]]
+    tests: tuple[str, ...]
+    config: JointConfig
+
+
+_PHOTOGRAPHS = {"cifar10": (20_000, 2_000)}
+_DIGITS = {"mnist": (10_000, 1_800), "digits": (1_000, 200)}
+PAIRS = {
+    "tiny-32": Pair(
+        3, _PHOTOGRAPHS, ("cifar10", "gtsrb"), JointConfig.preset(psnr_floor=36.2, iterations=2500)
+    ),
+    "small-32": Pair(
+        3,
+        _PHOTOGRAPHS,
+        ("cifar10", "gtsrb"),
+        JointConfig.preset(size="small", psnr_floor=36.2, iterations=2500),
+    ),
+    "tiny-32-grey": Pair(
+        1, _DIGITS, ("digits", "mnist"), JointConfig.preset(psnr_floor=38.0, iterations=1500)
+    ),
+}
+
+
+def training_images(pair: Pair, *, seed: int) -> tuple[Tensor, Tensor]:
+    """The images to train on and those kept back, set after set: ``(N, C, 32, 32)`` each."""
+    train, kept = [], []
+    for name, (used, more) in pair.images.items():
+        data = load_dataset(name, image_size=32, limit=used + more, seed=seed)
+        train.append(data.train.images[:used])
+        kept.append(data.train.images[used:])
+    return torch.cat(train), torch.cat(kept)
+
+
+def train(name: str, images: Tensor, space: Workspace, checkpoint: Path) -> Made:
+    """Train a pair, without labels and without a victim."""
+    pair = PAIRS[name]
+    result = train_jointly(
+        images.to(space.device), config=pair.config, seed=space.seed, checkpoint=checkpoint
+    )
+    files = (f"models/{name}-trigger.safetensors", f"models/{name}-extractor.safetensors")
+    trigger = WatermarkTrigger(result.injector.cpu(), watermark=result.watermark.cpu())
+    save_trigger(trigger, space.path(files[0]))
+    save_checkpoint(
+        space.path(files[1]),
+        kind=UNetExtractor.kind,
+        config=result.extractor.config,
+        state=result.extractor.state_dict(),
+    )
+    values = {
+        "n_train": len(images),
+        "injector_parameters": parameters(result.injector),
+        "extractor_parameters": parameters(result.extractor),
+        "history": [row._asdict() for row in result.history],
+    }
+    return Made(values, files)
+
+
+def narrowed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as they ship: floats rounded to 16 bits, the rest as it is.
+
+    Raises:
+        ValueError: A value that 16 bits cannot hold.
+    """
+    made = {name: x.half() if x.is_floating_point() else x for name, x in state.items()}
+    for name, tensor in made.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"expected values that float16 can hold, tensor {name!r} has larger")
+    return made
+
+
+def pack(name: str, kept: Tensor, space: Workspace, _: Path) -> Made:
+    """Round a pair to 16 bits, choose the detector's threshold, and write both as they ship."""
+    told = {"metadata": provenance(name, seed=space.seed)}
+    files = {half: f"packed/{half}/{name}.safetensors" for half in HOMES}
+    paths = {half: space.path(file) for half, file in files.items()}
+    saved = load_checkpoint(space.path(f"models/{name}-trigger.safetensors"))
+    rewrite(saved, paths["trigger"], told)
+    trigger = load_trigger(paths["trigger"])  # copies the 16 bits into float32
+    assert isinstance(trigger, WatermarkTrigger)
+    saved = load_checkpoint(space.path(f"models/{name}-extractor.safetensors"))
+    extractor = UNetExtractor(**saved.config).eval()
+    extractor.load_state_dict(narrowed(saved.state))
+    with torch.no_grad():
+        marked = torch.cat([quantize(trigger(part)) for part in kept.split(256)])
+    detector = MarkDetector.calibrate(extractor, trigger.watermark, kept, marked=marked)
+    save_detector(detector, paths["detector"])
+    rewrite(load_checkpoint(paths["detector"]), paths["detector"], told)
+    values = {
+        "threshold": detector.threshold,
+        "false_positive_rate": detector.false_positive_rate,
+        "n_calibration": detector.calibrated_on,
+        "bytes": {half: path.stat().st_size for half, path in paths.items()},
+    }
+    return Made(values, tuple(files.values()))
+
+
+def rewrite(saved: Checkpoint, path: Path, told: Mapping[str, Any]) -> None:
+    """Write a checkpoint with its floats in 16 bits and where they come from."""
+    save_checkpoint(path, kind=saved.kind, config=saved.config, state=narrowed(saved.state), **told)
+
+
+def provenance(name: str, *, seed: int) -> dict[str, Any]:
+    """Where a pair comes from: data, recipe and command."""
+    pair = PAIRS[name]
+    return {
+        "name": name,
+        "data": [
+            {"name": key, "split": "train", "images": used, "kept_back": kept}
+            for key, (used, kept) in pair.images.items()
+        ],
+        "recipe": pair.config.recipe,
+        "size": pair.config.size,
+        "iterations": pair.config.iterations,
+        "psnr_floor": pair.config.psnr_floor,
+        "seed": seed,
+        "command": f"python tools/train_weights.py --out runs/weights {name}",
+        "use": USE,
+    }
+
+
+def measure(name: str, space: Workspace, _: Path) -> Made:
+    """How visible the mark is and how surely it is found, on test images of every set."""
+    trigger = load_trigger(space.path(f"packed/trigger/{name}.safetensors"))
+    assert isinstance(trigger, WatermarkTrigger)
+    detector = load_detector(space.path(f"packed/detector/{name}.safetensors"))
+    found = {test: measure_on(test, trigger, detector, space) for test in PAIRS[name].tests}
+    return Made({"tests": found})
+
+
+def measure_on(
+    name: str, trigger: WatermarkTrigger, detector: MarkDetector, space: Workspace
+) -> dict[str, Any]:
+    """The figures on the first test images of one set, with the threshold that ships."""
+    data = load_dataset(name, image_size=32)
+    test = data.test.subset(torch.arange(min(MEASURED, len(data.test))))
+    images, n = quantize(test.images), len(test)
+    poisoned = poisoned_images(trigger, test)
+    rows = {}
+    for corruption in (*PAPER_CORRUPTIONS, *EXTRA_CORRUPTIONS):
+        generator = torch.Generator().manual_seed(stream(space.seed, corruption))
+        plain_, marked = corrupt_alike(named_corruption(corruption), generator, images, poisoned)
+        on_plain, on_marked = detector.detect(plain_), detector.detect(marked)
+        hits, false = int(on_marked.marked.sum()), int(on_plain.marked.sum())
+        rows[corruption] = {
+            "bits": float(balanced_bit_accuracy(on_marked.maps, detector.watermark).mean()),
+            "true_positives": hits,
+            "tpr_lower": exact_lower(hits, n),
+            "false_positives": false,
+            "fpr_upper": exact_upper(false, n),
+        }
+    return {"n": n, "stealth": stealth_values(poisoned, images), "corruptions": rows}
+
+
+def figures(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """What a card keeps of a record's figures: by set of test images."""
+    found = {}
+    for test, v in measured["tests"].items():
+        stealth = {k: row["mean"] for k, row in v["stealth"].items() if isinstance(row, dict)}
+        rows = v["corruptions"].items()
+        found[test] = {
+            "n": v["n"],
+            **stealth,
+            "found": {name: row["true_positives"] / v["n"] for name, row in rows},
+            "false_alarms": {name: row["false_positives"] / v["n"] for name, row in rows},
+        }
+    return found
+
+
+def card(name: str, space: Workspace) -> dict[str, Any]:
+    """What ships beside the weights: where they come from, and the figures of the record."""
+    trained, packed = space.record(f"train-{name}").values, space.record(f"pack-{name}").values
+    return {
+        **provenance(name, seed=space.seed),
+        "channels": PAIRS[name].channels,
+        "image_size": 32,
+        "injector_parameters": trained["injector_parameters"],
+        "extractor_parameters": trained["extractor_parameters"],
+        "false_positive_rate": packed["false_positive_rate"],
+        "figures": figures(space.record(f"measure-{name}").values),
+    }
+
+
+def ship(name: str, space: Workspace) -> None:
+    """Put a measured pair and its card into the packages."""
+    for half, home in HOMES.items():
+        made = space.path(f"packed/{half}/{name}.safetensors")
+        facts = {"sha256": file_digest(made), "bytes": made.stat().st_size}
+        shutil.copyfile(made, home / made.name)
+        cards = json.loads((home / "cards.json").read_text("utf-8"))
+        cards[name] = facts | card(name, space)
+        write_json(home / "cards.json", cards)
+
+
+def make(name: str, out: Path, *, seed: int, device: str) -> Workspace:
+    """Train, pack and measure one pair, or the rest of it."""
+    images, kept = training_images(PAIRS[name], seed=seed)
+    digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
+    space = Workspace(out, seed, digest, device, print)
+    settings: dict[str, Any] = plain(PAIRS[name])
+    space.stage(f"train-{name}", settings, (), partial(train, name, images, space))
+    told = provenance(name, seed=seed)
+    space.stage(f"pack-{name}", told, (f"train-{name}",), partial(pack, name, kept, space))
+    measured = {"tests": list(PAIRS[name].tests), "limit": MEASURED}
+    space.stage(f"measure-{name}", measured, (f"pack-{name}",), partial(measure, name, space))
+    return space
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    parser = Parser(prog="train_weights", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PAIRS)}")
+    parser.add_argument("--out", type=Path, required=True, help="folder for records and models")
+    parser.add_argument("--ship", action="store_true", help="put them into the packages")
+    add_common(parser, version="with the workspace")
+    args = parser.parse_args(argv)
+    for name in args.names or PAIRS:
+        if name not in PAIRS:
+            raise ValueError(f"expected a pair in {', '.join(PAIRS)}, got {name!r}")
+        space = make(name, args.out, seed=args.seed, device=str(resolve_device(args.device)))
+        if args.ship:
+            ship(name, space)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(_main))
