@@ -2,10 +2,10 @@
 
 Run it from the root: `hatch run python tools/release.py COMMAND`.
 
-build                        six wheels and sdists into dist/, with their contents checked
+check                        versions, changelogs, licences and sibling ranges agree
 bump PACKAGE minor           new version, new changelog heading, the siblings' ranges follow
+build                        dist/: wheels, sdists, bills of materials, hashes; built twice
 lock                         requirements.in -> constraints.txt
-check                        versions, changelog headings and sibling ranges agree
 """
 
 from __future__ import annotations
@@ -16,67 +16,19 @@ import os
 import re
 import subprocess
 import sys
-import tarfile
-import tomllib
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-ROOT = Path(__file__).resolve().parents[1]
+# Run as a script, Python would look for `tools` inside tools/.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from tools.members import ROOT, Package, packages, write
+
 HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
 RELEASED = re.compile(r"(\d+\.\d+\.\d+) - \d{4}-\d{2}-\d{2}")
-
-
-class Package(NamedTuple):
-    """One member of the workspace."""
-
-    home: Path  # the folder that holds pyproject.toml
-    name: str  # the distribution's name
-    module: str  # what one imports
-
-    @property
-    def about(self) -> Path:
-        """The one file that holds the version."""
-        return self.home / "src" / self.module / "__about__.py"
-
-    @property
-    def changelog(self) -> Path:
-        """The history of this package."""
-        return self.home / "CHANGELOG.md"
-
-    @property
-    def pyproject(self) -> Path:
-        """The package's metadata."""
-        return self.home / "pyproject.toml"
-
-    @property
-    def version(self) -> Version:
-        """The version as written in the source."""
-        match = re.search(r'__version__ = "([^"]+)"', self.about.read_text(encoding="utf-8"))
-        if match is None:
-            raise ValueError(
-                f"expected __version__ in {self.about.name} of {self.name}, found none"
-            )
-        return Version(match[1])
-
-    def siblings(self, names: set[str]) -> list[Requirement]:
-        """The requirements that name another member of the workspace."""
-        project = tomllib.loads(self.pyproject.read_text(encoding="utf-8"))["project"]
-        found = [Requirement(text) for text in project.get("dependencies", [])]
-        return [requirement for requirement in found if requirement.name in names]
-
-
-def packages(root: Path = ROOT) -> list[Package]:
-    """Every member of the workspace, sorted by folder."""
-    found = []
-    for pyproject in sorted((root / "packages").glob("*/pyproject.toml")):
-        name = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["name"]
-        found.append(Package(pyproject.parent, name, name.replace("-", "_")))
-    return found
 
 
 def sibling_range(version: Version) -> str:
@@ -84,13 +36,6 @@ def sibling_range(version: Version) -> str:
     if version.major == 0:
         return f">=0.{version.minor},<0.{version.minor + 1}"
     return f">={version.major}.{version.minor},<{version.major + 1}"
-
-
-def write(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 # --- check ---------------------------------------------------------------------------------------
@@ -119,9 +64,13 @@ def changelog_problems(package: Package) -> list[str]:
 def problems(root: Path = ROOT) -> list[str]:
     """Everything that keeps the workspace from being released, one line each."""
     members = {package.name: package for package in packages(root)}
+    licence = (root / "LICENSE").read_bytes()
     found = []
     for package in members.values():
         found += changelog_problems(package)
+        own = package.home / "LICENSE"
+        if not own.is_file() or own.read_bytes() != licence:
+            found.append(f"{package.name}: LICENSE is missing or not the root's")
         for requirement in package.siblings(set(members)):
             sibling = members[requirement.name]
             wanted = Requirement(f"x{sibling_range(sibling.version)}").specifier
@@ -152,6 +101,8 @@ def next_version(version: Version, part: str) -> Version:
 def bump(name: str, part: str, *, root: Path = ROOT, today: datetime.date | None = None) -> Version:
     """Write the next version of one package, its changelog heading, and its siblings' ranges.
 
+    A sibling whose range moved gets a line under Unreleased: it has to be released as well.
+
     Raises:
         ValueError: No such package or part, or nothing stands under Unreleased.
     """
@@ -174,10 +125,21 @@ def bump(name: str, part: str, *, root: Path = ROOT, today: datetime.date | None
         changed = re.sub(pattern, rf'\g<1>{sibling_range(version)}"', text)
         if changed != text:
             write(other.pyproject, changed)
+            history = other.changelog.read_text(encoding="utf-8")
+            line = f"- Requires {package.name}{sibling_range(version)}.\n"
+            write(other.changelog, add_line(history, line))
     return version
 
 
-# --- lock and build ------------------------------------------------------------------------------
+def add_line(history: str, line: str) -> str:
+    """A changelog with one more line at the end of what stands under Unreleased."""
+    head, mark, rest = history.partition("## Unreleased\n")
+    told, following, older = rest.partition("\n## ")
+    told = f"{told.strip()}\n" if told.strip() else ""
+    return f"{head}{mark}\n{told}{line}{following}{older}"
+
+
+# --- lock ---------------------------------------------------------------------------------------
 
 
 def uv(*arguments: str | Path, root: Path = ROOT) -> None:
@@ -206,71 +168,20 @@ def lock(*, root: Path = ROOT, upgrade: bool = False) -> None:
     uv("pip", "compile", "-q", "requirements.in", "-o", "constraints.txt", *options, root=root)
 
 
-def wheel_problems(wheel: Path, package: Package, licence: bytes) -> list[str]:
-    """What is wrong inside one wheel, one line each."""
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-        info = f"{package.module}-{package.version}.dist-info/"
-        found = [f"{wheel.name}: {n} does not belong in a wheel" for n in names if "tests" in n]
-        found += [
-            f"{wheel.name}: {name} lies outside {package.module}"
-            for name in names
-            if not name.startswith((f"{package.module}/", info))
-        ]
-        if f"{package.module}/py.typed" not in names:
-            found.append(f"{wheel.name}: py.typed is missing")
-        path = f"{info}licenses/LICENSE"
-        if path not in names or archive.read(path) != licence:
-            found.append(f"{wheel.name}: LICENSE is missing or not the root's")
-    return found
-
-
-def sdist_problems(sdist: Path, package: Package) -> list[str]:
-    """What is missing from one source distribution, one line each."""
-    with tarfile.open(sdist) as archive:
-        names = set(archive.getnames())
-    top = f"{package.module}-{package.version}"
-    wanted = ["pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"]
-    wanted += [f"src/{package.module}/py.typed"]
-    return [f"{sdist.name}: {n} is missing" for n in wanted if f"{top}/{n}" not in names]
-
-
-def build(out: Path, *, root: Path = ROOT) -> list[Path]:
-    """Build a wheel and an sdist of each package into ``out``, and look inside each.
-
-    Returns:
-        The six wheels.
-
-    Raises:
-        ValueError: A build failed, or a file is missing from an archive or should not be there.
-    """
-    licence = (root / "LICENSE").read_bytes()
-    wheels, found = [], []
-    for package in packages(root):
-        uv("build", "-q", package.home, "--out-dir", out, root=root)
-        stem = f"{package.module}-{package.version}"
-        wheels.append(out / f"{stem}-py3-none-any.whl")
-        found += wheel_problems(wheels[-1], package, licence)
-        found += sdist_problems(out / f"{stem}.tar.gz", package)
-    if found:
-        raise ValueError("; ".join(found))
-    return wheels
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(
         prog="release", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = top.add_subparsers(dest="command", required=True)
-    building = commands.add_parser("build", help="wheels and sdists into dist/, contents checked")
+    building = commands.add_parser("build", help="wheels, sdists, bills of materials, hashes")
     building.add_argument("--out", type=Path, default=ROOT / "dist")
     bumping = commands.add_parser("bump", help="next version of one package")
     bumping.add_argument("package", help="a folder under packages/, or a distribution's name")
     bumping.add_argument("part", choices=["major", "minor", "patch"])
     locking = commands.add_parser("lock", help="compile constraints.txt")
     locking.add_argument("--upgrade", action="store_true", help="take newer versions as well")
-    commands.add_parser("check", help="versions, changelogs and sibling ranges")
+    commands.add_parser("check", help="versions, changelogs, licences and sibling ranges")
     return top
 
 
@@ -279,8 +190,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         if arguments.command == "build":
+            # Here, because a bump needs neither hatchling nor the library that writes the bills.
+            from tools.archives import build
+
             for wheel in build(arguments.out):
-                print(wheel.name)
+                print(f"{wheel.name}  {wheel.stat().st_size / 1000:.0f} kB, built twice: the same")
         elif arguments.command == "bump":
             print(bump(arguments.package, arguments.part))
         elif arguments.command == "lock":
@@ -288,12 +202,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif found := problems():
             raise ValueError("; ".join(found))
         else:
-            print("versions, changelogs and sibling ranges agree")
+            print("versions, changelogs, licences and sibling ranges agree")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
+
+__all__ = ["ROOT", "Package", "main", "packages"]
 
 if __name__ == "__main__":
     sys.exit(main())

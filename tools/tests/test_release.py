@@ -1,6 +1,4 @@
 import datetime
-import shutil
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,8 +16,10 @@ def house(tmp_path: Path) -> Path:
         source.mkdir(parents=True)
         (source / "__about__.py").write_text('__version__ = "0.1.0"\n')
         (source.parents[1] / "CHANGELOG.md").write_text("# history\n\n## Unreleased\n\n- New.\n")
+        (source.parents[1] / "LICENSE").write_text("Do as you like.\n")
         text = package.pyproject.read_text()
         (source.parents[1] / "pyproject.toml").write_text(text)
+    (tmp_path / "LICENSE").write_text("Do as you like.\n")
     return tmp_path
 
 
@@ -57,6 +57,19 @@ def test_bump_writes_version_heading_and_ranges(house: Path) -> None:
     assert package.changelog.read_text() == expected
     assert '"wm-inject[torch]>=0.2,<0.3"' in member(house, "wm-eval").pyproject.read_text()
     assert '"wm-extract>=0.1,<0.2"' in member(house, "wm-eval").pyproject.read_text()
+
+
+def test_a_sibling_whose_range_moved_says_so_and_can_be_released_in_turn(house: Path) -> None:
+    release.bump("wm-eval", "patch", root=house, today=DAY)
+    release.bump("wm-inject", "minor", root=house, today=DAY)
+    history = member(house, "wm-eval").changelog.read_text()
+    line = "- Requires wm-inject>=0.2,<0.3.\n"
+    assert f"## Unreleased\n\n{line}\n## 0.1.1 - 2031-05-04\n" in history
+    assert member(house, "wm-extract").changelog.read_text().endswith(f"- New.\n{line}")
+    assert release.bump("wm-eval", "patch", root=house, today=DAY) == Version("0.1.2")
+    for name in ("wm-extract", "wm-victim", "defense-nc", "defense-reverse"):
+        release.bump(name, "minor", root=house, today=DAY)
+    assert release.problems(house) == []  # the headings and ranges that a bump writes are right
 
 
 def test_bump_takes_the_folder_too_and_a_patch_leaves_the_ranges(house: Path) -> None:
@@ -102,26 +115,22 @@ def test_check_names_a_sibling_range_that_lags(house: Path) -> None:
     assert len(found) == 2  # defense-reverse and wm-eval
 
 
-def test_a_wheel_with_tests_and_without_a_marker_is_refused(tmp_path: Path) -> None:
-    package = member(release.ROOT, "wm-eval")
-    wheel = tmp_path / "bad.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("tests/test_cli.py", "")
-        archive.writestr("wm_eval/__init__.py", "")
-    found = "\n".join(release.wheel_problems(wheel, package, b"licence"))
-    for part in ("does not belong", "lies outside", "py.typed is missing", "not the root's"):
-        assert part in found
+def test_check_names_a_range_in_an_extra(house: Path) -> None:
+    pyproject = member(house, "wm-inject").pyproject
+    text = pyproject.read_text()
+    pyproject.write_text(text.replace("lpips = [", 'lpips = [\n  "wm-extract>=0.3",'))
+    assert release.problems(house) == [
+        "wm-inject: expected wm-extract>=0.1,<0.2, got wm-extract>=0.3"
+    ]
 
 
-def test_an_sdist_that_lacks_its_licence_is_named(tmp_path: Path) -> None:
-    package = member(release.ROOT, "wm-eval")
-    top = f"wm_eval-{package.version}"
-    tree = tmp_path / top / "src" / "wm_eval"
-    tree.mkdir(parents=True)
-    for name in ("pyproject.toml", "README.md", "CHANGELOG.md", "src/wm_eval/py.typed"):
-        (tmp_path / top / name).touch()
-    sdist = shutil.make_archive(str(tmp_path / top), "gztar", tmp_path, top)
-    assert release.sdist_problems(Path(sdist), package) == [f"{top}.tar.gz: LICENSE is missing"]
+def test_check_names_a_licence_that_is_not_the_roots(house: Path) -> None:
+    (member(house, "wm-extract").home / "LICENSE").unlink()
+    (member(house, "wm-victim").home / "LICENSE").write_text("Ask first.\n")
+    assert sorted(release.problems(house)) == [
+        "wm-extract: LICENSE is missing or not the root's",
+        "wm-victim: LICENSE is missing or not the root's",
+    ]
 
 
 def test_a_refusal_is_one_line_and_status_1(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tools import release
+from tools import archives, release
 from torch import nn
 
 from wm_inject import BadNetsTrigger, load_image, save_image, to_float, to_onnx, to_pixels
@@ -34,9 +34,26 @@ def run(*command: str | Path, cwd: Path) -> str:
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The six wheels, built and looked into."""
     out = tmp_path_factory.mktemp("dist")
-    wheels = release.build(out)
+    wheels = archives.build(out)
     assert len(wheels) == 6
     return out
+
+
+def test_what_is_released_can_be_checked_by_others(dist: Path) -> None:
+    """Built twice, looked into: `archives.build` refuses otherwise. Here is what lies beside."""
+    lines = (dist / archives.SUMS).read_text().splitlines()
+    assert {line.partition("  ")[2] for line in lines} == {p.name for p in dist.iterdir()} - {
+        archives.SUMS
+    }
+    run("sha256sum", "--check", "--quiet", archives.SUMS, cwd=dist)
+    (package,) = [package for package in PACKAGES if package.name == "wm-inject"]
+    told = json.loads((dist / f"{package.stem}.cdx.json").read_text())
+    required = {c["name"] for c in told["components"] if c["scope"] == "required"}
+    assert required == {"numpy", "pillow"}
+    assert all("version" in c for c in told["components"] if c["scope"] == "required")
+    inside = {part["name"] for part in told["metadata"]["component"]["components"]}
+    weights = (package.source / "weights").glob("*.safetensors")
+    assert inside == {f"wm_inject/weights/{path.name}" for path in weights}
 
 
 def install(package: release.Package, dist: Path, home: Path, *, extras: str = "") -> Path:
