@@ -28,8 +28,12 @@ def test_train_and_test_agree(
     attack = ["--trigger", str(patch), "--target", "2"]
     assert main([*TRAIN, "--out", str(out), *attack, "--ratio", "0.2"]) == 0
     first = capsys.readouterr().out.splitlines()
-    assert main(["test", str(out), "--data", "digits", "--device", "cpu", *attack]) == 0
+    test = ["test", str(out), "--data", "digits", "--device", "cpu", *attack]
+    assert main([*test, "--json", str(tmp_path / "found.json")]) == 0
     assert capsys.readouterr().out.splitlines() == first[1:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["images"], found["target"]) == (597, 2)
+    assert f"{found['accuracy']:.4f}" in first[1] and f"{found['attack_success']:.4f}" in first[2]
     assert first[1].startswith("accuracy") and first[2].startswith("attack success")
     assert [path.name for path in out.parent.iterdir()] == ["victim.safetensors"]
     saved = load_checkpoint(out, kind="classifier")
@@ -58,9 +62,9 @@ def test_noise_mode_is_for_triggers_that_offer_it(
     assert "badnets trigger has no noise mode" in capsys.readouterr().err
 
 
-def test_what_is_in_a_data_set(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["data", "digits", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
+def test_what_is_in_a_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "digits", "--json", str(tmp_path / "d.json")]) == 0
+    told = json.loads((tmp_path / "d.json").read_text())
     digits = load_dataset("digits")
     sizes = [int((digits.train.labels == label).sum()) for label in range(10)]
     assert told == {

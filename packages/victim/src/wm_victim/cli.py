@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from wm_inject.cli_common import Parser, add_common, add_completion, resolve_device, run_cli
 from wm_inject.cli_export import add_export_options, export_module, form, told
+from wm_inject.files import write_json
 from wm_victim.__about__ import __version__
 from wm_victim.cli_options import add_attack, add_model, check_attack
 from wm_victim.cli_train import run_train
@@ -61,7 +61,7 @@ def _parser() -> Parser:
     data = commands.add_parser("data", help="what is in a data set", epilog=_EPILOG)
     data.add_argument("data", metavar="NAME", help=_DATA_HELP)
     _add_place(data)
-    data.add_argument("--json", action="store_true", help="print JSON")
+    data.add_argument("--json", type=Path, metavar="OUT", help="write the same here as JSON")
     add_common(data, version=__version__)
     train = commands.add_parser("train", help="train a classifier", epilog=_EPILOG)
     _add_data(train)
@@ -77,6 +77,7 @@ def _parser() -> Parser:
     _add_data(test)
     test.add_argument("--trigger", type=Path, help="also measure the attack of this trigger")
     test.add_argument("--target", type=int, default=0, help="label it asks for (default: 0)")
+    test.add_argument("--json", type=Path, metavar="OUT", help="write the same here as JSON")
     add_common(test, version=__version__)
     export = commands.add_parser("export", help="turn a classifier into ONNX or TorchScript")
     export.add_argument("classifier", type=Path, help="a file that `wm-victim train` wrote")
@@ -119,9 +120,8 @@ def _data(args: argparse.Namespace) -> int:
     from wm_victim.inventory import inventory
 
     found = inventory(_load_data(args))
-    if args.json:
-        print(json.dumps(found, indent=2))
-        return 0
+    if args.json is not None:
+        write_json(args.json, found)
     for name, value in found.items():
         print(f"{name.replace('_', ' '):22} {value}")
     return 0
@@ -150,7 +150,9 @@ def _test(args: argparse.Namespace) -> int:
                 f"{data.name} has {getattr(data, field)}"
             )
     trigger = None if args.trigger is None else _load_trigger(args.trigger, args)
-    _print_results(model.to(resolve_device(args.device)), data, trigger, args)
+    found = _print_results(model.to(resolve_device(args.device)), data, trigger, args)
+    if args.json is not None:
+        write_json(args.json, found)
     return 0
 
 
@@ -175,16 +177,20 @@ def _export(args: argparse.Namespace) -> int:
 
 def _print_results(
     model: Classifier, data: Dataset, trigger: Any, args: argparse.Namespace
-) -> None:
+) -> dict[str, Any]:
     from wm_victim.measure import accuracy, attack_success
 
     test = data.test.to(resolve_device(args.device))
-    print(f"accuracy        {accuracy(model, test):.4f}  ({len(test)} test images)")
-    if trigger is None:
-        return
-    success = attack_success(model, test, trigger, target=args.target)
-    others = int((test.labels != args.target).sum())
-    print(f"attack success  {success:.4f}  ({others} images of other classes than {args.target})")
+    found: dict[str, Any] = {"accuracy": accuracy(model, test), "images": len(test)}
+    print(f"accuracy        {found['accuracy']:.4f}  ({len(test)} test images)")
+    if trigger is not None:
+        success = attack_success(model, test, trigger, target=args.target)
+        others = int((test.labels != args.target).sum())
+        print(
+            f"attack success  {success:.4f}  ({others} images of other classes than {args.target})"
+        )
+        found |= {"attack_success": success, "others": others, "target": args.target}
+    return found
 
 
 if __name__ == "__main__":
