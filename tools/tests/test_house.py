@@ -32,7 +32,8 @@ def texts() -> Iterator[Path]:
     """Every text file of the repository, hidden folders and build output left out."""
     for folder, inner, names in os.walk(ROOT):
         inner[:] = sorted(n for n in inner if not n.startswith((".", "__")) and n not in SKIPPED)
-        yield from (Path(folder, n) for n in sorted(names) if Path(n).suffix in TEXT)
+        kept = (n for n in sorted(names) if Path(n).suffix in TEXT and n != ".coverage")
+        yield from (Path(folder, n) for n in kept)
 
 
 def place(path: Path) -> str:
