@@ -78,6 +78,9 @@ def unlike_clean(logs: Tensor, peers: Sequence[CleanModel]) -> str | None:
 
     A backdoor that has a trigger for every label makes all of them easy, so that none stands out;
     one that has a trigger for half of them leaves two groups.
+
+    Where a label does stand out this is not asked: triggers that are cheap to reverse make all
+    labels easy, and a third of the right detections would be lost (docs/audit.md).
     """
     levels = [model.level for model in peers]
     level, lowest = float(torch.quantile(logs, 0.5)), min(levels)
