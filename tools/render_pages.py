@@ -15,16 +15,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from wm_eval.artefact_section import filter_table
+from wm_eval.attacks.gather import CLEAN, AttackRecords, read_study
 from wm_eval.attacks.gather import TITLES as ATTACK_TITLES
-from wm_eval.attacks.gather import read_study
+from wm_eval.attacks.render import Page
+from wm_eval.attacks.spread import counted
 from wm_eval.attacks.tables import table1, table2
 from wm_eval.cleaning.config import TITLES as METHOD_TITLES
-from wm_eval.cleaning.gather import read_cleaning
+from wm_eval.cleaning.gather import about, read_cleaning
 from wm_eval.cleaning.tables import cleaning_page
 from wm_eval.defence_sections import CLEANINGS, DETECTS, INDICES, POPULATION
-from wm_eval.detectors import detector
+from wm_eval.detectors import HOUSE, detector
 from wm_eval.paper2.index_figure import index_page
 from wm_eval.paper2.tables import pages as detect_pages
+from wm_eval.population.config import EVERYWHERE
 from wm_eval.population.summary import read_scans, summarise
 from wm_eval.population.tables import population_tables
 from wm_eval.records import read_records, write_text
@@ -38,6 +41,13 @@ NO_RECORD = "No study here has measured it yet."
 _DATA = {"attacks-cifar10": "CIFAR-10", "attacks-mnist": "MNIST"}
 _RATES = {"cda": "CDA, %", "asr": "ASR, %", "ftr": "false triggers, %"}
 _RECIPES = {"plain": "", "corrupted": ", victims trained under corruptions"}
+_CHOSEN_ON = ("cleaning-cifar10-first",)  # studies of victims that settings were chosen on
+_WORLDS = " World: the models' data and network, with residual connections or without."
+_SCANNED = (
+    "Index: the paper's, over all labels; above 2 its rule says backdoored. Verdicts of {ours} are "
+    "those of the calibrated rule; the others' come from rules of their own, which state no error "
+    "rate. Named right: the verdict names the target. {about}"
+)
 
 
 class Settings(NamedTuple):
@@ -77,14 +87,18 @@ ATTACK_PAGES: dict[str, tuple[Settings, ...]] = {
     ),
 }
 _RIVALS = "defense_reverse.rivals"
-DETECTOR_PAGES = {
-    "neural-cleanse": ("nc", Settings("defense_nc:NCConfig", ("fast", "robust", "paper"))),
-    "reverse-generators": (
-        "reverse",
-        Settings("defense_reverse:ReverseConfig", ("fast", "robust", "paper")),
+_SPEEDS = ("fast", "robust", "paper")
+DETECTOR_PAGES: dict[str, tuple[str, tuple[Settings, ...]]] = {
+    "neural-cleanse": ("nc", (Settings("defense_nc:NCConfig", _SPEEDS),)),
+    "reverse-generators": ("reverse", (Settings("defense_reverse:ReverseConfig", _SPEEDS),)),
+    "feature-re": ("feature-re", (Settings("defense_reverse:FeatureREConfig", _SIZES),)),
+    "bti-dbf": (
+        "bti-dbf",
+        (
+            Settings("defense_reverse:BtiDbfConfig", _SIZES),
+            Settings("defense_reverse:BtiDbf", _SIZES),
+        ),
     ),
-    "feature-re": ("feature-re", Settings("defense_reverse:FeatureREConfig", _SIZES)),
-    "bti-dbf": ("bti-dbf", Settings("defense_reverse:BtiDbfConfig", _SIZES)),
 }
 METHOD_PAGES = {
     "unlearning": (
@@ -100,7 +114,7 @@ METHOD_PAGES = {
     "nad": (("nad",), Settings("defense_reverse:NAD", _SIZES)),
     "anp": (("anp",), Settings("defense_reverse:ANP", _SIZES)),
     "i-bau": (("i-bau",), Settings("defense_reverse:IBAU", _SIZES)),
-    "ft-sam": (("ft-sam",), Settings("defense_reverse:FTSAM", _SIZES)),
+    "ft-sam": (("ft-sam",), Settings("defense_reverse:FTSAM", (*_SIZES, "paper-gtsrb"))),
 }
 IMAGE_PAGES = {
     "strip": Settings("defense_nc:Strip", _SIZES),
@@ -116,20 +130,20 @@ def render_pages(results: Path) -> Iterator[tuple[Path, str]]:
         tables = _of_attack(measured, ATTACK_TITLES[name])
         yield Path("attacks", f"{name}.md"), _tail(shown, tables)
     scanned = list(_detector_tables(results))
-    for page, (name, settings) in DETECTOR_PAGES.items():
+    for page, (name, shown) in DETECTOR_PAGES.items():
         title = detector(name).title
         tables = [
-            *pick(scanned, "detector", {title}),
             *_crosses(scanned, title),
+            *pick(scanned, "detector", {title}),
             *_index_tables(results, name),
         ]
-        yield Path("defences", f"{page}.md"), _tail((settings,), tables)
+        yield Path("defences", f"{page}.md"), _tail(shown, tables)
     cleaned = list(_cleaning_tables(results))
     for page, (names, settings) in METHOD_PAGES.items():
         titles = {METHOD_TITLES[n] for n in names}
         titles |= {f"{title}, forced" for title in titles}
         yield Path("defences", f"{page}.md"), _tail((settings,), pick(cleaned, "method", titles))
-    filters = filter_table(read_records(results / "artefacts-cifar10" / "records"))
+    filters = _filter_table(results / "artefacts-cifar10" / "records")
     for page, settings in IMAGE_PAGES.items():
         tables = [filters] if page == "discriminant-filter" else []
         yield Path("defences", f"{page}.md"), _tail((settings,), tables)
@@ -141,7 +155,26 @@ def _tail(settings: Iterable[Settings], tables: Sequence[Table]) -> str:
     if not tables:
         return "\n".join([*parts, NO_RECORD, ""])
     parts += ["From records; [results](../../results/README.md) has the commands.", ""]
-    return "\n".join([*parts, *(to_markdown(table) for table in tables)])
+    return "\n".join([*parts, *(to_markdown(table) for table in told_once(joined(tables)))])
+
+
+def joined(tables: Iterable[Table]) -> list[Table]:
+    """Tables of one title, with the same columns and the same note, as one."""
+    found: dict[tuple[Any, ...], Table] = {}
+    for table in tables:
+        key = (table.title, table.headers, table.note)
+        before = found.get(key)
+        found[key] = table if before is None else before._replace(rows=before.rows + table.rows)
+    return list(found.values())
+
+
+def told_once(tables: Iterable[Table]) -> Iterator[Table]:
+    """The tables of a page, each paragraph of their notes under the first table that has it."""
+    told: set[str] = set()
+    for table in tables:
+        paragraphs = table.note.split("\n\n")
+        yield table._replace(note="\n\n".join(p for p in paragraphs if p not in told))
+        told.update(paragraphs)
 
 
 def settings_table(settings: Settings) -> Table:
@@ -203,17 +236,66 @@ def _attack_tables(results: Path) -> Iterator[Table]:
         study = read_study(results / name)
         for recipe, told in _RECIPES.items():
             if study.started(recipe):
+                note = _rates_note(study, recipe)
                 for table in table1(study, recipe).tables[:3]:
-                    yield table._replace(title=f"{table.title}: {_DATA[name]}{told}")
+                    title = f"{table.title}: {_DATA[name]}{told}"
+                    yield table._replace(title=title, note=note)
         stealth = table2(study).tables[0]
         yield stealth._replace(title=f"{stealth.title}: {_DATA[name]}")
     populations = population_tables(summarise(read_scans(results / POPULATION)))
     crosses = next(table for table in populations if table.name == "cross")
-    yield crosses._replace(title="Found by the defences, on many small models")
-    scans = [(name, index_page(results / name).tables[0]) for name in INDICES]
-    headers = ("detector", *scans[0][1].headers)
-    rows = tuple((_scanner(name), *row) for name, table in scans for row in table.rows)
-    yield Table("scans", "One victim on CIFAR-10, scanned", headers, rows, scans[0][1].note)
+    yield _with_models(crosses, next(table for table in populations if table.name == "backdoored"))
+    pages = {name: index_page(results / name) for name in INDICES}
+    headers = ("detector", *pages[INDICES[0]].tables[0].headers)
+    rows = tuple(
+        (_scanner(name), *row) for name, page in pages.items() for row in page.tables[0].rows
+    )
+    ours = " and ".join(str(detector(name).title) for name in HOUSE)
+    note = _SCANNED.format(ours=ours, about=_defender(pages[INDICES[0]]))
+    yield Table("scans", "One victim on CIFAR-10, scanned", headers, rows, note)
+
+
+def _rates_note(study: AttackRecords, recipe: str) -> str:
+    """What the three rates of a study are, and over how many images and victims."""
+    cells = [
+        study.cells[run]["corruptions"]["none"]
+        for run in study.cells
+        if run.recipe == recipe and run.attack != CLEAN
+    ]
+    clean, triggered = (counted(c[key] for c in cells) for key in ("n_clean", "n_attack"))
+    seeds = ", ".join(map(str, study.seeds(recipe)))
+    return (
+        "CDA: clean test images that are classified right, after the corruption. ASR: images of "
+        "other classes than the target that get its label with the trigger in them. False "
+        f"triggers: the same without it.\n\nOver {clean} test images, {triggered} of them of other "
+        f"classes; victims of {study.data['n_train']} training images, seed {seeds}."
+    )
+
+
+def _defender(page: Page) -> str:
+    """How many clean images a scan had."""
+    return page.about.partition("; ")[2].capitalize()
+
+
+def _with_models(crosses: Table, backdoored: Table) -> Table:
+    """The table of attacks by detectors, with the models that stand behind each row."""
+    worlds: dict[str, dict[str, str]] = {}
+    for row in backdoored.rows:
+        cells = dict(zip(backdoored.headers, row, strict=True))
+        if cells["world"] != EVERYWHERE:
+            worlds.setdefault(cells["attack"], {})[cells["world"]] = cells["judged"]
+    rows = tuple(
+        (row[0], ", ".join(f"{w} {n}" for w, n in worlds.get(row[0], {}).items()), *row[1:])
+        for row in crosses.rows
+    )
+    note = (
+        "Models whose true target was named, with exact 95 % intervals. Models: their data and "
+        "network, with residual connections or without, and how many of those that were trained "
+        "have an attack success of 90 % or more and are judged."
+    )
+    title = "Found by the defences, on many small models"
+    headers = (crosses.headers[0], "models", *crosses.headers[1:])
+    return crosses._replace(title=title, headers=headers, rows=rows, note=note)
 
 
 def _of_attack(measured: Iterable[Table], title: str) -> list[Table]:
@@ -246,15 +328,28 @@ def _side_by_side(where: str, group: Sequence[Table]) -> Table:
             columns[measure if source == "measured" else f"{measure}, paper"] = cells
     corruptions = next(iter(columns.values()))
     rows = tuple((c, *(column[c] for column in columns.values())) for c in corruptions)
-    note = (
-        "CDA: clean test images classified right. ASR: images of other classes that get the target "
-        "label with the trigger. False triggers: the same without it."
-    )
+    note = group[0].note
+    if any(name.endswith(", paper") for name in columns):
+        note += "\n\nThe paper has one mask and one noise: its figure stands under both readings."
     return Table("rates", f"Rates: {where}", ("corruption", *columns), rows, note)
 
 
+def _filter_table(folder: Path) -> Table:
+    records = read_records(folder)
+    judged = records["filters"].values["filters"]
+    clean, triggered = (counted(row[key] for row in judged) for key in ("n_clean", "n_poisoned"))
+    table = filter_table(records)
+    return table._replace(
+        title=f"{table.title}: CIFAR-10, one victim of the watermark",
+        note=f"{table.note} False alarms: of {clean} clean ones. Hits: of {triggered} with the "
+        "true trigger. With 95 % intervals.",
+    )
+
+
 def _detector_tables(results: Path) -> Iterator[Table]:
-    yield from population_tables(summarise(read_scans(results / POPULATION)))
+    for table in population_tables(summarise(read_scans(results / POPULATION))):
+        world = _WORLDS if "world" in table.headers else ""
+        yield table._replace(note=table.note + world)
     for name in DETECTS:
         for page in detect_pages(results / name):
             yield from page.tables
@@ -268,7 +363,9 @@ def _crosses(tables: Iterable[Table], title: str) -> list[Table]:
             kept = [table.headers.index(name) for name in ("attack", "lowest ASR", title)]
             headers = ("attack", "lowest ASR", "target named")
             rows = tuple(tuple(row[n] for n in kept) for row in table.rows)
-            found.append(table._replace(headers=headers, rows=rows, title="By attack"))
+            found.append(
+                table._replace(headers=headers, rows=rows, title="By attack, on many small models")
+            )
     return found
 
 
@@ -280,14 +377,22 @@ def _scanner(folder: str) -> str:
 def _index_tables(results: Path, name: str) -> list[Table]:
     wanted = detector(name).title
     pages = [index_page(results / folder) for folder in INDICES if _scanner(folder) == wanted]
-    return [page.tables[0]._replace(title="One victim of each attack, CIFAR-10") for page in pages]
+    title = "One victim of each attack, CIFAR-10"
+    return [
+        page.tables[0]._replace(title=title, note=f"{page.tables[0].note} {_defender(page)}")
+        for page in pages
+    ]
 
 
 def _cleaning_tables(results: Path) -> Iterator[Table]:
     for name, (title, _) in CLEANINGS.items():
-        for table in cleaning_page(read_cleaning(results / name)).tables:
+        study = read_cleaning(results / name)
+        data = about(study).partition(", ")[2]
+        data += " Settings were chosen on these victims." if name in _CHOSEN_ON else ""
+        for table in cleaning_page(study).tables:
             if table.name in ("cleaning", "cleaning-clean"):
-                yield table._replace(title=f"{title}: {table.title.lower()}")
+                note = f"{data}\n\n{table.note}"
+                yield table._replace(title=f"{title}: {table.title.lower()}", note=note)
 
 
 def with_tail(page: str, tail: str) -> str:

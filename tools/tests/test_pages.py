@@ -18,9 +18,11 @@ from tools.render_pages import (
     METHOD_PAGES,
     NO_RECORD,
     RESULTS,
+    joined,
     pick,
     render_pages,
     settings_table,
+    told_once,
     with_tail,
 )
 from tools.render_results import ATTACKS as STUDIES
@@ -79,6 +81,25 @@ def test_picked_rows_keep_a_column_that_tells_them_apart() -> None:
     (two,) = pick([table], "who", {"a", "b"})
     assert two.rows == (("a", "1"), ("b", "2"))
     assert pick([table], "who", {"z"}) == [] and pick([table], "else", {"a"}) == []
+
+
+def test_tables_that_differ_in_rows_alone_are_one_table() -> None:
+    first, other = Table("a", "T", ("x",), (("1",),), "n"), Table("c", "T", ("y",), (("3",),), "n")
+    (one, two) = joined([first, other, Table("b", "T", ("x",), (("2",),), "n")])
+    assert one.rows == (("1",), ("2",)) and two == other
+
+
+def test_a_page_says_each_thing_once() -> None:
+    notes = ["over 9\n\nwhat it is", "over 5\n\nwhat it is", "over 5\n\nwhat it is", ""]
+    told = told_once(Table("t", "T", ("x",), (), note) for note in notes)
+    assert [table.note for table in told] == [notes[0], "over 5", "", ""]
+
+
+def test_pages_of_attacks_say_on_which_models_and_images(rendered: dict[Path, str]) -> None:
+    page = rendered[Path("attacks", "wanet.md")]
+    assert "mnist-plain 10 of 10, mnist-residual 6 of 6" in page
+    assert "Over 10000 test images, 9000 of them of other classes" in page
+    assert page.count("CDA: clean test images") == 1 and page.count("### Rates: ") == 3
 
 
 def test_a_table_of_settings_shows_presets_or_defaults() -> None:
