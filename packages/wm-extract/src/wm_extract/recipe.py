@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from wm_extract.corruptions import (
@@ -46,6 +46,9 @@ class JointConfig:
             steps, so that the extractor first learns from a mark that is easy to see.
         max_change: Largest change of any value, in [0, 1] units, held by the injector too; None
             leaves it free. It keeps the mark from gathering in one visible place.
+        max_drive: How far the injector may drive the tanh that holds ``max_change``
+            (`wm_inject.ViTConfig`); None leaves it free. The recipes leave it free, since the
+            recorded studies were made so; what ships for larger injectors sets it to 1.
         depth: Encoder blocks.
         decoder_depth: Decoder blocks.
         residual: Add the decoder's output to x instead of reconstructing x.
@@ -76,6 +79,7 @@ class JointConfig:
     psnr_floor: float | None = 36.6
     psnr_start: float | None = 26.0
     max_change: float | None = 6 / 255
+    max_drive: float | None = field(default=None, metadata={"later": True})
     depth: int = 6
     decoder_depth: int = 2
     residual: bool = True
@@ -101,6 +105,8 @@ class JointConfig:
                 raise ValueError(f"expected {name} > 0 dB, got {floor}")
         if self.max_change is not None and not 0 < self.max_change <= 1:
             raise ValueError(f"expected max_change in (0, 1], got {self.max_change}")
+        if self.max_drive is not None and (self.max_change is None or not self.max_drive > 0):
+            raise ValueError(f"expected max_drive > 0 and a max_change, got {self.max_drive}")
         if not 0 <= self.corruption_probability <= 1:
             raise ValueError(f"expected a probability in [0, 1], got {self.corruption_probability}")
 
@@ -162,6 +168,7 @@ class JointConfig:
             residual=self.residual,
             psnr_floor=self.psnr_floor,
             max_change=self.max_change,
+            max_drive=self.max_drive,
         )
 
     def anti_collapse(self) -> RandomCorruption:
