@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tools import release
 from tools.docs_site import OUTSIDE, site_links
+from tools.page_tables import pick
 from tools.render_pages import (
     ATTACK_PAGES,
     DOCS,
@@ -19,7 +20,6 @@ from tools.render_pages import (
     NO_RECORD,
     RESULTS,
     joined,
-    pick,
     render_pages,
     settings_table,
     told_once,
