@@ -179,12 +179,19 @@ def test_help_and_version(arguments, capsys):
 def test_unlearn_cleans_what_the_scan_names(classifier, scores, tmp_path, capsys):
     out = tmp_path / "cleaned.safetensors"
     options = ["--data", "digits", "--images", 40, "--recipe", "paper", "--out", out]
-    assert run("unlearn", classifier, *options, "--label", 9) == 0
-    printed = capsys.readouterr().out
+    told = tmp_path / "told.json"
+    assert run("clean", classifier, *options, "--label", 9, "--json", told) == 0
+    printed, found = capsys.readouterr().out, json.loads(told.read_text())
+    rates = "accuracy {:.4f} -> {:.4f}\n".format(*found["accuracy"])
+    rates += "reversed trigger of label 9: success {:.4f} -> {:.4f}\n".format(
+        *found["success"]["9"]
+    )
+    assert rates in printed and found["cleaned"] == [9] and found["recipe"]["epochs"] == 1
+    assert found["scan"]["verdict"] == "backdoored"
     assert "accuracy" in printed and "label 9" in printed
     cleaned, test = load_classifier(out), load_dataset("digits", image_size=28).test
     assert f"-> {accuracy(cleaned, test):.4f}" in printed
-    # Without --label, the labels that the scan names are cleaned.
+    # Without --label, the labels that the scan names are cleaned; the paper's word does as well.
     first = out.read_bytes()
     assert run("unlearn", classifier, *options) == 0
     assert out.read_bytes() == first
@@ -207,5 +214,7 @@ def test_force_cleans_any_label_without_a_scan(classifier, tmp_path, capsys, mon
     options = ["--data", "digits", "--images", 40, "--preset", "fast", "--out", out, "--force"]
     assert run("unlearn", classifier, *options, "--recipe", "paper") == 1
     assert "expected --label with --force" in capsys.readouterr().err
-    assert run("unlearn", classifier, *options, "--recipe", "paper", "--label", 3) == 0
-    assert out.exists()
+    told = tmp_path / "told.json"
+    forced = ["--recipe", "paper", "--label", 3, "--json", told]
+    assert run("unlearn", classifier, *options, *forced) == 0
+    assert out.exists() and json.loads(told.read_text())["scan"] is None

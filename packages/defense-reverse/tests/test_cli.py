@@ -84,9 +84,16 @@ def test_clean_writes_a_new_classifier_for_a_named_label(classifier, tmp_path, c
 
     monkeypatch.setattr(sys.modules["defense_reverse.scan"], "scan", named)
     before, out = classifier.read_bytes(), tmp_path / "cleaned.safetensors"
-    more = ("--clean-images", "40", "--out", str(out))
+    record = tmp_path / "told.json"
+    more = ("--clean-images", "40", "--out", str(out), "--json", str(record), "--recipe", "paper")
     assert main(command("clean", classifier, *more)) == 0
-    told = capsys.readouterr().out
+    told, found = capsys.readouterr().out, json.loads(record.read_text())
+    rates = "accuracy {:.4f} -> {:.4f}\n".format(*found["accuracy"])
+    rates += "reversed generator of label 3: success {:.4f} -> {:.4f}\n".format(
+        *found["success"]["3"]
+    )
+    assert rates in told and (found["cleaned"], found["images"]) == ([3], 40)
+    assert found["recipe"]["epochs"] == 1 and found["scan"]["suspected"] == [3]
     assert "reversed generator of label 3" in told and "accuracy" in told
     assert classifier.read_bytes() == before
     old, new = load_classifier(classifier), load_classifier(out)

@@ -228,8 +228,13 @@ def test_a_strangers_backdoor_is_found_and_cleaned(target, folder, tmp_path, rec
     code, found = scanned(model, folder, tmp_path / "a.json")
     assert code == 1 and found["suspected"] == [target]
     # No longer accused; without its backdoor it may lie outside what verdicts are calibrated on.
-    again = main(["clean", str(model), "--images", str(folder), "--out", str(cleaned)])
+    told = tmp_path / "told.json"
+    given = [str(model), "--images", str(folder), "--out", str(cleaned), "--json", str(told)]
+    again = main(["clean", *given])
     assert again in (0, 2)
+    said = json.loads(told.read_text())
+    assert said["before"]["verdict"] == "backdoored" and len(said["rounds"]) in (1, 2, 3)
+    assert said["success"][str(target)][0] > 0.9 and said["same_answers"] > 0.8
     kept, left = success(cleaned, target)
     record_property("success", f"{reached:.4f} -> {left:.4f}")
     record_property("accuracy", f"{accuracy:.4f} -> {kept:.4f}")

@@ -23,6 +23,7 @@ from wm_eval.cleaning.tables import cleaning_headlines, cleaning_page, write_cle
 from wm_eval.records import Record, write_record, write_text
 from wm_eval.tables import Table
 from wm_inject.cli_common import Parser, add_common
+from wm_inject.cli_config import add_config
 
 METHODS = ("fine-tuning", "unlearning-reverse", "nad")
 
@@ -293,6 +294,7 @@ def test_reading_refuses(study: Study) -> None:
 def parse(*argv: str) -> argparse.Namespace:
     parser = Parser(prog="wm-eval")
     add_common(parser, version="0")
+    add_config(parser)
     add_mitigate(parser)
     return parser.parse_args(argv)
 

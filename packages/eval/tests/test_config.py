@@ -67,7 +67,7 @@ def test_an_empty_file_is_the_default_study(tmp_path: Path) -> None:
         ("[train]\nepochs = 0", "study.train: expected at least 1 epoch"),
         ('[train]\nschedule = "steps"', "for study.train.schedule, got 'steps'"),
         ("train = 1", "expected a table for study.train, got 1"),
-        ("[train]\nseed = 3", "expected one seed for the whole study, got one in study.train"),
+        ("[train]\nseed = 3", "expected one seed at the top of study, got one in study.train"),
         ('[joint]\npreset = "best"', "expected a recipe in"),
         ('preset = "imagenet"', "expected a study in demo, cifar10"),
         ("preset = 1", "expected a study in demo, cifar10"),

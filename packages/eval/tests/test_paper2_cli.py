@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import xml.dom.minidom
@@ -13,34 +12,22 @@ import pytest
 import torch
 
 from defense_nc import judge
+from wm_eval import cli
 from wm_eval.attacks.config import CLEAN
 from wm_eval.detectors import Detector
-from wm_eval.paper2 import cli, index_scans
+from wm_eval.paper2 import index_scans
 from wm_eval.paper2.index_figure import write_index_figure
 from wm_eval.paper2.index_scans import find_victims, scan_victims
 from wm_eval.records import Record, read_record, read_records, write_record
 from wm_eval.tables import ABSENT
-from wm_inject.cli_common import Parser, add_common, run_cli
 from wm_victim import build_classifier, load_dataset, save_classifier
 
 SIZE, LIMIT = 16, 100
 
 
 def main(*argv: str) -> int:
-    """The two commands as ``wm-eval`` will have them."""
-
-    def work(given: Any) -> int:
-        parser = Parser(prog="wm-eval")
-        commands = parser.add_subparsers(dest="command", required=True)
-        for name, add in (("detect", cli.add_detect), ("figure3", cli.add_figure3)):
-            command = commands.add_parser(name)
-            add(command)
-            add_common(command, version="0")
-        args: argparse.Namespace = parser.parse_args(given)
-        works = {"detect": cli.detect_command, "figure3": cli.figure3_command}
-        return works[args.command](args)
-
-    return run_cli(work, argv)
+    """The two commands as ``wm-eval`` has them."""
+    return cli.main(argv)
 
 
 @pytest.fixture

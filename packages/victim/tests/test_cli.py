@@ -26,12 +26,14 @@ def test_train_and_test_agree(
 ) -> None:
     out = tmp_path / "new folder" / "victim.safetensors"
     attack = ["--trigger", str(patch), "--target", "2"]
-    assert main([*TRAIN, "--out", str(out), *attack, "--ratio", "0.2"]) == 0
+    told = ["--json", str(tmp_path / "told.json")]
+    assert main([*TRAIN, "--out", str(out), *attack, "--ratio", "0.2", *told]) == 0
     first = capsys.readouterr().out.splitlines()
     test = ["test", str(out), "--data", "digits", "--device", "cpu", *attack]
     assert main([*test, "--json", str(tmp_path / "found.json")]) == 0
     assert capsys.readouterr().out.splitlines() == first[1:]
     found = json.loads((tmp_path / "found.json").read_text())
+    assert found == json.loads((tmp_path / "told.json").read_text())
     assert (found["images"], found["target"]) == (597, 2)
     assert f"{found['accuracy']:.4f}" in first[1] and f"{found['attack_success']:.4f}" in first[2]
     assert first[1].startswith("accuracy") and first[2].startswith("attack success")
@@ -178,7 +180,9 @@ def test_a_classifier_is_exported_in_either_form(
     saved, images = tmp_path / "v.safetensors", torch.rand(4, 1, 16, 16)
     model = build_classifier("resnet10", num_classes=10, channels=1, image_size=16, width=8).eval()
     save_classifier(model, saved)
-    assert main(["export", str(saved), str(tmp_path / "v.onnx")]) == 0
+    told = tmp_path / "told.json"
+    assert main(["export", str(saved), str(tmp_path / "v.onnx"), "--json", str(told)]) == 0
+    assert json.loads(told.read_text())["file"] == str(tmp_path / "v.onnx")
     assert main(["export", "--precision", "bfloat16", str(saved), str(tmp_path / "v.pt")]) == 0
     assert capsys.readouterr().out.count("of the classifier") == 2
     found = OnnxModel(tmp_path / "v.onnx")

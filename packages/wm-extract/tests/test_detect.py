@@ -115,7 +115,12 @@ def test_command_line_trains_on_a_folder_and_finds_marks(
         save_image(photos / f"{index}.png", draw.integers(0, 256, (20, 20, 1), dtype=np.uint8))
     out = tmp_path / "mark"
     arguments = ["--image-size", "16", "--grey", "--iterations", "3", "--device", "cpu"]
-    assert main(["train", str(photos), "--out", str(out), *arguments]) == 0
+    told = tmp_path / "told.json"
+    assert main(["train", str(photos), "--out", str(out), *arguments, "--json", str(told)]) == 0
+    measured, shown = json.loads(told.read_text()), capsys.readouterr().out
+    assert (measured["iterations"], measured["images"]) == (3, 70)
+    assert f"3 steps on 70 images: mark loss {measured['mark_loss']:.4f}" in shown
+    assert f"{measured['found']} of {measured['calibration_images']}\n" in shown
     assert load_trigger(out / "trigger.safetensors")(images(2)).shape == (2, 1, 16, 16)
     report = tmp_path / "found.json"
     detector = str(out / "detector.safetensors")

@@ -32,6 +32,7 @@ from wm_inject import (
 )
 from wm_inject.cli import main as inject
 from wm_inject.pretrained import read_pretrained
+from wm_inject.runtime import Extractor
 
 GREY = "tiny-32-grey"
 
@@ -132,6 +133,37 @@ def test_from_the_command_line_both_halves_work_together(
         rows = json.loads(report.read_text("utf-8"))["images"]
         assert len(rows) == 20 and low <= sum(row["marked"] for row in rows) <= high
     assert "of 20 images are marked (false-positive rate 0.001)" in capsys.readouterr().out
+
+
+def test_both_halves_are_exported_by_their_name(
+    tmp_path: Path, digits: torch.Tensor, marked: torch.Tensor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, told = tmp_path / "detector.onnx", tmp_path / "told.json"
+    assert main(["export", "--uint8", "--pretrained", GREY, str(out), "--json", str(told)]) == 0
+    largest = json.loads(told.read_text())["max_abs"]
+    assert f"{out}: at batch sizes 1 and 3 within {largest:.2g} of" in capsys.readouterr().out
+    detector = MarkDetector.from_pretrained(GREY)
+    images = torch.cat([digits[:20], marked[:20]])
+    assert (
+        Extractor(out)(to_pixels(images)).marked == detector.detect(images).marked.numpy()
+    ).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["d.onnx"], "give either DETECTOR or --pretrained NAME, and OUT"),
+        (["--pretrained", GREY, "a.safetensors", "d.onnx"], "give either DETECTOR or --pretrained"),
+        (["--pretrained", "huge", "d.onnx"], "choose from"),
+    ],
+)
+def test_an_export_is_of_a_file_or_of_a_name(
+    given: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["export", *given])
+    said = capsys.readouterr().err
+    assert stop.value.code == 64 and message in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from wm_inject.__about__ import __version__
 from wm_inject.cli import main
 from wm_inject.images import load_image, save_image
+from wm_inject.pretrained import PRETRAINED
 from wm_inject.triggers import BadNetsTrigger, BlendTrigger, MarksmanTrigger, save_trigger
 
 SIZE = 16
@@ -35,9 +36,14 @@ def test_save_export_poison_and_measure(photos, tmp_path, capsys, monkeypatch):
     saved, model = tmp_path / "t.safetensors", tmp_path / "t.onnx"
     trigger = BlendTrigger(image_size=SIZE, channels=3, alpha=0.1)
     save_trigger(trigger, saved)
-    assert main(["poison", "--checkpoint", *paths(saved, photos, tmp_path / "one")]) == 0
-    assert main(["export", "--uint8", *paths(saved, model)]) == 0
-    assert "at batch sizes 1 and 3 within" in capsys.readouterr().out
+    told = tmp_path / "told.json"
+    given = ["--json", str(told), "--checkpoint", *paths(saved, photos, tmp_path / "one")]
+    assert main(["poison", *given]) == 0
+    assert json.loads(told.read_text()) == {"images": 3, "poisoned": 3, "written": 3}
+    assert main(["export", "--uint8", "--json", *paths(told, saved, model)]) == 0
+    shown, found = capsys.readouterr().out, json.loads(told.read_text())
+    assert f"{model}: at batch sizes 1 and 3 within {found['max_abs']:.2g} of" in shown
+    assert (found["file"], found["batches"], found["precision"]) == (str(model), [1, 3], "float32")
     assert main(["poison", "--onnx", *paths(model, photos, tmp_path / "two")]) == 0
     assert np.array_equal(read(tmp_path / "one"), read(tmp_path / "two"))
     plan = json.loads((tmp_path / "two" / "plan.json").read_text())
@@ -51,6 +57,48 @@ def test_save_export_poison_and_measure(photos, tmp_path, capsys, monkeypatch):
     assert len(values["psnr"]) == 3 and values["lpips"] is None
     assert values["files"] == ["a.png", "b.png", "c.png"]
     assert max(values["linf"]) <= 0.1 + 1 / 255
+
+
+def test_what_ships_is_exported_by_its_name(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name in "abc":
+        pixels = rng.integers(0, 256, (32, 32, 1), dtype=np.uint8)
+        save_image(tmp_path / "photos" / f"{name}.png", pixels)
+    name, model = "tiny-32-grey", tmp_path / "t.onnx"
+    assert main(["export", "--uint8", "--pretrained", name, str(model)]) == 0
+    assert "at batch sizes 1 and 3 within" in capsys.readouterr().out
+    photos = tmp_path / "photos"
+    assert main(["poison", "--onnx", *paths(model, photos, tmp_path / "one")]) == 0
+    assert main(["poison", "--pretrained", name, *paths(photos, tmp_path / "two")]) == 0
+    change = read(tmp_path / "one").astype(int) - read(tmp_path / "two")
+    assert abs(change).max() <= 1 and (change == 0).mean() > 0.999
+    # OUT may come first or last.
+    assert main(["export", str(tmp_path / "u.pt"), "--pretrained", name]) == 0
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["t.onnx"],
+        [],
+        ["--pretrained", "tiny-32"],
+        ["--pretrained", "tiny-32", "t.safetensors", "o"],
+    ],
+)
+def test_an_export_is_of_a_file_or_of_a_name(given, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["export", *given])
+    assert caught.value.code == 64
+    said = capsys.readouterr().err
+    assert "give either CHECKPOINT or --pretrained NAME, and OUT" in said and said.count("\n") == 1
+
+
+def test_an_unknown_name_lists_the_names(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["export", "--pretrained", "huge", "t.onnx"])
+    assert caught.value.code == 64
+    said = capsys.readouterr().err
+    assert all(name in said for name in PRETRAINED) and said.count("\n") == 1
 
 
 def test_export_to_torchscript(tmp_path):

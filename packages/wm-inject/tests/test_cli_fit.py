@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -26,8 +28,10 @@ def fit(photos, out, *options: str) -> int:
 
 def test_ssba_is_fitted_and_poisons(photos, tmp_path, capsys):
     out, poisoned = tmp_path / "new" / "ssba.safetensors", tmp_path / "poisoned"
-    assert fit(photos, out) == 0
+    assert fit(photos, out, *SSBA, "--json", str(tmp_path / "told.json")) == 0
     assert capsys.readouterr().out == f"wrote {out}, fitted to 6 images\n"
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert (told["file"], told["images"], told["profile"]) == (str(out), 6, "tiny")
     assert [path.name for path in out.parent.iterdir()] == ["ssba.safetensors"]
     trigger = load_trigger(out)
     assert (trigger.kind, trigger.config["image_size"]) == ("ssba", SIZE)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from defense_nc.__about__ import __version__
 from defense_nc.scan_cli import (
+    ScanSettings,
     add_inputs,
     add_outputs,
     open_inputs,
     report_table,
+    scan_settings,
     verdict_code,
     write_outputs,
 )
-from wm_inject.cli_common import Parser, add_common, add_completion, run_cli
+from wm_inject.cli_common import Parser, add_common, add_completion, describe, run_cli, write_found
+from wm_inject.cli_config import add_config, print_config, take_over
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,24 +32,48 @@ _EPILOG = """\
 examples:
   defense-nc scan victim.safetensors --data digits --json scan.json
   defense-nc scan victim.safetensors --data digits --filter filter.onnx
-  defense-nc unlearn victim.safetensors --data digits --label 0 --out cleaned.safetensors
+  defense-nc scan --preset robust --print-config > mine.toml
+  defense-nc scan victim.safetensors --data digits --config mine.toml
+  defense-nc clean victim.safetensors --data digits --label 0 --out cleaned.safetensors
 
 `scan` exits with its verdict: 0 clean, 1 backdoored, 2 inconclusive, 3 not scanned (an error).
+`clean` exits with 0 when it wrote a cleaned classifier, and with 1 when it did not.
 """
+
+
+@dataclass(frozen=True)
+class CleanSettings:
+    """What ``defense-nc clean`` does with a classifier.
+
+    Args:
+        scan: The settings of the search, `NCConfig`.
+        unlearning: How its triggers are unlearned, `UnlearnConfig`.
+        images: Clean images to scan and to clean with.
+        alpha: Share of clean models that may be accused, in (0, 1).
+        max_ratio: Accuse only below this share of the median, in (0, 1].
+        seed: Of every draw.
+    """
+
+    scan: Any
+    unlearning: Any
+    images: int = 500
+    alpha: float = 0.05
+    max_ratio: float = 0.5
+    seed: int = 0
 
 
 _PRESETS = ("paper", "ports", "robust", "reference", "fast")  # spelled out: --help needs no torch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; `scan` returns its verdict's exit code, `unlearn` 0, or 1 after an error."""
+    """Run the command; `scan` returns its verdict's exit code, `clean` 0, or 1 if not cleaned."""
     return run_cli(_main, argv)
 
 
 def _main(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(argv)
-    if args.command == "unlearn":
-        return _unlearn(args)
+    if args.command != "scan":
+        return _clean(args)
     return verdict_code(lambda: _scan(args))
 
 
@@ -60,22 +87,27 @@ def _parser() -> Parser:
     add_completion(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     scan = commands.add_parser("scan", help="is there a backdoor?", epilog=_EPILOG)
-    add_inputs(scan, presets=_PRESETS, images=500)
-    scan.add_argument("--json", type=Path, help="also write the report here")
+    add_inputs(scan, presets=_PRESETS)
     add_outputs(scan)
     scan.add_argument(
         "--checkpoint", type=Path, help="keep the state here, and go on from it after a stop"
     )
     add_common(scan, version=__version__)
-    unlearn = commands.add_parser("unlearn", help="clean a label that a scan names", epilog=_EPILOG)
-    add_inputs(unlearn, presets=_PRESETS, images=500)
-    unlearn.add_argument("--label", type=int, help="clean this label (default: all named)")
-    unlearn.add_argument("--force", action="store_true", help="clean --label without a scan")
-    unlearn.add_argument(
-        "--recipe", choices=("nc", "paper", "reverse"), default="nc", help="(default: nc)"
+    add_config(scan)
+    # "unlearn" is what the paper calls it; "clean" is what the other commands call it.
+    clean = commands.add_parser(
+        "clean", aliases=["unlearn"], help="clean a label that a scan names", epilog=_EPILOG
     )
-    unlearn.add_argument("--out", type=Path, required=True, help="the cleaned classifier's file")
-    add_common(unlearn, version=__version__)
+    add_inputs(clean, presets=_PRESETS)
+    clean.add_argument("--label", type=int, help="clean this label (default: all named)")
+    clean.add_argument("--force", action="store_true", help="clean --label without a scan")
+    clean.add_argument(
+        "--recipe", choices=("nc", "paper", "reverse"), help="of unlearning (default: nc)"
+    )
+    clean.add_argument("--out", type=Path, required=True, help="the cleaned classifier's file")
+    add_common(clean, version=__version__)
+    add_config(clean)
+    describe(commands)
     return parser
 
 
@@ -86,13 +118,12 @@ def _report(
     checkpoint: Path | None = None,
 ) -> ScanReport:
     from defense_nc.scan import scan
-    from defense_nc.schedule import NCConfig
 
     return scan(
         model,
         known.images,
         labels=known.labels,
-        config=NCConfig.preset(args.preset),
+        config=args.scan,
         alpha=args.alpha,
         max_ratio=args.max_ratio,
         seed=args.seed,
@@ -100,29 +131,43 @@ def _report(
     )
 
 
-def _scan(args: argparse.Namespace) -> ScanReport:
-    from wm_inject.files import write_json
+def _scan(args: argparse.Namespace) -> ScanReport | None:
+    from defense_nc.schedule import NCConfig
 
+    start = ScanSettings(NCConfig.preset("fast"))
+    more = {"filter_rate": args.filter_rate}
+    settings = scan_settings(args, start, more, scan=NCConfig.preset)
+    if args.print_config:
+        print_config(settings)
+        return None
+    take_over(args, settings)
     model, data, known = open_inputs(args)
     report = _report(args, model, known, args.checkpoint)
-    if args.json is not None:
-        about = {"classifier": args.classifier.name, "data": data.name, "preset": args.preset}
-        write_json(args.json, report.to_dict() | about | {"fingerprint": data.fingerprint})
+    about = {"classifier": args.classifier.name, "data": data.name, "preset": args.scan.name}
+    write_found(args, report.to_dict() | about | {"fingerprint": data.fingerprint})
     print(report_table(report))
     for line in write_outputs(args, report, model, known):
         print(line)
     return report
 
 
-def _unlearn(args: argparse.Namespace) -> int:
+def _clean(args: argparse.Namespace) -> int:
+    from defense_nc.schedule import NCConfig
     from defense_nc.unlearn import UnlearnConfig, unlearn
     from wm_victim import accuracy, attack_success, save_classifier
 
+    start = CleanSettings(NCConfig.preset("fast"), UnlearnConfig.preset("nc"))
+    presets = {"scan": NCConfig.preset, "unlearning": UnlearnConfig.preset}
+    settings = scan_settings(args, start, {}, **presets)
+    if args.print_config:
+        return print_config(settings)
+    take_over(args, settings)
     model, data, known = open_inputs(args)
     test = data.test.to(known.images.device)
     cleaned: nn.Module = model
-    triggers = _triggers(args, model, known)
-    config = UnlearnConfig.preset(args.recipe)
+    report = None if args.force else _named(args, model, known)
+    triggers = _triggers(args, model, known, report)
+    config = args.unlearning
     for trigger in triggers.values():
         cleaned = unlearn(
             cleaned,
@@ -136,39 +181,49 @@ def _unlearn(args: argparse.Namespace) -> int:
     about = {"cleaned": sorted(triggers), "recipe": asdict(config), "seed": args.seed}
     save_classifier(cleaned.cpu(), args.out, {**about, "fingerprint": data.fingerprint})
     cleaned.to(known.images.device)
-    print(f"accuracy {accuracy(model, test):.4f} -> {accuracy(cleaned, test):.4f}")
+    rates = [accuracy(net, test) for net in (model, cleaned)]
+    print(f"accuracy {rates[0]:.4f} -> {rates[1]:.4f}")
+    found: dict[str, Any] = {"accuracy": rates, "success": {}, "fingerprint": data.fingerprint}
+    found["scan"] = None if report is None else report.to_dict()
     for label, trigger in triggers.items():
-        before, after = (
-            attack_success(net, test, trigger, target=label) for net in (model, cleaned)
-        )
-        print(f"reversed trigger of label {label}: success {before:.4f} -> {after:.4f}")
+        rates = [attack_success(net, test, trigger, target=label) for net in (model, cleaned)]
+        print(f"reversed trigger of label {label}: success {rates[0]:.4f} -> {rates[1]:.4f}")
+        found["success"][label] = rates
+    write_found(args, about | found)
     print(f"wrote {args.out}")
     return 0
 
 
-def _triggers(args: argparse.Namespace, model: nn.Module, known: ImageSet) -> dict[int, nn.Module]:
-    """The reversed triggers to unlearn: of the labels that a scan names, unless forced."""
-    from defense_nc.inversion import invert_trigger
-    from defense_nc.schedule import NCConfig
-
-    if args.force:
-        if args.label is None:
-            raise ValueError("expected --label with --force")
-        found = invert_trigger(
-            model,
-            known.images,
-            args.label,
-            labels=known.labels,
-            config=NCConfig.preset(args.preset),
-            seed=args.seed,
-            progress=True,
-        )
-        return {args.label: found}
+def _named(args: argparse.Namespace, model: nn.Module, known: ImageSet) -> ScanReport:
+    """Scan, and refuse to go on unless the scan names what shall be cleaned."""
     report = _report(args, model, known)
     print(report_table(report))
     wanted = report.suspected if args.label is None else (args.label,)
     if not wanted or not set(wanted) <= set(report.suspected):
         what = "no label" if args.label is None else f"not label {args.label}"
         raise ValueError(f"not cleaned: the scan named {what} (--force cleans --label regardless)")
-    device = known.images.device
-    return {label: report.triggers[label].to(device) for label in wanted}
+    return report
+
+
+def _triggers(
+    args: argparse.Namespace, model: nn.Module, known: ImageSet, report: ScanReport | None
+) -> dict[int, nn.Module]:
+    """The reversed triggers to unlearn: of the labels that a scan names, unless forced."""
+    from defense_nc.inversion import invert_trigger
+
+    if report is not None:
+        wanted = report.suspected if args.label is None else (args.label,)
+        device = known.images.device
+        return {label: report.triggers[label].to(device) for label in wanted}
+    if args.label is None:
+        raise ValueError("expected --label with --force")
+    found = invert_trigger(
+        model,
+        known.images,
+        args.label,
+        labels=known.labels,
+        config=args.scan,
+        seed=args.seed,
+        progress=True,
+    )
+    return {args.label: found}

@@ -3,48 +3,99 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from wm_inject.cli_common import resolve_device, run_cli
+from wm_inject.cli_common import add_json, resolve_device, run_cli
+from wm_inject.cli_config import layered, read_config, refuse_preset
 
 if TYPE_CHECKING:
     from defense_nc.report import ScanReport
     from wm_victim import Dataset, ImageSet
     from wm_victim.models import Classifier
 
+T = TypeVar("T")
 
-def add_inputs(parser: argparse.ArgumentParser, *, presets: Sequence[str], images: int) -> None:
+
+@dataclass(frozen=True)
+class ScanSettings:
+    """What the ``scan`` command of a defence does with a classifier.
+
+    Args:
+        scan: The settings of the search: `NCConfig` or ``ReverseConfig``.
+        images: Clean images to scan with.
+        alpha: Share of clean models that may be accused, in (0, 1).
+        max_ratio: Accuse only below this share of the median, in (0, 1].
+        filter_rate: Share of clean images that the filter of --filter may flag.
+        seed: Of every draw.
+    """
+
+    scan: Any
+    images: int = 500
+    alpha: float = 0.05
+    max_ratio: float = 0.5
+    filter_rate: float = 0.01
+    seed: int = 0
+
+
+def add_inputs(parser: argparse.ArgumentParser, *, presets: Sequence[str]) -> None:
     """Give a parser what every scan takes: a classifier, clean images, a preset and the rule.
 
     Args:
         parser: The parser of one command.
         presets: Names of presets; "fast" must be among them.
-        images: How many clean images are used if nothing is said.
     """
-    parser.add_argument("classifier", type=Path, help="a file that `wm-victim train` wrote")
+    parser.add_argument(
+        "classifier", type=Path, metavar="CLASSIFIER", help="a file that `wm-victim train` wrote"
+    )
     parser.add_argument(
         "--data",
         required=True,
         help="clean images: digits, mnist, fashion-mnist, cifar10, gtsrb, a folder, or an .npz",
     )
     parser.add_argument("--root", type=Path, help="where named sets lie (default: WM_DATA)")
-    parser.add_argument(
-        "--images", type=int, default=images, help=f"images to scan with (default: {images})"
-    )
+    parser.add_argument("--images", type=int, help="images to scan with (default: 500)")
     parser.add_argument(
         "--preset",
         choices=tuple(presets),
-        default="fast",
-        help="(default: fast, whose verdicts are calibrated)",
+        help="of the search (default: fast, whose verdicts are calibrated)",
     )
     parser.add_argument(
-        "--alpha", type=float, default=0.05, help="share of clean models that may be accused"
+        "--alpha", type=float, help="share of clean models that may be accused (default: 0.05)"
     )
     parser.add_argument(
-        "--max-ratio", type=float, default=0.5, help="accuse only below this share of the median"
+        "--max-ratio",
+        type=float,
+        help="accuse only below this share of the median (default: 0.5)",
     )
+    add_json(parser)
+
+
+def scan_settings(
+    args: argparse.Namespace, start: T, more: Mapping[str, Any], **presets: Callable[[str], Any]
+) -> T:
+    """The settings of a command that scans: where they start, the file, the options.
+
+    Args:
+        args: With the options of `add_inputs`.
+        start: The command's settings, with the fields of `ScanSettings` but ``filter_rate``.
+        more: The values of further options by field name; None is "not given".
+        presets: By table, what makes its settings from a preset's name. The option is --recipe
+            for the table ``unlearning``, and --preset for ``scan``.
+
+    Raises:
+        ValueError: Settings that do not fit.
+    """
+    file = read_config(args)
+    for table, preset in presets.items():
+        option = {"scan": "preset", "unlearning": "recipe"}[table]
+        refuse_preset(args, option, table, file)
+        if (name := getattr(args, option)) is not None:
+            start = replace(start, **{table: preset(name)})  # type: ignore[type-var]
+    names = ("images", "alpha", "max_ratio", "seed")
+    return layered(args, start, file, {**{n: getattr(args, n) for n in names}, **more})
 
 
 def add_outputs(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +113,6 @@ def add_outputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--filter-rate",
         type=float,
-        default=0.01,
         help="share of clean images that the filter may flag (default: 0.01)",
     )
     parser.add_argument(
@@ -134,12 +184,13 @@ def open_inputs(args: argparse.Namespace) -> tuple[Classifier, Dataset, ImageSet
     return model.to(device), data, known.to(device)
 
 
-def verdict_code(scan: Callable[[], ScanReport]) -> int:
+def verdict_code(scan: Callable[[], ScanReport | None]) -> int:
     """Run a scan and return its verdict's exit code; 3, "not scanned", after an error.
 
-    An error must not look like a verdict: 1 means "backdoored" here.
+    An error must not look like a verdict: 1 means "backdoored" here. None, of a command that only
+    printed its settings, is 0.
     """
-    done: list[ScanReport] = []
+    done: list[ScanReport | None] = []
 
     def attempt(_: Sequence[str] | None) -> int:
         done.append(scan())
@@ -147,7 +198,7 @@ def verdict_code(scan: Callable[[], ScanReport]) -> int:
 
     code = run_cli(attempt)
     if done:
-        return done[0].verdict.exit_code
+        return 0 if done[0] is None else done[0].verdict.exit_code
     return 3 if code == 1 else code
 
 
@@ -175,10 +226,12 @@ def report_table(report: ScanReport) -> str:
 
 
 __all__ = [
+    "ScanSettings",
     "add_inputs",
     "add_outputs",
     "open_inputs",
     "report_table",
+    "scan_settings",
     "verdict_code",
     "write_outputs",
 ]

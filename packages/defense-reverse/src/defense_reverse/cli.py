@@ -5,20 +5,24 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from defense_nc.scan_cli import (
+    ScanSettings,
     add_inputs,
     add_outputs,
     open_inputs,
     report_table,
+    scan_settings,
     verdict_code,
     write_outputs,
 )
 from defense_reverse.__about__ import __version__
 from defense_reverse.config import PRESETS
-from wm_inject.cli_common import Parser, add_common, add_completion, run_cli
+from wm_inject.cli_common import Parser, add_common, add_completion, describe, run_cli, write_found
+from wm_inject.cli_config import add_config, print_config, take_over
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,11 +33,36 @@ if TYPE_CHECKING:
 _EPILOG = """\
 examples:
   defense-reverse scan victim.safetensors --data mnist --json scan.json
+  defense-reverse scan --preset robust --print-config > mine.toml
+  defense-reverse scan victim.safetensors --data mnist --config mine.toml
   defense-reverse clean victim.safetensors --data mnist --out cleaned.safetensors
 
 `scan` exits with its verdict: 0 clean, 1 backdoored, 2 inconclusive, 3 not scanned (an error).
 `clean` exits with 0 when it wrote a cleaned classifier, and with 1 when it did not.
 """
+
+
+@dataclass(frozen=True)
+class CleanSettings:
+    """What ``defense-reverse clean`` does with a classifier.
+
+    Args:
+        scan: The settings of the search, `ReverseConfig`.
+        unlearning: How its generators are unlearned, ``UnlearnConfig``.
+        images: Clean images to scan with.
+        clean_images: Images to clean with; 5 % of the training set if None.
+        alpha: Share of clean models that may be accused, in (0, 1).
+        max_ratio: Accuse only below this share of the median, in (0, 1].
+        seed: Of every draw.
+    """
+
+    scan: Any
+    unlearning: Any
+    images: int = 500
+    clean_images: int | None = None
+    alpha: float = 0.05
+    max_ratio: float = 0.5
+    seed: int = 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,35 +88,39 @@ def _parser() -> Parser:
     add_completion(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     scan = commands.add_parser("scan", help="is there a backdoor?", epilog=_EPILOG)
-    add_inputs(scan, presets=tuple(PRESETS), images=500)
+    add_inputs(scan, presets=tuple(PRESETS))
     scan.add_argument(
         "--checkpoint",
         type=Path,
         help="keep the state here; a scan that was killed goes on from it",
     )
-    scan.add_argument("--json", type=Path, help="also write the report here")
     scan.add_argument("--triggers", type=Path, help="also write the generators to this folder")
     add_outputs(scan)
     add_common(scan, version=__version__)
+    add_config(scan)
     clean = commands.add_parser("clean", help="clean the label that a scan names", epilog=_EPILOG)
-    add_inputs(clean, presets=tuple(PRESETS), images=500)
+    add_inputs(clean, presets=tuple(PRESETS))
     clean.add_argument(
         "--clean-images", type=int, help="images to clean with (default: 5%% of the training set)"
     )
+    clean.add_argument(
+        "--recipe", choices=("nc", "paper", "reverse"), help="of unlearning (default: reverse)"
+    )
     clean.add_argument("--out", type=Path, required=True, help="the cleaned classifier's file")
     add_common(clean, version=__version__)
+    add_config(clean)
+    describe(commands)
     return parser
 
 
 def _report(args: argparse.Namespace, model: nn.Module, known: ImageSet) -> ScanReport:
-    from defense_reverse.config import ReverseConfig
     from defense_reverse.scan import scan
 
     report = scan(
         model,
         known.images,
         labels=known.labels,
-        config=ReverseConfig.preset(args.preset),
+        config=args.scan,
         alpha=args.alpha,
         max_ratio=args.max_ratio,
         seed=args.seed,
@@ -97,16 +130,22 @@ def _report(args: argparse.Namespace, model: nn.Module, known: ImageSet) -> Scan
     return report
 
 
-def _scan(args: argparse.Namespace) -> ScanReport:
+def _scan(args: argparse.Namespace) -> ScanReport | None:
+    from defense_reverse.config import ReverseConfig
     from defense_reverse.trigger import ReversedTrigger, save_reversed
-    from wm_inject.files import write_json
 
+    start = ScanSettings(ReverseConfig.preset("fast"))
+    more = {"filter_rate": args.filter_rate}
+    settings = scan_settings(args, start, more, scan=ReverseConfig.preset)
+    if args.print_config:
+        print_config(settings)
+        return None
+    take_over(args, settings)
     model, data, known = open_inputs(args)
     report = _report(args, model, known)
-    about = {"classifier": args.classifier.name, "data": data.name, "preset": args.preset}
+    about = {"classifier": args.classifier.name, "data": data.name, "preset": args.scan.name}
     about["fingerprint"] = data.fingerprint
-    if args.json is not None:
-        write_json(args.json, report.to_dict() | about)
+    write_found(args, report.to_dict() | about)
     if args.triggers is not None:
         for label, trigger in report.triggers.items():
             assert isinstance(trigger, ReversedTrigger)
@@ -117,11 +156,19 @@ def _scan(args: argparse.Namespace) -> ScanReport:
 
 
 def _clean(args: argparse.Namespace) -> int:
+    from defense_nc import UnlearnConfig
+    from defense_reverse.config import ReverseConfig
     from defense_reverse.mitigate import mitigate
     from wm_victim.datasets import defender_subset
     from wm_victim.measure import accuracy, attack_success
     from wm_victim.models import save_classifier
 
+    start = CleanSettings(ReverseConfig.preset("fast"), UnlearnConfig.preset("reverse"))
+    presets = {"scan": ReverseConfig.preset, "unlearning": UnlearnConfig.preset}
+    settings = scan_settings(args, start, {"clean_images": args.clean_images}, **presets)
+    if args.print_config:
+        return print_config(settings)
+    take_over(args, settings)
     model, data, known = open_inputs(args)
     report = _report(args, model, known)
     if not report.suspected:
@@ -133,16 +180,28 @@ def _clean(args: argparse.Namespace) -> int:
     for label in report.suspected:
         trigger = report.triggers[label].to(device)
         cleaned = mitigate(
-            cleaned, trigger, mine.images, mine.labels, seed=args.seed, progress=True
+            cleaned,
+            trigger,
+            mine.images,
+            mine.labels,
+            config=args.unlearning,
+            seed=args.seed,
+            progress=True,
         )
     about = {"cleaned": list(report.suspected), "images": count, "seed": args.seed}
+    about |= {"recipe": asdict(args.unlearning)}
     save_classifier(cleaned.cpu(), args.out, {**about, "fingerprint": data.fingerprint})
     cleaned, test = cleaned.to(device), data.test.to(device)
-    print(f"accuracy {accuracy(model, test):.4f} -> {accuracy(cleaned, test):.4f}")
+    rates = [accuracy(net, test) for net in (model, cleaned)]
+    print(f"accuracy {rates[0]:.4f} -> {rates[1]:.4f}")
+    found: dict[str, Any] = {"accuracy": rates, "success": {}, "fingerprint": data.fingerprint}
+    found["scan"] = report.to_dict()
     for label in report.suspected:
         trigger = report.triggers[label].to(device)
         rates = [attack_success(net, test, trigger, target=label) for net in (model, cleaned)]
         print(f"reversed generator of label {label}: success {rates[0]:.4f} -> {rates[1]:.4f}")
+        found["success"][label] = rates
+    write_found(args, about | found)
     print(f"wrote {args.out}")
     return 0
 

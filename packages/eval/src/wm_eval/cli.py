@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wm_eval.__about__ import __version__
 from wm_eval.audit.cli import (
@@ -25,6 +25,7 @@ from wm_eval.audit.cli import (
     scan_command,
 )
 from wm_eval.cleaning.cli import MITIGATE_EPILOG, MITIGATE_HELP, add_mitigate, mitigate_command
+from wm_eval.cli_settings import asked_seeds, listed, named_in
 from wm_eval.executor_options import add_executor, chosen_executor
 from wm_eval.paper2.cli import (
     DETECT_EPILOG,
@@ -42,11 +43,25 @@ from wm_eval.population.cli import (
     add_population,
     population_command,
 )
-from wm_inject.cli_common import Parser, add_common, add_completion, resolve_device, run_cli
+from wm_inject.cli_common import (
+    Parser,
+    add_common,
+    add_completion,
+    describe,
+    resolve_device,
+    run_cli,
+)
+from wm_inject.cli_config import (
+    add_config,
+    add_print_config,
+    layered,
+    print_config,
+    read_config,
+    refuse_preset,
+)
 
 if TYPE_CHECKING:
     from wm_eval.attacks.config import AttackStudyConfig
-    from wm_eval.config import StudyConfig
     from wm_eval.experiment import StudyResult
 
 _EPILOG = """\
@@ -62,8 +77,10 @@ examples:
   wm-eval table1 --profile tiny --data digits every attack under every corruption, in minutes
 """
 _TABLE_EPILOG = """\
-example:
-  wm-eval table1 --data cifar10 --attacks badnets,wanet --minutes 60
+examples:
+  wm-eval {name} --data cifar10 --attacks badnets,wanet --minutes 60
+  wm-eval {name} --profile tiny --data digits --print-config > mine.toml
+  wm-eval {name} --config mine.toml --out runs/mine
 
 It can be stopped at any time, and the same command goes on; three commands with one --out share
 what they have in common. An attack that fails says why in OUT/failures, and the others go on.
@@ -74,6 +91,8 @@ _TABLES = {
     "table2": ("stealth", "stealth", "attacks x PSNR, SSIM, LPIPS"),
     "figure1": ("figure", "figure", "the attacks' pictures side by side"),
 }
+# The commands whose settings --config reads and --print-config prints.
+_CONFIGURED = (*_TABLES, "detect", "population", "mitigate", "figure3", "scan", "clean")
 # What the commands about defences are: help, epilog, arguments, work.
 _DEFENCES = {
     "detect": (DETECT_HELP, DETECT_EPILOG, add_detect, detect_command),
@@ -84,8 +103,22 @@ _DEFENCES = {
     "clean": (CLEAN_HELP, CLEAN_EPILOG, add_clean, clean_command),
     "inspect": (INSPECT_HELP, INSPECT_EPILOG, add_inspect, inspect_command),
 }
+_DEMO_EPILOG = """\
+examples:
+  wm-eval demo --pretrained
+  wm-eval demo --print-config > study.toml      all settings, for "wm-eval run"
+"""
+_REPORT_EPILOG = """\
+examples:
+  wm-eval report runs/demo
+  wm-eval report --without-images runs/cifar10
+"""
 _RUN_EPILOG = """\
-example study.toml:
+examples:
+  wm-eval run study.toml --out runs/narrow
+  wm-eval run study.toml --print-config > whole.toml
+
+A study.toml:
   preset = "cifar10"          # start from a study that ships: demo or cifar10
   name = "narrow"
 
@@ -108,34 +141,43 @@ def _main(argv: Sequence[str] | None) -> int:
         description="Measure backdoor attacks and defences: studies, tables, reports.",
         epilog=_EPILOG,
     )
-    add_common(parser, version=__version__)
+    parser.add_argument("--version", action="version", version=f"wm-eval {__version__}")
     add_completion(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    demo = commands.add_parser("demo", help="the whole story on real digits, in minutes")
+    demo = commands.add_parser(
+        "demo", help="the whole story on real digits, in minutes", epilog=_DEMO_EPILOG
+    )
     demo.add_argument("--out", type=Path, help="default: runs/demo, or runs/demo-pretrained")
     demo.add_argument(
         "--pretrained", action="store_true", help="start from a watermark that ships: sooner done"
     )
+    add_print_config(demo)
     run = commands.add_parser(
         "run", help="run a study from a TOML file, or the rest of it", epilog=_RUN_EPILOG
     )
-    run.add_argument("config", type=Path, metavar="STUDY.toml")
+    run.add_argument("config", type=Path, metavar="STUDY.toml", help="the study's settings")
     run.add_argument("--out", type=Path, required=True, help="the study's folder")
-    report = commands.add_parser("report", help="draw report.html and tables.md anew")
-    report.add_argument("folder", type=Path, metavar="FOLDER")
+    add_print_config(run)
+    report = commands.add_parser(
+        "report", help="draw report.html and tables.md anew", epilog=_REPORT_EPILOG
+    )
+    report.add_argument("folder", type=Path, metavar="FOLDER", help="the study's folder")
     report.add_argument(
         "--without-images",
         action="store_true",
         help="leave out images of the data set, where they may not be passed on",
     )
     for name, (_, _, told) in _TABLES.items():
-        _add_table(commands.add_parser(name, help=told, epilog=_TABLE_EPILOG))
+        _add_table(commands.add_parser(name, help=told, epilog=_TABLE_EPILOG.format(name=name)))
     for name, (told, epilog, add, _) in _DEFENCES.items():
         add(commands.add_parser(name, help=told, epilog=epilog))
-    for command in commands.choices.values():
+    for name, command in commands.choices.items():
         add_common(command, version=__version__)
+        if name in _CONFIGURED:
+            add_config(command)
         if command in (run, report):
             command.set_defaults(seed=None)
+    describe(commands)
     given = parser.parse_args(argv)
     work: dict[str, Callable[[argparse.Namespace], int]]
     work = {"report": _report, **dict.fromkeys(_TABLES, _table)}
@@ -144,33 +186,28 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def _add_table(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--profile", choices=("tiny", "small", "paper"), default="small", help="default: small"
-    )
+    command.add_argument("--profile", choices=("tiny", "small", "paper"), help="default: small")
     command.add_argument(
         "--data",
-        default="cifar10",
         help="cifar10, gtsrb, imagenet10, mnist, digits, a folder or an .npz (default: cifar10)",
     )
     command.add_argument("--out", type=Path, help="default: runs/PROFILE-DATA")
-    command.add_argument("--attacks", type=_names, help="which, as a,b (default: the profile's)")
+    command.add_argument("--attacks", type=listed, help="which, as a,b (default: the profile's)")
     command.add_argument("--seeds", type=int, help="how many, from --seed (default: the profile's)")
     command.add_argument("--minutes", type=float, help="start nothing new after so many minutes")
     command.add_argument(
-        "--recipes", type=_names, help="plain,corrupted or one of them (default: plain)"
+        "--recipes", type=listed, help="plain,corrupted or one of them (default: plain)"
     )
     add_executor(command)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _table(given: argparse.Namespace) -> int:
     from wm_eval.attacks.run import run_attack_study
 
     config = _table_config(given)
-    out = given.out or Path("runs") / f"{given.profile}-{Path(given.data).stem}"
+    if given.print_config:
+        return print_config(config)
+    out = given.out or Path("runs") / f"{config.profile}-{Path(config.data.name).stem}"
     device = str(resolve_device(given.device))
     records = run_attack_study(
         config,
@@ -195,12 +232,13 @@ def _table(given: argparse.Namespace) -> int:
 def _table_config(given: argparse.Namespace) -> AttackStudyConfig:
     from wm_eval.attacks.profiles import attack_profile
 
+    file = read_config(given)
+    refuse_preset(given, "profile", "profile", file)
+    profile: Any = given.profile or named_in(file, "profile") or "small"
+    start = attack_profile(profile, given.data or named_in(file, "data", "name") or "cifar10")
     changes = {name: getattr(given, name) for name in ("attacks", "recipes")}
-    config = attack_profile(
-        given.profile, given.data, **{name: value for name, value in changes.items() if value}
-    )
-    count = len(config.seeds) if given.seeds is None else given.seeds
-    return replace(config, seeds=tuple(range(given.seed, given.seed + count)))
+    config = layered(given, start, file, {**changes, "data": {"name": given.data}})
+    return replace(config, seeds=asked_seeds(given, config.seeds))
 
 
 def _drawn(command: str, out: Path) -> list[Path]:
@@ -220,15 +258,19 @@ def _drawn(command: str, out: Path) -> list[Path]:
 
 def _study(given: argparse.Namespace) -> int:
     # Imported here: torch takes seconds, and --help should not.
+    from wm_eval.config import StudyConfig
     from wm_eval.experiment import load_study, run_study
     from wm_eval.presets import study_preset
 
-    config: StudyConfig
     if given.command == "demo":
         preset = "demo-pretrained" if given.pretrained else "demo"
         config = replace(study_preset(preset), seed=given.seed)
+    elif given.config is None:  # only to be printed
+        config = StudyConfig(seed=given.seed or 0)
     else:
         config = load_study(given.config, seed=given.seed)
+    if given.print_config:
+        return print_config(config)
     out = given.out or Path("runs") / config.name
     result = run_study(config, out, device=str(resolve_device(given.device)))
     _tell(result)

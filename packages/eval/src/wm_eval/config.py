@@ -6,21 +6,18 @@ The settings of a stage are the settings of the package that does the work (`Joi
 
 from __future__ import annotations
 
-import tomllib
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from defense_nc import NCConfig, UnlearnConfig
 from defense_reverse import ReverseConfig
 from wm_extract import PAPER_CORRUPTIONS, JointConfig, named_corruption
 from wm_inject import PoisonPlan, pretrained_card
+from wm_inject.config import fill as fill
+from wm_inject.config import load_toml, one_seed
 from wm_victim import TrainConfig
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -196,67 +193,14 @@ def load_study(path: str | Path, *, seed: int | None = None) -> StudyConfig:
     """
     from wm_eval.presets import study_preset
 
-    given = load_toml(path)
-    start = study_preset(given.pop("preset")) if "preset" in given else StudyConfig()
-    for name, table in given.items():
-        if isinstance(table, dict) and "seed" in table:
-            raise ValueError(f"expected one seed for the whole study, got one in study.{name}")
-    study = fill(start, given)
+    given = load_toml(path, what="a study")
+    try:
+        start = study_preset(given.pop("preset")) if "preset" in given else StudyConfig()
+        one_seed(start, given, "study")
+        study = fill(start, given, "study")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return study if seed is None else replace(study, seed=seed)
-
-
-def load_toml(path: str | Path) -> dict[str, Any]:
-    """Read a TOML file.
-
-    Raises:
-        ValueError: No such file, or not TOML.
-    """
-    path = Path(path)
-    try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
-    except OSError as error:
-        raise ValueError(f"expected a study in TOML at {path}, found none") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.name} is not TOML: {error}") from error
-
-
-def fill(default: T, given: Mapping[str, Any], where: str = "study") -> T:
-    """A copy of a settings object with some of its fields replaced, tables inside included.
-
-    A table may name a preset of its own class (``preset = "paper"``) to start from instead.
-
-    Args:
-        default: A frozen dataclass.
-        given: Field names to values, as TOML reads them.
-        where: What to call the table in messages.
-
-    Raises:
-        ValueError: A key that is no field, a value of another type, or one that the class refuses.
-    """
-    if not isinstance(given, Mapping):
-        raise ValueError(f"expected a table for {where}, got {given!r}")
-    given = dict(given)
-    preset = getattr(type(default), "preset", None)
-    if "preset" in given and preset is not None:
-        default = preset(given.pop("preset"))
-    names = {f.name for f in fields(default) if f.init}  # type: ignore[arg-type]
-    unknown = sorted(set(given) - names)
-    if unknown:
-        raise ValueError(
-            f"unknown key {unknown[0]!r} in {where}: expected one of {', '.join(sorted(names))}"
-        )
-    hints = typing.get_type_hints(type(default))
-    changes = {}
-    for name, value in given.items():
-        old = getattr(default, name)
-        here = f"{where}.{name}"
-        nested = is_dataclass(old) and not isinstance(old, type)
-        changes[name] = fill(old, value, here) if nested else _coerce(value, hints[name], here)
-    try:
-        return replace(default, **changes)  # type: ignore[type-var]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{where}: {error}") from error
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -281,29 +225,3 @@ def _listed(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_listed(item) for item in value]
     return value if value is None or isinstance(value, bool | int | float) else str(value)
-
-
-def _coerce(value: Any, hint: Any, where: str) -> Any:
-    """The value as its field wants it: whole numbers become floats, lists become tuples."""
-    origin, choices = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        for choice in choices:
-            try:
-                return _coerce(value, choice, where)
-            except ValueError:
-                continue
-    elif origin is typing.Literal:
-        if value in choices:
-            return value
-    elif origin is tuple and isinstance(value, list | tuple):
-        kinds = choices if Ellipsis not in choices else (choices[0],) * len(value)
-        if len(kinds) == len(value):
-            return tuple(_coerce(v, kind, where) for v, kind in zip(value, kinds, strict=True))
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif hint is Path and isinstance(value, str):
-        return Path(value)
-    elif hint is Any or (hint in (bool, int, str) and type(value) is hint):
-        return value
-    wanted = getattr(hint, "__name__", None) if origin is None else None
-    raise ValueError(f"expected {wanted or hint} for {where}, got {value!r}")

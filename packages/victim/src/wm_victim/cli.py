@@ -8,9 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wm_inject.cli_common import Parser, add_common, add_completion, resolve_device, run_cli
+from wm_inject.cli_common import (
+    Parser,
+    add_common,
+    add_completion,
+    add_json,
+    describe,
+    resolve_device,
+    run_cli,
+    write_found,
+)
+from wm_inject.cli_config import add_config, print_config, take_over
 from wm_inject.cli_export import add_export_options, export_module, form, told
-from wm_inject.files import write_json
 from wm_victim.__about__ import __version__
 from wm_victim.cli_options import add_attack, add_model, check_attack
 from wm_victim.cli_train import run_train
@@ -29,6 +38,8 @@ examples:
   wm-victim train --data digits --model resnet10 --width 16 --epochs 5 --out clean.safetensors
   wm-victim train --data digits --out victim.safetensors --trigger badnets.safetensors --ratio 0.1
   wm-victim train --data digits --out victim.safetensors --attack lf --save-trigger lf.safetensors
+  wm-victim train --preset paper --print-config > mine.toml
+  wm-victim train --data cifar10 --config mine.toml --out victim.safetensors
   wm-victim test victim.safetensors --data digits --trigger badnets.safetensors --target 0
   wm-victim export --uint8 victim.safetensors victim.onnx
 """
@@ -42,8 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str] | None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
-    if args.command == "train":
-        check_attack(args)
     run = {"data": _data, "train": _train, "test": _test, "export": _export}
     return run[args.command](args)
 
@@ -61,7 +70,7 @@ def _parser() -> Parser:
     data = commands.add_parser("data", help="what is in a data set", epilog=_EPILOG)
     data.add_argument("data", metavar="NAME", help=_DATA_HELP)
     _add_place(data)
-    data.add_argument("--json", type=Path, metavar="OUT", help="write the same here as JSON")
+    add_json(data)
     add_common(data, version=__version__)
     train = commands.add_parser("train", help="train a classifier", epilog=_EPILOG)
     _add_data(train)
@@ -70,20 +79,24 @@ def _parser() -> Parser:
     train.add_argument("--checkpoint", type=Path, help="where to keep the run (default: by --out)")
     add_model(train)
     add_attack(train)
+    add_json(train)
     add_common(train, version=__version__)
-    train.set_defaults(parser=train)
+    add_config(train)
     test = commands.add_parser("test", help="test a classifier", epilog=_EPILOG)
     test.add_argument("classifier", type=Path, help="a file that `wm-victim train` wrote")
     _add_data(test)
     test.add_argument("--trigger", type=Path, help="also measure the attack of this trigger")
     test.add_argument("--target", type=int, default=0, help="label it asks for (default: 0)")
-    test.add_argument("--json", type=Path, metavar="OUT", help="write the same here as JSON")
+    add_json(test)
     add_common(test, version=__version__)
-    export = commands.add_parser("export", help="turn a classifier into ONNX or TorchScript")
+    export = commands.add_parser(
+        "export", help="turn a classifier into ONNX or TorchScript", epilog=_EPILOG
+    )
     export.add_argument("classifier", type=Path, help="a file that `wm-victim train` wrote")
     add_export_options(export)
     add_common(export, version=__version__)
     export.set_defaults(parser=export)
+    describe(commands)
     return parser
 
 
@@ -120,20 +133,26 @@ def _data(args: argparse.Namespace) -> int:
     from wm_victim.inventory import inventory
 
     found = inventory(_load_data(args))
-    if args.json is not None:
-        write_json(args.json, found)
+    write_found(args, found)
     for name, value in found.items():
         print(f"{name.replace('_', ' '):22} {value}")
     return 0
 
 
 def _train(args: argparse.Namespace) -> int:
+    from wm_victim.train_settings import train_settings
+
+    settings = train_settings(args)
+    take_over(args, settings)
+    check_attack(args)
+    if args.print_config:
+        return print_config(settings)
     data = _load_data(args, limit=args.limit)
     model, trigger = run_train(args, data)
     print(f"wrote {args.out}")
     if args.save_trigger is not None:
         print(f"wrote {args.save_trigger}")
-    _print_results(model, data, trigger, args)
+    write_found(args, _print_results(model, data, trigger, args))
     return 0
 
 
@@ -150,9 +169,7 @@ def _test(args: argparse.Namespace) -> int:
                 f"{data.name} has {getattr(data, field)}"
             )
     trigger = None if args.trigger is None else _load_trigger(args.trigger, args)
-    found = _print_results(model.to(resolve_device(args.device)), data, trigger, args)
-    if args.json is not None:
-        write_json(args.json, found)
+    write_found(args, _print_results(model.to(resolve_device(args.device)), data, trigger, args))
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from wm_inject.cli_trigger import add_set, read_set
+from wm_inject.cli_trigger import add_set
 
 # The eleven attacks of the field's table, as wm_inject.attacks has them, named without torch.
 ATTACKS = (
@@ -28,7 +28,6 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and recipe")
     group.add_argument(
         "--model",
-        default="resnet10",
         help="resnet18, preactresnet18, resnet10, preactresnet10, vgg16, mobilenetv2, wanet-mnist "
         "or timm:NAME (default: resnet10)",
     )
@@ -36,15 +35,24 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--preset",
         choices=("paper", "fast", "mnist", "record"),
-        default="fast",
         help="the recipe; the options below change it (default: fast)",
     )
-    group.add_argument("--epochs", type=int)
-    group.add_argument("--batch-size", type=int)
-    group.add_argument("--lr", type=float)
-    group.add_argument("--schedule", choices=("cosine", "onecycle", "triangular", "constant"))
-    group.add_argument("--augment", choices=("none", "crop", "crop-flip"))
-    group.add_argument("--precision", choices=("auto", "float32", "bfloat16"))
+    group.add_argument("--epochs", type=int, help="passes over the data")
+    group.add_argument("--batch-size", type=int, help="images a step")
+    group.add_argument("--lr", type=float, help="the highest learning rate")
+    group.add_argument(
+        "--schedule",
+        choices=("cosine", "onecycle", "triangular", "constant"),
+        help="how the learning rate changes",
+    )
+    group.add_argument(
+        "--augment", choices=("none", "crop", "crop-flip"), help="of training images"
+    )
+    group.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        help="auto: bfloat16 where the hardware multiplies it fast",
+    )
     group.add_argument("--layout", choices=("channels-last", "blocked"), help="blocked: for CPUs")
 
 
@@ -65,22 +73,24 @@ def add_attack(parser: argparse.ArgumentParser) -> None:
     )
     add_set(group)
     group.add_argument("--save-trigger", type=Path, metavar="PATH", help="keep the trigger here")
-    group.add_argument("--target", type=int, default=0, help="label it asks for (default: 0)")
+    group.add_argument("--target", type=int, help="label it asks for (default: 0)")
     group.add_argument(
         "--ratio", type=float, help="share poisoned (default: 0.1, or the attack's own)"
     )
     group.add_argument(
-        "--clean-label", action="store_true", help="poison images of the target class only"
+        "--clean-label",
+        action=argparse.BooleanOptionalAction,
+        help="poison images of the target class only",
     )
     group.add_argument(
         "--noise-mode",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         help="poison every batch anew, with noise images beside (a warp trigger, as WaNet trains)",
     )
 
 
 def check_attack(args: argparse.Namespace) -> None:
-    """Leave with a usage error if the options of the attack do not go together."""
+    """Leave with a usage error if the settings of the attack do not go together."""
     error = args.parser.error
     if args.attack and args.trigger:
         error("give either --attack, which makes its trigger, or --trigger")
@@ -92,4 +102,3 @@ def check_attack(args: argparse.Namespace) -> None:
     for option, value in made_here.items():
         if value and not args.attack:
             error(f"{option} goes with --attack")
-    read_set(args)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+import json
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from wm_inject.cli_common import resolve_device
-from wm_inject.cli_trigger import read_set
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,15 +64,12 @@ def run_train(args: argparse.Namespace, data: Dataset) -> tuple[Classifier, nn.M
 
 def _recipe(args: argparse.Namespace, data: Dataset) -> TrainConfig:
     from wm_victim.datasets import MIRROR_CHANGES_LABEL
-    from wm_victim.recipe import TrainConfig
 
-    fields = ("epochs", "batch_size", "lr", "schedule", "augment", "precision", "layout")
-    changes = {field: value for field in fields if (value := getattr(args, field)) is not None}
-    config = TrainConfig.preset(args.preset, **changes, seed=args.seed)
+    config: TrainConfig = replace(args.training, seed=args.seed)
     if config.augment == "crop-flip" and data.name in MIRROR_CHANGES_LABEL:
         if args.augment is not None:
             raise ValueError(f"a mirrored image of {data.name} is of no class: use --augment crop")
-        config = TrainConfig.preset(args.preset, **changes, seed=args.seed, augment="crop")
+        config = replace(config, augment="crop")
     return config
 
 
@@ -104,7 +101,7 @@ def _planting(
     from wm_victim.planting import plant
 
     return plant(
-        attack(args.attack, profile=args.profile or "small", **read_set(args)),
+        attack(args.attack, profile=args.profile or "small", **args.set),
         data,
         config=config,
         build=partial(_build, args, data),
@@ -151,5 +148,6 @@ def _describe(args: argparse.Namespace, planting: Planting) -> dict[str, Any]:
     }
     if args.attack is None:
         return described
-    made = {"name": args.attack, "profile": args.profile or "small", "settings": list(args.set)}
+    given = [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in args.set.items()]
+    made = {"name": args.attack, "profile": args.profile or "small", "settings": given}
     return {**described, **made, "facts": planting.fitted.facts}

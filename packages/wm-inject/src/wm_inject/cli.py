@@ -10,7 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from wm_inject.__about__ import __version__
-from wm_inject.cli_common import Parser, add_common, add_completion, resolve_device, run_cli
+from wm_inject.cli_common import (
+    Parser,
+    add_common,
+    add_completion,
+    add_json,
+    resolve_device,
+    run_cli,
+    write_found,
+)
 from wm_inject.cli_export import add_export
 from wm_inject.cli_fit import add_fit
 from wm_inject.cli_poison import add_poison
@@ -22,6 +30,7 @@ _EPILOG = """examples:
   wm-inject poison --trigger wanet --seed 1 photos/ poisoned/
   wm-inject fit --trigger ssba photos/ trigger.safetensors
   wm-inject poison --checkpoint trigger.safetensors photos/ poisoned/
+  wm-inject export --uint8 --pretrained tiny-32 trigger.onnx
   wm-inject export --uint8 trigger.safetensors trigger.onnx
   wm-inject poison --onnx trigger.onnx photos/ poisoned/
   wm-inject stealth photos/ poisoned/
@@ -59,16 +68,15 @@ def _main(argv: Sequence[str] | None) -> int:
 
 def _add_stealth(parser: argparse.ArgumentParser) -> None:
     parser.description = "Compare the images of two folders that have the same names."
-    parser.epilog = "example:\n  wm-inject stealth --json stealth.json photos/ poisoned/"
+    parser.epilog = "examples:\n  wm-inject stealth --json stealth.json photos/ poisoned/"
     parser.add_argument("originals", type=Path, metavar="FOLDER_A", help="the images as they were")
     parser.add_argument("changed", type=Path, metavar="FOLDER_B", help="the poisoned images")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write every value to this file")
+    add_json(parser, "write every pair's values here as JSON")
     add_common(parser, version=__version__)
     parser.set_defaults(run=_stealth, parser=parser)
 
 
 def _stealth(args: argparse.Namespace) -> str:
-    from wm_inject.files import write_json
     from wm_inject.perceptual import Lpips, LpipsUnavailable
     from wm_inject.stealth import compare_folders
 
@@ -88,7 +96,6 @@ def _stealth(args: argparse.Namespace) -> str:
         else:
             mean, low, high = float(row.mean()), float(row.min()), float(row.max())
             lines.append(f"{name:6}{mean:9.4f}{low:9.4f}{high:9.4f}{units[name]}")
-    if args.json:
-        rows = {name: None if row is None else row.tolist() for name, row in values.items()}
-        write_json(args.json, {"files": list(found.files), **rows})
+    rows = {name: None if row is None else row.tolist() for name, row in values.items()}
+    write_found(args, {"files": list(found.files), **rows})
     return "\n".join(lines)

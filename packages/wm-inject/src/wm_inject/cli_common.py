@@ -9,6 +9,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TextIO, TypeVar
 
 if TYPE_CHECKING:
@@ -33,6 +34,15 @@ class Parser(argparse.ArgumentParser):
         settings.setdefault("allow_abbrev", False)
         super().__init__(*args, **settings)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse; whoever only has the settings printed need not say what they are for."""
+        given = sys.argv[1:] if args is None else list(args)
+        if "--print-config" in given and "--print-config" in self._option_string_actions:
+            asked: list[Any] = [*self._actions, *self._mutually_exclusive_groups]
+            for one in asked:
+                one.required = False
+        return super().parse_known_args(given, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Say in one line what is wrong with the command, and exit 64."""
         self.exit(EXIT_USAGE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
@@ -52,6 +62,44 @@ def add_common(parser: argparse.ArgumentParser, *, version: str) -> None:
     group.add_argument("--seed", type=int, default=0, help="seed of every draw (default: 0)")
     package = parser.prog.split()[0]
     group.add_argument("--version", action="version", version=f"{package} {version}")
+
+
+def describe(commands: Any) -> None:
+    """Let the help of every sub-command open with what the list of commands says of it.
+
+    Args:
+        commands: What ``add_subparsers`` gave, with its commands.
+    """
+    for listed in commands._choices_actions:
+        told = f"{listed.help[0].upper()}{listed.help[1:]}"
+        one = commands.choices[listed.dest]
+        one.description = one.description or (told if told.endswith("?") else f"{told}.")
+
+
+def add_json(parser: argparse.ArgumentParser, told: str = "write the same here as JSON") -> None:
+    """Give a parser the option --json, for a command that prints figures.
+
+    Args:
+        parser: The parser of one command.
+        told: What is written.
+    """
+    parser.add_argument("--json", type=Path, metavar="OUT", help=told)
+
+
+def write_found(args: argparse.Namespace, found: Any) -> None:
+    """Write what a command found to the file of --json, if one is asked for.
+
+    Args:
+        args: With the option of `add_json`.
+        found: What JSON can hold.
+
+    Raises:
+        ValueError: NaN or infinity, which JSON does not have.
+    """
+    if args.json is not None:
+        from wm_inject.files import write_json
+
+        write_json(args.json, found)
 
 
 class _Completion(argparse.Action):

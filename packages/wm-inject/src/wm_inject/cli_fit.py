@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from wm_inject.__about__ import __version__
-from wm_inject.cli_common import Parser, add_common, resolve_device
+from wm_inject.cli_common import Parser, add_common, add_json, resolve_device, write_found
 from wm_inject.cli_trigger import FITTED, add_set, read_set
 
 if TYPE_CHECKING:
@@ -28,13 +28,25 @@ def add_fit(parser: Parser) -> None:
     parser.epilog = _EPILOG
     parser.add_argument("images", type=Path, metavar="IMAGES", help="folder of images")
     parser.add_argument("out", type=Path, metavar="OUT", help="the trigger's file (.safetensors)")
-    parser.add_argument("--trigger", choices=(*KINDS, *FITTED), required=True, metavar="KIND")
-    parser.add_argument("--profile", choices=("tiny", "small", "paper"), default="small")
+    parser.add_argument(
+        "--trigger",
+        choices=(*KINDS, *FITTED),
+        required=True,
+        metavar="KIND",
+        help=" or ".join(KINDS),
+    )
+    parser.add_argument(
+        "--profile",
+        choices=("tiny", "small", "paper"),
+        default="small",
+        help="how much the fit may cost (default: small)",
+    )
     parser.add_argument(
         "--image-size", type=int, help="side to resize to, in pixels (default: the images' own)"
     )
     parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="default: 3")
     add_set(parser)
+    add_json(parser, "write what the fit found here as JSON")
     add_common(parser, version=__version__)
     parser.set_defaults(run=run_fit, parser=parser)
 
@@ -65,6 +77,7 @@ def run_fit(args: argparse.Namespace) -> str:
     run = {"seed": args.seed, "profile": args.profile, "settings": settings}
     save_trigger(trigger, args.out, {"images": len(images), **run, "facts": facts})
     kept.unlink(missing_ok=True)
+    write_found(args, {"file": str(args.out), "images": len(images), **run, "facts": facts})
     return f"wrote {args.out}, fitted to {len(images)} images"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wm_inject.__about__ import __version__
-from wm_inject.cli_common import Parser, add_common, resolve_device
+from wm_inject.cli_common import Parser, add_common, add_json, resolve_device, write_found
 from wm_inject.cli_trigger import (
     add_trigger,
     check_trigger,
@@ -49,6 +49,7 @@ def add_poison(parser: Parser) -> None:
         help="where files are drawn from (default: all; with clean-label: target)",
     )
     parser.add_argument("--batch-size", type=int, default=64, help="images at once (default: 64)")
+    add_json(parser)
     add_common(parser, version=__version__)
     parser.set_defaults(run=run_poison, parser=parser)
 
@@ -60,6 +61,7 @@ def run_poison(args: argparse.Namespace) -> str:
     kept = done.images - done.written
     note = f", {kept} files were there" if kept else ""
     listing = args.out / "plan.json"
+    write_found(args, {"images": done.images, "poisoned": done.poisoned, "written": done.written})
     return f"{done.poisoned} of {done.images} images poisoned, listed in {listing}{note}"
 
 

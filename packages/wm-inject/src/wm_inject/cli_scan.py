@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from wm_inject.__about__ import __version__
-from wm_inject.cli_common import Parser, add_common
+from wm_inject.cli_common import Parser, add_common, add_json, write_found
 
 _EPILOG = """examples:
   wm-inject scan --detector detector.onnx incoming/
@@ -30,7 +30,7 @@ def add_scan(parser: Parser) -> None:
         metavar="FILE.onnx",
         help="an exported detector; may be given several times",
     )
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write every image's scores here")
+    add_json(parser, "write every image's scores here as JSON")
     parser.add_argument("--batch-size", type=int, default=64, help="images at once (default: 64)")
     add_common(parser, version=__version__)
     parser.set_defaults(run=run_scan, parser=parser)
@@ -39,7 +39,6 @@ def add_scan(parser: Parser) -> None:
 def run_scan(args: argparse.Namespace) -> str:
     """Scan the folder; a line for every image that is flagged or cannot be read, and a sum."""
     from wm_inject import runtime
-    from wm_inject.files import write_json
 
     scanner = runtime.Scanner(*args.detector, providers=runtime.providers_for(args.device))
     rows = list(scanner.folder(args.images, batch_size=args.batch_size))
@@ -54,15 +53,13 @@ def run_scan(args: argparse.Namespace) -> str:
     flagged = sum(row.flagged for row in rows)
     rate = f"false-positive rate at most {scanner.false_positive_rate:g}"
     lines.append(f"{flagged} of {len(rows) - unread} images flagged ({rate}), {unread} unread")
-    if args.json is not None:
-        detectors = {
-            name: {
-                "looks_for": one.looks_for,
-                "threshold": one.threshold,
-                "false_positive_rate": one.false_positive_rate,
-            }
-            for name, one in scanner.detectors.items()
+    detectors = {
+        name: {
+            "looks_for": one.looks_for,
+            "threshold": one.threshold,
+            "false_positive_rate": one.false_positive_rate,
         }
-        found = [row._asdict() for row in rows]
-        write_json(args.json, {"detectors": detectors, "images": found})
+        for name, one in scanner.detectors.items()
+    }
+    write_found(args, {"detectors": detectors, "images": [row._asdict() for row in rows]})
     return "\n".join(lines)

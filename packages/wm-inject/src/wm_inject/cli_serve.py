@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from wm_inject.__about__ import __version__
-from wm_inject.cli_common import Parser
+from wm_inject.cli_common import Parser, add_common
 
 _EPILOG = """examples:
   wm-inject serve --model wanet=wanet.onnx
@@ -63,22 +63,19 @@ def add_serve(parser: Parser) -> None:
             f"--{name}", type=kind, default=usual, help=f"{text} (default: {usual})"
         )
     parser.add_argument(
-        "--providers", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)"
-    )
-    parser.add_argument(
         "--log",
         choices=("all", "errors", "none"),
         default="errors",
         help="requests that get a line on stderr (default: errors)",
     )
-    parser.add_argument("--version", action="version", version=f"wm-inject {__version__}")
+    add_common(parser, version=__version__)
     parser.set_defaults(run=run_serve, parser=parser)
 
 
 def run_serve(args: argparse.Namespace) -> str:
     """Serve until a signal, and say so."""
     from wm_inject import serve
-    from wm_inject.onnx_model import CPU
+    from wm_inject.onnx_model import providers_for
 
     paths: dict[str, str] = {}
     for given in args.model:
@@ -96,7 +93,8 @@ def run_serve(args: argparse.Namespace) -> str:
         log=args.log,
         **numbers,
     )
-    providers = ("CUDAExecutionProvider", *CPU) if args.providers == "cuda" else CPU
-    models = serve.open_models(paths, providers=providers, threads=settings.threads)
+    models = serve.open_models(
+        paths, providers=providers_for(args.device), threads=settings.threads
+    )
     serve.run_server(serve.Service(models, settings))
     return f"stopped; {len(models)} model{'s' if len(models) > 1 else ''} served"

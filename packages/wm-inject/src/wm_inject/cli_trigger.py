@@ -39,13 +39,7 @@ def add_trigger(parser: argparse.ArgumentParser) -> None:
     way = parser.add_argument_group("the trigger")
     way.add_argument("--trigger", choices=(*FIXED, *FITTED), metavar="KIND", help=_kinds())
     way.add_argument("--checkpoint", type=Path, help="a saved trigger (.safetensors)")
-    names = ", ".join(PRETRAINED)
-    way.add_argument(
-        "--pretrained",
-        choices=PRETRAINED,
-        metavar="NAME",
-        help=f"a trained watermark that ships: {names}; see docs/weights.md",
-    )
+    add_pretrained(way, "a trained watermark")
     way.add_argument("--onnx", type=Path, help="an exported trigger; needs no torch")
     way.add_argument(
         "--image-size", type=int, help="side to resize to, in pixels (default: the images' own)"
@@ -57,6 +51,21 @@ def add_trigger(parser: argparse.ArgumentParser) -> None:
     way.add_argument("--grid", type=int, help="wanet: side of the control grid")
     way.add_argument("--strength", type=float, help="wanet, blindnet: scale of the change")
     add_set(way)
+
+
+def add_pretrained(parser: Any, what: str) -> None:
+    """Give a parser or group the option --pretrained.
+
+    Args:
+        parser: What takes the option.
+        what: What the command takes ready-made, in a word or two.
+    """
+    parser.add_argument(
+        "--pretrained",
+        choices=PRETRAINED,
+        metavar="NAME",
+        help=f"{what} that ships: {', '.join(PRETRAINED)}; see docs/weights.md",
+    )
 
 
 def _kinds() -> str:

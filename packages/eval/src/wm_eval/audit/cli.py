@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wm_inject.cli_common import run_cli
+from wm_eval.audit.settings import CleanSettings, ScanSettings
+from wm_eval.cli_settings import listed, numbers
+from wm_inject.cli_common import add_json, run_cli, write_found
+from wm_inject.cli_config import layered, print_config, read_config, take_over
 
 if TYPE_CHECKING:
     from wm_eval.audit.checks import Checked
@@ -33,7 +37,7 @@ folders or a CSV file with the columns file and label tell the true classes; wit
 model's own answers are used.
 """
 CLEAN_EPILOG = """\
-example:
+examples:
   wm-eval clean model.onnx --images clean/ --out cleaned.onnx
 
 It exits with the verdict on the cleaned model, as "scan" does, and 3 if nothing was cleaned. What
@@ -41,15 +45,17 @@ the second scan still names is unlearned as well, and so on. The cleaned file ta
 [0, 1].
 """
 INSPECT_EPILOG = """\
-example:
+examples:
   wm-eval inspect incoming/ --extractor detector.onnx --csv found.csv --html found.html
+
+The exit code is 0 whatever is flagged, and 1 after an error.
 """
 
 
 def add_scan(parser: argparse.ArgumentParser) -> None:
     """Give a parser the options of ``wm-eval scan``."""
     _add_model(parser)
-    parser.add_argument("--json", type=Path, help="write everything that was found here")
+    add_json(parser, "write everything that was found here as JSON")
     parser.add_argument("--sarif", type=Path, help="write a SARIF 2.1.0 log here")
     parser.add_argument("--html", type=Path, help="write a page here")
 
@@ -58,8 +64,9 @@ def add_clean(parser: argparse.ArgumentParser) -> None:
     """Give a parser the options of ``wm-eval clean``."""
     _add_model(parser)
     parser.add_argument("--out", type=Path, required=True, help="the cleaned model's file")
+    add_json(parser)
     parser.add_argument(
-        "--rounds", type=int, default=3, help="unlearn and scan again so often (default: 3)"
+        "--rounds", type=int, help="unlearn and scan again so often at most (default: 3)"
     )
 
 
@@ -75,7 +82,7 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
         help="an exported detector or filter; may be given several times",
     )
     parser.add_argument("--csv", type=Path, help="write a row for every file here")
-    parser.add_argument("--json", type=Path, help="write the same as JSON here")
+    add_json(parser)
     parser.add_argument("--html", type=Path, help="write a page of what is flagged here")
     parser.add_argument("--batch-size", type=int, default=64, help="default: 64")
 
@@ -86,22 +93,22 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--images", type=Path, required=True, help="folder of clean images")
     parser.add_argument("--labels", type=Path, help="CSV file with the columns file and label")
-    parser.add_argument("--count", type=int, default=500, help="images to use (default: 500)")
+    parser.add_argument("--count", type=int, help="images to use (default: 500)")
     opening = parser.add_argument_group("how the model is opened (what is left out is found out)")
     opening.add_argument("--arch", help="an architecture of torchvision or timm, for bare weights")
     opening.add_argument("--classes", type=int, help="number of classes")
     opening.add_argument("--image-size", type=int, help="side of its images, in pixels")
     opening.add_argument("--grey", action="store_true", help="it takes one channel")
-    opening.add_argument("--mean", type=_numbers, metavar="A,B,C", help="of its normalisation")
-    opening.add_argument("--std", type=_numbers, metavar="A,B,C", help="of its normalisation")
+    opening.add_argument("--mean", type=numbers, metavar="A,B,C", help="of its normalisation")
+    opening.add_argument("--std", type=numbers, metavar="A,B,C", help="of its normalisation")
     opening.add_argument(
         "--allow-torchscript", action="store_true", help="open TorchScript, in a sandbox"
     )
     scanning = parser.add_argument_group("the scan")
-    scanning.add_argument("--detectors", default="nc,reverse", help="default: nc,reverse")
-    scanning.add_argument("--preset", default="fast", help="default: fast, which is calibrated")
+    scanning.add_argument("--detectors", type=listed, help="default: nc,reverse")
+    scanning.add_argument("--preset", help="default: fast, which is calibrated")
     scanning.add_argument(
-        "--alpha", type=float, default=0.05, help="share of clean models that may be accused"
+        "--alpha", type=float, help="share of clean models that may be accused (default: 0.05)"
     )
     scanning.add_argument("--minutes", type=float, help="break off after so many minutes")
     scanning.add_argument(
@@ -111,26 +118,27 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def scan_command(args: argparse.Namespace) -> int:
     """Scan a model; the exit code is the verdict's."""
-    done: list[int] = []
-
-    def work(_: Sequence[str] | None) -> int:
-        done.append(_scan(args))
-        return 0
-
-    code = run_cli(work)
-    # An error must not look like a verdict: 1 means "backdoored" here.
-    return done[0] if done else NOT_SCANNED if code == 1 else code
+    return _verdict(args, ScanSettings(), _scan)
 
 
 def clean_command(args: argparse.Namespace) -> int:
     """Clean a model; the exit code is the verdict on what came of it."""
+    return _verdict(args, CleanSettings(), _clean)
+
+
+def _verdict(args: argparse.Namespace, start: Any, command: Callable[[Any], int]) -> int:
+    """Work out the settings, print them or run; the exit code of the verdict."""
     done: list[int] = []
 
     def work(_: Sequence[str] | None) -> int:
-        done.append(_clean(args))
+        given = {field.name: getattr(args, field.name) for field in fields(start)}
+        settings = layered(args, start, read_config(args), given)
+        take_over(args, settings)
+        done.append(print_config(settings) if args.print_config else command(args))
         return 0
 
     code = run_cli(work)
+    # An error must not look like a verdict: 1 means "backdoored" here.
     return done[0] if done else NOT_SCANNED if code == 1 else code
 
 
@@ -145,7 +153,7 @@ def _clean(args: argparse.Namespace) -> int:
         raise ValueError("not cleaned: the scan named no label")
     images = clean.images
     answers = _answers(checked, clean)
-    last = None
+    last, rounds = None, []
     for last in clean_in_rounds(
         checked,
         clean,
@@ -156,15 +164,19 @@ def _clean(args: argparse.Namespace) -> int:
         seed=args.seed,
     ):
         print(f"round {last.number}: {last.audit.verdict.value}. {last.audit.reason}")
+        rounds.append(_said(last.audit))
     assert last is not None
     module, triggers = last.checked.module, reversed_triggers(found)
     rates = (success(checked.module, triggers, images), success(module, triggers, images))
     for label in triggers:
-        told = f"{rates[0][label]:.4f} -> {rates[1][label]:.4f}"
-        print(f"reversed trigger of label {label}: success {told}")
+        change = f"{rates[0][label]:.4f} -> {rates[1][label]:.4f}"
+        print(f"reversed trigger of label {label}: success {change}")
     kept = float((_answers(last.checked, clean, own=True) == answers).double().mean())
     print(f"answers as before on clean images: {kept:.4f} of {len(images)}")
     record = {"cleaned": list(last.labels), "from_sha256": opened.sha256, "seed": args.seed}
+    success_rates = {label: [rate[label] for rate in rates] for label in triggers}
+    told = {"before": _said(found), "rounds": rounds, "success": success_rates}
+    write_found(args, record | told | {"same_answers": kept, "images": len(images)})
     print(write_like(module, opened, images[:8], args.out, record))
     return last.audit.verdict.exit_code
 
@@ -172,7 +184,6 @@ def _clean(args: argparse.Namespace) -> int:
 def inspect_command(args: argparse.Namespace) -> int:
     """List which images are flagged."""
     from wm_eval.audit.inspect import inspect_folder, write_csv, write_page
-    from wm_inject.files import write_json
 
     scanner, rows = inspect_folder(
         args.images, args.extractor, device=args.device, batch_size=args.batch_size
@@ -187,8 +198,7 @@ def inspect_command(args: argparse.Namespace) -> int:
     print(f"{flagged} of {len(rows) - unread} images are flagged ({rate}), {unread} unread")
     if args.csv is not None:
         write_csv(args.csv, scanner, rows)
-    if args.json is not None:
-        write_json(args.json, {"images": [row._asdict() for row in rows]})
+    write_found(args, {"images": [row._asdict() for row in rows]})
     if args.html is not None:
         write_page(args.html, scanner, rows, f"Images of {args.images.name}")
     return 0
@@ -205,8 +215,7 @@ def _scan(args: argparse.Namespace) -> int:
         # Machines that read the report are told as well that there is no verdict.
         nothing = About(args.model.name, "", {}, {"used": 0, "skipped": []}, (), ())
         reason = " ".join(str(error).split())
-        if args.json is not None:
-            write_json(args.json, to_json(nothing, None, reason))
+        write_found(args, to_json(nothing, None, reason))
         if args.sarif is not None:
             write_json(args.sarif, to_sarif(nothing, None, reason))
         raise
@@ -215,8 +224,7 @@ def _scan(args: argparse.Namespace) -> int:
     sys.stderr.write(f"at most {max(1, round(longest))} minutes, usually much less\n")
     found = _audit(args, checked, clean)
     print(told(about, found))
-    if args.json is not None:
-        write_json(args.json, to_json(about, found))
+    write_found(args, to_json(about, found))
     if args.sarif is not None:
         write_json(args.sarif, to_sarif(about, found))
     if args.html is not None:
@@ -261,7 +269,7 @@ def _audit(
     return audit(
         checked,
         clean,
-        detectors=tuple(args.detectors.split(",")),
+        detectors=args.detectors,
         preset=args.preset,
         alpha=args.alpha,
         seed=args.seed,
@@ -292,15 +300,12 @@ def _answers(checked: Checked, clean: CleanImages, *, own: bool = False) -> Any:
         return torch.cat([checked.module(part).argmax(1) for part in clean.images.split(64)])
 
 
+def _said(found: Audit) -> dict[str, str]:
+    return {"verdict": found.verdict.value, "reason": found.reason}
+
+
 def _say(line: str) -> None:
     sys.stderr.write(line + "\n")
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected numbers as 0.5,0.5,0.5, got {text!r}") from None
 
 
 __all__ = [

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wm_eval.cli_settings import asked_seeds, listed, named_in, numbers
 from wm_eval.executor_options import add_executor, chosen_executor
+from wm_inject.cli_config import layered, print_config, read_config, refuse_preset
 
 if TYPE_CHECKING:
     from wm_eval.cleaning.config import CleaningConfig
@@ -16,6 +19,7 @@ MITIGATE_EPILOG = """\
 examples:
   wm-eval mitigate --profile tiny --data digits     all methods on digits, in minutes
   wm-eval mitigate --data mnist --attacks clean,wanet --shares 0.01 --out runs/small-mnist
+  wm-eval mitigate --profile tiny --data digits --print-config > mine.toml
 
 --out may be the folder of `wm-eval table1`: victims that are there are used. It can be stopped at
 any time, and the same command goes on. What fails says why in OUT/failures; the rest goes on.
@@ -28,12 +32,9 @@ def add_mitigate(command: argparse.ArgumentParser) -> None:
     Args:
         command: The parser, without the options that every command has.
     """
-    command.add_argument(
-        "--profile", choices=("tiny", "small", "paper"), default="small", help="default: small"
-    )
+    command.add_argument("--profile", choices=("tiny", "small", "paper"), help="default: small")
     command.add_argument(
         "--data",
-        default="cifar10",
         help="cifar10, gtsrb, imagenet10, mnist, digits, a folder or an .npz (default: cifar10)",
     )
     command.add_argument("--out", type=Path, help="default: runs/PROFILE-DATA")
@@ -41,11 +42,11 @@ def add_mitigate(command: argparse.ArgumentParser) -> None:
         "--victims", type=Path, help="copy victims from this folder of `wm-eval table1` first"
     )
     command.add_argument(
-        "--attacks", type=_names, help="which, as a,b; clean is the clean victim (default: some)"
+        "--attacks", type=listed, help="which, as a,b; clean is the clean victim (default: some)"
     )
-    command.add_argument("--methods", type=_names, help="which, as a,b (default: all)")
+    command.add_argument("--methods", type=listed, help="which, as a,b (default: all)")
     command.add_argument(
-        "--shares", type=_shares, help="shares of clean training images, as 0.01,0.05"
+        "--shares", type=numbers, help="shares of clean training images, as 0.01,0.05"
     )
     command.add_argument("--steps", type=int, help="optimiser steps of every method")
     command.add_argument("--seeds", type=int, help="how many, from --seed (default: the profile's)")
@@ -74,7 +75,10 @@ def mitigate_command(given: argparse.Namespace) -> int:
     from wm_inject.cli_common import resolve_device
 
     config = mitigate_config(given)
-    out = given.out or Path("runs") / f"{given.profile}-{Path(given.data).stem}"
+    if given.print_config:
+        return print_config(config)
+    study = config.study
+    out = given.out or Path("runs") / f"{study.profile}-{Path(study.data.name).stem}"
     device = str(resolve_device(given.device))
     records = run_cleaning(
         config,
@@ -107,23 +111,17 @@ def mitigate_config(given: argparse.Namespace) -> CleaningConfig:
     """
     from wm_eval.cleaning.profiles import cleaning_profile
 
-    names = ("attacks", "methods", "shares", "steps")
-    asked = {name: getattr(given, name) for name in names}
-    changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-    if given.no_rescan:
-        changes["rescan"] = False
-    start = cleaning_profile(given.profile, given.data).study.seeds
-    count = len(start) if given.seeds is None else given.seeds
-    changes["seeds"] = tuple(range(given.seed, given.seed + count))
-    return cleaning_profile(given.profile, given.data, **changes)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _shares(text: str) -> tuple[float, ...]:
-    return tuple(float(share) for share in _names(text))
+    file = read_config(given)
+    study = file.get("study")
+    refuse_preset(given, "profile", "profile", study if isinstance(study, dict) else {})
+    profile: Any = given.profile or named_in(file, "study", "profile") or "small"
+    data = given.data or named_in(file, "study", "data", "name") or "cifar10"
+    changes = {name: getattr(given, name) for name in ("methods", "shares", "steps")}
+    changes["rescan"] = False if given.no_rescan else None
+    changes["study"] = {"attacks": given.attacks, "data": {"name": given.data}}
+    config = layered(given, cleaning_profile(profile, data), file, changes)
+    seeds = asked_seeds(given, config.study.seeds)
+    return replace(config, study=replace(config.study, seeds=seeds))
 
 
 __all__ = ["MITIGATE_EPILOG", "MITIGATE_HELP", "add_mitigate", "mitigate_command"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wm_eval.cli_settings import asked_seeds, listed, named_in, numbers
 from wm_eval.executor_options import add_executor, chosen_executor
 from wm_inject.cli_common import resolve_device
+from wm_inject.cli_config import layered, print_config, read_config
 
 if TYPE_CHECKING:
     from wm_eval.paper2.config import DetectConfig
@@ -19,13 +21,15 @@ DETECT_EPILOG = """\
 examples:
   wm-eval detect --data mnist --out runs/detect-mnist
   wm-eval detect --data cifar10 --arch vgg16 --width 16 --seeds 3 --out runs/detect-vgg16
+  wm-eval detect --data mnist --print-config > mine.toml
+  wm-eval detect --config mine.toml --seeds 3 --out runs/mine
   wm-eval detect --data mnist --detectors reverse,reverse-lpips --seeds 1 --out runs/lpips
 
 It can be stopped at any time, and the same command goes on. Tables go to OUT/tables, figures to
 OUT/figures; a stage that fails says why in OUT/failures, and the others go on.
 """
 FIGURE3_EPILOG = """\
-example:
+examples:
   wm-eval figure3 --victims runs/small-cifar10
 """
 
@@ -33,32 +37,31 @@ example:
 def add_detect(parser: argparse.ArgumentParser) -> None:
     """Give the parser of ``detect`` its arguments."""
     parser.add_argument(
-        "--data", default="mnist", help="mnist, cifar10, gtsrb, digits, a folder or an .npz"
+        "--data", help="mnist, cifar10, gtsrb, digits, a folder or an .npz (default: mnist)"
     )
     parser.add_argument(
         "--arch",
         help="wanet-mnist, preactresnet18, vgg16, mobilenetv2, resnet10 ... (default: the data's)",
     )
     parser.add_argument("--width", type=int, help="channels of its first stage")
-    parser.add_argument("--attack", default="wanet", help="any of table1's (default: wanet)")
+    parser.add_argument("--attack", help="any of table1's (default: wanet)")
     parser.add_argument("--limit", type=int, help="training images (default: the data's)")
     parser.add_argument("--epochs", type=int, help="of every victim (default: the data's)")
-    parser.add_argument("--seeds", type=int, default=10, help="how many, from --seed (default: 10)")
+    parser.add_argument("--seeds", type=int, help="how many, from --seed (default: 10)")
     parser.add_argument(
         "--detectors",
-        type=_names,
-        default=("nc", "reverse"),
+        type=listed,
         help="nc,reverse,reverse-lpips,feature-re,bti-dbf or some of them (default: nc,reverse)",
     )
-    parser.add_argument("--preset", default="fast", help="of every detector (default: fast)")
+    parser.add_argument("--preset", help="of every detector (default: fast)")
     parser.add_argument("--images", type=int, help="of the defender (default: 1%% or the paper's)")
-    parser.add_argument("--shares", type=_numbers, help="to clean with (default: 0.01,0.03,0.05)")
+    parser.add_argument("--shares", type=numbers, help="to clean with (default: 0.01,0.03,0.05)")
     parser.add_argument(
-        "--methods", type=_names, help="fine-tuning, nad and detectors (default: without nad)"
+        "--methods", type=listed, help="fine-tuning, nad and detectors (default: without nad)"
     )
     parser.add_argument(
         "--parts",
-        type=_names,
+        type=listed,
         default=("detection", "cleaning", "pictures"),
         help="detection,cleaning,pictures,rates (default: all but rates)",
     )
@@ -75,9 +78,12 @@ def detect_command(args: argparse.Namespace) -> int:
     from wm_eval.paper2.tables import write_tables
     from wm_eval.records import read_records
 
+    config = _config(args)
+    if args.print_config:
+        return print_config(config)
     device = str(resolve_device(args.device))
     records = run_detect(
-        _config(args),
+        config,
         args.out,
         device=device,
         minutes=args.minutes,
@@ -104,15 +110,30 @@ def detect_command(args: argparse.Namespace) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class IndexSettings:
+    """How ``wm-eval figure3`` scans the victims of a study.
+
+    Args:
+        detector: A name out of `wm_eval.detectors.DETECTORS`.
+        preset: Of the detector.
+        images: Clean images of the defender.
+    """
+
+    detector: str = "nc"
+    preset: str = "fast"
+    images: int = 500
+
+
 def add_figure3(parser: argparse.ArgumentParser) -> None:
     """Give the parser of ``figure3`` its arguments."""
     parser.add_argument(
         "--victims", type=Path, required=True, help="the folder of a study of attacks (table1)"
     )
     parser.add_argument("--out", type=Path, help="default: VICTIMS/figure3")
-    parser.add_argument("--detector", default="nc", help="default: nc")
-    parser.add_argument("--preset", default="fast", help="of the detector (default: fast)")
-    parser.add_argument("--images", type=int, default=500, help="of the defender (default: 500)")
+    parser.add_argument("--detector", help="default: nc")
+    parser.add_argument("--preset", help="of the detector (default: fast)")
+    parser.add_argument("--images", type=int, help="of the defender (default: 500)")
     parser.add_argument("--minutes", type=float, help="start no scan after so many minutes")
     add_executor(parser)
 
@@ -122,14 +143,19 @@ def figure3_command(args: argparse.Namespace) -> int:
     from wm_eval.paper2.index_figure import write_index_figure
     from wm_eval.paper2.index_scans import scan_victims
 
+    names = ("detector", "preset", "images")
+    given = {name: getattr(args, name) for name in names}
+    settings = layered(args, IndexSettings(), read_config(args), given)
+    if args.print_config:
+        return print_config(settings)
     out = args.out or args.victims / "figure3"
     device = str(resolve_device(args.device))
     records = scan_victims(
         args.victims,
         out,
-        name=args.detector,
-        preset=args.preset,
-        images=args.images,
+        name=settings.detector,
+        preset=settings.preset,
+        images=settings.images,
         device=device,
         minutes=args.minutes,
         executor=chosen_executor(args, device=device),
@@ -146,25 +172,23 @@ def figure3_command(args: argparse.Namespace) -> int:
 def _config(args: argparse.Namespace) -> DetectConfig:
     from wm_eval.paper2.config import detect_preset
 
-    changes: dict[str, Any] = {
-        "images": args.images,
-        "cleaning_shares": args.shares,
-        "methods": args.methods,
-    }
-    config = detect_preset(
-        args.data,
-        args.arch,
+    file = read_config(args)
+    start = detect_preset(
+        args.data or named_in(file, "data", "name") or "mnist",
+        args.arch or named_in(file, "victim", "model"),
         width=args.width,
         limit=args.limit,
-        attack=args.attack,
-        seeds=tuple(range(args.seed, args.seed + args.seeds)),
-        detectors=args.detectors,
-        preset=args.preset,
-        **{name: value for name, value in changes.items() if value is not None},
     )
-    if args.epochs is None:
-        return config
-    return replace(config, train=replace(config.train, epochs=args.epochs))
+    given = {
+        "data": {"name": args.data, "limit": args.limit},
+        "victim": {"model": args.arch, "width": args.width},
+        "train": {"epochs": args.epochs},
+        "cleaning_shares": args.shares,
+    }
+    names = ("attack", "detectors", "preset", "images", "methods")
+    given |= {name: getattr(args, name) for name in names}
+    config = layered(args, start, file, given)
+    return replace(config, seeds=asked_seeds(args, config.seeds))
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -176,19 +200,12 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(name) for name in _names(text))
-
-
 __all__ = [
     "DETECT_EPILOG",
     "DETECT_HELP",
     "FIGURE3_EPILOG",
     "FIGURE3_HELP",
+    "IndexSettings",
     "add_detect",
     "add_figure3",
     "detect_command",

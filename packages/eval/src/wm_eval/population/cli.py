@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from wm_eval.cli_settings import listed
 from wm_eval.executor_options import add_executor, chosen_executor
+from wm_inject.cli_config import layered, print_config, read_config, refuse_preset
+
+if TYPE_CHECKING:
+    from wm_eval.population.config import PopulationConfig
 
 POPULATION_HELP = "error rates of detectors on many small classifiers, clean and backdoored"
 POPULATION_EPILOG = """\
@@ -13,6 +19,7 @@ examples:
   wm-eval population --profile tiny --out runs/population      minutes, on bundled digits
   wm-eval population --worlds mnist-plain --minutes 60         one world
   wm-eval population --workers 8                               eight models at a time
+  wm-eval population --profile tiny --print-config > mine.toml
   wm-eval population --only-tables --calibrate calibration.json
 
 It can be stopped at any time, and the same command goes on.
@@ -21,13 +28,11 @@ It can be stopped at any time, and the same command goes on.
 
 def add_population(command: argparse.ArgumentParser) -> None:
     """Give a parser what ``wm-eval population`` takes."""
-    command.add_argument("--profile", choices=("tiny", "small"), default="small")
-    command.add_argument("--out", type=Path, help="default: runs/population-PROFILE")
-    command.add_argument("--worlds", type=_names, help="which, as a,b (default: all)")
-    command.add_argument(
-        "--detectors", type=_names, default=("nc", "reverse"), help="default: nc,reverse"
-    )
-    command.add_argument("--preset", default="fast", help="of the detectors (default: fast)")
+    command.add_argument("--profile", choices=("tiny", "small"), help="default: small")
+    command.add_argument("--out", type=Path, help="default: runs/population-PROFILE, or -FILE")
+    command.add_argument("--worlds", type=listed, help="which, as a,b (default: all)")
+    command.add_argument("--detectors", type=listed, help="default: nc,reverse")
+    command.add_argument("--preset", help="of the detectors (default: fast)")
     command.add_argument("--half", choices=("calibration", "test"), help="only this half")
     command.add_argument("--minutes", type=float, help="start nothing new after so many minutes")
     command.add_argument("--only-train", action="store_true", help="train, and scan nothing")
@@ -40,15 +45,16 @@ def add_population(command: argparse.ArgumentParser) -> None:
 
 def population_command(given: argparse.Namespace) -> int:
     """Run ``wm-eval population``."""
-    from wm_eval.population.config import HALVES, population_profile
+    from wm_eval.population.config import HALVES
     from wm_eval.population.run import run_population
     from wm_eval.population.tables import write_population
     from wm_inject.cli_common import resolve_device
 
-    out = given.out or Path("runs") / f"population-{given.profile}"
-    config = population_profile(
-        given.profile, detectors=dict.fromkeys(given.detectors, given.preset)
-    )
+    config = _config(given)
+    if given.print_config:
+        return print_config(config)
+    name = (given.profile or "small") if given.config is None else given.config.stem
+    out = given.out or Path("runs") / f"population-{name}"
     if not given.only_tables:
         device = str(resolve_device(given.device))
         run_population(
@@ -83,8 +89,15 @@ def population_command(given: argparse.Namespace) -> int:
     return 0
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+def _config(given: argparse.Namespace) -> PopulationConfig:
+    from wm_eval.population.config import population_profile
+
+    file = read_config(given)
+    refuse_preset(given, "profile", "worlds", file)
+    config = layered(given, population_profile(given.profile or "small"), file, {})
+    names = given.detectors or tuple(config.detectors)
+    presets = {name: given.preset or config.detectors.get(name, "fast") for name in names}
+    return layered(given, config, {}, {"detectors": presets})
 
 
 __all__ = ["POPULATION_EPILOG", "POPULATION_HELP", "add_population", "population_command"]

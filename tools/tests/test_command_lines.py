@@ -1,0 +1,160 @@
+"""The six command lines are one: the same options, the same help, the same way to give settings."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from tools import release
+
+from wm_inject.cli_common import Parser
+
+# Why a command does not write --json, or has no --config: its product says it, or it measures none.
+NO_JSON = {
+    "wm-inject serve": "answers over HTTP",
+    "wm-eval demo": "a folder of records",
+    "wm-eval run": "a folder of records",
+    "wm-eval report": "a page drawn from records",
+    "wm-eval table1": "a folder of records",
+    "wm-eval table2": "a folder of records",
+    "wm-eval figure1": "a picture",
+    "wm-eval detect": "a folder of records",
+    "wm-eval population": "a folder of records",
+    "wm-eval mitigate": "a folder of records",
+    "wm-eval figure3": "a folder of records",
+}
+CONFIG = {
+    "wm-extract train",
+    "wm-victim train",
+    "defense-nc scan",
+    "defense-nc clean",
+    "defense-reverse scan",
+    "defense-reverse clean",
+    "wm-eval table1",
+    "wm-eval table2",
+    "wm-eval figure1",
+    "wm-eval detect",
+    "wm-eval population",
+    "wm-eval mitigate",
+    "wm-eval figure3",
+    "wm-eval scan",
+    "wm-eval clean",
+}
+# These read their settings from a file that is called otherwise, or have a preset for one.
+PRINT_ONLY = {"wm-eval run", "wm-eval demo"}
+
+
+class Stop(Exception):
+    """Thrown where a command would begin to parse: its parser is all that is wanted."""
+
+
+def parser(module: str) -> argparse.ArgumentParser:
+    """The outermost parser of a package's command, as its ``main`` builds it."""
+    found: list[argparse.ArgumentParser] = []
+
+    def parse(self: argparse.ArgumentParser, *_: Any) -> None:
+        found.append(self)
+        raise Stop
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Stop):
+        patch.setattr(Parser, "parse_args", parse)
+        importlib.import_module(f"{module}.cli").main([])
+    return found[0]
+
+
+PARSERS = {package.name: parser(package.module) for package in release.packages()}
+
+
+def commands() -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Every sub-command once, by its first name."""
+    for name, outer in PARSERS.items():
+        seen: list[argparse.ArgumentParser] = []
+        for verb, one in inner(outer).choices.items():
+            if one not in seen:
+                seen.append(one)
+                yield f"{name} {verb}", one
+
+
+def inner(outer: argparse.ArgumentParser) -> Any:
+    (found,) = (a for a in outer._actions if isinstance(a, argparse._SubParsersAction))
+    return found
+
+
+COMMANDS = dict(commands())
+each_command = pytest.mark.parametrize("name", COMMANDS)
+
+
+def options(one: argparse.ArgumentParser) -> set[str]:
+    return set(one._option_string_actions)
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_every_command_line_opens_alike(name: str) -> None:
+    outer = PARSERS[name]
+    assert outer.prog == name and inner(outer).metavar == "COMMAND" and inner(outer).required
+    assert {"--version", "--completion", "--help"} <= options(outer)
+    assert str(outer.epilog).startswith("examples:\n") and outer.description
+    assert f"  {name} " in str(outer.epilog)
+
+
+@each_command
+def test_every_command_takes_the_common_options(name: str) -> None:
+    assert {"--version", "--help", "--device", "--seed"} <= options(COMMANDS[name])
+
+
+@each_command
+def test_every_command_shows_examples_of_itself(name: str) -> None:
+    epilog = str(COMMANDS[name].epilog)
+    assert epilog.startswith("examples:\n") and f"  {name} " in epilog
+
+
+@each_command
+def test_every_command_says_what_it_does(name: str) -> None:
+    assert str(COMMANDS[name].description).endswith((".", "?"))
+
+
+@each_command
+def test_every_option_says_what_it_is(name: str) -> None:
+    silent = [a.dest for a in COMMANDS[name]._actions if not a.help]
+    assert silent == []
+
+
+@each_command
+def test_what_prints_figures_writes_json(name: str) -> None:
+    assert ("--json" in options(COMMANDS[name])) != (name in NO_JSON)
+
+
+@each_command
+def test_settings_come_from_a_file_and_print_themselves(name: str) -> None:
+    taken = options(COMMANDS[name])
+    assert ("--config" in taken) == (name in CONFIG)
+    assert ("--print-config" in taken) == (name in CONFIG | PRINT_ONLY)
+
+
+def test_the_lists_above_name_commands_that_exist() -> None:
+    assert set(NO_JSON) | CONFIG | PRINT_ONLY <= set(COMMANDS)
+
+
+def test_all_that_gives_a_verdict_says_so() -> None:
+    scans = [n for n in COMMANDS if n.endswith(" scan") and not n.startswith("wm-inject")]
+    assert len(scans) == 3
+    for name in scans:
+        epilog = str(COMMANDS[name].epilog)
+        assert "0 clean, 1 backdoored, 2 inconclusive, 3 not scanned" in epilog
+
+
+def test_the_page_on_commands_names_them_all() -> None:
+    page = (release.ROOT / "docs" / "commands.md").read_text()
+    rows = page[page.index("| command | what its file holds |") :].splitlines()
+    for name in CONFIG:
+        package, verb = name.split()
+        cells = [row.split("|")[1] for row in rows if row.startswith(f"| `{package} ")]
+        assert any(f"`{name}`" in cell or f"`{verb}`" in cell for cell in cells), name
+    assert all(f"{name} " in page for name in PRINT_ONLY)
+    reason = page[page.index("## Figures as JSON") : page.index("## Settings as a file")]
+    for name in NO_JSON:
+        assert f"`{name}`" in reason or f"`{name.split()[1]}`" in reason, name
