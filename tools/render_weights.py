@@ -27,6 +27,8 @@ of wm-extract. Nothing is downloaded.
 ```sh
 wm-inject poison --pretrained tiny-32 photos/ poisoned/     # every image marked, 32 x 32 PNG
 wm-extract detect poisoned/ --pretrained tiny-32            # which images carry the mark?
+wm-inject export --uint8 --pretrained tiny-32 mark.onnx     # for services that run without torch
+wm-extract export --uint8 --pretrained tiny-32 find.onnx    # its detector, threshold and all
 wm-eval demo --pretrained                                   # the demo, without its first training
 ```
 
@@ -53,12 +55,17 @@ extractor reads the marks of its own injector.
 - **They are public.** Whoever has this package can find, and make, the same mark. That is right for
   studying defences and wrong for anything that has to stay secret.
 - [Responsible use](responsible-use.md) applies: mark what you own or were asked to audit.
-- They know 32 x 32 pixels. Other images are resized; images of another kind than those below may
-  be marked less well, so measure (`wm-inject stealth`, `wm-extract detect`) before you rely on it.
-- **Prefer `tiny-32`.** `small-32` has nine times the weights and was trained for as many steps; its
-  marks are fainter by SSIM and LPIPS at the same PSNR, and they are found less surely. A second
-  training, of 5,000 steps, ended at a higher loss and its detector finds no mark at all
-  ([records](../results/weights/tried)): the recipe does not carry over to this size yet.
+- Each knows one size, 32 pixels a side or, `tiny-64`, 64. Other images are resized; images of
+  another kind than those below may be marked less well, so measure (`wm-inject stealth`,
+  `wm-extract detect`) before you rely on it.
+- **The mark hardly depends on the image.** About 98 % of the change's energy is the same for all
+  images (column "in common"). Whoever holds 200 marked CIFAR-10 images and 200 clean ones of other
+  pictures can take the difference of their means from a marked image, and `tiny-32`'s detector no
+  longer finds it (`tools/tests/test_weights.py`). The mark is no protection against an adversary.
+- **`tiny-32` or `small-32`?** The small one has nine times the weights and is as visible. On
+  photographs like those that both were trained on it is found a little more often; on traffic
+  signs, and after JPEG and cropping, which neither was trained for, less often. When in doubt,
+  take `tiny-32`.
 """
 TAIL = """## How they were made
 
@@ -66,13 +73,20 @@ TAIL = """## How they were made
 threshold and measures; `--ship` puts the files and their cards into the packages, and
 `python tools/render_weights.py` writes this page. It runs on a CPU, where the same seed gives the
 same weights. The recipe is `JointConfig.preset("robust")` of wm-extract with the steps and floor
-above ([recipes](recipes.md)); no labels are used. 2,000 more training images only choose the
-detector's threshold. `tiny-32` is the pair of the [CIFAR-10 study](../results/cifar10/records): the
-same images, settings and seed.
+above ([recipes](recipes.md)); no labels are used. The threshold is chosen on more training images,
+which training has not seen. `tiny-32` is the pair of the
+[CIFAR-10 study](../results/cifar10/records): the same images, settings and seed.
 
-Which of several trainings ships was decided after their figures had been seen (a `tiny-32` that
-also learned GTSRB, and a longer `small-32`, were found less often), so that they may flatter a
-little.
+A small injector learns at 0.4 of a tiny one's rate. At the same rate it drives the tanh that limits
+its change to 42 times its range, where nothing more can be learned; such a pair was found in 82.6 %
+of CIFAR-10's test images after 2,500 steps, and in none after 5,000
+([records](../results/weights/tried)).
+
+Which of several trainings of `tiny-32` ships was decided after figures on test images had been seen
+(one that also learned GTSRB was found less often), so that they may flatter a little. The rate and
+the steps of `small-32` were chosen on training images that were kept back. A variant that also held
+the tanh back was then measured on the same test images, found as often, and dropped as the less
+simple one. `tiny-64` was tried at 38 dB, where every kept image was found, and then trained at 40.
 
 Every figure is of test images that neither training nor threshold saw (the first 2,000 of a set,
 or all), with the weights as they ship. "Found" is the share of marked images that the detector with
@@ -90,7 +104,7 @@ def pairs_table(cards: Mapping[str, Mapping[str, Any]]) -> Table:
     rows = [
         (
             f"`{name}`",
-            "grey" if card["channels"] == 1 else "RGB",
+            f"{'grey' if card['channels'] == 1 else 'RGB'}, {card['image_size']} px",
             f"{card['injector_parameters']:,} + {card['extractor_parameters']:,}",
             ", ".join(f"{part['images']:,} of {part['name']}" for part in card["data"]),
             f"{card['iterations']:,}",
@@ -128,6 +142,7 @@ def stealth_table(records: Mapping[str, Record]) -> Table:
                 f"{stealth['ssim']['mean']:.4f}",
                 lpips,
                 f"{255 * stealth['linf']['mean']:.1f}",
+                percent(v["common"]),
             )
         )
     headers = (
@@ -139,8 +154,12 @@ def stealth_table(records: Mapping[str, Record]) -> Table:
         "SSIM",
         "LPIPS",
         "largest change",
+        "in common",
     )
-    note = "Means over 8-bit images; PSNR in dB, the largest change in steps of 255."
+    note = (
+        "Means over 8-bit images; PSNR in dB, the largest change in steps of 255. In common: how "
+        "much of the change's energy is the same for all images."
+    )
     return Table("stealth", "How visible they are", headers, tuple(rows), note)
 
 

@@ -15,7 +15,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,12 +76,14 @@ class Pair:
             choose the detector's threshold.
         tests: The sets whose test images it is measured on.
         config: The recipe.
+        image_size: Side of the images, to which a set's own are resized.
     """
 
     channels: int
     images: Mapping[str, tuple[int, int]]
     tests: tuple[str, ...]
     config: JointConfig
+    image_size: int = field(default=32, metadata={"later": True})
 
 
 _PHOTOGRAPHS = {"cifar10": (20_000, 2_000)}
@@ -94,19 +96,26 @@ PAIRS = {
         3,
         _PHOTOGRAPHS,
         ("cifar10", "gtsrb"),
-        JointConfig.preset(size="small", psnr_floor=36.2, iterations=2500),
+        JointConfig.preset(size="small", psnr_floor=36.2, iterations=5000),
     ),
     "tiny-32-grey": Pair(
         1, _DIGITS, ("digits", "mnist"), JointConfig.preset(psnr_floor=38.0, iterations=1500)
+    ),
+    "tiny-64": Pair(
+        3,
+        {"cifar10": (4_000, 1_800), "imagenet10": (800, 200)},
+        ("imagenet10", "cifar10", "gtsrb"),
+        JointConfig.preset(psnr_floor=40.0, iterations=2500),
+        image_size=64,
     ),
 }
 
 
 def training_images(pair: Pair, *, seed: int) -> tuple[Tensor, Tensor]:
-    """The images to train on and those kept back, set after set: ``(N, C, 32, 32)`` each."""
+    """The images to train on and those kept back, set after set: ``(N, C, H, W)`` each."""
     train, kept = [], []
     for name, (used, more) in pair.images.items():
-        data = load_dataset(name, image_size=32, limit=used + more, seed=seed)
+        data = load_dataset(name, image_size=pair.image_size, limit=used + more, seed=seed)
         train.append(data.train.images[:used])
         kept.append(data.train.images[used:])
     return torch.cat(train), torch.cat(kept)
@@ -181,8 +190,11 @@ def rewrite(saved: Checkpoint, path: Path, told: Mapping[str, Any]) -> None:
 
 
 def provenance(name: str, *, seed: int) -> dict[str, Any]:
-    """Where a pair comes from: data, recipe and command."""
+    """Where a pair comes from: data, recipe, what else was changed in it, and command."""
     pair = PAIRS[name]
+    told = ("recipe", "size", "iterations", "psnr_floor")
+    recipe, used = plain(JointConfig.preset(pair.config.recipe)), plain(pair.config)
+    changes = {k: v for k, v in used.items() if k not in told and v != recipe.get(k)}
     return {
         "name": name,
         "data": [
@@ -193,6 +205,7 @@ def provenance(name: str, *, seed: int) -> dict[str, Any]:
         "size": pair.config.size,
         "iterations": pair.config.iterations,
         "psnr_floor": pair.config.psnr_floor,
+        **({"changes": changes} if changes else {}),
         "seed": seed,
         "command": f"python tools/train_weights.py --out runs/weights {name}",
         "use": USE,
@@ -204,7 +217,8 @@ def measure(name: str, space: Workspace, _: Path) -> Made:
     trigger = load_trigger(space.path(f"packed/trigger/{name}.safetensors"))
     assert isinstance(trigger, WatermarkTrigger)
     detector = load_detector(space.path(f"packed/detector/{name}.safetensors"))
-    found = {test: measure_on(test, trigger, detector, space) for test in PAIRS[name].tests}
+    tests = PAIRS[name].tests
+    found = {test: measure_on(test, trigger, detector, space) for test in tests}
     return Made({"tests": found})
 
 
@@ -212,7 +226,7 @@ def measure_on(
     name: str, trigger: WatermarkTrigger, detector: MarkDetector, space: Workspace
 ) -> dict[str, Any]:
     """The figures on the first test images of one set, with the threshold that ships."""
-    data = load_dataset(name, image_size=32)
+    data = load_dataset(name, image_size=trigger.injector.shape.image_size)
     test = data.test.subset(torch.arange(min(MEASURED, len(data.test))))
     images, n = quantize(test.images), len(test)
     poisoned = poisoned_images(trigger, test)
@@ -229,7 +243,14 @@ def measure_on(
             "false_positives": false,
             "fpr_upper": exact_upper(false, n),
         }
-    return {"n": n, "stealth": stealth_values(poisoned, images), "corruptions": rows}
+    change = poisoned - images
+    return {
+        "n": n,
+        "stealth": stealth_values(poisoned, images),
+        # 1: every image gets the very same change; 0, too, where none is changed.
+        "common": float(change.mean(0).square().mean() / change.square().mean().clamp(min=1e-12)),
+        "corruptions": rows,
+    }
 
 
 def figures(measured: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,6 +262,7 @@ def figures(measured: Mapping[str, Any]) -> dict[str, Any]:
         found[test] = {
             "n": v["n"],
             **stealth,
+            "common": v["common"],
             "found": {name: row["true_positives"] / v["n"] for name, row in rows},
             "false_alarms": {name: row["false_positives"] / v["n"] for name, row in rows},
         }
@@ -253,7 +275,7 @@ def card(name: str, space: Workspace) -> dict[str, Any]:
     return {
         **provenance(name, seed=space.seed),
         "channels": PAIRS[name].channels,
-        "image_size": 32,
+        "image_size": PAIRS[name].image_size,
         "injector_parameters": trained["injector_parameters"],
         "extractor_parameters": trained["extractor_parameters"],
         "false_positive_rate": packed["false_positive_rate"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,15 @@ import torch
 from tools import train_weights
 from tools.render_weights import PAGE, RECORDS, render
 from tools.train_weights import HOMES, PAIRS, figures, narrowed
+from torch import Tensor
 
 from wm_eval.records import read_records
 from wm_eval.workspace import file_digest
-from wm_extract import JointConfig
-from wm_inject import PRETRAINED, pretrained_card
+from wm_extract import JointConfig, MarkDetector
+from wm_inject import PRETRAINED, WatermarkTrigger, pretrained_card, quantize
 from wm_inject.cli_common import run_cli
 from wm_inject.pretrained import read_pretrained
+from wm_victim import load_dataset
 
 
 def test_the_page_says_what_the_records_say() -> None:
@@ -65,6 +68,26 @@ def test_a_pair_is_trained_packed_measured_and_shipped(
         )
     assert run_cli(train_weights._main, command) == 0  # nothing is done twice
     assert {home: (home / "mine.safetensors").read_bytes() for home in homes.values()} == shipped
+
+
+def test_the_mark_is_nearly_one_pattern_and_can_be_taken_away() -> None:
+    """A limit that docs/weights.md tells: nobody should count on this mark against an adversary."""
+    if not (Path(os.environ.get("WM_DATA", "nowhere")) / "cifar10.tar").is_file():
+        pytest.skip("CIFAR-10 is not there: WM_DATA names no folder with cifar10.tar")
+    data = load_dataset("cifar10", image_size=32, limit=600, seed=1)
+    seen, clean, other = data.train.images.split(200)
+    trigger = WatermarkTrigger.from_pretrained("tiny-32")
+    detector = MarkDetector.from_pretrained("tiny-32")
+
+    def found(images: Tensor) -> float:
+        return float(detector.detect(quantize(images.clamp(0, 1))).marked.float().mean())
+
+    with torch.no_grad():
+        marked, others = quantize(trigger(data.test.images[:500])), quantize(trigger(seen))
+    assert found(marked) > 0.95
+    # Two hundred marked images of unknown originals, and two hundred clean ones of other pictures.
+    assert found(marked - (others.mean(0) - clean.mean(0))) < 0.05
+    assert found(marked - (other.mean(0) - clean.mean(0))) > 0.95  # the same without a mark
 
 
 def test_a_pair_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from wm_extract import (
     train_jointly,
 )
 from wm_inject import ViTInjector, quantize
+from wm_inject.vit import SIZES
 
 TINY = JointConfig(
     iterations=6, batch_size=4, warmup=2, extractor_width=4, depth=1, decoder_depth=1
@@ -55,6 +56,19 @@ def test_the_paper_preset_is_the_papers_text() -> None:
     assert (paper.image_weight, paper.mark_weight, paper.clean_weight) == (1.0, 0.1, 0.1)
     assert (paper.depth, paper.decoder_depth, paper.residual) == (24, 8, False)
     assert paper.epsilon == 1 / 255 and paper.psnr_floor is None
+
+
+def test_a_wider_injector_learns_at_a_lower_rate() -> None:
+    rates = [JointConfig.preset(size=size).peak_lr for size in SIZES]
+    assert rates[:2] == [1e-3, 4e-4]
+    assert rates == sorted(rates, reverse=True)
+    config = replace(TINY, size="small", warmup=1)
+    injector = ViTInjector.from_config(config.injector(image_size=16, channels=1))
+    optimizer = joint._optimizer(config, list(injector.parameters()))
+    joint._schedule(config, optimizer, injector, 0)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(4e-4)
+    # The paper's optimiser has the paper's rate at every size.
+    assert JointConfig.preset("paper", size="large").peak_lr == 2e-4
 
 
 @pytest.mark.parametrize("recipe", ["paper", "released", "robust"])

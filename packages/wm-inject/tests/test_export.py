@@ -106,6 +106,11 @@ def test_an_injector_is_exported_and_compared_at_two_batch_sizes(exporter):
     assert all(p.requires_grad for p in module.parameters())
 
 
+def test_a_module_that_gives_its_input_back_is_exported(exporter):
+    _, parity = exporter(torch.nn.Identity(), example())
+    assert parity.max_abs == 0
+
+
 def test_logits_are_compared_relatively(exporter):
     _, parity = exporter(TinyClassifier(), example(), relative=True)
     assert parity.max_rel <= 1e-4

@@ -20,7 +20,6 @@ CONFIGS = {
     "direct": replace(SMALL, residual=False),
     "grey and padded": replace(SMALL, channels=1, image_size=28),
     "limited": replace(SMALL, psnr_floor=38.0, max_change=0.05),
-    "bounded drive": replace(SMALL, max_change=0.02, max_drive=1.0),
     "odd heads": replace(SMALL, width=36, heads=3),
 }
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
@@ -42,11 +43,11 @@ FEW_MB = 8 * 2**20
 def digits(count: int = 200) -> torch.Tensor:
     """Real scans, enlarged from 8 x 8 to 32 x 32: ``(N, 1, 32, 32)``."""
     small = torch.from_numpy(load_digits().images[-count:]).float().unsqueeze(1) / 16
-    return quantize(torch.nn.functional.interpolate(small, (32, 32), mode="bilinear"))
+    return quantize(F.interpolate(small, (32, 32), mode="bilinear"))
 
 
 def test_there_are_the_pairs_that_the_page_names() -> None:
-    assert {"tiny-32", "tiny-32-grey", "small-32"} <= set(PRETRAINED)
+    assert {"tiny-32", "tiny-32-grey", "small-32", "tiny-64"} <= set(PRETRAINED)
     assert {path.stem for path in FOLDER.glob("*.safetensors")} == set(PRETRAINED)
 
 
@@ -82,10 +83,11 @@ def test_the_file_says_where_it_comes_from_and_names_no_machine(name: str) -> No
 def test_the_injector_comes_with_its_watermark(name: str) -> None:
     injector, trigger = ViTInjector.from_pretrained(name), WatermarkTrigger.from_pretrained(name)
     card = pretrained_card(name)
-    assert (injector.shape.channels, injector.shape.image_size) == (card["channels"], 32)
+    side = card["image_size"]
+    assert (injector.shape.channels, injector.shape.image_size) == (card["channels"], side)
     assert sum(p.numel() for p in injector.parameters()) == card["injector_parameters"]
-    assert torch.equal(trigger.watermark, default_watermark(32))
-    images = torch.rand(2, card["channels"], 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(trigger.watermark, default_watermark(side))
+    images = torch.rand(2, card["channels"], side, side, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         marked = injector(images, trigger.watermark).clamp(0, 1)
         torch.testing.assert_close(trigger(images), marked, atol=1e-6, rtol=0)
@@ -108,12 +110,13 @@ def test_marked_digits_keep_the_floor_of_the_card() -> None:
     assert (marked - images).abs().amax(dim=(1, 2, 3)).min() > 0
 
 
-@pytest.mark.parametrize("name", ["tiny-32", "small-32"])
+@pytest.mark.parametrize("name", ["tiny-32", "small-32", "tiny-64"])
 def test_marked_photographs_keep_the_floor_of_the_card(name: str) -> None:
     strips = Path(os.environ.get("WM_DATA", "nowhere")) / "cifar10.tar"
     if not strips.is_file():
         pytest.skip("CIFAR-10 is not there: WM_DATA names no folder with cifar10.tar")
-    images = cifar_test(strips)
+    side = pretrained_card(name)["image_size"]
+    images = quantize(F.interpolate(cifar_test(strips), (side, side), mode="bilinear"))
     with torch.no_grad():
         marked = quantize(WatermarkTrigger.from_pretrained(name)(images))
     found = psnr(marked, images)

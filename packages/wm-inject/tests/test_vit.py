@@ -107,33 +107,6 @@ def test_no_value_changes_by_more_than_the_largest_change() -> None:
     assert torch.allclose(injector.limit(small), small, rtol=1e-3)
 
 
-def test_a_bounded_drive_lets_every_pixel_of_an_overdriven_residual_learn() -> None:
-    free = replace(SMALL, max_change=6 / 255)
-    bounded = replace(free, max_drive=1.0)
-    generator = torch.Generator().manual_seed(0)
-    wide, asked = torch.randn(2, 4, 3, 32, 32, generator=generator)  # 42 times the largest change
-    learning = {}
-    for name, config in {"free": free, "bounded": bounded}.items():
-        raw = wide.clone().requires_grad_()
-        limited = build(config).limit(raw)
-        assert limited.abs().max() <= 6 / 255
-        (limited * asked).sum().backward()
-        assert raw.grad is not None
-        size = raw.grad.abs()
-        learning[name] = float((size > 0.01 * size.max()).float().mean())
-    assert learning["free"] < 0.1
-    assert learning["bounded"] > 0.9
-    small = torch.full_like(wide, 1e-4)
-    assert torch.equal(build(bounded).limit(small), build(free).limit(small))
-
-
-def test_a_file_without_a_bounded_drive_says_nothing_of_it() -> None:
-    # Older versions refuse a setting they do not know.
-    assert "max_drive" not in build(replace(SMALL, max_change=0.1)).config
-    config = replace(SMALL, max_change=0.1, max_drive=2.0)
-    assert ViTInjector(**build(config).config).shape == config
-
-
 def test_watermark_changes_the_output_and_gets_a_gradient() -> None:
     injector = trained_looking()
     images = torch.rand(2, 3, 32, 32)
@@ -200,8 +173,6 @@ def test_default_watermark(side: int) -> None:
         {"psnr_floor": 40.0, "residual": False},
         {"max_change": 0.0},
         {"max_change": 0.1, "residual": False},
-        {"max_change": 0.1, "max_drive": 0.0},
-        {"max_drive": 1.0},
     ],
 )
 def test_config_refuses(change: dict[str, float]) -> None:

@@ -129,8 +129,6 @@ TABLE = Table(
             "iterations": config(iterations=0),
             "lr": config(lr=-1.0),
             "max_change": config(max_change=0.0),
-            "max_drive": config(max_drive=0.0),
-            "max_drive alone": config(max_drive=1.0, max_change=None),
             "corruption_probability": config(corruption_probability=2.0),
             "weights": config(mark_weight=-1.0),
             "depth": config(depth=0),

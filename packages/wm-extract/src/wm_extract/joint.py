@@ -172,8 +172,8 @@ def train_jointly(
 
 def _optimizer(config: JointConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum)
-    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.01)
+        return torch.optim.SGD(parameters, lr=config.peak_lr, momentum=config.momentum)
+    return torch.optim.AdamW(parameters, lr=config.peak_lr, weight_decay=0.01)
 
 
 def _schedule(
@@ -182,7 +182,7 @@ def _schedule(
     """Set the learning rate and the PSNR floor of a step."""
     if config.optimizer == "adamw":
         warm = min(1.0, (step + 1) / config.warmup)
-        lr = config.lr * warm * 0.5 * (1 + math.cos(math.pi * step / config.iterations))
+        lr = config.peak_lr * warm * 0.5 * (1 + math.cos(math.pi * step / config.iterations))
         for group in optimizer.param_groups:
             group["lr"] = lr
     if config.psnr_floor is not None and config.psnr_start is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from wm_extract.corruptions import (
@@ -17,6 +17,11 @@ from wm_extract.corruptions import (
 from wm_inject import ViTConfig
 from wm_inject.vit import SIZES
 
+# AdamW's peak rate relative to that of "tiny". At the same rate a "small" injector saturates the
+# tanh that limits its change and learns no more (docs/weights.md). "base" and "large" are not
+# measured: they go on from "small" as the inverse of the width.
+_RATES = {"tiny": 1.0, "small": 0.4, "base": 0.2, "large": 0.075}
+
 
 @dataclass(frozen=True)
 class JointConfig:
@@ -29,7 +34,7 @@ class JointConfig:
         batch_size: Images a step.
         optimizer: "sgd" with ``momentum`` at a constant rate (the paper), or "adamw" with a
             warm-up, a cosine to zero, and gradients clipped to norm 1.
-        lr: Learning rate (the peak, for AdamW).
+        lr: Learning rate. For AdamW, the peak at size "tiny": `peak_lr` lowers it for wider ones.
         momentum: Of SGD.
         warmup: Steps of linear warm-up, for AdamW.
         image_weight: lambda_1 on equation 4.
@@ -46,9 +51,6 @@ class JointConfig:
             steps, so that the extractor first learns from a mark that is easy to see.
         max_change: Largest change of any value, in [0, 1] units, held by the injector too; None
             leaves it free. It keeps the mark from gathering in one visible place.
-        max_drive: How far the injector may drive the tanh that holds ``max_change``
-            (`wm_inject.ViTConfig`); None leaves it free. The recipes leave it free, since the
-            recorded studies were made so; what ships for larger injectors sets it to 1.
         depth: Encoder blocks.
         decoder_depth: Decoder blocks.
         residual: Add the decoder's output to x instead of reconstructing x.
@@ -79,7 +81,6 @@ class JointConfig:
     psnr_floor: float | None = 36.6
     psnr_start: float | None = 26.0
     max_change: float | None = 6 / 255
-    max_drive: float | None = field(default=None, metadata={"later": True})
     depth: int = 6
     decoder_depth: int = 2
     residual: bool = True
@@ -105,8 +106,6 @@ class JointConfig:
                 raise ValueError(f"expected {name} > 0 dB, got {floor}")
         if self.max_change is not None and not 0 < self.max_change <= 1:
             raise ValueError(f"expected max_change in (0, 1], got {self.max_change}")
-        if self.max_drive is not None and (self.max_change is None or not self.max_drive > 0):
-            raise ValueError(f"expected max_drive > 0 and a max_change, got {self.max_drive}")
         if not 0 <= self.corruption_probability <= 1:
             raise ValueError(f"expected a probability in [0, 1], got {self.corruption_probability}")
 
@@ -158,6 +157,11 @@ class JointConfig:
         except TypeError as error:
             raise ValueError(f"expected settings of JointConfig: {error}") from error
 
+    @property
+    def peak_lr(self) -> float:
+        """The largest learning rate of the training: for AdamW, ``lr`` made fit for the size."""
+        return self.lr * _RATES[self.size] if self.optimizer == "adamw" else self.lr
+
     def injector(self, *, image_size: int, channels: int) -> ViTConfig:
         """The injector this configuration trains on images of this shape."""
         shape = ViTConfig.preset(self.size, image_size=image_size, channels=channels)
@@ -168,7 +172,6 @@ class JointConfig:
             residual=self.residual,
             psnr_floor=self.psnr_floor,
             max_change=self.max_change,
-            max_drive=self.max_drive,
         )
 
     def anti_collapse(self) -> RandomCorruption:

@@ -45,10 +45,6 @@ class ViTConfig:
             residual is scaled back onto the sphere of that energy. None leaves it free.
         max_change: With a residual, the largest change of any value, in [0, 1] units, approached
             through a tanh. Without it, a mark of high PSNR may sit in one visible corner.
-        max_drive: With a largest change, the most that the residual's root mean square may be where
-            it enters the tanh, as a multiple of ``max_change``; more is scaled back. None leaves
-            it free, and then a wide injector saturates the tanh, through which no gradient comes
-            back (docs/recipes.md).
 
     Raises:
         ValueError: A size that does not fit.
@@ -64,7 +60,6 @@ class ViTConfig:
     residual: bool = True
     psnr_floor: float | None = None
     max_change: float | None = None
-    max_drive: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size", "width", "heads", "depth", "decoder_depth"):
@@ -84,8 +79,6 @@ class ViTConfig:
             raise ValueError(
                 f"expected max_change in (0, 1] and a residual injector, got {self.max_change}"
             )
-        if self.max_drive is not None and (self.max_change is None or not self.max_drive > 0):
-            raise ValueError(f"expected max_drive > 0 and a max_change, got {self.max_drive}")
         if self.width % self.heads or self.width % 4:
             raise ValueError(
                 f"expected a width divisible by 4 and by {self.heads} heads, got {self.width}"
@@ -146,7 +139,6 @@ class ViTInjector(nn.Module):
         residual: bool = True,
         psnr_floor: float | None = None,
         max_change: float | None = None,
-        max_drive: float | None = None,
     ) -> None:
         super().__init__()
         shape = ViTConfig(
@@ -160,11 +152,8 @@ class ViTInjector(nn.Module):
             residual,
             psnr_floor,
             max_change,
-            max_drive,
         )
         self.config: dict[str, Any] = asdict(shape)
-        if max_drive is None:
-            del self.config["max_drive"]  # it came later: files without it open in older versions
         self.shape = shape
         self.grid = shape.padded_size // patch_size
         self.patch_embed = PatchEmbed(shape.padded_size, patch_size, channels, width)
@@ -284,16 +273,10 @@ class ViTInjector(nn.Module):
 def limit_residual(residual: Tensor, shape: ViTConfig) -> Tensor:
     """Hold a residual ``(N, C, H, W)`` within the config's largest change and PSNR floor."""
     if shape.max_change is not None:
-        if shape.max_drive is not None:
-            residual = scale_back(residual, shape.max_drive * shape.max_change)
         residual = shape.max_change * torch.tanh(residual / shape.max_change)
     if shape.psnr_floor is None:
         return residual
-    return scale_back(residual, 10 ** (-shape.psnr_floor / 20))
-
-
-def scale_back(residual: Tensor, allowed: float) -> Tensor:
-    """Scale every image of ``(N, C, H, W)`` whose root mean square exceeds ``allowed`` to it."""
+    allowed = 10 ** (-shape.psnr_floor / 20)  # root mean square, in [0, 1] units
     rms = residual.square().mean(dim=(1, 2, 3), keepdim=True).add(1e-12).sqrt()
     return residual * (allowed / rms).clamp(max=1.0)
 

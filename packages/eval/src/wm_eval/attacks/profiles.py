@@ -105,7 +105,6 @@ def _paper(data: str) -> dict[str, Any]:
         size="large",
         depth=24,
         decoder_depth=8,
-        lr=2e-4,
         iterations=10_000,
         psnr_floor=36.2,
     )
