@@ -41,7 +41,9 @@ class _Exportable(nn.Module):
         given = {"ids": ids, "target": target}
         extra = {name: value for name, value in given.items() if value is not None}
         if not self.uint8:
-            return self.module(image, **extra)
+            y = self.module(image, **extra)
+            # torch 2.10 knows an input that is the output as well by the latter's name only.
+            return y.clone() if y is image else y
         x = image.permute(0, 3, 1, 2).to(torch.float32) / 255  # (N, C, H, W)
         y = self.module(x, **extra)
         if not isinstance(y, Tensor) or y.shape != x.shape:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -111,7 +112,7 @@ def _psnr(records: Mapping[str, Record], attack: str) -> float | None:
         for name, record in records.items()
         if name.startswith("stealth-") and record.values["attack"] == attack
     ]
-    return sum(found) / len(found) if found else None
+    return fmean(found) if found else None
 
 
 def _compose(columns: Sequence[Tiles]) -> Image.Image:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 from wm_eval.attacks.coverage import Cell, coverage
@@ -174,7 +175,7 @@ def _of_cell(study: AttackRecords, run: Run) -> list[Number]:
         values = {column: found[column][measure] for column in COLUMNS if column in found}
         for name, columns in AVERAGES.items():
             if all(column in values for column in columns):
-                values[name] = sum(values[column] for column in columns) / len(columns)
+                values[name] = fmean(values[column] for column in columns)
         numbers += [
             Number(run.recipe, run.attack, measure, column, "measured", run.seed, value)
             for column, value in values.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def compare_triggers(trial: Trial, detector: str, _: Path) -> Made:
         "target": target,
         "n": len(test),
         "cosine": near[target].cosine,
-        "cosine_others": sum(others) / len(others),
+        "cosine_others": fmean(others),
         "psnr_planted": near[target].psnr_clean,
         "psnr_reversed": float(psnr(found[target], images).mean()),
         "psnr_between": near[target].psnr,

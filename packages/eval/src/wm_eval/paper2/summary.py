@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from wm_eval.attacks.config import CLEAN
@@ -161,7 +162,7 @@ def summarise_detection(records: Mapping[str, Record]) -> list[dict[str, Any]]:
             other = [bool(set(named(s, rule)) - {s["true_target"]}) for s in mine]
             row |= {f"{rule}named_target": sum(target), f"{rule}named_other": sum(other)}
         indices = [s["paper_index"] for s in mine]
-        row["paper_index_mean"] = None if None in indices else sum(indices) / len(mine)
+        row["paper_index_mean"] = None if None in indices else fmean(indices)
         row["asr_min"] = min(asr, default=None)
         rows.append(row)
     return rows
