@@ -6,6 +6,7 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -238,5 +239,5 @@ def _statistics(full: str, channels: int) -> tuple[tuple[float, ...], tuple[floa
         own = _library("timm").get_pretrained_cfg(name)
         mean, std = tuple(own.mean), tuple(own.std)
     if channels == 1:
-        return (sum(mean) / len(mean),), (sum(std) / len(std),)
+        return (fmean(mean),), (fmean(std),)
     return mean, std
