@@ -48,10 +48,11 @@ extractor reads the marks of its own injector.
 
 ## Before you use them
 
-- **They come from research-use images.** CIFAR-10 and GTSRB are published for research without a
-  licence that says more; MNIST is commonly given as CC BY-SA 3.0. No image is in the wheels. Use
-  the weights for research, teaching and audits that you are entitled to; for a product, train your
-  own with `wm-extract train` on images you have the rights to.
+- **They come from research-use images.** CIFAR-10 is published for research without a licence that
+  says more; ImageNet, of which `tiny-64` saw ten classes, is given out for non-commercial research
+  and education; MNIST is commonly given as CC BY-SA 3.0. No image is in the wheels. Use the weights
+  for research, teaching and audits that you are entitled to; for a product, train your own with
+  `wm-extract train` on images you have the rights to.
 - **They are public.** Whoever has this package can find, and make, the same mark. That is right for
   studying defences and wrong for anything that has to stay secret.
 - [Responsible use](responsible-use.md) applies: mark what you own or were asked to audit.
@@ -86,7 +87,8 @@ Which of several trainings of `tiny-32` ships was decided after figures on test 
 (one that also learned GTSRB was found less often), so that they may flatter a little. The rate and
 the steps of `small-32` were chosen on training images that were kept back. A variant that also held
 the tanh back was then measured on the same test images, found as often, and dropped as the less
-simple one. `tiny-64` was tried at 38 dB, where every kept image was found, and then trained at 40.
+simple one. `tiny-64` was tried at 38 dB, where every kept image was found, and then trained at 40;
+it saw CIFAR-10 enlarged and ImageNet reduced to 64 pixels.
 
 Every figure is of test images that neither training nor threshold saw (the first 2,000 of a set,
 or all), with the weights as they ship. "Found" is the share of marked images that the detector with
