@@ -79,7 +79,7 @@ which training has not seen. `tiny-32` is the pair of the
 [CIFAR-10 study](../results/cifar10/records): the same images, settings and seed.
 
 A small injector learns at 0.4 of a tiny one's rate. At the same rate it drives the tanh that limits
-its change to 42 times its range, where nothing more can be learned; such a pair was found in 82.6 %
+its change far beyond its range, where nothing more can be learned; such a pair was found in 82.6 %
 of CIFAR-10's test images after 2,500 steps, and in none after 5,000
 ([records](../results/weights/tried)).
 

@@ -190,11 +190,8 @@ def rewrite(saved: Checkpoint, path: Path, told: Mapping[str, Any]) -> None:
 
 
 def provenance(name: str, *, seed: int) -> dict[str, Any]:
-    """Where a pair comes from: data, recipe, what else was changed in it, and command."""
+    """Where a pair comes from: data, recipe and command."""
     pair = PAIRS[name]
-    told = ("recipe", "size", "iterations", "psnr_floor")
-    recipe, used = plain(JointConfig.preset(pair.config.recipe)), plain(pair.config)
-    changes = {k: v for k, v in used.items() if k not in told and v != recipe.get(k)}
     return {
         "name": name,
         "data": [
@@ -205,7 +202,6 @@ def provenance(name: str, *, seed: int) -> dict[str, Any]:
         "size": pair.config.size,
         "iterations": pair.config.iterations,
         "psnr_floor": pair.config.psnr_floor,
-        **({"changes": changes} if changes else {}),
         "seed": seed,
         "command": f"python tools/train_weights.py --out runs/weights {name}",
         "use": USE,
@@ -217,8 +213,7 @@ def measure(name: str, space: Workspace, _: Path) -> Made:
     trigger = load_trigger(space.path(f"packed/trigger/{name}.safetensors"))
     assert isinstance(trigger, WatermarkTrigger)
     detector = load_detector(space.path(f"packed/detector/{name}.safetensors"))
-    tests = PAIRS[name].tests
-    found = {test: measure_on(test, trigger, detector, space) for test in tests}
+    found = {test: measure_on(test, trigger, detector, space) for test in PAIRS[name].tests}
     return Made({"tests": found})
 
 

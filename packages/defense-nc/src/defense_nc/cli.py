@@ -17,6 +17,7 @@ from defense_nc.scan_cli import (
     report_table,
     scan_settings,
     verdict_code,
+    write_cleaned,
     write_outputs,
 )
 from wm_inject.cli_common import Parser, add_common, add_completion, describe, run_cli, write_found
@@ -154,7 +155,6 @@ def _scan(args: argparse.Namespace) -> ScanReport | None:
 def _clean(args: argparse.Namespace) -> int:
     from defense_nc.schedule import NCConfig
     from defense_nc.unlearn import UnlearnConfig, unlearn
-    from wm_victim import accuracy, attack_success, save_classifier
 
     start = CleanSettings(NCConfig.preset("fast"), UnlearnConfig.preset("nc"))
     presets = {"scan": NCConfig.preset, "unlearning": UnlearnConfig.preset}
@@ -163,7 +163,6 @@ def _clean(args: argparse.Namespace) -> int:
         return print_config(settings)
     take_over(args, settings)
     model, data, known = open_inputs(args)
-    test = data.test.to(known.images.device)
     cleaned: nn.Module = model
     report = None if args.force else _named(args, model, known)
     triggers = _triggers(args, model, known, report)
@@ -179,18 +178,9 @@ def _clean(args: argparse.Namespace) -> int:
             progress=True,
         )
     about = {"cleaned": sorted(triggers), "recipe": asdict(config), "seed": args.seed}
-    save_classifier(cleaned.cpu(), args.out, {**about, "fingerprint": data.fingerprint})
-    cleaned.to(known.images.device)
-    rates = [accuracy(net, test) for net in (model, cleaned)]
-    print(f"accuracy {rates[0]:.4f} -> {rates[1]:.4f}")
-    found: dict[str, Any] = {"accuracy": rates, "success": {}, "fingerprint": data.fingerprint}
-    found["scan"] = None if report is None else report.to_dict()
-    for label, trigger in triggers.items():
-        rates = [attack_success(net, test, trigger, target=label) for net in (model, cleaned)]
-        print(f"reversed trigger of label {label}: success {rates[0]:.4f} -> {rates[1]:.4f}")
-        found["success"][label] = rates
-    write_found(args, about | found)
-    print(f"wrote {args.out}")
+    models = model, cleaned
+    for line in write_cleaned(args, models, triggers, data, about, report=report, what="trigger"):
+        print(line)
     return 0
 
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from wm_inject.cli_common import add_json, resolve_device, run_cli
+from wm_inject.cli_common import add_json, resolve_device, run_cli, write_found
 from wm_inject.cli_config import layered, read_config, refuse_preset
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from defense_nc.report import ScanReport
     from wm_victim import Dataset, ImageSet
     from wm_victim.models import Classifier
@@ -202,6 +204,50 @@ def verdict_code(scan: Callable[[], ScanReport | None]) -> int:
     return 3 if code == 1 else code
 
 
+def write_cleaned(
+    args: argparse.Namespace,
+    models: tuple[nn.Module, nn.Module],
+    triggers: Mapping[int, nn.Module],
+    data: Dataset,
+    about: Mapping[str, Any],
+    *,
+    report: ScanReport | None,
+    what: str,
+) -> list[str]:
+    """Save a cleaned classifier, and write what became of accuracy and triggers.
+
+    Args:
+        args: With ``out`` and the option of `add_json`.
+        models: Before and after cleaning, on one device.
+        triggers: What was unlearned, by label, on that device.
+        data: Its test images are what both are measured on.
+        about: What was done, for the classifier's file and for --json.
+        report: The scan that named the labels; None if there was none.
+        what: Is reversed: "trigger" or "generator".
+
+    Returns:
+        Lines for the terminal.
+    """
+    from wm_victim import accuracy, attack_success, save_classifier
+
+    after = models[1]
+    device = next(after.parameters()).device
+    about = {**about, "fingerprint": data.fingerprint}
+    save_classifier(after.cpu(), args.out, about)
+    after.to(device)
+    test = data.test.to(device)
+    rates = [accuracy(net, test) for net in models]
+    lines = [f"accuracy {rates[0]:.4f} -> {rates[1]:.4f}"]
+    success = {}
+    for label, trigger in triggers.items():
+        success[label] = [attack_success(net, test, trigger, target=label) for net in models]
+        before, now = success[label]
+        lines.append(f"reversed {what} of label {label}: success {before:.4f} -> {now:.4f}")
+    scan = None if report is None else report.to_dict()
+    write_found(args, {**about, "accuracy": rates, "success": success, "scan": scan})
+    return [*lines, f"wrote {args.out}"]
+
+
 def report_table(report: ScanReport) -> str:
     """A scan for the terminal: a line a label, both rules, the verdict and its reason."""
     lines = ["label     score  ratio  success        p  paper index"]
@@ -233,5 +279,6 @@ __all__ = [
     "report_table",
     "scan_settings",
     "verdict_code",
+    "write_cleaned",
     "write_outputs",
 ]

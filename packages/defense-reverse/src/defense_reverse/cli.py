@@ -17,6 +17,7 @@ from defense_nc.scan_cli import (
     report_table,
     scan_settings,
     verdict_code,
+    write_cleaned,
     write_outputs,
 )
 from defense_reverse.__about__ import __version__
@@ -160,8 +161,6 @@ def _clean(args: argparse.Namespace) -> int:
     from defense_reverse.config import ReverseConfig
     from defense_reverse.mitigate import mitigate
     from wm_victim.datasets import defender_subset
-    from wm_victim.measure import accuracy, attack_success
-    from wm_victim.models import save_classifier
 
     start = CleanSettings(ReverseConfig.preset("fast"), UnlearnConfig.preset("reverse"))
     presets = {"scan": ReverseConfig.preset, "unlearning": UnlearnConfig.preset}
@@ -177,8 +176,8 @@ def _clean(args: argparse.Namespace) -> int:
     count = args.clean_images or max(2, len(data.train) // 20)
     mine = defender_subset(data.train, count=count, seed=args.seed).to(device)
     cleaned: nn.Module = model
-    for label in report.suspected:
-        trigger = report.triggers[label].to(device)
+    triggers = {label: report.triggers[label].to(device) for label in report.suspected}
+    for trigger in triggers.values():
         cleaned = mitigate(
             cleaned,
             trigger,
@@ -188,21 +187,11 @@ def _clean(args: argparse.Namespace) -> int:
             seed=args.seed,
             progress=True,
         )
-    about = {"cleaned": list(report.suspected), "images": count, "seed": args.seed}
+    about = {"cleaned": list(triggers), "images": count, "seed": args.seed}
     about |= {"recipe": asdict(args.unlearning)}
-    save_classifier(cleaned.cpu(), args.out, {**about, "fingerprint": data.fingerprint})
-    cleaned, test = cleaned.to(device), data.test.to(device)
-    rates = [accuracy(net, test) for net in (model, cleaned)]
-    print(f"accuracy {rates[0]:.4f} -> {rates[1]:.4f}")
-    found: dict[str, Any] = {"accuracy": rates, "success": {}, "fingerprint": data.fingerprint}
-    found["scan"] = report.to_dict()
-    for label in report.suspected:
-        trigger = report.triggers[label].to(device)
-        rates = [attack_success(net, test, trigger, target=label) for net in (model, cleaned)]
-        print(f"reversed generator of label {label}: success {rates[0]:.4f} -> {rates[1]:.4f}")
-        found["success"][label] = rates
-    write_found(args, about | found)
-    print(f"wrote {args.out}")
+    models = model, cleaned
+    for line in write_cleaned(args, models, triggers, data, about, report=report, what="generator"):
+        print(line)
     return 0
 
 
