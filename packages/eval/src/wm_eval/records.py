@@ -1,9 +1,8 @@
-"""Records: where numbers live. Tables and reports are rendered from them, never typed.
+"""Records of what was measured: one JSON line each, in ``records.jsonl`` of a study's folder.
 
-A record is a JSON file of what was measured, with which settings, seed, data and versions. It is
-canonical (sorted keys, floats to nine significant digits, a newline at the end), so that a run that
-was resumed leaves the same bytes. Wall time and hardware, which differ from run to run, stand in a
-sibling ``NAME.env.json``.
+A line is canonical (sorted keys, floats to nine significant digits), so that a run that was resumed
+leaves the same bytes. What differs from run to run, wall time and hardware, is in
+``environments.jsonl``; why a stage could not be done is in ``failures.jsonl``.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ import math
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from importlib import import_module, metadata
 from pathlib import Path
@@ -23,16 +23,29 @@ from typing import Any
 from wm_inject.files import atomic_path
 
 PACKAGES = ("wm-inject", "wm-extract", "wm-victim", "defense-nc", "defense-reverse", "wm-eval")
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+RECORDS, ENVIRONMENTS, FAILURES = "records.jsonl", "environments.jsonl", "failures.jsonl"
+Key = Mapping[str, str | int | float | bool]
+_KIND = re.compile(r"[a-z][a-z0-9-]*")
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 def versions() -> dict[str, str]:
-    """The versions a number depends on: Python, torch, numpy and the six packages."""
-    found = {"python": platform.python_version()}
-    found |= {name: metadata.version(name) for name in ("torch", "numpy")}
+    """The versions that a number depends on: Python, torch, numpy and the six packages."""
+    numbers = {"python": platform.python_version()}
+    numbers |= {name: metadata.version(name) for name in ("torch", "numpy")}
     for name in PACKAGES:  # from their source, which need not be installed
-        found[name] = import_module(f"{name.replace('-', '_')}.__about__").__version__
-    return found
+        numbers[name] = import_module(f"{name.replace('-', '_')}.__about__").__version__
+    return numbers
+
+
+def stage_id(kind: str, key: Key) -> str:
+    """The kind and the sorted key as one line, for messages and as an index.
+
+    Examples:
+        >>> stage_id("victim", {"seed": 0, "attack": "wanet"})
+        'victim attack=wanet seed=0'
+    """
+    return " ".join([kind, *(f"{name}={_shown(key[name])}" for name in sorted(key))])
 
 
 @dataclass(frozen=True)
@@ -40,118 +53,230 @@ class Record:
     """One measured thing.
 
     Args:
-        what: What was measured, a short lower-case name such as "victim-clean".
-        config: Every setting that the values depend on, JSON-ready.
-        seed: The seed of the run.
+        kind: What was done, such as "victim" or "scan".
+        key: What tells it from its siblings: attack, seed, detector ...
+        settings: Everything that the values depend on, beside data and inputs.
+        inputs: The digests of the records whose results it uses, by id.
         data: The fingerprint of the data set.
-        values: The figures, JSON-ready. None says "absent".
-        versions: Filled in by itself.
+        values: The figures; None says "absent". ``files`` holds the digests of written files.
+        versions: Filled in.
 
     Raises:
-        ValueError: A name that is no file name, a negative seed, or content that JSON cannot hold
-            (NaN and infinity included).
+        ValueError: A bad kind or key.
     """
 
-    what: str
-    config: Mapping[str, Any]
-    seed: int
+    kind: str
+    key: Key
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, str]
     data: str
     values: Mapping[str, Any]
     versions: Mapping[str, str] = field(default_factory=versions)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.what, str) or not _NAME.fullmatch(self.what):
-            raise ValueError(f"expected a lower-case record name, got {self.what!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"expected a seed >= 0, got {self.seed!r}")
-        canonical_json(asdict(self))
+        check_key(self.kind, self.key)
 
     @property
-    def key(self) -> str:
-        """What identifies the measurement before it is made: everything but the values."""
-        return record_key(self.what, self.config, self.seed, self.data, self.versions)
+    def id(self) -> str:
+        """Kind and key as text."""
+        return stage_id(self.kind, self.key)
+
+    @property
+    def line(self) -> str:
+        """The record as it is stored, with the newline.
+
+        Raises:
+            ValueError: Content that JSON cannot hold (NaN and infinity included).
+        """
+        return canonical_json(asdict(self)) + "\n"
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the line: what the records that build on this one name."""
+        return hashlib.sha256(self.line.encode()).hexdigest()
+
+    def has(self, kind: str | None = None, **key: Any) -> bool:
+        """Whether it is of this kind and has these values in its key."""
+        same = all(self.key.get(name) == value for name, value in key.items())
+        return same and kind in (None, self.kind)
 
 
-def record_key(
-    what: str, config: Mapping[str, Any], seed: int, data: str, versions: Mapping[str, str]
-) -> str:
-    """Sixteen hex digits over everything that decides a record's values.
+@dataclass(frozen=True)
+class Failure:
+    """Why a stage could not be done."""
+
+    kind: str
+    key: Key
+    reason: str
+
+    @property
+    def id(self) -> str:
+        """Kind and key as text."""
+        return stage_id(self.kind, self.key)
+
+
+@dataclass(frozen=True)
+class StudyRecords:
+    """What a study's folder holds."""
+
+    records: tuple[Record, ...]
+    failures: tuple[Failure, ...] = ()
+
+    def select(self, kind: str | None = None, **key: Any) -> list[Record]:
+        """The records of a kind with these values in their keys, in the order of their ids."""
+        return [record for record in self.records if record.has(kind, **key)]
+
+    def one(self, kind: str, **key: Any) -> Record | None:
+        """The only such record; None if there is none.
+
+        Raises:
+            ValueError: There are several.
+        """
+        records = self.select(kind, **key)
+        if len(records) > 1:
+            raise ValueError(f"expected one {stage_id(kind, key)}, got {len(records)}")
+        return records[0] if records else None
+
+
+def check_key(kind: str, key: Key) -> None:
+    """Refuse a kind or key that an id could not be made of.
 
     Raises:
-        ValueError: Content that JSON cannot hold.
+        ValueError: Another form than lower-case names with strings, numbers and truth values.
     """
-    whole = {"what": what, "config": config, "seed": seed, "data": data, "versions": versions}
-    return hashlib.sha256(canonical_json(whole).encode()).hexdigest()[:16]
+    if not isinstance(kind, str) or not _KIND.fullmatch(kind):
+        raise ValueError(f"expected a lower-case kind of stage, got {kind!r}")
+    for name, value in key.items():
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ValueError(f"expected lower-case names in the key of {kind}, got {name!r}")
+        if not isinstance(value, str | int | float) or not str(value) or re.search(r"\s", str(value)):
+            raise ValueError(f"expected {name} without spaces in the key of {kind}, got {value!r}")
 
 
-def canonical_json(value: Any) -> str:
-    """The one text of a JSON value: sorted keys, two spaces, nine digits, a newline at the end.
+def canonical_json(value: Any, *, indent: int | None = None) -> str:
+    """The one text of a JSON value: sorted keys, nine digits.
 
     Raises:
         ValueError: Something in it is not JSON, is NaN or infinite, or has a key that is no text.
     """
-    return json.dumps(_plain(value, "record"), sort_keys=True, indent=2, ensure_ascii=False) + "\n"
+    separators = (",", ":") if indent is None else None
+    return json.dumps(
+        _plain(value, "record"),
+        sort_keys=True,
+        indent=indent,
+        separators=separators,
+        ensure_ascii=False,
+    )
 
 
-def write_record(
-    path: str | Path, record: Record, *, environment: Mapping[str, Any] | None = None
-) -> None:
-    """Write a record, and what it ran on beside it, each atomically; the record comes last.
-
-    Args:
-        path: ``NAME.json``.
-        record: What to write.
-        environment: Wall time, hardware and the like, for ``NAME.env.json``; not written if None.
-
-    Raises:
-        ValueError: A path that does not end in ``.json``, or ends in ``.env.json``.
-    """
-    path = Path(path)
-    if path.suffix != ".json" or path.name.endswith(".env.json"):
-        raise ValueError(f"expected a path NAME.json for a record, got {path.name}")
-    if environment is not None:
-        write_text(path.with_suffix(".env.json"), canonical_json(environment))
-    write_text(path, canonical_json(asdict(record)))
-
-
-def read_record(path: str | Path) -> Record:
-    """Read one record.
+def read_study(folder: str | Path) -> StudyRecords:
+    """Everything that a study's folder holds, in the order of the ids.
 
     Raises:
-        ValueError: No such file, not JSON, or not the fields of a record.
+        ValueError: No records there, or a line that is none.
     """
-    path = Path(path)
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"expected a record at {path}, found none") from error
-    except ValueError as error:
-        raise ValueError(f"{path.name} is not a record: {error}") from error
-    names = {f.name for f in fields(Record)}
-    if not isinstance(found, dict) or set(found) != names:
-        got = ", ".join(sorted(found)) if isinstance(found, dict) else type(found).__name__
-        raise ValueError(
-            f"{path.name} is not a record: expected {', '.join(sorted(names))}; got {got}"
-        )
-    return Record(**found)
+    folder = Path(folder)
+    if not (folder / RECORDS).is_file():
+        raise ValueError(f"expected {RECORDS} in {folder}, found none")
+    records, failures = read_records(folder), read_failures(folder)
+    return StudyRecords(
+        tuple(records[name] for name in sorted(records)),
+        tuple(failures[name] for name in sorted(failures)),
+    )
 
 
 def read_records(folder: str | Path) -> dict[str, Record]:
-    """Read every record of a folder, by name, in the order of the names.
+    """The records of a folder by id, the last line of an id; none if there is no file.
 
     Raises:
-        ValueError: No such folder, no record in it, or a file in it that is none.
+        ValueError: A line, other than a last one that was cut off, that is no record.
     """
-    folder = Path(folder)
-    # What begins with a dot was being written when a run was killed.
-    paths = sorted(p for p in folder.glob("[!.]*.json") if not p.name.endswith(".env.json"))
-    if not paths:
-        raise ValueError(f"expected records (*.json) in {folder}, found none")
-    return {path.stem: read_record(path) for path in paths}
+    names = {f.name for f in fields(Record)}
+    records = {}
+    for number, line in _lines(Path(folder) / RECORDS):
+        if set(line) != names:
+            raise ValueError(
+                f"line {number} of {RECORDS} is not a record: expected {', '.join(sorted(names))}; "
+                f"got {', '.join(sorted(line))}"
+            )
+        record = Record(**line)
+        records[record.id] = record
+    return records
+
+
+def read_failures(folder: str | Path) -> dict[str, Failure]:
+    """The failures of a folder by id.
+
+    Raises:
+        ValueError: A line that is none.
+    """
+    failures = [Failure(**line) for _, line in _lines(Path(folder) / FAILURES)]
+    return {failure.id: failure for failure in failures}
+
+
+def read_environments(folder: str | Path) -> dict[str, dict[str, Any]]:
+    """By id of a record: the seconds that it took, and the machine that it was made on.
+
+    Raises:
+        ValueError: A line that is none.
+    """
+    machines: dict[str, dict[str, Any]] = {}
+    runs: dict[str, dict[str, Any]] = {}
+    for _, line in _lines(Path(folder) / ENVIRONMENTS):
+        if "id" in line:
+            runs[line["id"]] = line
+        else:
+            machines[line.pop("environment")] = line
+    return {
+        name: {"seconds": run["seconds"], **machines[run["environment"]]}
+        for name, run in runs.items()
+    }
+
+
+def add_record(folder: Path, record: Record, environment: Mapping[str, Any], seconds: float) -> None:
+    """Append a record to a folder, with what it ran on; safe against kill -9 and other writers."""
+    name = environment_id(environment)
+    run = {"id": record.id, "environment": name, "seconds": seconds}
+    with _locked(folder):
+        known = {line.get("environment") for _, line in _lines(folder / ENVIRONMENTS)}
+        if name not in known:
+            _append(folder / ENVIRONMENTS, canonical_json({**environment, "environment": name}))
+        _append(folder / ENVIRONMENTS, canonical_json(run))
+        _append(folder / RECORDS, record.line.rstrip("\n"))
+
+
+def compact(folder: Path) -> None:
+    """Bring the lines of a folder in the order of their ids, the last of each id alone."""
+    with _locked(folder):
+        records = read_records(folder)
+        if records:
+            write_text(folder / RECORDS, "".join(records[name].line for name in sorted(records)))
+        lines = [line for _, line in _lines(folder / ENVIRONMENTS)]
+        runs = {line["id"]: line for line in lines if line.get("id") in records}
+        used = {run["environment"] for run in runs.values()}
+        machines = {x["environment"]: x for x in lines if "id" not in x and x["environment"] in used}
+        kept = [machines[name] for name in sorted(machines)] + [runs[name] for name in sorted(runs)]
+        if kept:
+            text = "".join(canonical_json(line) + "\n" for line in kept)
+            write_text(folder / ENVIRONMENTS, text)
+
+
+def write_failures(folder: Path, failures: Mapping[str, Failure]) -> None:
+    """Write why stages failed; no file where none did."""
+    path = folder / FAILURES
+    if not failures:
+        path.unlink(missing_ok=True)
+        return
+    write_text(path, "".join(canonical_json(asdict(failures[n])) + "\n" for n in sorted(failures)))
+
+
+def environment_id(environment: Mapping[str, Any]) -> str:
+    """Eight hex digits that name a machine."""
+    return hashlib.sha256(canonical_json(environment).encode()).hexdigest()[:8]
 
 
 def hardware(device: str = "cpu") -> dict[str, Any]:
-    """What this machine is, for ``NAME.env.json``.
+    """What this machine is, for ``environments.jsonl``.
 
     Raises:
         ValueError: A device that is neither "cpu" nor a cuda device.
@@ -160,7 +285,7 @@ def hardware(device: str = "cpu") -> dict[str, Any]:
 
     if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", str(device)):
         raise ValueError(f"expected device cpu or cuda, got {device!r}")
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "device": str(device),
         "machine": platform.machine(),
         "system": platform.system(),
@@ -169,14 +294,58 @@ def hardware(device: str = "cpu") -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
     }
     if str(device) != "cpu" and torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name(device)
-    return found
+        facts["gpu"] = torch.cuda.get_device_name(device)
+    return facts
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old one or the new one, never half of it."""
     with atomic_path(path) as part:
         part.write_text(text, encoding="utf-8", newline="\n")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One writer at a time, over all processes."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _append(path: Path, line: str) -> None:
+    """Add a line that is on the disk when this returns; drop what a killed writer left half."""
+    with path.open("ab+") as file:
+        text = _whole(path.read_bytes())
+        file.truncate(len(text))
+        file.write(line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _whole(text: bytes) -> bytes:
+    return text[: text.rfind(b"\n") + 1]
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The JSON objects of a file with the numbers of their lines; a half last line is left out."""
+    text = _whole(path.read_bytes()) if path.is_file() else b""
+    for number, line in enumerate(text.decode().split("\n")[:-1], start=1):
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"line {number} of {path.name} is not JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise ValueError(f"expected an object on line {number} of {path.name}, got {line[:40]}")
+        yield number, value
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _cpu_name() -> str:
