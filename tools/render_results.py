@@ -1,317 +1,236 @@
-"""Write results/README.md from the records under results/: every number there comes from a record.
+"""Write the pages under results/, one a question, and the CSV of every table, from the records.
 
-Run ``python tools/render_results.py`` after records were added; a test holds the page to them.
+Run ``python tools/render_results.py`` after records were added; a test holds the pages to them.
 """
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from wm_eval.artefact_section import artefact_parts
-from wm_eval.attacks.config import RECIPES
-from wm_eval.attacks.gather import read_study
-from wm_eval.attacks.learning import learning
-from wm_eval.attacks.render import markdown
-from wm_eval.attacks.tables import table1, table2
-from wm_eval.defence_sections import defence_parts
-from wm_eval.paper2.summary import summarise_detection
-from wm_eval.records import Record, read_records, write_text
-from wm_eval.speed_section import speed_parts
-from wm_eval.summary import headline, story
-from wm_eval.tables import DEFENCES, Table, percent, to_markdown, with_interval
+from wm_eval.pages import page_text
+from wm_eval.pages.attacks import attack_pages
+from wm_eval.pages.calibration import calibration_page
+from wm_eval.pages.detection import detection_page, index_page, seeds_page
+from wm_eval.pages.mitigation import mitigation_page, paper_page
+from wm_eval.pages.story import headline, story_lines, story_page
+from wm_eval.records import StudyRecords, read_study, write_text
+from wm_eval.render import Page, Table, markdown, tidy_csv, to_markdown
 from wm_inject.cli_common import run_cli
 
+# Run as a script, Python would look for `tools` inside tools/.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from tools import result_tables as tables
+
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-STUDIES = {
-    "demo": ("The demo: bundled handwritten digits", "hatch run demo --out results/demo"),
-    "cifar10": (
-        "CIFAR-10, 20 thousand training images",
-        "hatch run wm-eval run docs/studies/cifar10.toml --out results/cifar10",
-    ),
+STORIES = {
+    "demo": "The demo: bundled handwritten digits",
+    "cifar10": "CIFAR-10, 20 thousand training images",
 }
+ATTACKS = {
+    "attacks-cifar10": "Twelve attacks on CIFAR-10",
+    "attacks-mnist": "The three attacks that take part in training, on MNIST",
+}
+INDICES = ("nc", "reverse", "feature-re", "bti-dbf")  # on attacks-cifar10
 DETECTIONS = {
-    "mnist-detection": (
-        "Five seeds of detection",
-        "`hatch run wm-eval detect --out results/mnist-detection` makes it.",
-    ),
-    "mnist-detection-single-start": (
+    "detection-mnist": "The reverse-generator paper's experiment on MNIST",
+    "detection-gtsrb-vgg16": "The reverse-generator paper's experiment on GTSRB, VGG16",
+    "detection-cifar10-vgg16": "The reverse-generator paper's experiment on CIFAR-10, VGG16",
+}
+SEEDS = {
+    "detection-mnist-badnets": ("Five seeds of detection", ""),
+    "detection-mnist-badnets-single-start": (
         "The same with one search per label",
         "What Neural Cleanse found when each label was searched once, from a random mask: the "
         "reason for three searches, whose starts were then chosen on other seeds (100 to 102).",
     ),
 }
-ATTACKS = {
-    "attacks-cifar10": (
-        "Twelve attacks on CIFAR-10",
-        "wm-eval table1 --profile small --data cifar10",
+MITIGATIONS = {
+    "mitigation-cifar10": ("Mitigation on CIFAR-10", "Victims that no setting was chosen on."),
+    "mitigation-cifar10-first": (
+        "Mitigation on CIFAR-10, 400 steps",
+        "The same with 400 steps on the victims of the table of attacks, which settings were "
+        "chosen on.",
     ),
-    "attacks-mnist": (
-        "The three attacks that take part in training, on MNIST",
-        "wm-eval table1 --profile small --data mnist",
-    ),
+    "mitigation-gtsrb": ("Mitigation on GTSRB", ""),
 }
+
+
+class Question(NamedTuple):
+    """A page of results."""
+
+    file: str
+    title: str
+    body: Callable[[Path], Iterator[str]]
+
+
+def _demo(results: Path) -> Iterator[str]:
+    for name, title in STORIES.items():
+        study = read_study(results / name)
+        yield from _head(title, name)
+        yield "\n".join(["```", *story_lines(study), "```", ""])
+        yield from (f"{sentence}\n" for sentence in headline(study))
+        yield f"[Every table]({name}/tables/story.md).\n"
+        yield from _figures(results / name)
+    gap = tables.gap_table(read_study(results / "cifar10"), read_study(results / "cifar10-gap"))
+    yield from _made_by(gap, "explain_gap.py", "cifar10-gap")
+
+
+def _attacks(results: Path) -> Iterator[str]:
+    for name, title in ATTACKS.items():
+        yield from _head(title, name)
+        yield from (markdown(page, level=3) for page in attack_pages(read_study(results / name)))
+
+
+def _training(results: Path) -> Iterator[str]:
+    learning = tables.learning_table(read_study(results / "learning"))
+    yield from _made_by(learning, "explain_learning.py", "learning")
+    recipes = tables.recipes_table(read_study(results / "recipes-cifar10"))
+    yield from _made_by(recipes, "compare_recipes.py", "recipes-cifar10")
+
+
+def _injector(results: Path) -> Iterator[str]:
+    table = tables.ablation_table(read_study(results / "ablation-injector"))
+    yield from _made_by(table, "ablate_injector.py", "ablation-injector")
+
+
+def _calibration(results: Path) -> Iterator[str]:
+    page = calibration_page(read_study(results / "population"))
+    yield from _head(page.title, "population")
+    yield "[What a verdict rests on](../docs/verdicts.md).\n"
+    yield from (to_markdown(table) for table in page.tables)
+
+
+def _detection(results: Path) -> Iterator[str]:
+    study = read_study(results / "attacks-cifar10")
+    yield from _head("Every detector on one victim of each attack, CIFAR-10", "attacks-cifar10")
+    for detector in INDICES:
+        yield markdown(index_page(study, detector), level=3)
+        yield f"![Anomaly index](attacks-cifar10/figures/index-{detector}.svg)\n"
+    for name, title in DETECTIONS.items():
+        yield from _head(title, name)
+        yield markdown(detection_page(read_study(results / name)), level=3)
+    for name, (title, note) in SEEDS.items():
+        yield from _head(title, name)
+        yield from ([f"{note}\n"] if note else [])
+        yield to_markdown(seeds_page(read_study(results / name)).tables[0])
+
+
+def _mitigation(results: Path) -> Iterator[str]:
+    for name, (title, note) in MITIGATIONS.items():
+        yield from _head(title, name)
+        yield from ([f"{note}\n"] if note else [])
+        yield markdown(mitigation_page(read_study(results / name)), level=3)
+    yield from _head(DETECTIONS["detection-mnist"], "detection-mnist")
+    yield markdown(paper_page(read_study(results / "detection-mnist")), level=3)
+
+
+def _exports(results: Path) -> Iterator[str]:
+    study = read_study(results / "artefacts-cifar10")
+    yield "`tools/check_artefacts.py` makes it from the CIFAR-10 study and the table of attacks;"
+    yield "[records](artefacts-cifar10/records.jsonl). [The files](../docs/artefacts.md).\n"
+    for table in (tables.parity_table, tables.injector_table, tables.filter_table):
+        yield to_markdown(table(study), level=2)
+
+
+def _speed(results: Path) -> Iterator[str]:
+    folder = results / "speed"
+    record = json.loads((folder / tables.BENCHMARKS).read_text(encoding="utf-8"))
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    yield f"`hatch run bench --record results/speed/{tables.BENCHMARKS}` makes the first two; "
+    yield f"[record](speed/{tables.BENCHMARKS}). [What is measured](../docs/speed.md). One thread "
+    yield f"of: {record['processor']}; {versions}.\n"
+    yield from (to_markdown(table, level=2) for table in tables.network_tables(record))
+    commands = " and ".join(f"`{command}`" for command in tables.SCANS.values())
+    yield to_markdown(tables.scan_speed_table(folder), level=2)
+    yield f"{commands} make it; [records](speed).\n"
+
+
+QUESTIONS = (
+    Question("demo.md", "Can a backdoor be planted, found and removed?", _demo),
+    Question("attacks.md", "How well do the attacks work, and under corruption?", _attacks),
+    Question("training.md", "When is a backdoor learned, and how is a victim trained?", _training),
+    Question("injector.md", "What is each part of the injector's training worth?", _injector),
+    Question("calibration.md", "How often are the detectors right and wrong?", _calibration),
+    Question("detection.md", "What do the detectors say, beside the papers?", _detection),
+    Question("mitigation.md", "What do mitigations leave, and what do they cost?", _mitigation),
+    Question("exports.md", "Do exported files answer like the models?", _exports),
+    Question("speed.md", "How fast is it?", _speed),
+)
 HEAD = """# Results
 
-Every number on this page is rendered from the records beside it (`tools/render_results.py`). A
-record holds its settings, seed, data fingerprint and versions; wall time and hardware stand in its
-`.env.json`. All of this ran on two shared CPU cores. Pictures of data sets that may not be passed
-on are left out of the reports.
+Every number on these pages is rendered from the records beside them (`tools/render_results.py`).
+A study's folder holds `records.jsonl` (settings, seed, data fingerprint, versions and values),
+`environments.jsonl` (wall time and hardware), `tables/*.csv` (the numbers of its tables, one a
+row) and `figures/`. All of this ran on two shared CPU cores. Pictures of data sets that may not be
+passed on are left out.
+
+| question | page |
+| --- | --- |
 """
 
 
-def detection_table(records: Mapping[str, Record]) -> Table:
-    """Seeds in which each defence named the target, or another label, under both rules."""
-    rows = [
-        (
-            DEFENCES[row["defence"]],
-            row["attack"],
-            str(row["n"]),
-            percent(row["asr_min"]),
-            _of(row["named_target"], row),
-            _of(row["named_other"], row, always=True),
-            _of(row["paper_named_target"], row),
-            _of(row["paper_named_other"], row, always=True),
-            f"{row['paper_index_mean']:.2f}",
-        )
-        for row in summarise_detection(records)
-    ]
-    headers = (
-        "defence",
-        "victims",
-        "seeds",
-        "lowest ASR",
-        "target named",
-        "another label named",
-        "paper's rule: target",
-        "paper's rule: another",
-        "mean paper's index",
+def render(results: Path) -> Iterator[tuple[Path, str]]:
+    """Every page and every CSV below ``results``, with what belongs in it."""
+    more = (
+        ("How good are the ready-made weights?", "../docs/weights.md"),
+        ("Both papers, small, on the bundled digits", "tiny/README.md"),
     )
-    note = (
-        "A clean victim has no target; its ASR is what a BadNets patch does to it. The paper's "
-        "rule is an index above 2 (ordinary median); ours is in docs/recipes.md."
-    )
-    return Table("detection", "MNIST, WaNet's network", headers, tuple(rows), note)
+    rows = [*((q.title, q.file) for q in QUESTIONS), *more]
+    index = "".join(f"| {title} | [{file.removeprefix('../')}]({file}) |\n" for title, file in rows)
+    yield Path("README.md"), HEAD + index
+    for question in QUESTIONS:
+        body = "\n".join(question.body(results)).rstrip("\n")
+        yield Path(question.file), f"# {question.title}\n\n{body}\n"
+    yield Path("tiny", "README.md"), page_text(results / "tiny", title="Both papers, small")
+    for name in STORIES:
+        yield Path(name, "tables", "story.md"), markdown(story_page(read_study(results / name)))
+    for name, pages in _csv_pages(results):
+        for page in pages:
+            yield Path(name, "tables", f"{page.name}.csv"), tidy_csv(page)
 
 
-def _of(count: int, row: Mapping[str, Any], *, always: bool = False) -> str:
-    if row["attack"] == "none" and not always:
-        return "–"
-    return f"{count} of {row['n']}"
+def _csv_pages(results: Path) -> Iterator[tuple[str, list[Page]]]:
+    def study(name: str) -> StudyRecords:
+        return read_study(results / name)
+
+    for name in ATTACKS:
+        yield name, attack_pages(study(name))
+    yield "attacks-cifar10", [index_page(study("attacks-cifar10"), name) for name in INDICES]
+    yield "population", [calibration_page(study("population"))]
+    for name in DETECTIONS:
+        yield name, [detection_page(study(name))]
+    yield "detection-mnist", [paper_page(study("detection-mnist"))]
+    for name in SEEDS:
+        yield name, [seeds_page(study(name))]
+    for name in MITIGATIONS:
+        yield name, [mitigation_page(study(name))]
 
 
-def ablation_table(records: Mapping[str, Record]) -> Table:
-    """Stealth and bits of injectors that differ in one thing."""
-    rows = []
-    for name, record in records.items():
-        v = record.values
-        d = v["detection"]
-        four = {k: v["bits"][k]["marked"] for k in ("mask", "rotation", "noise", "rescale")}
-        rows.append(
-            (
-                name.removeprefix("injector-"),
-                str(record.config["settings"]["recipe"]["iterations"]),
-                f"{v['stealth']['psnr']['mean']:.2f}",
-                f"{255 * v['stealth']['linf']['mean']:.0f}",
-                percent(v["bits"]["none"]["marked"]),
-                *(percent(value) for value in four.values()),
-                percent(v["bits"]["jpeg"]["marked"]),
-                f"{percent(d['tpr'])} / {percent(d['fpr'])}",
-            )
-        )
-    headers = (
-        "recipe",
-        "steps",
-        "PSNR (dB)",
-        "largest change (of 255)",
-        "bits, none",
-        "mask",
-        "rotation",
-        "noise",
-        "re-scale",
-        "JPEG",
-        "marked found / false",
-    )
-    note = (
-        "Balanced bit accuracy of the one fixed mark on held-out images; a constant output scores "
-        "50 %."
-    )
-    return Table(
-        "ablation", "Injectors on CIFAR-10 that differ in one thing", headers, tuple(rows), note
-    )
+def _head(title: str, name: str) -> Iterator[str]:
+    yield f"## {title}\n"
+    yield f"`wm-eval run {name}` makes it; [records]({name}/records.jsonl).\n"
 
 
-def gap_table(study: Mapping[str, Record], gap: Mapping[str, Record]) -> Table:
-    """The clean accuracy of the study's victims beside those that differ in one thing."""
-    victims = study["robustness"].values["victims"]
-    rows = {
-        "clean data": victims["clean"]["none"],
-        "clean data without the images that the plan poisons": gap["victim-fewer"].values,
-        "the plan with a BadNets patch": gap["victim-badnets"].values,
-        "the plan with the watermark": victims["backdoored"]["none"],
-    }
-    cells = tuple(
-        (name, with_interval(v["cda"], v["cda_interval"]), str(v["n_clean"]))
-        for name, v in rows.items()
-    )
-    note = (
-        "One recipe, one seed. Intervals are of each rate alone (Wilson); the pairs share images."
-    )
-    return Table(
-        "gap", "CIFAR-10: where the accuracy goes", ("trained on", "CDA", "n"), cells, note
-    )
+def _figures(folder: Path) -> Iterator[str]:
+    for path in sorted((folder / "figures").glob("*")):
+        yield f"![{path.stem}]({folder.name}/figures/{path.name})\n"
 
 
-def learning_table(records: Mapping[str, Record]) -> Table:
-    """When victims that differ in one thing learned their backdoor."""
-    rows = []
-    for name, record in records.items():
-        values = record.values
-        learned, last = values["learned"], values["watched"][-1]
-        rows.append(
-            (
-                name,
-                str(len(values["watched"])),
-                str(learned["epoch"]) if learned else "not learned",
-                str(learned["exposures"]) if learned else "–",
-                str(learned["steps"]) if learned else "–",
-                percent(last["asr"]),
-                f"{last['poison_loss']:.2f}",
-                percent(last["cda"]),
-            )
-        )
-    headers = (
-        "victim",
-        "epochs",
-        "learned in epoch",
-        "after exposures",
-        "after steps",
-        "ASR at the end",
-        "loss on poisoned images",
-        "CDA",
-    )
-    note = (
-        "Learned: attack success of 90 % on held-out images at the end of an epoch. The base is "
-        "BadNets, ResNet-10 of width 16, 20,000 images, batches of 32, peak rate 0.03, 4 epochs, "
-        "no augmentation, from scratch; one seed. Names say what differs."
-    )
-    return Table("learning", "One thing at a time", headers, tuple(rows), note)
-
-
-def recipes_table(records: Mapping[str, Record]) -> Table:
-    """The accuracy that recipes and layouts of training reach."""
-    rows = []
-    for name, record in records.items():
-        told, reached = record.config["settings"], record.values["watched"]
-        rows.append(
-            (
-                name.partition("-")[0],
-                told.get("layout", "channels-last"),
-                str(told["epochs"]),
-                str(told["batch_size"]),
-                *(percent(reached[len(reached) * k // 4 - 1]["accuracy"]) for k in (1, 2, 3, 4)),
-                str(record.values["n"]),
-            )
-        )
-    headers = ("recipe", "layout", "epochs", "batch", "¼", "½", "¾", "at the end", "n")
-    note = (
-        "Clean accuracy on CIFAR-10's test images after a share of the epochs, ResNet-18 of width "
-        "16, 20,000 training images, one seed; nothing was chosen by it. The published recipe is "
-        "for all images and a network of its own."
-    )
-    return Table("recipes", "As many epochs for each", headers, tuple(rows), note)
-
-
-def attack_parts(folder: Path, title: str, command: str) -> list[str]:
-    """A study of attacks: its tables, and where their other forms are."""
-    study = read_study(folder)
-    pages = [table1(study, recipe) for recipe in RECIPES if study.started(recipe)]
-    pages += [table2(study), learning(study)]
-    here = folder.name
-    parts = [f"## {title}", "", f"`{command}` and `table2` make it; "]
-    parts[-1] += f"[tables]({here}/tables) as LaTeX, CSV and HTML too, [records]({here}/records)."
-    for page in pages:
-        parts += ["", to_heading(markdown(page))]
-    return [*parts, ""]
-
-
-def to_heading(text: str) -> str:
-    """A page's headings, one level down."""
-    return "\n".join(f"#{line}" if line.startswith("#") else line for line in text.splitlines())
-
-
-def render(results: Path) -> str:
-    """The page for the folders of records that are there."""
-    parts = [HEAD]
-    if (results / "tiny" / "README.md").is_file():
-        parts += [
-            "## Both papers, small",
-            "",
-            "`hatch run python tools/reproduce.py --profile tiny --workers 2 --out results/tiny` "
-            "makes a [page of its own](tiny/README.md): every table and figure, on the bundled "
-            "digits.",
-            "",
-        ]
-    for name, (title, command) in STUDIES.items():
-        if not (results / name / "records").is_dir():
-            continue
-        records = read_records(results / name / "records")
-        parts += [f"## {title}", "", f"`{command}` makes it; [report]({name}/report.html), ", ""]
-        parts[-2] += f"[tables]({name}/tables.md), [records]({name}/records)."
-        parts += ["```", *story(records), "```", "", *(f"{s}\n" for s in headline(records))]
-    if (results / "cifar10-gap" / "records").is_dir():
-        study = read_records(results / "cifar10" / "records")
-        parts += [
-            "`hatch run python tools/explain_gap.py docs/studies/cifar10.toml --out "
-            "results/cifar10-gap` makes the two in the middle; [records](cifar10-gap/records).",
-            "",
-            to_markdown(gap_table(study, read_records(results / "cifar10-gap" / "records"))),
-        ]
-    parts += artefact_parts(results / "artefacts-cifar10")
-    parts += speed_parts(results / "speed")
-    parts += defence_parts(results)
-    for name, (title, text) in DETECTIONS.items():
-        if (results / name / "records").is_dir():
-            table = detection_table(read_records(results / name / "records"))
-            parts += [f"## {title}", "", f"{text} [Records]({name}/records).", ""]
-            parts.append(to_markdown(table))
-    if (results / "ablation-injector" / "records").is_dir():
-        parts += [
-            "## What each part of the injector's recipe is worth",
-            "",
-            "`hatch run python tools/ablate_injector.py --limit 20000 --out "
-            "results/ablation-injector` makes it; [records](ablation-injector/records).",
-            "",
-            to_markdown(ablation_table(read_records(results / "ablation-injector" / "records"))),
-        ]
-    for name, (title, command) in ATTACKS.items():
-        if (results / name / "records").is_dir():
-            parts += attack_parts(results / name, title, command)
-    if (results / "learning" / "records").is_dir():
-        parts += [
-            "## What decides whether a backdoor is learned",
-            "",
-            "`hatch run python tools/explain_learning.py --out results/learning` makes it; "
-            "[records](learning/records).",
-            "",
-            to_markdown(learning_table(read_records(results / "learning" / "records"))),
-        ]
-    if (results / "recipes-cifar10" / "records").is_dir():
-        parts += [
-            "## Recipes of training",
-            "",
-            "`hatch run python tools/compare_recipes.py --out results/recipes-cifar10` makes it; "
-            "[records](recipes-cifar10/records).",
-            "",
-            to_markdown(recipes_table(read_records(results / "recipes-cifar10" / "records"))),
-        ]
-    return "\n".join(parts)
+def _made_by(table: Table, tool: str, name: str) -> Iterator[str]:
+    yield to_markdown(table, level=2)
+    yield f"`tools/{tool}` makes it; [records]({name}/records.jsonl).\n"
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    write_text(RESULTS / "README.md", render(RESULTS))
+    for name, text in render(RESULTS):
+        path = RESULTS / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
     return 0
 
 
