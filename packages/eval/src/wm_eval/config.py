@@ -1,23 +1,37 @@
-"""What a study is made of: one frozen dataclass a stage, and the TOML file that fills them in.
+"""What a study is: one dataclass that is data, filled from TOML; shipped ones in ``studies/``.
 
-The settings of a stage are the settings of the package that does the work (`JointConfig`,
-`TrainConfig`, `NCConfig`, ...), so a study has no vocabulary of its own to learn.
+The settings of a stage are those of the package that does the work (`JointConfig`, `TrainConfig`,
+a detector's or a mitigation's own).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from defense_nc import NCConfig, UnlearnConfig
-from defense_reverse import ReverseConfig
+from wm_eval.detectors import detector
+from wm_eval.methods import build_method, detector_of
+from wm_eval.titles import ATTACKS, CLEAN, METHODS, in_order
 from wm_extract import PAPER_CORRUPTIONS, JointConfig, named_corruption
-from wm_inject import PoisonPlan, pretrained_card
-from wm_inject.config import fill as fill
-from wm_inject.config import load_toml, one_seed
+from wm_inject import pretrained_card
+from wm_inject.attacks import PROFILES, Profile
+from wm_inject.config import fill, load_toml, one_seed
 from wm_victim import TrainConfig
+
+Corruptions = Literal["plain", "corrupted"]
+CORRUPTIONS: tuple[Corruptions, ...] = ("plain", "corrupted")
+Part = Literal["rates", "baseline", "stealth", "tiles", "mark", "reversed", "closeness", "exports"]
+PARTS: tuple[Part, ...] = (
+    *("rates", "baseline", "stealth", "tiles", "mark", "reversed", "closeness", "exports"),
+)
+Split = Literal["calibration", "test"]
+SPLITS: tuple[Split, ...] = ("calibration", "test")
+TEST_SEEDS = 1000  # seeds of the test split start here: no seed is ever in both
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -38,10 +52,7 @@ class DataConfig:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"expected {name} >= 1, got {value}")
+        _at_least_one(self, "image_size", "limit")
 
 
 @dataclass(frozen=True)
@@ -60,28 +71,66 @@ class VictimConfig:
     width: int | None = 16
 
     def __post_init__(self) -> None:
-        if self.width is not None and self.width < 1:
-            raise ValueError(f"expected width >= 1, got {self.width}")
+        _at_least_one(self, "width")
+
+
+@dataclass(frozen=True)
+class WatermarkConfig:
+    """How the attacks "watermark" and "equation2" get their trigger.
+
+    Args:
+        joint: Training of injector and extractor.
+        pretrained: Take both ready-made instead, by a name in `wm_inject.PRETRAINED`; ``joint``
+            then plays no role.
+        picture: Path of a picture to hide; the one that ships if None.
+        strength: Gain on the change that the injector makes, at poisoning time.
+        weight: lambda of equation 2, the share of the blended picture, in (0, 1].
+
+    Raises:
+        ValueError: Unknown weights, weights and a picture, or a value outside its range.
+    """
+
+    joint: JointConfig = field(default_factory=JointConfig)
+    pretrained: str | None = None
+    picture: str | None = None
+    strength: float = 1.0
+    weight: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not self.strength > 0 or not 0 < self.weight <= 1:
+            raise ValueError(
+                f"expected strength > 0 and weight in (0, 1], got {self.strength}, {self.weight}"
+            )
+        if self.pretrained is not None:
+            pretrained_card(self.pretrained)
+            if self.picture is not None:
+                raise ValueError("expected pretrained or a picture: weights bring their own")
 
 
 @dataclass(frozen=True)
 class MeasureConfig:
-    """What is measured, and on how many images.
+    """What is measured, and on how many test images.
 
     Args:
         corruptions: Names that `wm_extract.named_corruption` takes; "none" is measured in any case.
+        limit: Rates are measured on the first so many; on all if None.
+        stealth: Stealth figures are means of so many.
+        watched: Victims are watched on so many while they train.
+        compared: Reversed and planted triggers are compared on so many.
+        pictures: How many images the figures show.
         false_positive_rate: What the mark detector's threshold aims at, in (0, 0.5).
-        limit: Use only the first so many test images; all if None.
-        pictures: How many images the report shows, at least 1.
 
     Raises:
         ValueError: An unknown corruption or a value outside its range.
     """
 
     corruptions: tuple[str, ...] = tuple(PAPER_CORRUPTIONS)
-    false_positive_rate: float = 1e-3
     limit: int | None = None
+    stealth: int = 1000
+    watched: int = 500
+    compared: int = 200
     pictures: int = 4
+    false_positive_rate: float = 1e-3
 
     def __post_init__(self) -> None:
         for name in self.corruptions:
@@ -90,131 +139,278 @@ class MeasureConfig:
             raise ValueError(
                 f"expected false_positive_rate in (0, 0.5), got {self.false_positive_rate}"
             )
-        if self.pictures < 1:
-            raise ValueError(f"expected pictures >= 1, got {self.pictures}")
-        if self.limit is not None and self.limit < 100:
-            raise ValueError(f"expected a limit of at least 100 test images, got {self.limit}")
+        _at_least_one(self, "limit", "stealth", "watched", "compared", "pictures")
 
 
 @dataclass(frozen=True)
-class DefenceConfig:
-    """What the defender has, and when a label is named.
+class DefenderConfig:
+    """What the defender has.
 
     Args:
-        images: Clean training images that a scan uses.
-        cleaning_images: Clean labelled training images that cleaning uses.
-        alpha: Share of clean models that may be suspected, in (0, 1).
-        max_ratio: A named label scores at most this share of the median, in (0, 1].
-    """
-
-    images: int = 300
-    cleaning_images: int = 600
-    alpha: float = 0.05
-    max_ratio: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.images < 1 or self.cleaning_images < 1:
-            raise ValueError("expected the defender to have at least 1 image")
-        if not 0 < self.alpha < 1 or not 0 < self.max_ratio <= 1:
-            raise ValueError(
-                f"expected alpha in (0, 1) and max_ratio in (0, 1], got {self.alpha}, "
-                f"{self.max_ratio}"
-            )
-
-
-@dataclass(frozen=True)
-class StudyConfig:
-    """A whole study: plant, find, remove. Each table is the settings of one stage.
-
-    Args:
-        name: Of the study, for its records.
-        seed: The one seed; it takes the place of the seeds inside the tables.
-        data: The images.
-        joint: Training of injector and extractor.
-        pretrained: Take injector and extractor ready-made instead, by a name in
-            `wm_inject.PRETRAINED`; ``joint`` then plays no role.
-        watermark: Path of a picture to hide; the one that ships if None.
-        strength: Gain on the change that the injector makes, at poisoning time.
-        plan: Which training images are poisoned, and to what label.
-        victim: The classifier.
-        train: Its training, the same for the clean and the backdoored one.
-        measure: Corruptions and counts.
-        defence: The defender's images and the decision rule.
-        nc: Neural Cleanse.
-        reverse: Reverse generators.
-        nc_cleaning: Unlearning with Neural Cleanse's trigger.
-        reverse_cleaning: Unlearning with the reversed generator.
+        images: Clean training images to scan with.
+        fraction: Instead of a number: this fraction of the training images, in (0, 1].
+        alpha: Share of clean models that a scan may call backdoored, in (0, 1).
+        fractions: Fractions of the training images to mitigate with, each in (0, 1].
+        steps: Optimiser steps of every mitigation alike.
+        passes: Instead of steps: passes over the images and as many triggered copies.
+        rescan: Scan again what unlearning has repaired.
 
     Raises:
-        ValueError: A negative seed or strength, unknown weights, weights and a watermark, or a plan
-            that no static poisoning can follow.
+        ValueError: A value outside its range.
+    """
+
+    images: int = 500
+    fraction: float | None = None
+    alpha: float = 0.05
+    fractions: tuple[float, ...] = (0.01, 0.03, 0.05)
+    steps: int = 300
+    passes: int | None = None
+    rescan: bool = True
+
+    def __post_init__(self) -> None:
+        if self.images < 2 or self.steps < 1:
+            raise ValueError(
+                f"expected images >= 2 and steps >= 1, got {self.images} and {self.steps}"
+            )
+        _at_least_one(self, "passes")
+        for share in (*self.fractions, *(() if self.fraction is None else (self.fraction,))):
+            if not 0 < share <= 1:
+                raise ValueError(f"expected fractions in (0, 1], got {share}")
+        _different("fractions", self.fractions)
+        if not 0 < self.alpha < 1:
+            raise ValueError(f"expected alpha in (0, 1), got {self.alpha}")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One data set, network and training of a population, and how many models of it there are.
+
+    Args:
+        data: The images.
+        victim: The classifier.
+        train: Its training.
+        joint: Training of the watermark's networks; the study's if None.
+        triggers: Settings of attacks; the study's for those that are not here.
+        calibration: Attack (or "clean") to the number of models that may choose thresholds.
+        test: Attack (or "clean") to the number of models that figures come from.
+
+    Raises:
+        ValueError: An unknown attack, or a count below zero or above 1,000 (seeds would meet).
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    victim: VictimConfig = field(default_factory=VictimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    joint: JointConfig | None = None
+    triggers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    calibration: Mapping[str, int] = field(default_factory=dict)
+    test: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_triggers(self.triggers)
+        for counts in (self.calibration, self.test):
+            _known("attacks", counts, ATTACKS)
+            if any(not 0 <= n <= TEST_SEEDS for n in counts.values()):
+                raise ValueError(f"expected counts in 0 .. {TEST_SEEDS}, got {dict(counts)}")
+
+    def models(self, split: Split) -> tuple[tuple[str, int], ...]:
+        """Attack and seed of every model of a split; clean ones first, as others may need them."""
+        counts = self.calibration if split == "calibration" else self.test
+        first = 0 if split == "calibration" else TEST_SEEDS
+        names = sorted(counts, key=lambda name: (name != CLEAN, name))
+        return tuple((name, first + i) for name in names for i in range(counts[name]))
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study: which victims are trained, and what is done to them.
+
+    Args:
+        name: Of the study, and of its folder.
+        seeds: Of victims, triggers, defenders and scans alike; everything is done once for each.
+        data: The images. Which of them ``limit`` keeps does not depend on a seed.
+        victim: The classifier.
+        train: Its training, the same for every attack; the seed inside it plays no role.
+        attacks: Names out of `ATTACKS`, "clean" among them for the clean victim.
+        profile: How much fitting a trigger may cost: "tiny", "small" or "paper".
+        triggers: By attack: settings of its trigger, or a "profile" or "ratio" of its own.
+        watermark: Of the attacks "watermark" and "equation2".
+        target: The label that the attacks ask for.
+        ratio: Share of poisoned images; each attack's own if None.
+        corruptions: "plain" trains victims as they are; "corrupted" applies the paper's corruptions
+            to training batches. What comes after the rates is done to the first.
+        corruption_probability: Of each corruption for "corrupted", in (0, 1].
+        parts: What is measured, out of `PARTS`.
+        measure: On what.
+        detectors: By name: "preset", and settings that differ from it.
+        mitigations: By name: "preset", and settings that differ from it.
+        learning_rates: Mitigate with the largest fraction at these rates, too, with the first seed.
+        defender: What detectors and mitigations work with.
+        settings: By name: the settings of a population, in place of data, victim, train, seeds and
+            attacks. Every seed has a target of its own there: no label is special.
+
+    Raises:
+        ValueError: An unknown name, none where one is needed, or a value outside its range.
     """
 
     name: str = "study"
-    seed: int = 0
-    data: DataConfig = DataConfig()
-    joint: JointConfig = field(default_factory=JointConfig)
-    watermark: str | None = None
-    pretrained: str | None = field(default=None, metadata={"later": True})
-    strength: float = 1.0
-    plan: PoisonPlan = field(default_factory=PoisonPlan)
-    victim: VictimConfig = VictimConfig()
+    seeds: tuple[int, ...] = (0,)
+    data: DataConfig = field(default_factory=DataConfig)
+    victim: VictimConfig = field(default_factory=VictimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    measure: MeasureConfig = MeasureConfig()
-    defence: DefenceConfig = DefenceConfig()
-    nc: NCConfig = field(default_factory=NCConfig)
-    reverse: ReverseConfig = field(default_factory=ReverseConfig)
-    nc_cleaning: UnlearnConfig = field(default_factory=UnlearnConfig)
-    reverse_cleaning: UnlearnConfig = field(default_factory=UnlearnConfig)
+    attacks: tuple[str, ...] = ()
+    profile: Profile = "small"
+    triggers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    watermark: WatermarkConfig = field(default_factory=WatermarkConfig)
+    target: int = 0
+    ratio: float | None = None
+    corruptions: tuple[Corruptions, ...] = ("plain",)
+    corruption_probability: float = 0.3
+    parts: tuple[Part, ...] = ("rates",)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    detectors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    mitigations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    learning_rates: tuple[float, ...] = ()
+    defender: DefenderConfig = field(default_factory=DefenderConfig)
+    settings: Mapping[str, Setting] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"expected a seed >= 0, got {self.seed}")
-        if self.strength <= 0:
-            raise ValueError(f"expected strength > 0, got {self.strength}")
-        if self.pretrained is not None:
-            pretrained_card(self.pretrained)
-            if self.watermark is not None:
-                raise ValueError("expected pretrained or a watermark: weights bring their own")
-        if self.plan.mode != "static":
-            raise ValueError("expected a static plan: a study poisons its training set once")
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(f"expected a lower-case name of the study, got {self.name!r}")
+        for what, names, known in (
+            ("attacks", self.attacks, ATTACKS),
+            ("corruptions", self.corruptions, CORRUPTIONS),
+            ("parts", self.parts, PARTS),
+            ("profile", (self.profile,), PROFILES),
+            ("mitigations", self.mitigations, METHODS),
+        ):
+            _known(what, names, known)
+        if not (self.attacks or self.settings) or not self.corruptions or not self.seeds:
+            raise ValueError("expected at least one attack, one of corruptions and one seed")
+        _different("seeds", self.seeds)
+        if min(self.seeds) < 0 or self.target < 0:
+            raise ValueError(f"expected seeds and target >= 0, got {self.seeds}, {self.target}")
+        for name in ("corruption_probability", "ratio"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"expected {name} in (0, 1], got {value}")
+        if any(not rate > 0 for rate in self.learning_rates):
+            raise ValueError(f"expected learning_rates > 0, got {self.learning_rates}")
+        _check_triggers(self.triggers)
+        for name in self.settings:
+            if not _NAME.fullmatch(name) or name == "all":
+                raise ValueError(f"expected lower-case names of settings, got {name!r}")
+        for name, changes in self.detectors.items():
+            scanner_settings(name, **changes)
+        for name, changes in self.mitigations.items():
+            build_method(name, **{"steps": self.defender.steps, **changes})
+            if (detector := detector_of(name)) not in (None, *self.detectors):
+                raise ValueError(f"expected the detector {detector}, whose triggers {name} needs")
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """The attacks in the order of the tables, the clean victim first."""
+        return tuple(sorted(in_order(self.attacks, ATTACKS), key=lambda name: name != CLEAN))
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The mitigations in the order of the tables."""
+        return tuple(in_order(self.mitigations, METHODS))
 
 
-def load_study(path: str | Path, *, seed: int | None = None) -> StudyConfig:
-    """Read a study from TOML.
-
-    Args:
-        path: The file. ``preset = "demo"`` starts from a study that ships, otherwise from the
-            defaults; a table may start from a preset of its own class.
-        seed: Takes the place of the file's seed if given.
+def scanner_settings(name: str, preset: str = "fast", **changes: Any) -> Any:
+    """The settings of a detector by the name of a preset, with changes.
 
     Raises:
-        ValueError: No such file, not TOML, an unknown key, or a value that does not fit.
+        ValueError: No such detector or preset, or a setting outside its range.
     """
-    from wm_eval.presets import study_preset
+    return fill(detector(name).config(preset), changes, f"detectors.{name}")
 
-    given = load_toml(path, what="a study")
+
+def load_study(name: str | Path, *, seed: int | None = None, changes: str = "") -> Study:
+    """A study that ships, by its name, or any other from its TOML file.
+
+    Args:
+        name: A name out of `shipped_studies`, or a path. ``base = "demo"`` in a file starts from a
+            study that ships, otherwise from the defaults; a table may start from a preset of its
+            own class.
+        seed: The first seed, in place of the file's; there are as many as the file has.
+        changes: TOML that is laid over the file.
+
+    Raises:
+        ValueError: No such study or file, not TOML, an unknown key, or a value that does not fit.
+    """
+    path = _path(name)
     try:
-        start = study_preset(given.pop("preset")) if "preset" in given else StudyConfig()
-        one_seed(start, given, "study")
-        study = fill(start, given, "study")
+        study = _laid_over(load_toml(path, what="a study"))
+        if changes:
+            import tomllib
+
+            study = _filled(study, tomllib.loads(changes))
+        if seed is not None:
+            study = replace(study, seeds=tuple(range(seed, seed + len(study.seeds))))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return study if seed is None else replace(study, seed=seed)
+        raise ValueError(f"{path.name}: {error}") from error
+    return study
+
+
+def shipped_studies() -> dict[str, Path]:
+    """The TOML files that ship, by the name of the study."""
+    folder = Path(str(files("wm_eval") / "studies"))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """A settings object as JSON knows it: what a record keeps of it.
+    """A settings object as JSON knows it: what a record keeps of it."""
+    return {f.name: _listed(getattr(config, f.name)) for f in fields(config)}
 
-    A field that says of itself that it came later is left out where it has its default, so that
-    records from before keep their keys.
-    """
-    kept = {f.name: (f, getattr(config, f.name)) for f in fields(config)}
-    return {
-        name: _listed(value)
-        for name, (f, value) in kept.items()
-        if not f.metadata.get("later") or value != f.default
-    }
+
+def _path(name: str | Path) -> Path:
+    shipped = shipped_studies()
+    if str(name) in shipped:
+        return shipped[str(name)]
+    path = Path(name)
+    if path.suffix != ".toml":
+        raise ValueError(f"expected a TOML file or a study in {', '.join(shipped)}, got {name}")
+    return path
+
+
+def _laid_over(given: dict[str, Any]) -> Study:
+    """A study from what its file says, over the study that it starts from."""
+    base = given.pop("base", None)
+    if base is None:
+        return _filled(Study(attacks=(CLEAN,)), given)
+    shipped = shipped_studies()
+    if base not in shipped:
+        raise ValueError(f"expected a base in {', '.join(shipped)}, got {base!r}")
+    return _filled(_laid_over(load_toml(shipped[base])), given)
+
+
+def _filled(start: Study, given: dict[str, Any]) -> Study:
+    one_seed(start, given, "study")
+    return fill(start, given, "study")
+
+
+def _known(what: str, names: Iterable[str], known: Iterable[str]) -> None:
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"expected {what} out of {', '.join(known)}, got {unknown[0]!r}")
+    _different(what, names)
+
+
+def _different(what: str, values: Iterable[Any]) -> None:
+    if len(set(values)) < len(list(values)):
+        raise ValueError(f"expected different {what}, got {tuple(values)}")
+
+
+def _check_triggers(triggers: Mapping[str, Mapping[str, Any]]) -> None:
+    _known("triggers of attacks", triggers, (name for name in ATTACKS if name != CLEAN))
+
+
+def _at_least_one(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"expected {name} >= 1, got {value}")
 
 
 def _listed(value: Any) -> Any:
@@ -225,3 +421,25 @@ def _listed(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_listed(item) for item in value]
     return value if value is None or isinstance(value, bool | int | float) else str(value)
+
+
+__all__ = [
+    "CORRUPTIONS",
+    "PARTS",
+    "SPLITS",
+    "TEST_SEEDS",
+    "Corruptions",
+    "DataConfig",
+    "DefenderConfig",
+    "MeasureConfig",
+    "Part",
+    "Setting",
+    "Split",
+    "Study",
+    "VictimConfig",
+    "WatermarkConfig",
+    "load_study",
+    "plain",
+    "scanner_settings",
+    "shipped_studies",
+]

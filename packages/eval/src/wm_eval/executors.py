@@ -1,10 +1,8 @@
-"""The units of a study, in their order, and where they run: what every executor has to offer.
+"""Where the jobs of a study run: what every executor has to offer.
 
 In this process: here. On several local ones: `local_processes`. As Ray tasks: `ray_tasks`.
-
-A unit is a coarse piece of a study, such as one attack of a table: its trigger, its victim, its
-cells. It is safe to kill at any moment, because each of its stages is kept when it is done. What it
-needs of others it finds in the study's folder, so that a unit is told little and gives back less.
+A job, a stage of a study, is safe to kill at any moment. Jobs exchange data through the study's
+folder, so that arguments and results stay small.
 """
 
 from __future__ import annotations
@@ -13,64 +11,37 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
-from graphlib import TopologicalSorter
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
-GRACE = 30.0  # seconds that a unit may go on after the deadline before its process is ended
+GRACE = 30.0  # seconds that a job may go on after the deadline before its process is ended
 _LINE = 1000  # letters of a line: a short message goes through a pipe whole or not at all
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+T = TypeVar("T")
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a unit ended.
-
-    Args:
-        finished: False if the time ran out before its last stage.
-        failed: By stage that could not be done: why, as the units that need it are to be told.
-    """
-
-    finished: bool = True
-    failed: Mapping[str, str] = field(default_factory=dict)
+Job = Callable[["Turn"], T]  # pickled unless it runs in this process
+Submit = Callable[[Job[Any], float | None], "Future[Any]"]  # with a deadline of this process
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What a unit is told when its turn comes.
+    """What a job gets when it starts.
 
     Args:
-        failed: What failed in the units before it.
         deadline: A time of `time.monotonic`, of the process that works, after which it starts
             nothing; None for no end.
         say: Called with a line for every stage.
     """
 
-    failed: Mapping[str, str]
     deadline: float | None
     say: Callable[[str], None]
 
 
-class Unit(NamedTuple):
-    """A piece of work that may run anywhere.
-
-    ``work`` is pickled unless it runs in this process; ``after`` names the units that come first.
-    """
-
-    name: str
-    work: Callable[[Turn], Outcome]
-    after: tuple[str, ...] = ()
-
-
-# A unit, what failed before it, and the deadline of this process.
-Submit = Callable[[Unit, Mapping[str, str], float | None], "Future[Outcome]"]
-
-
 class Executor(Protocol):
-    """Where units run."""
+    """Where jobs run."""
 
     @property
     def slots(self) -> int:
@@ -78,32 +49,30 @@ class Executor(Protocol):
 
     @property
     def bars(self) -> bool:
-        """Whether a unit may draw on the terminal."""
+        """Whether a job may draw on the terminal."""
 
     def session(self, say: Callable[[str], None]) -> AbstractContextManager[Submit]:
         """Open it; whatever still runs when the session closes is ended at once.
 
         Args:
-            say: Gets the lines of all units.
+            say: Gets the lines of all jobs.
         """
 
 
 @dataclass(frozen=True)
 class InProcess:
-    """One unit after the other, in this process and with its threads."""
+    """One job after the other, in this process and with its threads."""
 
     slots = 1
     bars = True
 
     @contextmanager
     def session(self, say: Callable[[str], None]) -> Iterator[Submit]:
-        """A unit is done when it has been submitted."""
+        """A job is done when it has been submitted."""
 
-        def submit(
-            unit: Unit, failed: Mapping[str, str], deadline: float | None
-        ) -> Future[Outcome]:
-            done: Future[Outcome] = Future()
-            done.set_result(unit.work(Turn(failed, deadline, say)))
+        def submit(job: Job[Any], deadline: float | None) -> Future[Any]:
+            done: Future[Any] = Future()
+            done.set_result(job(Turn(deadline, say)))
             return done
 
         yield submit
@@ -112,76 +81,16 @@ class InProcess:
 HERE = InProcess()
 
 
-def run_units(
-    units: Sequence[Unit],
-    executor: Executor,
-    *,
-    deadline: float | None,
-    say: Callable[[str], None],
-) -> bool:
-    """Run units, each after those that it names, else in their order.
-
-    Args:
-        units: Each with a name of its own.
-        executor: Where.
-        deadline: A time of `time.monotonic` after which none starts; those that run in other
-            processes then have `GRACE` seconds left.
-        say: Called with a line for every stage.
-
-    Returns:
-        False if the time ran out before the last was done.
-
-    Raises:
-        ValueError: A name that two have, or that none has; or units that wait for each other.
-    """
-    named = {unit.name: unit for unit in units}
-    unknown = {name for unit in units for name in unit.after} - set(named)
-    if len(named) < len(units) or unknown:
-        raise ValueError(f"expected units of different names that know each other, got {unknown}")
-    graph = TopologicalSorter({unit.name: unit.after for unit in units})
-    graph.prepare()  # a CycleError is a ValueError
-    order = list(named)
-    ready: list[str] = []
-    running: dict[Future[Outcome], str] = {}
-    failed: dict[str, Mapping[str, str]] = {}  # by unit
-    late = False
-    with executor.session(say) as submit:
-        while graph.is_active():
-            ready = sorted([*ready, *graph.get_ready()], key=order.index)
-            while ready and len(running) < executor.slots and not late:
-                unit = named[ready.pop(0)]
-                before = {k: why for name in unit.after for k, why in failed[name].items()}
-                running[submit(unit, before, deadline)] = unit.name
-            done = {future for future in running if future.done()}
-            if running and not done:
-                left = None if deadline is None else max(0.0, deadline + GRACE - time.monotonic())
-                done = wait(running, timeout=left, return_when=FIRST_COMPLETED).done
-            if not done:
-                return False  # nothing runs any more, or what runs does not stop by itself
-            for future in done:
-                name, outcome = running.pop(future), future.result()
-                failed[name], late = outcome.failed, late or not outcome.finished
-                graph.done(name)
-    return not late
-
-
 def to_wall(deadline: float | None) -> float | None:
     """A deadline as a time of day, which other machines know as well."""
     return None if deadline is None else time.time() + deadline - time.monotonic()
 
 
-def take_turn(
-    work: Callable[[Turn], Outcome],
-    failed: Mapping[str, str],
-    wall: float | None,
-    say: Callable[[str], None],
-) -> Outcome:
-    """Do a unit's work in another process: one thread, and its deadline by this one's clock."""
+def take_turn(job: Job[T], wall: float | None, say: Callable[[str], None]) -> T:
+    """Do a job in another process: one thread, and its deadline by this process's clock."""
     pin_threads()
     deadline = None if wall is None else time.monotonic() + wall - time.time()
-    if deadline is not None and time.monotonic() > deadline:
-        return Outcome(finished=False)
-    return work(Turn(failed, deadline, lambda line: say(line[:_LINE])))
+    return job(Turn(deadline, lambda line: say(line[:_LINE])))
 
 
 def pin_threads() -> None:
@@ -214,13 +123,11 @@ __all__ = [
     "HERE",
     "Executor",
     "InProcess",
-    "Outcome",
+    "Job",
     "Submit",
     "Turn",
-    "Unit",
     "ends_on_sigterm",
     "pin_threads",
-    "run_units",
     "take_turn",
     "to_wall",
 ]

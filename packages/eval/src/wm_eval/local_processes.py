@@ -1,18 +1,18 @@
-"""The units of a study in processes of this machine."""
+"""The jobs of a study in processes of this machine."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from wm_eval.executors import Outcome, Submit, Turn, Unit, ends_on_sigterm, take_turn, to_wall
+from wm_eval.executors import Job, Submit, ends_on_sigterm, take_turn, to_wall
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -41,7 +41,7 @@ class LocalProcesses:
 
     @property
     def slots(self) -> int:
-        """One unit a process."""
+        """One job a process."""
         return self.workers
 
     @contextmanager
@@ -56,13 +56,11 @@ class LocalProcesses:
             self.workers, mp_context=context, initializer=_start, initargs=(alive, lines)
         )
         closing = threading.Event()
-        told = threading.Thread(target=_pass_on, args=(lines, say, closing), daemon=True)
-        told.start()
+        speaker = threading.Thread(target=_pass_on, args=(lines, say, closing), daemon=True)
+        speaker.start()
 
-        def submit(
-            unit: Unit, failed: Mapping[str, str], deadline: float | None
-        ) -> Future[Outcome]:
-            return pool.submit(_take_turn, unit.work, dict(failed), to_wall(deadline))
+        def submit(job: Job[Any], deadline: float | None) -> Future[Any]:
+            return pool.submit(_take_turn, job, to_wall(deadline))
 
         try:
             with ends_on_sigterm():
@@ -76,7 +74,7 @@ class LocalProcesses:
             held.close()  # every worker waits for this
             pool.shutdown(wait=True, cancel_futures=True)
             closing.set()
-            told.join(timeout=5)
+            speaker.join(timeout=5)
             alive.close()
 
 
@@ -96,10 +94,8 @@ def _end_with(alive: Connection) -> None:
     os._exit(1)
 
 
-def _take_turn(
-    work: Callable[[Turn], Outcome], failed: Mapping[str, str], wall: float | None
-) -> Outcome:
-    return take_turn(work, failed, wall, _say)
+def _take_turn(job: Job[Any], wall: float | None) -> Any:
+    return take_turn(job, wall, _say)
 
 
 def _pass_on(lines: SimpleQueue[str], say: Callable[[str], None], closing: threading.Event) -> None:

@@ -1,4 +1,4 @@
-"""The units of a study as Ray tasks, on this machine or on a cluster.
+"""The jobs of a study as Ray tasks, on this machine or on a cluster.
 
 Every node needs the same packages, the data under the same ``WM_DATA``, and the study's folder
 under the same path: stages read and write files there, and nothing large passes through Ray.
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from wm_eval.executors import Outcome, Submit, Turn, Unit, ends_on_sigterm, take_turn, to_wall
+from wm_eval.executors import Job, Submit, ends_on_sigterm, take_turn, to_wall
 
 LOCAL = "local"  # a cluster of this one machine, which ends with the study
 
@@ -61,21 +61,17 @@ class RayTasks:
         except ConnectionError as error:
             raise RuntimeError(f"expected a Ray cluster at {self.address}: {error}") from error
         lines = import_module("ray.util.queue").Queue(actor_options={"num_cpus": 0})
-        # A unit whose node was lost is done again: it is safe to kill.
+        # A job whose node was lost is done again: it is safe to kill.
         task = ray.remote(num_cpus=1, num_gpus=self.gpus, max_retries=2)(_take_turn)
         closing = threading.Event()
-        told = threading.Thread(target=_pass_on, args=(lines, say, closing), daemon=True)
-        told.start()
+        speaker = threading.Thread(target=_pass_on, args=(lines, say, closing), daemon=True)
+        speaker.start()
         handed_out = []
 
-        def submit(
-            unit: Unit, failed: Mapping[str, str], deadline: float | None
-        ) -> Future[Outcome]:
-            handed_out.append(
-                task.remote(unit.work, dict(failed), to_wall(deadline), lines, os.getcwd())
-            )
-            found: Future[Outcome] = handed_out[-1].future()
-            return found
+        def submit(job: Job[Any], deadline: float | None) -> Future[Any]:
+            handed_out.append(task.remote(job, to_wall(deadline), lines, os.getcwd()))
+            future: Future[Any] = handed_out[-1].future()
+            return future
 
         try:
             with ends_on_sigterm():
@@ -85,7 +81,7 @@ class RayTasks:
             for reference in unfinished if handed_out else ():
                 ray.cancel(reference, force=True)
             closing.set()
-            told.join(timeout=5)
+            speaker.join(timeout=5)
             ray.shutdown()
 
 
@@ -96,15 +92,9 @@ def _ray() -> Any:
         raise RuntimeError("expected Ray for --ray: pip install ray") from error
 
 
-def _take_turn(
-    work: Callable[[Turn], Outcome],
-    failed: Mapping[str, str],
-    wall: float | None,
-    lines: Any,
-    folder: str,
-) -> Outcome:
+def _take_turn(job: Job[Any], wall: float | None, lines: Any, folder: str) -> Any:
     os.chdir(folder)  # paths of a study may be relative to where the command was given
-    return take_turn(work, failed, wall, lines.put)
+    return take_turn(job, wall, lines.put)
 
 
 def _pass_on(lines: Any, say: Callable[[str], None], closing: threading.Event) -> None:

@@ -1,17 +1,27 @@
-"""The stages of a study, one function each, from the first image to the cleaned classifier."""
+"""What a study does, one function a stage: from the first image to the repaired classifier.
+
+Each reads what it needs from the files and records of the stages before it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import fmean
+from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-import defense_nc
-import defense_reverse
-from wm_eval.config import StudyConfig, plain
+from defense_nc import ScanReport, Verdict
+from defense_nc.mitigator import Mitigator
+from defense_reverse import detection_case
+from defense_reverse.closeness import image_closeness
+from wm_eval.attack_setup import Planting, WatermarkAttack, fit_watermark
+from wm_eval.detectors import DETECTORS
+from wm_eval.engine import Result, Store
 from wm_eval.measure import (
     mark_values,
     metrics_values,
@@ -20,38 +30,39 @@ from wm_eval.measure import (
     scan_values,
     stealth_values,
 )
-from wm_eval.pictures import reversed_picture, watermark_pictures
-from wm_eval.robustness import compare, outcomes, summarize
-from wm_eval.study import (
-    EXTRACTOR,
-    TRIGGER,
-    Study,
-    fresh_classifier,
-    load_reversed,
-    reversed_file,
-    save_reversed,
-    victim_file,
-)
-from wm_eval.workspace import Made
-from wm_extract import UNetExtractor, train_jointly
+from wm_eval.effectiveness import mitigation_values
+from wm_eval.methods import detector_of, rescanned
+from wm_eval.pictures import amplified, residual_gain, reversed_picture, save_picture
+from wm_eval.records import Key
+from wm_eval.robustness import Outcomes, compare, outcomes, summarize
+from wm_eval.titles import CLEAN
+from wm_eval.trial import FINISHED_BY_VICTIM, Trial, batch_sizes, file_name, save_reversed
+from wm_extract import UNetExtractor
 from wm_inject import (
+    CoTraining,
+    PoisonPlan,
     WatermarkTrigger,
-    load_image,
-    pretrained_card,
+    load_checkpoint,
+    psnr,
     quantize,
     save_checkpoint,
     save_trigger,
-    to_float,
+    to_onnx,
+    to_torchscript,
 )
-from wm_victim import (
-    load_classifier,
-    save_classifier,
-    train_classifier,
-)
+from wm_inject.attacks import FitContext
+from wm_victim import ImageSet, load_classifier, predict, save_classifier, train_classifier
+
+LEARNED = 0.9  # a backdoor counts as learned from this attack success on held-out images on
+TOLERANCE = 1e-4  # of exports: absolute on images in [0, 1]; relative to the largest logit
+_ATTACKER = 1_000_000  # the attacker's own classifier starts from other weights than the victim
+_EXAMPLES = 5  # exports are compared on one image and on this many
+_SHOWN_IMAGES = 64  # a reversed trigger without a mask is shown as its mean change over these
+_SHOWN_LABELS = 10  # of more labels a figure shows the first, and the target
 
 
 class NoTrigger(nn.Module):
-    """Changes nothing: cleaning with it is the control, as many steps without a trigger."""
+    """Changes nothing."""
 
     def forward(
         self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None
@@ -60,28 +71,15 @@ class NoTrigger(nn.Module):
         return images
 
 
-class Defence(NamedTuple):
-    """How a defence is run: the two defences differ in nothing else."""
-
-    scan: Callable[..., defense_nc.ScanReport]
-    clean: Callable[..., nn.Module]
-
-
-DEFENCES = {
-    "nc": Defence(defense_nc.scan, defense_nc.unlearn),
-    "reverse": Defence(defense_reverse.scan, defense_reverse.mitigate),
-}
-
-
-def describe_data(study: Study) -> Made:
+def describe_images(trial: Trial, store: Store, _: Path) -> Result:
     """What the images are."""
-    data = study.data
-    return Made(
+    data = trial.data
+    return Result(
         {
             "name": data.name,
             "n_train": len(data.train),
             "n_test": len(data.test),
-            "n_measured": len(study.test),
+            "n_measured": len(trial.test_images(store, trial.study.measure.limit)),
             "classes": list(data.classes),
             "channels": data.channels,
             "image_size": data.image_size,
@@ -90,240 +88,551 @@ def describe_data(study: Study) -> Made:
     )
 
 
-def train_mark(study: Study, checkpoint: Path) -> Made:
-    """Train injector and extractor together, without labels and without a victim."""
-    config = study.config
-    result = train_jointly(
-        study.data.train.images.to(study.device),
-        config=config.joint,
-        watermark=_watermark(config.watermark, study.data.image_size),
-        seed=config.seed,
-        checkpoint=checkpoint,
-        progress=study.progress,
-    )
-    trigger = WatermarkTrigger(
-        result.injector.cpu(), watermark=result.watermark.cpu(), strength=config.strength
-    )
-    _save_mark(study, trigger, result.extractor)
-    values = {
-        "recipe": config.joint.recipe,
-        "size": config.joint.size,
-        "injector_parameters": parameters(result.injector),
-        "extractor_parameters": parameters(result.extractor),
-        "history": [row._asdict() for row in result.history],
-    }
-    return Made(values, (TRIGGER, EXTRACTOR))
-
-
-def take_mark(study: Study) -> Made:
-    """Take injector and extractor as they ship, trained beforehand."""
-    config, data = study.config, study.data
-    assert config.pretrained is not None
-    card = pretrained_card(config.pretrained)
-    wanted, got = (card["channels"], card["image_size"]), (data.channels, data.image_size)
-    if got != wanted:
-        raise ValueError(
-            f"expected images of {wanted[0]} channels and {wanted[1]} px for the weights "
-            f"{config.pretrained}, got {got[0]} and {got[1]}"
+def fit_trigger(trial: Trial, store: Store, checkpoint: Path) -> Result:
+    """Make the trigger of an attack from clean training images."""
+    train, attack = trial.train_images(store), trial.definition
+    metadata = {"seed": trial.seed, "data": trial.fingerprint}
+    files = [trial.trigger_file]
+    if isinstance(attack, WatermarkAttack):
+        made = fit_watermark(
+            attack, train, seed=trial.seed, checkpoint=checkpoint, progress=store.progress
         )
-    ready = WatermarkTrigger.from_pretrained(config.pretrained)
-    trigger = WatermarkTrigger(ready.injector, watermark=ready.watermark, strength=config.strength)
-    extractor = UNetExtractor.from_pretrained(config.pretrained)
-    _save_mark(study, trigger, extractor)
-    values = {
-        "recipe": card["recipe"],
-        "size": card["size"],
-        "trained_on": card["data"],
-        "injector_parameters": parameters(trigger),
-        "extractor_parameters": parameters(extractor),
-    }
-    return Made(values, (TRIGGER, EXTRACTOR))
+        trigger, facts = made.trigger, made.facts
+        if made.extractor is not None:
+            files.append(trial.extractor_file)
+            save_checkpoint(
+                store.path(files[-1]),
+                kind=UNetExtractor.kind,
+                config=made.extractor.config,
+                state=made.extractor.state_dict(),
+                metadata=metadata,
+            )
+    else:
+        beside = checkpoint.with_name(f"{checkpoint.stem}-classifier{checkpoint.suffix}")
+        fitted = attack.fit(
+            FitContext(
+                images=train.images,
+                labels=train.labels,
+                num_classes=trial.data.num_classes,
+                target=trial.study.target,
+                seed=trial.seed,
+                co_train=partial(_co_train, trial, store, beside),
+                length=trial.length,
+                checkpoint=checkpoint,
+                progress=store.progress,
+            )
+        )
+        trigger, facts = fitted.trigger, dict(fitted.facts)
+        for name in (beside.name, f"{beside.name}.env.json"):
+            beside.with_name(name).unlink(missing_ok=True)
+    save_trigger(trigger.cpu(), store.path(files[0]), metadata)
+    return Result({"facts": facts}, files)
 
 
-def _save_mark(study: Study, trigger: WatermarkTrigger, extractor: UNetExtractor) -> None:
-    """Write both where the later stages read them."""
-    metadata = {"seed": study.config.seed, "data": study.data.fingerprint}
-    save_trigger(trigger, study.space.path(TRIGGER), metadata)
-    save_checkpoint(
-        study.space.path(EXTRACTOR),
-        kind=UNetExtractor.kind,
-        config=extractor.config,
-        state=extractor.state_dict(),
-        metadata=metadata,
+def _co_train(
+    trial: Trial, store: Store, checkpoint: Path, hook: CoTraining | None
+) -> nn.Module:
+    """What an attacker trains to make a trigger: the clean victim, or a classifier of its own.
+
+    A search on the study's clean victim knows the victim's network and first weights, as the
+    benchmark's does.
+    """
+    if hook is None:
+        return trial.surrogate.load_victim(store)
+    seed = trial.seed + _ATTACKER
+    model = trial.fresh(seed=seed)
+    train_classifier(
+        model,
+        trial.train_images(store),
+        config=trial.train_config(seed=seed),
+        num_classes=trial.data.num_classes,
+        hook=hook,
+        checkpoint=checkpoint,
+        device=torch.device(store.device),
+        progress=store.progress,
+        deadline=store.deadline,
     )
+    return model
 
 
-def measure_mark(study: Study) -> Made:
-    """How visible the watermark is, what is read back, and whether marked images are told apart."""
-    trigger, extractor, test = study.trigger(), study.extractor(), study.test
-    images = quantize(test.images)
-    poisoned = poisoned_images(trigger, test)
-    values = mark_values(
-        extractor,
-        trigger.watermark,
-        images,
-        poisoned,
-        corruptions=study.corruptions,
-        false_positive_rate=study.config.measure.false_positive_rate,
-        seed=study.config.seed,
-    )
-    shown = images[: study.config.measure.pictures]
-    folder = study.space.folder / "pictures"
-    pictures = watermark_pictures(folder, trigger, extractor, trigger.watermark, shown)
-    files = [pictures["watermark"], *(p for row in pictures["rows"] for p in row.values())]
-    stealth = stealth_values(poisoned, images)
-    return Made({**values, "stealth": stealth, "pictures": pictures}, _names(files))
-
-
-def train_victim(study: Study, name: str, checkpoint: Path) -> Made:
-    """Train the clean or the backdoored victim: one recipe, one seed, one difference."""
-    config, data = study.config, study.data
-    model = fresh_classifier(data, config.victim.model, width=config.victim.width, seed=config.seed)
-    attack: dict[str, Any] = {}
-    if name == "backdoored":
-        attack = {
-            "plan": replace(config.plan, seed=config.seed),
-            "trigger": study.trigger(),
-        }
+def train_victim(trial: Trial, store: Store, checkpoint: Path) -> Result:
+    """Train a victim, and watch the backdoor being learned."""
+    planting, model = trial.planting(store), trial.fresh()
+    study = trial.study
+    watched = trial.test_images(store, study.measure.watched)
     history = train_classifier(
         model,
-        data.train.to(study.device),
-        config=replace(config.train, seed=config.seed),
-        num_classes=data.num_classes,
+        trial.train_images(store),
+        config=trial.train_config(),
+        num_classes=trial.data.num_classes,
         checkpoint=checkpoint,
-        device=study.device,
-        progress=study.progress,
-        **attack,
+        device=torch.device(store.device),
+        progress=store.progress,
+        corrupt=trial.train_corruptions,
+        watch=partial(_watch, planting, watched, study.target),
+        deadline=store.deadline,
+        **planting.arguments(),
     )
-    path = victim_file(name)
-    metadata = {"seed": config.seed, "data": data.fingerprint, "victim": name}
-    save_classifier(model.cpu(), study.space.path(path), metadata)
-    values = {"parameters": parameters(model), "history": history.to_dict()}
-    return Made(values, (path,))
+    metadata = {"seed": trial.seed, "data": trial.fingerprint, "attack": trial.attack}
+    files = [trial.victim_file]
+    save_classifier(model.cpu(), store.path(files[0]), metadata)
+    trained = planting.now()
+    if planting.hook is not None and trained is not None:
+        files.append(trial.trained_trigger_file)
+        save_trigger(trained.cpu().eval(), store.path(files[1]), metadata)
+    values = {"parameters": parameters(model)}
+    return Result(values | _exposures(trial, planting.plan, history.to_dict()), files)
 
 
-def measure_victims(study: Study) -> Made:
-    """Both victims under every corruption, compared image by image."""
-    rows = {name: _rows(study, study.victim(name)) for name in ("clean", "backdoored")}
-    victims = {
-        name: {c: metrics_values(summarize(found)) for c, found in by_name.items()}
-        for name, by_name in rows.items()
+@torch.no_grad()
+def _watch(
+    planting: Planting, test: ImageSet, target: int, epoch: int, model: nn.Module
+) -> dict[str, float]:
+    """Clean accuracy, attack success, and the loss on poisoned images alone, all held out."""
+    rates = {"cda": float((predict(model, test.images).argmax(1) == test.labels).float().mean())}
+    trigger = planting.now()
+    if trigger is None:
+        return rates
+    training = [module for module in trigger.modules() if module.training]
+    others = test.subset(test.labels != target)
+    logits = predict(model, poisoned_images(trigger.eval(), others, target=target)).float()
+    for module in training:
+        module.training = True
+    wanted = torch.full_like(others.labels, target)
+    success = float((logits.argmax(1) == wanted).float().mean())
+    return rates | {"asr": success, "poison_loss": float(F.cross_entropy(logits, wanted))}
+
+
+def _exposures(trial: Trial, plan: PoisonPlan | None, history: Mapping[str, Any]) -> dict[str, Any]:
+    """How often the victim has seen the trigger, and from when on the backdoor was there."""
+    labels = trial.data.train.labels
+    sizes = batch_sizes(len(labels), trial.study.train.batch_size)
+    poisoned, of_target = 0, None
+    if plan is not None and plan.mode == "per_batch":
+        poisoned = sum(int(plan.ratio * size) for size in sizes)
+    elif plan is not None:
+        poisoned = int(plan.choose(labels).sum())
+    if plan is not None and plan.label_map == "clean-label":
+        of_target = poisoned / int((labels == plan.target).sum())
+    rates = [row.get("asr", 0.0) for row in history["watched"]]
+    epoch = next((i for i, rate in enumerate(rates, start=1) if rate >= LEARNED), None)
+    return {
+        "history": dict(history),
+        "steps": len(sizes) * len(history["losses"]),
+        "poisoned": poisoned,
+        "poisoned_of_target": of_target,
+        "learned": None if epoch is None else {"epoch": epoch, "exposures": epoch * poisoned},
     }
-    gaps = {
-        c: compare(rows["backdoored"][c].correct, rows["clean"][c].correct)._asdict()
-        for c in study.corruptions
+
+
+def measure_rates(trial: Trial, store: Store, _: Path) -> Result:
+    """A victim's rates under every corruption, and its accuracy beside the clean victim's."""
+    rows = _outcomes(trial, store, trial.load_victim(store))
+    values = _rates(trial, rows)
+    if trial.attack != CLEAN:
+        clean = _load_outcomes(trial.clean, store)
+        values["cda_gap"] = {
+            name: compare(row.correct, clean[name].correct)._asdict() for name, row in rows.items()
+        }
+    file = file_name("outcomes", trial.victim_key)
+    state = {f"{name}.{part}": x for name, row in rows.items() for part, x in row._asdict().items()}
+    save_checkpoint(store.path(file), kind="outcomes", config={}, state=state, metadata={})
+    return Result(values, (file,))
+
+
+def measure_baseline(trial: Trial, store: Store, _: Path) -> Result:
+    """The rates of the clean victim that is shown an attack's trigger."""
+    return Result(_rates(trial, _outcomes(trial, store, trial.clean.load_victim(store))))
+
+
+def _rates(trial: Trial, rows: Mapping[str, Outcomes]) -> dict[str, Any]:
+    return {
+        "target": trial.study.target,
+        "label_map": None if trial.attack == CLEAN else trial.label_map,
+        "corruptions": {name: metrics_values(summarize(row)) for name, row in rows.items()},
     }
-    values = {"target": study.config.plan.target, "label_map": study.config.plan.label_map}
-    return Made({**values, "victims": victims, "cda_gap": gaps})
 
 
-def scan_victim(study: Study, defence: str, victim: str) -> Made:
-    """Run one defence on one victim; keep what it found, and a picture for every label."""
-    config, space = study.config, study.space
-    mine = study.defender(config.defence.images)
-    report = DEFENCES[defence].scan(
-        study.victim(victim),
-        mine.images,
-        config=getattr(config, defence),
-        alpha=config.defence.alpha,
-        max_ratio=config.defence.max_ratio,
-        labels=mine.labels,
-        seed=config.seed,
-        progress=study.progress,
-    )
-    folder, prefix = space.folder / "pictures", f"{defence}-{victim}"
-    pictures = {
-        str(label): reversed_picture(folder, f"{prefix}-{label}", trigger, mine.images[:64].cpu())
-        for label, trigger in sorted(report.triggers.items())
-    }
-    values = scan_values(report)
-    chosen = chosen_label(values)
-    files = list(_names(pictures.values()))
-    if chosen is not None:
-        files.append(reversed_file(defence, victim))
-        save_reversed(report.triggers[chosen].cpu(), space.path(files[-1]))
-    values |= {
-        "defence": defence,
-        "victim": victim,
-        "max_ratio": config.defence.max_ratio,
-        "n_images": len(mine),
-        "true_target": config.plan.target if victim == "backdoored" else None,
-        "pictures": pictures,
-    }
-    return Made(values, files)
-
-
-def clean_victim(study: Study, defence: str) -> Made:
-    """Clean the backdoored victim with the label that the scan named; with none, say so."""
-    config, space = study.config, study.space
-    scan = space.record(f"scan-{defence}-backdoored").values
-    label = chosen_label(scan)
-    if label is None:
-        why = f"the scan named no label ({scan['verdict']}: {scan['reason']})"
-        return Made({"done": False, "why": why, "label": None})
-    mine = study.defender(config.defence.cleaning_images)
-    before = study.victim("backdoored")
-    settings = {"config": getattr(config, f"{defence}_cleaning"), "seed": config.seed}
-    reversed_trigger = load_reversed(space.path(reversed_file(defence, "backdoored")))
-    after = DEFENCES[defence].clean(
-        before, reversed_trigger.to(study.device), mine.images, mine.labels, **settings
-    )
-    control = DEFENCES[defence].clean(before, NoTrigger(), mine.images, mine.labels, **settings)
-    path = f"models/cleaned-{defence}.safetensors"
-    save_classifier(after.cpu(), space.path(path), {"seed": config.seed, "label": label})
-    cleaned = load_classifier(space.path(path)).to(study.device)
-    rows = [_rows(study, m, only_none=True)["none"] for m in (before, cleaned, control)]
-    first, second, third = rows
-    counts = first.attacked
-    values = {
-        "done": True,
-        "why": f"the scan named label {label}",
-        "label": label,
-        "other_labels_named": [k for k in scan["suspected"] if k != label],
-        "n_images": len(mine),
-        "before": metrics_values(summarize(first)),
-        "after": metrics_values(summarize(second)),
-        "control": metrics_values(summarize(third)),
-        "cda_change": compare(second.correct, first.correct)._asdict(),
-        "asr_change": compare(second.opened[counts], first.opened[counts])._asdict(),
-        "asr_against_control": compare(second.opened[counts], third.opened[counts])._asdict(),
-    }
-    return Made(values, (path,))
-
-
-def chosen_label(scan: Mapping[str, Any]) -> int | None:
-    """The named label that stands out most; None if none was named."""
-    named = [label for label in scan["labels"] if label["label"] in scan["suspected"]]
-    if not named:
-        return None
-    return int(min(named, key=lambda x: (x["p_value"], x["ratio"], x["label"]))["label"])
-
-
-def stage_settings(config: StudyConfig, *sections: str) -> dict[str, Any]:
-    """The parts of the settings that a stage depends on, for its record."""
-    whole = plain(config)
-    return {name: whole[name] for name in ("name", *sections)}
-
-
-def _rows(study: Study, model: nn.Module, *, only_none: bool = False) -> dict[str, Any]:
-    plan = study.config.plan
-    corruptions = study.corruptions
+def _outcomes(
+    trial: Trial, store: Store, model: nn.Module, *, only_none: bool = False
+) -> dict[str, Outcomes]:
+    corruptions = trial.test_corruptions
     return outcomes(
         model,
-        study.trigger(),
-        study.test,
-        target=plan.target,
+        NoTrigger() if trial.attack == CLEAN else trial.load_trigger(store),
+        trial.test_images(store, trial.study.measure.limit),
+        target=trial.study.target,
         corruptions={"none": corruptions["none"]} if only_none else corruptions,
-        seed=study.config.seed,
-        label_map=plan.label_map,
+        seed=trial.seed,
+        label_map=trial.label_map,
     )
 
 
-def _watermark(path: str | None, size: int) -> Tensor | None:
-    if path is None:
-        return None
-    return to_float(load_image(path, size=size, channels=1)[None])[0]
+def _load_outcomes(trial: Trial, store: Store) -> dict[str, Outcomes]:
+    path = store.path(file_name("outcomes", trial.victim_key))
+    return _rows(load_checkpoint(path, kind="outcomes").state)
 
 
-def _names(pictures: Any) -> tuple[str, ...]:
-    return tuple(sorted({f"pictures/{picture['file']}" for picture in pictures}))
+def _rows(state: Mapping[str, Tensor]) -> dict[str, Outcomes]:
+    rows: dict[str, dict[str, Tensor]] = {}
+    for name, column in state.items():
+        corruption, _, part = name.rpartition(".")
+        rows.setdefault(corruption, {})[part] = column
+    return {name: Outcomes(**columns) for name, columns in rows.items()}
+
+
+def measure_stealth(trial: Trial, store: Store, _: Path) -> Result:
+    """How far triggered images are from the originals."""
+    test = trial.test_images(store, trial.study.measure.stealth)
+    poisoned = poisoned_images(_shown(trial, store), test, target=trial.study.target)
+    return Result({"n": len(test), "stealth": stealth_values(poisoned, quantize(test.images))})
+
+
+def _shown(trial: Trial, store: Store) -> nn.Module:
+    """The trigger as it was fitted, unless only the training of the victim finishes it."""
+    return trial.load_trigger(store, fitted=trial.attack not in FINISHED_BY_VICTIM)
+
+
+def measure_mark(trial: Trial, store: Store, _: Path) -> Result:
+    """What is read back from marked images, and whether they are told from others."""
+    measure, trigger = trial.study.measure, _watermark(trial, store)
+    test = trial.test_images(store, measure.limit)
+    values = mark_values(
+        trial.load_extractor(store),
+        trigger.watermark,
+        quantize(test.images),
+        poisoned_images(trigger, test),
+        corruptions=trial.test_corruptions,
+        false_positive_rate=measure.false_positive_rate,
+        seed=trial.seed,
+    )
+    return Result(values)
+
+
+def _watermark(trial: Trial, store: Store) -> WatermarkTrigger:
+    trigger = trial.load_trigger(store)
+    if not isinstance(trigger, WatermarkTrigger):
+        raise ValueError(f"expected a watermark trigger, got {type(trigger).__name__}")
+    return trigger
+
+
+def draw_tiles(trial: Trial, store: Store, _: Path) -> Result:
+    """Original, poisoned and amplified change of a few test images; what the extractor reads."""
+    test, target = trial.test_images(store), trial.study.target
+    first = [int((test.labels == k).nonzero()[0]) for k in test.labels.unique() if k != target]
+    shown = test.subset(torch.tensor(first[: trial.study.measure.pictures]))
+    images, trigger = quantize(shown.images), _shown(trial, store)
+    poisoned = poisoned_images(trigger, shown, target=target)
+    gain = residual_gain(poisoned - images)
+    kinds = {
+        "original": (images, "original"),
+        "poisoned": (poisoned, "poisoned, as stored in 8 bits"),
+        "residual": (amplified(poisoned - images, gain), f"change, x {gain}"),
+    }
+    folder, prefix = store.folder / "pictures", f"tiles-{trial.attack}-{trial.seed}"
+    values: dict[str, Any] = {"gain": gain}
+    if isinstance(trigger, WatermarkTrigger):
+        with torch.no_grad():
+            extractor = trial.load_extractor(store)
+            kinds["extracted"] = (extractor(poisoned), "watermark read from the poisoned image")
+            kinds["extracted-clean"] = (extractor(images), "watermark read from the original")
+        mark = trigger.watermark
+        values["watermark"] = save_picture(folder, f"{prefix}-watermark", mark, "the watermark")
+    values["tiles"] = [
+        {
+            kind: save_picture(folder, f"{prefix}-{i}-{kind}", batch[i], caption)
+            for kind, (batch, caption) in kinds.items()
+        }
+        for i in range(len(shown))
+    ]
+    return Result(values, _pictures(values))
+
+
+def scan_victim(trial: Trial, detector: str, keep: bool, store: Store, checkpoint: Path) -> Result:
+    """One detector's look at one victim; ``keep`` the triggers that it reversed."""
+    report = _scan(trial, detector, trial.load_victim(store), store, checkpoint)
+    values = scan_values(report)
+    target = None if trial.attack == CLEAN else trial.study.target
+    names = named_labels(values)
+    values |= {
+        "true_target": target,
+        "named": names,
+        "oracle_label": _oracle_label(values) if target is None else target,
+        "n_images": len(trial.defender_images(store)),
+    }
+    if target is not None:
+        values["case"] = detection_case(names, target)
+        values["paper_case"] = detection_case(report.paper_flagged, target)
+    files = []
+    if keep and DETECTORS[detector].inverts:
+        for label, trigger in sorted(report.triggers.items()):
+            files.append(trial.reversed_file(detector, label))
+            save_reversed(trigger.cpu(), store.path(files[-1]))
+    return Result(values, files)
+
+
+def _scan(
+    trial: Trial, detector: str, model: nn.Module, store: Store, checkpoint: Path
+) -> ScanReport:
+    images = trial.defender_images(store)
+    return DETECTORS[detector].scan(
+        model,
+        images.images,
+        config=trial.scanner(detector),
+        alpha=trial.study.defender.alpha,
+        labels=images.labels,
+        seed=trial.seed,
+        progress=store.progress,
+        checkpoint=checkpoint,
+    )
+
+
+def named_labels(scan: Mapping[str, Any]) -> list[int]:
+    """The labels that a scan says are backdoor targets: none, unless its verdict says so."""
+    return list(scan["suspected"]) if scan["verdict"] == Verdict.BACKDOORED.value else []
+
+
+def _oracle_label(scan: Mapping[str, Any]) -> int:
+    """Of a clean model, the label that is nearest to being one."""
+    nearest = min(scan["labels"], key=lambda x: (not x["converged"], x["ratio"], x["label"]))
+    return int(nearest["label"])
+
+
+def draw_reversed(trial: Trial, detector: str, store: Store, _: Path) -> Result:
+    """What the reversed trigger of every label looks like."""
+    folder = store.folder / "pictures"
+    images = trial.defender_images(store).images[:_SHOWN_IMAGES].cpu()
+    prefix = "-".join((detector, trial.attack, str(trial.seed)))
+    pictures = {
+        str(label): reversed_picture(
+            folder, f"{prefix}-{label}", trial.load_reversed(store, detector, label).cpu(), images
+        )
+        for label in _scanned(trial, detector, store)
+    }
+    return Result({"pictures": pictures}, _pictures(pictures))
+
+
+def _scanned(trial: Trial, detector: str, store: Store) -> list[int]:
+    """The labels whose reversed triggers a scan has kept."""
+    scan = store.record("scan", {**trial.victim_key, "detector": detector}).values
+    labels = [int(row["label"]) for row in scan["labels"]]
+    files = scan.get("files", {})
+    return [label for label in labels if trial.reversed_file(detector, label) in files]
+
+
+def compare_triggers(trial: Trial, detector: str, store: Store, _: Path) -> Result:
+    """How close the reversed images of the target come to the planted ones, with pictures.
+
+    ``cosine``, ``psnr_planted`` and ``psnr_between`` are the ``cosine``, ``psnr_clean`` and
+    ``psnr`` of `defense_reverse.closeness`; ``cosine_others`` is the cosine of the triggers of the
+    other labels, which is what resembling nothing in particular amounts to.
+    """
+    target, test = trial.study.target, _others(trial, store)
+    images = quantize(test.images)
+    planted = poisoned_images(trial.load_trigger(store), test, target=target)
+    labels = _scanned(trial, detector, store)
+    reversed_images = {
+        label: poisoned_images(trial.load_reversed(store, detector, label), test)
+        for label in labels
+    }
+    near = {k: image_closeness(x, planted, images) for k, x in reversed_images.items()}
+    values = {
+        "target": target,
+        "n": len(test),
+        "cosine": near[target].cosine,
+        "cosine_others": fmean(near[label].cosine for label in labels if label != target),
+        "psnr_planted": near[target].psnr_clean,
+        "psnr_reversed": float(psnr(reversed_images[target], images).mean()),
+        "psnr_between": near[target].psnr,
+    }
+    first = [label for label in labels if label != target][: _SHOWN_LABELS - 1]
+    shown = {label: reversed_images[label] for label in sorted([target, *first])}
+    values |= _draw_closeness(trial, detector, store, images, planted, shown)
+    return Result(values, _pictures(values))
+
+
+def _others(trial: Trial, store: Store) -> ImageSet:
+    """Test images of other classes than the target: the n-th of every class before the next."""
+    test = trial.test_images(store)
+    rank = torch.zeros_like(test.labels)
+    for label in test.labels.unique():
+        same = test.labels == label
+        rank[same] = torch.arange(int(same.sum()), device=rank.device)
+    order = rank.argsort(stable=True)
+    chosen = order[test.labels[order] != trial.study.target]
+    return test.subset(chosen[: trial.study.measure.compared].cpu())
+
+
+def _draw_closeness(
+    trial: Trial,
+    detector: str,
+    store: Store,
+    images: Tensor,
+    planted: Tensor,
+    triggered: Mapping[int, Tensor],
+) -> dict[str, Any]:
+    """A few images with both triggers, and the first one with the trigger of every label."""
+    count, folder = trial.study.measure.pictures, store.folder / "pictures"
+    prefix = f"closeness-{detector}-{trial.attack}-{trial.seed}"
+    of_target = triggered[trial.study.target]
+    # One factor each for all pictures that are to be compared.
+    gain = residual_gain(torch.cat([planted - images, of_target - images])[: 2 * count])
+    labels_gain = residual_gain(torch.stack([x[0] - images[0] for x in triggered.values()]))
+
+    def saved(name: str, image: Tensor, caption: str) -> dict[str, Any]:
+        return save_picture(folder, f"{prefix}-{name}", image, caption)
+
+    def change(name: str, image: Tensor, factor: int) -> dict[str, Any]:
+        return saved(f"{name}-change", amplified(image, factor), f"change, x {factor}")
+
+    rows = [
+        {
+            "original": saved(f"{i}-original", images[i], "original"),
+            "planted": saved(f"{i}-planted", planted[i], "with the planted trigger"),
+            "planted-change": change(f"{i}-planted", planted[i] - images[i], gain),
+            "reversed": saved(f"{i}-reversed", of_target[i], "with the reversed trigger"),
+            "reversed-change": change(f"{i}-reversed", of_target[i] - images[i], gain),
+        }
+        for i in range(min(count, len(images)))
+    ]
+    labels = {
+        str(label): {
+            "reversed": saved(f"label-{label}", x[0], f"reversed for label {label}"),
+            "change": change(f"label-{label}", x[0] - images[0], labels_gain),
+        }
+        for label, x in triggered.items()
+    }
+    return {"gain": gain, "labels_gain": labels_gain, "rows": rows, "labels": labels}
+
+
+def mitigate(
+    trial: Trial, mitigator: Mitigator, key: Key, control: Key | None, store: Store, _: Path
+) -> Result:
+    """Repair a victim, or say why not, and measure what is left on the same images as before."""
+    method, fraction = str(key["method"]), float(key["fraction"])
+    before = _load_outcomes(trial, store)["none"]
+    images = trial.defender_images(store, fraction)
+    labels, why = _unlearned(trial, method, bool(key["oracle_label"]), store)
+    values: dict[str, Any] = {"n_images": len(images), "labels": labels, "why": why}
+    backdoored = trial.attack != CLEAN
+    detector = detector_of(method)
+    values["done"] = detector is None or bool(labels)
+    if not values["done"]:
+        same = mitigation_values(before, before, backdoored=backdoored)
+        return Result(values | same | {"steps": 0, "log": {}})
+    triggers = None
+    if detector is not None:
+        triggers = {label: trial.load_reversed(store, detector, label) for label in labels}
+    repaired = mitigator.repair(
+        trial.load_victim(store),
+        images.images,
+        images.labels,
+        triggers=triggers,
+        seed=trial.seed,
+        progress=store.progress,
+    )
+    files = []
+    if rescanned(method):
+        files.append(file_name("repaired", key))
+        save_classifier(repaired.model.cpu(), store.path(files[0]), {"seed": trial.seed})
+    after = _outcomes(trial, store, repaired.model.to(store.device), only_none=True)["none"]
+    log = dict(repaired.log)
+    values |= {"steps": log.get("steps", getattr(mitigator, "steps", 0)), "log": log}
+    values |= mitigation_values(before, after, backdoored=backdoored)
+    file = file_name("outcomes", key)
+    state = {f"none.{part}": column for part, column in after._asdict().items()}
+    save_checkpoint(store.path(file), kind="outcomes", config={}, state=state, metadata={})
+    if control is not None and backdoored:
+        path = store.path(file_name("outcomes", control))
+        other, counted = _rows(load_checkpoint(path, kind="outcomes").state)["none"], after.attacked
+        difference = compare(after.opened[counted], other.opened[counted])
+        values["asr_against_control"] = difference._asdict()
+    return Result(values, [*files, file])
+
+
+def _unlearned(
+    trial: Trial, method: str, oracle_label: bool, store: Store
+) -> tuple[list[int], str]:
+    """The labels whose triggers a method gets, and why these."""
+    detector = detector_of(method)
+    if detector is None:
+        return [], "needs no scan"
+    scan = store.record("scan", {**trial.victim_key, "detector": detector}).values
+    if oracle_label:
+        what = "nearest label" if trial.attack == CLEAN else "true target"
+        return [int(scan["oracle_label"])], f"the {what}, which the scan did not name"
+    if scan["named"]:
+        return list(scan["named"]), f"the scan named {', '.join(map(str, scan['named']))}"
+    return [], f"the scan named no label ({scan['verdict']})"
+
+
+def rescan(
+    trial: Trial, detector: str, mitigation: Key, store: Store, checkpoint: Path
+) -> Result:
+    """Scan what was repaired as the victim was scanned: does the verdict agree that it is clean?"""
+    model = load_classifier(store.path(file_name("repaired", mitigation))).to(store.device).eval()
+    values = scan_values(_scan(trial, detector, model, store, checkpoint))
+    first = store.record("scan", {**trial.victim_key, "detector": detector}).values
+    values |= {
+        "named": named_labels(values),
+        "named_before": first["named"],
+        "verdict_before": first["verdict"],
+        "agrees": values["verdict"] == Verdict.CLEAN.value,
+    }
+    return Result(values)
+
+
+def export_models(trial: Trial, store: Store, _: Path) -> Result:
+    """Injector, extractor, classifier and reversed generator as ONNX and TorchScript, compared.
+
+    The generator is that of the label that the reverse-generator scan named; where it named none,
+    the reason stands in its place.
+
+    Raises:
+        ParityError: An exported model answers differently from the one it came from.
+    """
+    images = trial.test_images(store, _EXAMPLES).images.cpu()
+    models: dict[str, nn.Module] = {
+        "injector": trial.load_trigger(store).cpu(),
+        "extractor": trial.load_extractor(store).cpu(),
+        "classifier": trial.load_victim(store).cpu(),
+    }
+    absent = {}
+    labels, why = _unlearned(trial, "unlearning-reverse", False, store)
+    if labels:
+        models["generator"] = trial.load_reversed(store, "reverse", labels[0]).cpu()
+    else:
+        absent["generator"] = why
+    rows = {name: _exported(trial, name, model, images, store) for name, model in models.items()}
+    files = [row["file"] for forms in rows.values() for row in forms.values()]
+    return Result({"tolerance": TOLERANCE, "models": rows, "absent": absent}, files)
+
+
+def _exported(
+    trial: Trial, name: str, model: nn.Module, images: Tensor, store: Store
+) -> dict[str, Any]:
+    rows, relative = {}, name == "classifier"
+    for form, suffix, export in (("onnx", "onnx", to_onnx), ("torchscript", "pt", to_torchscript)):
+        file = f"exports/{name}.{suffix}"
+        parity = export(
+            model,
+            images,
+            store.path(file),
+            tolerance=TOLERANCE,
+            relative=relative,
+            metadata={"study": trial.study.name, "data": trial.fingerprint},
+        )
+        rows[form] = {"file": file, "relative": relative, **parity._asdict()}
+        rows[form]["batches"] = list(parity.batches)
+    return rows
+
+
+def _pictures(values: Any) -> list[str]:
+    """The files of all pictures in a record's values."""
+    if isinstance(values, Mapping):
+        if {"file", "caption"} <= set(values):
+            return [f"pictures/{values['file']}"]
+        values = list(values.values())
+    if not isinstance(values, list):
+        return []
+    return sorted({file for value in values for file in _pictures(value)})

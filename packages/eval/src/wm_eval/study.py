@@ -1,133 +1,320 @@
-"""What every stage of a study knows, and where it finds what the stages before it have made."""
+"""From a study to its stages: which are needed, what each depends on, and in which order."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
-import torch
-from torch import nn
+from wm_eval import stages as do
+from wm_eval.config import SPLITS, Study, plain
+from wm_eval.detectors import DETECTORS
+from wm_eval.engine import Result, Stage, file_digest
+from wm_eval.methods import CONTROLS, build_method, detector_of, rescanned
+from wm_eval.records import Record
+from wm_eval.titles import CLEAN
+from wm_eval.trial import FINISHED_BY_VICTIM, Trial, images_of
+from wm_inject import pretrained_card
 
-import defense_nc
-import defense_reverse
-from wm_eval.config import StudyConfig
-from wm_eval.workspace import Workspace
-from wm_extract import Corruption, UNetExtractor, named_corruption
-from wm_inject import WatermarkTrigger, load_checkpoint, load_trigger, save_checkpoint
-from wm_victim import (
-    DATASET_STATS,
-    Dataset,
-    ImageSet,
-    build_classifier,
-    defender_subset,
-    load_classifier,
-)
-
-TRIGGER, EXTRACTOR = "models/trigger.safetensors", "models/extractor.safetensors"
+# Whose trigger depends on a classifier: on the clean victim, or on one that is trained with it.
+SEARCHES, TRAINS = ("lf",), ("marksman",)
+MARK = "watermark"
 
 
-@dataclass(frozen=True)
-class Study:
-    """What every stage knows."""
-
-    config: StudyConfig
-    data: Dataset
-    space: Workspace
-    progress: bool
-
-    @property
-    def device(self) -> torch.device:
-        """Where to compute."""
-        return torch.device(self.space.device)
-
-    @property
-    def test(self) -> ImageSet:
-        """The test images that are measured on, on the device."""
-        test, limit = self.data.test, self.config.measure.limit
-        part = test if limit is None else test.subset(torch.arange(min(limit, len(test))))
-        return part.to(self.device)
-
-    @property
-    def corruptions(self) -> dict[str, Corruption]:
-        """Those of the settings, with "none" in front."""
-        return {name: named_corruption(name) for name in ("none", *self.config.measure.corruptions)}
-
-    def defender(self, count: int) -> ImageSet:
-        """Clean training images of the defender, on the device."""
-        count = min(count, len(self.data.train))
-        return defender_subset(self.data.train, count=count, seed=self.config.seed).to(self.device)
-
-    def trigger(self) -> WatermarkTrigger:
-        """The planted trigger, from its file."""
-        trigger = load_trigger(self.space.path(TRIGGER))
-        if not isinstance(trigger, WatermarkTrigger):
-            raise ValueError(f"expected a watermark trigger in {TRIGGER}, got {type(trigger)}")
-        return trigger.to(self.device).eval()
-
-    def extractor(self) -> UNetExtractor:
-        """The extractor, from its file."""
-        saved = load_checkpoint(self.space.path(EXTRACTOR), kind=UNetExtractor.kind)
-        extractor = UNetExtractor(**saved.config)
-        extractor.load_state_dict(saved.state)
-        return extractor.to(self.device).eval()
-
-    def victim(self, name: str) -> nn.Module:
-        """A trained classifier, from its file."""
-        return load_classifier(self.space.path(victim_file(name))).to(self.device).eval()
-
-
-def fresh_classifier(data: Dataset, model: str, *, width: int | None, seed: int) -> nn.Module:
-    """An untrained classifier for a data set, with the set's own normalisation where one is known.
+def stages(study: Study) -> Iterator[Stage]:
+    """Every stage of a study that is known before it runs.
 
     Raises:
-        ValueError: An unknown model, or a width or image size that it does not take.
+        ValueError: Images that cannot be loaded, or a target that is no class.
     """
-    mean, std = DATASET_STATS.get(data.name, (None, None))
-    return build_classifier(
-        model,
-        num_classes=data.num_classes,
-        channels=data.channels,
-        image_size=data.image_size,
-        width=width,
-        mean=mean,
-        std=std,
-        seed=seed,
+    images_of.cache_clear()  # files may have changed
+    yield Stage("study", {"study": study.name}, partial(_describe, study), plain(study))
+    for name in study.settings:
+        yield from _population(study, name)
+    if not study.settings:
+        yield from _trials(study)
+
+
+def _describe(study: Study, *_: Any) -> Result:
+    """What is planned: tables tell what is missing from what was never asked for."""
+    planned: dict[str, Any] = {
+        "attacks": list(study.rows),
+        "corruptions": list(study.corruptions),
+        "seeds": list(study.seeds),
+        "detectors": list(study.detectors),
+        "mitigations": list(study.methods),
+        "fractions": list(study.defender.fractions) if study.mitigations else [],
+    }
+    if study.settings:
+        planned = {
+            "detectors": list(study.detectors),
+            "settings": {
+                name: {split: dict(getattr(setting, split)) for split in SPLITS}
+                for name, setting in study.settings.items()
+            },
+        }
+    values = {"profile": study.profile, "model": study.victim.model, "target": study.target}
+    steps = study.defender.steps if study.defender.passes is None else None
+    return Result({**values, "steps": steps, "planned": planned})
+
+
+def _trials(study: Study) -> Iterator[Stage]:
+    """Victims with what is measured and scanned, seed by seed; then mitigations; then pictures."""
+    data = images_of(study.data)
+    if study.target >= data.num_classes:
+        raise ValueError(
+            f"expected a target label below {data.num_classes} classes, got {study.target}"
+        )
+    trials = [Trial(study, seed) for seed in study.seeds]
+    yield _images(trials[0])
+    for trial in trials:
+        for corruptions in study.corruptions:
+            for attack in study.rows:
+                first = corruptions == study.corruptions[0]
+                yield from _attack(replace(trial, attack=attack, corruptions=corruptions), first)
+    for trial in trials:
+        for attack in study.rows:
+            yield from _mitigations(replace(trial, attack=attack))
+    for attack in study.rows:
+        yield from _extras(replace(trials[0], attack=attack))
+
+
+def _population(study: Study, name: str) -> Iterator[Stage]:
+    """Every model of a setting with its scans."""
+    setting = study.settings[name]
+    watermark = study.watermark
+    if setting.joint is not None:
+        watermark = replace(watermark, joint=setting.joint)
+    classes = images_of(setting.data).num_classes
+    study = replace(
+        study,
+        data=setting.data,
+        victim=setting.victim,
+        train=setting.train,
+        triggers={**study.triggers, **setting.triggers},
+        watermark=watermark,
+        settings={},
+        attacks=(CLEAN,),
+        parts=(),
     )
+    yield _images(Trial(study, 0, setting=name))
+    for split in SPLITS:
+        for attack, seed in setting.models(split):
+            one = replace(study, target=seed % classes)
+            trial = Trial(one, seed, attack=attack, setting=name, split=split)
+            yield from _victim(trial)
+            for detector in study.detectors:
+                yield _scan(trial, detector)
 
 
-def victim_file(name: str) -> str:
-    """Where a victim is kept, inside the study."""
-    return f"models/victim-{name}.safetensors"
+def _attack(trial: Trial, first: bool) -> Iterator[Stage]:
+    """All that is measured of an attack, and what it needs."""
+    study, attack = trial.study, trial.attack
+    parts = set(study.parts)
+    if first and attack != CLEAN:
+        yield from _appearance(trial, parts)
+    if "rates" in parts:
+        yield from _rates(trial)
+        if "baseline" in parts and attack != CLEAN:
+            yield from _victim(trial.clean)
+            yield _baseline(trial)
+    if first:
+        for detector in study.detectors:
+            yield from _victim(trial)
+            yield _scan(trial, detector)
 
 
-def reversed_file(defence: str, victim: str) -> str:
-    """Where the reversed trigger of a named label is kept, inside the study."""
-    return f"models/reversed-{defence}-{victim}.safetensors"
+def _appearance(trial: Trial, parts: set[str]) -> Iterator[Stage]:
+    """What triggered images look like."""
+    study = trial.study
+    measure, target = study.measure, study.target
+    works: dict[str, tuple[Any, dict[str, Any]]] = {
+        "stealth": (do.measure_stealth, {"images": measure.stealth, "target": target}),
+        "tiles": (do.draw_tiles, {"pictures": measure.pictures, "target": target}),
+    }
+    if trial.attack == MARK:
+        works["mark"] = (do.measure_mark, plain(measure))
+    by_victim = trial.attack in FINISHED_BY_VICTIM
+    maker = ("victim", trial.victim_key) if by_victim else ("trigger", trial.trigger_key)
+    for part, (work, settings) in works.items():
+        if part in parts:
+            yield from _victim(trial) if by_victim else _trigger(trial)
+            yield trial.stage(part, trial.trigger_key, partial(work, trial), settings, [maker])
 
 
-def save_reversed(trigger: nn.Module, path: Path) -> None:
-    """Keep a reversed trigger of either defence.
+def _trigger(trial: Trial) -> Iterator[Stage]:
+    study, name = trial.study, trial.attack
+    settings: dict[str, Any] = {"attack": trial.described, "target": study.target}
+    inputs = []
+    if name in SEARCHES:
+        yield from _victim(trial.surrogate)
+        inputs.append(("victim", trial.surrogate.victim_key))
+    elif name in TRAINS:
+        settings |= trial.training
+    # A picture or weights may change under their name: what counts is what is in them.
+    if name == MARK and study.watermark.pretrained is not None:
+        settings["card"] = pretrained_card(study.watermark.pretrained)["sha256"]
+    elif name == MARK and study.watermark.picture is not None:
+        settings["picture"] = file_digest(study.watermark.picture)
+    work = partial(do.fit_trigger, trial)
+    yield trial.stage("trigger", trial.trigger_key, work, settings, inputs)
 
-    Raises:
-        ValueError: Another kind of trigger.
-    """
-    if isinstance(trigger, defense_reverse.ReversedTrigger):
-        defense_reverse.save_reversed(trigger, path)
-    elif isinstance(trigger, defense_nc.InvertedTrigger):
-        save_checkpoint(path, kind=trigger.kind, config=trigger.config, state=trigger.state_dict())
-    else:
-        raise ValueError(f"expected a reversed trigger, got {type(trigger).__name__}")
+
+def _victim(trial: Trial) -> Iterator[Stage]:
+    """A victim, and what it needs."""
+    study, settings = trial.study, {**trial.training, "watched": trial.study.measure.watched}
+    inputs = []
+    if trial.corruptions == "corrupted":
+        settings["corruption_probability"] = study.corruption_probability
+    if trial.attack != CLEAN:
+        yield from _trigger(trial)
+        attack = trial.definition
+        settings |= {"attack": trial.described, "target": study.target, "ratio": trial.ratio}
+        settings |= {"label_map": attack.label_map, "mode": attack.mode}
+        inputs.append(("trigger", trial.trigger_key))
+    work = partial(do.train_victim, trial)
+    yield trial.stage("victim", trial.victim_key, work, settings, inputs)
 
 
-def load_reversed(path: Path) -> nn.Module:
-    """Read what `save_reversed` wrote.
+def _rates(trial: Trial) -> Iterator[Stage]:
+    """The rates of a victim, and what they need."""
+    yield from _victim(trial)
+    inputs = [("victim", trial.victim_key)]
+    if trial.attack != CLEAN:
+        yield from _rates(trial.clean)
+        inputs += [("trigger", trial.trigger_key), ("rates", trial.clean.victim_key)]
+    work = partial(do.measure_rates, trial)
+    yield trial.stage("rates", trial.victim_key, work, trial.measured, inputs)
 
-    Raises:
-        CheckpointError: Not such a file.
-    """
-    kinds = (defense_nc.InvertedTrigger.kind, defense_reverse.ReversedTrigger.kind)
-    saved = load_checkpoint(path, kind=kinds)
-    if saved.kind == defense_reverse.ReversedTrigger.kind:
-        return defense_reverse.load_reversed(path)
-    numbers = {name: saved.config[name] for name in ("target", "success_rate", "steps")}
-    return defense_nc.InvertedTrigger(saved.state["mask"], saved.state["pattern"], **numbers)
+
+def _baseline(trial: Trial) -> Stage:
+    """The rates of the clean victim that is shown an attack's trigger."""
+    inputs = [("victim", trial.clean.victim_key), ("trigger", trial.trigger_key)]
+    key = {**trial.clean.victim_key, "trigger": trial.attack}
+    return trial.stage("rates", key, partial(do.measure_baseline, trial), trial.measured, inputs)
+
+
+def _scan(trial: Trial, detector: str) -> Stage:
+    study = trial.study
+    keep = bool(study.methods) or not {"reversed", "closeness", "exports"}.isdisjoint(study.parts)
+    target = None if trial.attack == CLEAN else study.target
+    stage = trial.stage(
+        "scan",
+        {**trial.victim_key, "detector": detector},
+        partial(do.scan_victim, trial, detector, keep),
+        {**_scanner(trial, detector), "target": target, "keep": keep},
+        [("victim", trial.victim_key)],
+    )
+    return replace(stage, then=partial(_with_oracle_label, trial, detector))
+
+
+def _scanner(trial: Trial, detector: str) -> dict[str, Any]:
+    defender = trial.study.defender
+    return {
+        "settings": plain(trial.scanner(detector)),
+        "images": defender.images,
+        "fraction": defender.fraction,
+        "alpha": defender.alpha,
+    }
+
+
+def _mitigations(trial: Trial) -> Iterator[Stage]:
+    """Every method with every fraction of the images."""
+    if trial.study.methods:
+        yield from _rates(trial)
+    for method in trial.study.methods:
+        for fraction in trial.study.defender.fractions:
+            yield _mitigation(trial, method, fraction)
+
+
+def _with_oracle_label(trial: Trial, detector: str, scan: Record) -> Iterator[Stage]:
+    """Mitigation with the true label, where the scan did not name it."""
+    if scan.values["oracle_label"] in scan.values["named"]:
+        return
+    for method in trial.study.methods:
+        if detector_of(method) == detector:
+            for fraction in trial.study.defender.fractions:
+                yield _mitigation(trial, method, fraction, oracle_label=True)
+
+
+def _mitigation(
+    trial: Trial,
+    method: str,
+    fraction: float,
+    *,
+    oracle_label: bool = False,
+    rate: float | None = None,
+) -> Stage:
+    study, detector = trial.study, detector_of(method)
+    lr = {} if rate is None else {"lr": rate}
+    steps = {"steps": trial.steps(fraction)}
+    mitigator = build_method(method, **{**steps, **study.mitigations[method], **lr})
+    key = {**trial.victim_key, "method": method, "fraction": fraction, **lr}
+    key["oracle_label"] = oracle_label
+    settings = {
+        "method": {"name": mitigator.name, **plain(mitigator)},
+        "target": study.target,
+    }
+    inputs = [("victim", trial.victim_key), ("rates", trial.victim_key)]
+    if detector is not None:
+        inputs.append(("scan", {**trial.victim_key, "detector": detector}))
+    controls = [name for name in study.methods if CONTROLS.get(name) == method]
+    control = {**key, "method": controls[0], "oracle_label": False} if controls else None
+    if control is not None:
+        inputs.append(("mitigation", control))
+    work = partial(do.mitigate, trial, mitigator, key, control)
+    stage = trial.stage("mitigation", key, work, settings, inputs)
+    if study.defender.rescan and rescanned(method) and not oracle_label and rate is None:
+        stage = replace(stage, then=partial(_rescan, trial))
+    return stage
+
+
+def _rescan(trial: Trial, mitigation: Record) -> Iterator[Stage]:
+    """Scan what was repaired as the victim was scanned."""
+    if mitigation.values["done"]:
+        detector = str(detector_of(str(mitigation.key["method"])))
+        key = {name: mitigation.key[name] for name in (*trial.victim_key, "method", "fraction")}
+        inputs = [
+            ("mitigation", mitigation.key),
+            ("scan", {**trial.victim_key, "detector": detector}),
+        ]
+        work = partial(do.rescan, trial, detector, mitigation.key)
+        key["detector"] = detector
+        yield trial.stage("rescan", key, work, _scanner(trial, detector), inputs)
+
+
+def _extras(trial: Trial) -> Iterator[Stage]:
+    """What is done with the first seed alone: learning rates, pictures, exports."""
+    study, measure, parts = trial.study, trial.study.measure, trial.study.parts
+    if trial.attack != CLEAN:
+        for rate in study.learning_rates:
+            for method in study.methods:
+                if method != "neuron-pruning":
+                    yield _mitigation(trial, method, max(study.defender.fractions), rate=rate)
+    for detector in study.detectors:
+        if not DETECTORS[detector].inverts:
+            continue
+        key = {**trial.victim_key, "detector": detector}
+        if "reversed" in parts:
+            work = partial(do.draw_reversed, trial, detector)
+            yield trial.stage("reversed", key, work, {}, [("scan", key)])
+        if "closeness" in parts and trial.attack != CLEAN:
+            settings = {"pictures": measure.pictures, "compared": measure.compared}
+            work = partial(do.compare_triggers, trial, detector)
+            yield trial.stage("closeness", key, work, settings, [("scan", key)])
+    if "exports" in parts and trial.attack == MARK:
+        key = trial.victim_key
+        inputs = [("trigger", trial.trigger_key), ("victim", key)]
+        if "reverse" in study.detectors:
+            inputs.append(("scan", {**key, "detector": "reverse"}))
+        yield trial.stage("exports", key, partial(do.export_models, trial), {}, inputs)
+
+
+def _images(trial: Trial) -> Stage:
+    key = {"setting": trial.setting} if trial.setting else {}
+    settings = {"limit": trial.study.measure.limit}
+    return trial.stage("images", key, partial(do.describe_images, trial), settings)
+
+
+__all__ = ["stages"]

@@ -1,0 +1,74 @@
+"""Every mitigation by the name it has in the tables. None is imported before it is used."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from defense_nc.mitigator import Mitigator
+
+_UNLEARNING = "defense_reverse.baselines.unlearning:Unlearning"
+# Neural Cleanse puts its trigger on a fifth of the images, the reverse-generator paper adds a
+# triggered copy of each.
+_GENERATORS: tuple[str, dict[str, Any]] = (_UNLEARNING, {"trigger_share": 1.0, "append": True})
+_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "fine-tuning": ("defense_reverse.baselines.fine_tuning:FineTuning", {}),
+    "unlearning-nc": (_UNLEARNING, {"trigger_share": 0.2, "append": False}),
+    "unlearning-reverse": _GENERATORS,
+    "unlearning-reverse-lpips": _GENERATORS,
+    "neuron-pruning": ("defense_nc.neuron_pruning:NeuronPruning", {}),
+    "nad": ("defense_reverse.baselines.nad:NAD", {}),
+    "fine-pruning": ("defense_reverse.baselines.fine_pruning:FinePruning", {}),
+    "anp": ("defense_reverse.baselines.anp:ANP", {}),
+    "i-bau": ("defense_reverse.baselines.i_bau:IBAU", {}),
+    "ft-sam": ("defense_reverse.baselines.ft_sam:FTSAM", {}),
+}
+# Fine-tuning by the settings of unlearning: what the triggers add is the difference.
+CONTROLS = {"control-nc": "unlearning-nc", "control": "unlearning-reverse"}
+_STEPLESS = ("neuron-pruning",)  # prunes until the reversed trigger fails: nothing is trained
+
+
+def build_method(name: str, *, steps: int, preset: str = "small", **changes: Any) -> Mitigator:
+    """A mitigation by its name, to run for so many optimiser steps.
+
+    Args:
+        name: One of `wm_eval.titles.METHODS`.
+        steps: Optimiser steps. Neuron pruning takes none.
+        preset: Of the method's own settings, "small" or "paper", or another that it has.
+        changes: Settings that differ from the preset's.
+
+    Raises:
+        ValueError: No such method or preset, or a setting that it refuses.
+    """
+    if name in CONTROLS:
+        from defense_reverse.baselines.fine_tuning import FineTuning
+
+        unlearning = build_method(CONTROLS[name], steps=steps, preset=preset, **changes)
+        return FineTuning(**{f.name: getattr(unlearning, f.name) for f in fields(FineTuning)})
+    if name not in _METHODS:
+        known = ", ".join((*CONTROLS, *_METHODS))
+        raise ValueError(f"expected a method out of {known}, got {name!r}")
+    module, _, kind = _METHODS[name][0].partition(":")
+    settings = {**_METHODS[name][1], **({} if name in _STEPLESS else {"steps": steps}), **changes}
+    try:
+        built: Mitigator = getattr(import_module(module), kind).preset(preset, **settings)
+    except TypeError as error:
+        raise ValueError(f"expected settings of {name}: {error}") from error
+    return built
+
+
+def detector_of(method: str) -> str | None:
+    """Whose reversed triggers a method works with; None for one that needs no scan."""
+    if method == "neuron-pruning":
+        return "nc"
+    return method.removeprefix("unlearning-") if method.startswith("unlearning-") else None
+
+
+def rescanned(method: str) -> bool:
+    """Whether a method leaves a classifier that its detector can scan again."""
+    return method.startswith("unlearning-")
+
+
+__all__ = ["CONTROLS", "build_method", "detector_of", "rescanned"]
