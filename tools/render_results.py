@@ -22,7 +22,7 @@ from wm_eval.records import Record, read_records, write_text
 from wm_eval.speed_section import speed_parts
 from wm_eval.summary import headline, story
 from wm_eval.tables import DEFENCES, Table, percent, to_markdown, with_interval
-from wm_inject.cli_common import run_cli
+from wm_inject.command.common import run_cli
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 STUDIES = {

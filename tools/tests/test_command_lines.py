@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tools import release
 
-from wm_inject.cli_common import Parser
+from wm_inject.command.common import Parser
 
 # Why a command does not write --json, or has no --config: its product says it, or it measures none.
 NO_JSON = {

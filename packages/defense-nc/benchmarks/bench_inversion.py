@@ -24,8 +24,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
 from defense_nc import NCConfig, ScanReport, frozen, invert_trigger, scan
-from wm_inject.files import write_json
-from wm_inject.poison import PoisonPlan
+from wm_inject.core.files import write_json
+from wm_inject.core.plan import PoisonPlan
 from wm_inject.triggers import BadNetsTrigger
 from wm_victim import (
     Dataset,

@@ -12,7 +12,7 @@ from defense_nc import DiscriminantFilter, InputFilter, Strip, auroc, export_fil
 from defense_nc.feature_score import FeatureScore
 from defense_nc.input_detector import conformal_threshold
 from defense_nc.neurons import activations
-from wm_inject.images import to_pixels
+from wm_inject.core.images import to_pixels
 from wm_inject.runtime import Detector, Scanner
 from wm_victim import build_classifier
 from wm_victim.planted import planted_classifier, planted_images, planted_trigger

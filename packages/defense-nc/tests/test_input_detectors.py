@@ -12,7 +12,7 @@ from defense_nc.input_detector import CalibratedDetector, auroc, threshold_at
 from defense_nc.input_filter import InputFilter
 from defense_nc.neurons import activations, excitement, last_linear, put_trigger
 from defense_nc.strip import Strip, strip_entropy
-from wm_inject.images import quantize, to_pixels
+from wm_inject.core.images import quantize, to_pixels
 from wm_victim import build_classifier
 from wm_victim.planted import planted_classifier, planted_images, planted_trigger
 

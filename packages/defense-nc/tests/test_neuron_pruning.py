@@ -8,7 +8,7 @@ from torch import nn
 
 from defense_nc.neuron_pruning import NeuronPruning
 from defense_nc.neurons import activations
-from wm_inject.images import quantize
+from wm_inject.core.images import quantize
 from wm_victim import build_classifier
 from wm_victim.planted import planted_classifier, planted_images, planted_trigger
 

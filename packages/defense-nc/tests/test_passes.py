@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from defense_nc import frozen
-from defense_nc.passes import fast_passes, fold
 from wm_victim import build_classifier
+from wm_victim.compiled_forward import fast_passes, fold
 from wm_victim.planted import planted_classifier
 
 CPU = torch.device("cpu")

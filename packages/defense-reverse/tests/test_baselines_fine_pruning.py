@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from defense_nc.taps import tap
-from defense_reverse.baselines import FinePruning
-from defense_reverse.baselines.channels import ChannelMask, fold, mean_activations
+from defense_reverse.mitigations import FinePruning
+from defense_reverse.mitigations.channels import ChannelMask, fold, mean_activations
 from wm_victim import build_classifier
 from wm_victim.planted import planted_images
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from defense_nc.feature_score import FeatureScore
 from defense_nc.input_detector import CalibratedDetector, check_rate, conformal_threshold
 from defense_nc.neurons import activations, last_linear, put_trigger
-from wm_inject.images import check_images, quantize
-from wm_inject.poison import Trigger
+from wm_inject.core.images import check_images, quantize
+from wm_inject.core.plan import Trigger
 
 MIN_IMAGES = 40  # twenty to fit on, twenty for the threshold
 

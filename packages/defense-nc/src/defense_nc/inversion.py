@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from defense_nc.passes import fast_passes
 from defense_nc.schedule import CostSchedule, NCConfig
 from defense_nc.search import (
     Candidate,
@@ -26,8 +25,9 @@ from defense_nc.search import (
     squash,
 )
 from defense_nc.trigger import InvertedTrigger, compose
-from wm_inject.cli_common import Progress
-from wm_inject.cli_common import progress as show_progress
+from wm_inject.core.progress import Progress
+from wm_inject.core.progress import progress as show_progress
+from wm_victim.compiled_forward import fast_passes
 
 
 def invert_trigger(

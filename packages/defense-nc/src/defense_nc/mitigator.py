@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from defense_nc.inversion import frozen, predict_in_batches
-from wm_inject.images import check_images, check_labels
-from wm_inject.poison import Trigger
+from wm_inject.core.images import check_images, check_labels
+from wm_inject.core.plan import Trigger
 
 
 class Repaired(NamedTuple):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from defense_nc.inversion import frozen, predict_in_batches
 from defense_nc.mitigator import Repaired, check_repair
 from defense_nc.neurons import activations, last_linear, put_trigger
-from wm_inject.images import quantize
-from wm_inject.poison import Trigger
+from wm_inject.core.images import quantize
+from wm_inject.core.plan import Trigger
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from defense_nc.inversion import frozen
-from wm_inject.images import check_images
-from wm_inject.poison import Trigger
+from wm_inject.core.images import check_images
+from wm_inject.core.plan import Trigger
 
 
 def last_linear(model: nn.Module) -> nn.Linear:

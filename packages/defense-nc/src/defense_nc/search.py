@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from defense_nc.trigger import InvertedTrigger, compose
-from wm_inject.images import check_images, check_labels
+from wm_inject.core.images import check_images, check_labels
 
 # tanh / (2 - epsilon) + 1/2, as in the original; the PyTorch ports have 2 + epsilon.
 _EPSILON = 1e-7

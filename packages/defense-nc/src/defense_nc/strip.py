@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from defense_nc.input_detector import CalibratedDetector, check_rate, threshold_at
 from defense_nc.inversion import frozen, predict_in_batches
-from wm_inject.images import check_images, quantize
-from wm_inject.poison import Trigger
+from wm_inject.core.images import check_images, quantize
+from wm_inject.core.plan import Trigger
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from defense_nc.inversion import frozen
-from wm_inject.images import check_images
+from wm_inject.core.images import check_images
 
 
 class _Output(NamedTuple):

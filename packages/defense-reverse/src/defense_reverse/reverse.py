@@ -25,8 +25,8 @@ from defense_reverse.rounds import (
 )
 from defense_reverse.stacked import filled, pack
 from defense_reverse.trigger import ReversedTrigger
-from wm_inject.cli_common import progress as show_progress
-from wm_inject.images import check_images, check_labels
+from wm_inject.core.images import check_images, check_labels
+from wm_inject.core.progress import progress as show_progress
 
 
 @torch.enable_grad()

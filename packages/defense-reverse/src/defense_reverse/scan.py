@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from defense_nc import ScanReport, frozen
 from defense_nc.inversion import predict_in_batches
-from defense_nc.report import judge_scan
+from defense_nc.verdict.report import judge_scan
 from defense_reverse.config import ReverseConfig
 from defense_reverse.in_turn import reverse_in_turn
 from defense_reverse.reverse import pretrain
 from defense_reverse.standing import Task, settings
 from defense_reverse.together import reverse_together
-from wm_inject.images import check_images, check_labels
+from wm_inject.core.images import check_images, check_labels
 
 _ENGINES = {"together": reverse_together, "one-by-one": reverse_in_turn}
 

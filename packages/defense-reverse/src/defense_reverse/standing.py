@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from defense_reverse.config import ReverseConfig
 from defense_reverse.generator import UNetGenerator
 from defense_reverse.trigger import ReversedTrigger
-from wm_inject.resume import load_state, save_state
+from wm_inject.core.resume import load_state, save_state
 from wm_victim.resume import fingerprint
 
 _KIND = "reverse-scan"
@@ -79,7 +79,7 @@ class Keeper:
             }
 
     def save(self, state: Any) -> None:
-        """Write the state, as `wm_inject.resume.save_state` does."""
+        """Write the state, as `wm_inject.core.resume.save_state` does."""
         if self._path is not None:
             save_state(self._path, state, kind=_KIND, run=self._run)
 

@@ -15,8 +15,8 @@ from defense_nc import NCConfig, UnlearnConfig
 from defense_reverse import ReverseConfig
 from wm_extract import PAPER_CORRUPTIONS, JointConfig, named_corruption
 from wm_inject import PoisonPlan, pretrained_card
-from wm_inject.config import fill as fill
-from wm_inject.config import load_toml, one_seed
+from wm_inject.core.config import fill as fill
+from wm_inject.core.config import load_toml, one_seed
 from wm_victim import TrainConfig
 
 

@@ -20,7 +20,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
-from wm_inject.files import atomic_path
+from wm_inject.core.files import atomic_path
 
 PACKAGES = ("wm-inject", "wm-extract", "wm-victim", "defense-nc", "defense-reverse", "wm-eval")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")

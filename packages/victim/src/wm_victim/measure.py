@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from wm_inject.images import check_images, quantize
-from wm_inject.poison import Trigger
+from wm_inject.core.images import check_images, quantize
+from wm_inject.core.plan import Trigger
 from wm_victim.datasets import ImageSet
 
 

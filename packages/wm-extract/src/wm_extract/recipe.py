@@ -15,7 +15,7 @@ from wm_extract.corruptions import (
     SaltPepper,
 )
 from wm_inject import ViTConfig
-from wm_inject.vit import SIZES
+from wm_inject.watermark.vit import SIZES
 
 # AdamW's peak rate relative to that of "tiny". At the same rate a "small" injector saturates the
 # tanh that limits its change and learns no more (docs/weights.md). "base" and "large" are not

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from wm_eval.cli_settings import asked_seeds, listed, named_in, numbers
 from wm_eval.executor_options import add_executor, chosen_executor
-from wm_inject.cli_config import layered, print_config, read_config, refuse_preset
+from wm_inject.command.config import layered, print_config, read_config, refuse_preset
 
 if TYPE_CHECKING:
     from wm_eval.cleaning.config import CleaningConfig
@@ -72,7 +72,7 @@ def mitigate_command(given: argparse.Namespace) -> int:
     from wm_eval.cleaning.gather import read_cleaning
     from wm_eval.cleaning.run import run_cleaning
     from wm_eval.cleaning.tables import cleaning_headlines, write_cleaning_tables
-    from wm_inject.cli_common import resolve_device
+    from wm_inject.command.common import resolve_device
 
     config = mitigate_config(given)
     if given.print_config:

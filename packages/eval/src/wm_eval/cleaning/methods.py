@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from defense_nc.mitigator import Mitigator
 
-_UNLEARNING = "defense_reverse.baselines.unlearning:Unlearning"
+_UNLEARNING = "defense_reverse.mitigations.unlearning:Unlearning"
 # Where each lives, and what it is told beside the steps: Neural Cleanse puts its trigger on a fifth
 # of the images, the reverse-generator paper adds a triggered copy of each.
 _HOMES: dict[str, tuple[str, dict[str, Any]]] = {
-    "fine-tuning": ("defense_reverse.baselines.fine_tuning:FineTuning", {}),
+    "fine-tuning": ("defense_reverse.mitigations.fine_tuning:FineTuning", {}),
     "unlearning-nc": (_UNLEARNING, {"trigger_share": 0.2, "append": False}),
     "unlearning-reverse": (_UNLEARNING, {"trigger_share": 1.0, "append": True}),
     "neuron-pruning": ("defense_nc.neuron_pruning:NeuronPruning", {}),
-    "nad": ("defense_reverse.baselines.nad:NAD", {}),
-    "fine-pruning": ("defense_reverse.baselines.fine_pruning:FinePruning", {}),
-    "anp": ("defense_reverse.baselines.anp:ANP", {}),
-    "i-bau": ("defense_reverse.baselines.i_bau:IBAU", {}),
-    "ft-sam": ("defense_reverse.baselines.ft_sam:FTSAM", {}),
+    "nad": ("defense_reverse.mitigations.nad:NAD", {}),
+    "fine-pruning": ("defense_reverse.mitigations.fine_pruning:FinePruning", {}),
+    "anp": ("defense_reverse.mitigations.anp:ANP", {}),
+    "i-bau": ("defense_reverse.mitigations.i_bau:IBAU", {}),
+    "ft-sam": ("defense_reverse.mitigations.ft_sam:FTSAM", {}),
 }
 _STEPLESS = ("neuron-pruning",)  # prunes until the reversed trigger fails: nothing is trained
 
@@ -57,7 +57,7 @@ def build_method(name: str, *, steps: int, preset: str = "small", **changes: Any
 
 def _without_triggers(unlearning: Mitigator) -> Mitigator:
     """Fine-tuning by the settings of unlearning: the control of what the triggers add."""
-    from defense_reverse.baselines.fine_tuning import FineTuning
+    from defense_reverse.mitigations.fine_tuning import FineTuning
 
     shared = {field.name: getattr(unlearning, field.name) for field in fields(FineTuning)}
     return FineTuning(**shared)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from wm_eval.cli_settings import asked_seeds, listed, named_in, numbers
 from wm_eval.executor_options import add_executor, chosen_executor
-from wm_inject.cli_common import resolve_device
-from wm_inject.cli_config import layered, print_config, read_config
+from wm_inject.command.common import resolve_device
+from wm_inject.command.config import layered, print_config, read_config
 
 if TYPE_CHECKING:
     from wm_eval.paper2.config import DetectConfig

@@ -144,7 +144,7 @@ def steps(config: UnlearnConfig, images: int) -> int:
 
 def _nad(trial: Trial, model: nn.Module, mine: ImageSet, cleaning: UnlearnConfig) -> nn.Module:
     """Attention distillation with the same number of steps and the same learning rate."""
-    method = import_module("defense_reverse.baselines.nad").NAD
+    method = import_module("defense_reverse.mitigations.nad").NAD
     settings = method.preset("small", steps=steps(cleaning, len(mine)), lr=cleaning.lr)
     repaired: nn.Module = settings.repair(
         model, mine.images, mine.labels, seed=trial.seed, progress=trial.study.progress

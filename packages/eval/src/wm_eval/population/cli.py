@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from wm_eval.cli_settings import listed
 from wm_eval.executor_options import add_executor, chosen_executor
-from wm_inject.cli_config import layered, print_config, read_config, refuse_preset
+from wm_inject.command.config import layered, print_config, read_config, refuse_preset
 
 if TYPE_CHECKING:
     from wm_eval.population.config import PopulationConfig
@@ -48,7 +48,7 @@ def population_command(given: argparse.Namespace) -> int:
     from wm_eval.population.config import HALVES
     from wm_eval.population.run import run_population
     from wm_eval.population.tables import write_population
-    from wm_inject.cli_common import resolve_device
+    from wm_inject.command.common import resolve_device
 
     config = _config(given)
     if given.print_config:
@@ -79,7 +79,7 @@ def population_command(given: argparse.Namespace) -> int:
     for path in paths:
         print(f"table       {path}")
     if given.calibrate is not None:
-        from defense_nc.calibration import write_calibrations
+        from defense_nc.verdict.calibration import write_calibrations
         from wm_eval.population.summary import read_scans, summarise
 
         found = summarise(read_scans(out))

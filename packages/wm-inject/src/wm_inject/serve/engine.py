@@ -15,7 +15,7 @@ from functools import partial
 
 import numpy as np
 
-from wm_inject.onnx_model import Array
+from wm_inject.runtime.onnx_model import Array
 from wm_inject.serve.models import Served
 
 Answer = dict[str, Array]

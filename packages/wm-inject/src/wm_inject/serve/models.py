@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from wm_inject.onnx_model import CPU, Array, OnnxModel
+from wm_inject.runtime.onnx_model import CPU, Array, OnnxModel
 
 VERSION = "1"  # a server has one version of each model: the file it was started with
 DATATYPES = {"float32": "FP32", "uint8": "UINT8", "int64": "INT64", "bool": "BOOL"}

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from wm_inject.onnx_model import Array, Port
+from wm_inject.runtime.onnx_model import Array, Port
 from wm_inject.serve.models import DATATYPES
 
 _KINDS: dict[str, set[type]] = {

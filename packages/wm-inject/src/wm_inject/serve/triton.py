@@ -6,8 +6,8 @@ import hashlib
 import shutil
 from pathlib import Path, PurePosixPath
 
-from wm_inject.files import atomic_path
-from wm_inject.onnx_model import OnnxModel, Port
+from wm_inject.core.files import atomic_path
+from wm_inject.runtime.onnx_model import OnnxModel, Port
 from wm_inject.serve.models import VERSION, check_name
 
 _TYPES = {"float32": "FP32", "uint8": "UINT8", "int64": "INT64", "bool": "BOOL"}

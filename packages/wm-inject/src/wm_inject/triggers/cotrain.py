@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from wm_inject.resume import like_parameters
+from wm_inject.core.resume import like_parameters
 
 
 @contextmanager

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wm_inject.cli_common import Progress
-from wm_inject.cli_common import progress as show_progress
-from wm_inject.resume import load_state, save_state
+from wm_inject.core.progress import Progress
+from wm_inject.core.progress import progress as show_progress
+from wm_inject.core.resume import load_state, save_state
 from wm_inject.triggers.common import check_batch
 from wm_inject.triggers.cotrain import channels_last, in_mode, load_optimizer, load_weights
 from wm_inject.triggers.input_aware import InputAwareTrigger

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wm_inject.cli_common import Progress
-from wm_inject.cli_common import progress as show_progress
-from wm_inject.images import check_images, quantize
-from wm_inject.resume import like_parameters, load_state, save_state
+from wm_inject.core.images import check_images, quantize
+from wm_inject.core.progress import Progress
+from wm_inject.core.progress import progress as show_progress
+from wm_inject.core.resume import like_parameters, load_state, save_state
 from wm_inject.stealth import psnr
 from wm_inject.triggers.ssba import SsbaDecoder, SsbaTrigger
 from wm_inject.triggers.ssba_config import SsbaConfig

@@ -1,0 +1,1 @@
+"""The command line: what the six commands share, and the verbs of wm-inject."""

@@ -1,0 +1,1 @@
+"""What all packages share: images, files, checkpoints, poison plans, progress, settings."""

@@ -1,0 +1,173 @@
+"""Poison and judge images with exported models: numpy, Pillow and ONNX Runtime, no torch.
+
+Meant for graphs that this project exported. ONNX files cannot run code, but a hostile one can hang
+or exhaust the process that opens it: open a stranger's model with wm-victim.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from wm_inject.runtime.folder import poison_files
+from wm_inject.runtime.onnx_model import CPU as CPU
+from wm_inject.runtime.onnx_model import METADATA_KEY as METADATA_KEY
+from wm_inject.runtime.onnx_model import OnnxModel as OnnxModel
+from wm_inject.runtime.onnx_model import providers_for as providers_for
+from wm_inject.runtime.scanner import Detector as Detector
+from wm_inject.runtime.scanner import Extraction as Extraction
+from wm_inject.runtime.scanner import Extractor as Extractor
+from wm_inject.runtime.scanner import Scan as Scan
+from wm_inject.runtime.scanner import ScannedFile as ScannedFile
+from wm_inject.runtime.scanner import Scanner as Scanner
+from wm_inject.runtime.scanner import as_input, image_input
+
+if TYPE_CHECKING:
+    from wm_inject.core.images import Pixels
+    from wm_inject.runtime.folder import FolderResult
+    from wm_inject.runtime.folder_plan import FolderPlan
+    from wm_inject.runtime.onnx_model import Array
+
+
+# Images in one run on a CPU: what a network computes of them stays in the caches. At 32 at once the
+# large learned injectors are slower (bench_injector.py, "in parts").
+_AT_ONCE = 8
+
+
+class Poisoner:
+    """Put an exported trigger into uint8 images.
+
+    Args:
+        path: A trigger exported with `to_onnx`, as a float or as a uint8 graph.
+        providers: As for `OnnxModel`.
+        threads: As for `OnnxModel`.
+
+    Raises:
+        ValueError: Not an ONNX model of one image input with a fixed height and width, or one that
+            wants to know more than ids and target.
+        RuntimeError: As for `OnnxModel`.
+    """
+
+    def __init__(
+        self, path: str | Path, *, providers: Sequence[str] = CPU, threads: int = 1
+    ) -> None:
+        self.model = OnnxModel(path, providers=providers, threads=threads)
+        self.channels, self.size, self.uint8 = image_input(self.model)
+        if len(self.model.outputs) != 1:
+            raise ValueError(f"expected a graph of one output, got {len(self.model.outputs)}")
+        unknown = sorted(set(self.model.extra_inputs) - {"ids", "target"})
+        if unknown:
+            raise ValueError(f"expected a graph of images, ids and target, got {unknown[0]!r}")
+        self.needs_ids = "ids" in self.model.extra_inputs
+        self.needs_target = "target" in self.model.extra_inputs
+
+    def __repr__(self) -> str:
+        return f"Poisoner({str(self.model.path)!r}, size={self.size}, channels={self.channels})"
+
+    def __call__(
+        self, pixels: Pixels, *, ids: Array | None = None, target: Array | None = None
+    ) -> Pixels:
+        """Poison a batch: uint8 ``(N, H, W, C)`` to the same shape and type.
+
+        Args:
+            pixels: The images.
+            ids: int64 ``(N,)``, for a trigger with ``needs_ids``; others do not look at them.
+            target: int64 ``(N,)``, the label each image is to get, for one with ``needs_target``.
+
+        Raises:
+            ValueError: Not such a batch, ids or a target that the trigger needs and did not get,
+                or the graph's output is not an image batch.
+        """
+        images = as_input(pixels, uint8=self.uint8)
+        extra = self._extra(len(images), {"ids": ids, "target": target})
+        step = _AT_ONCE if self.model.provider == CPU[0] else len(images)
+        parts = [slice(start, start + step) for start in range(0, len(images), step)]
+        out = np.concatenate(
+            [self.model(images[p], **{name: v[p] for name, v in extra.items()}) for p in parts]
+        )
+        if out.ndim == 4 and not self.uint8:
+            # Half up, as wm_inject.core.images.quantize does it.
+            out = np.floor(np.clip(out, 0, 1) * 255 + 0.5).astype(np.uint8)
+            out = np.ascontiguousarray(out.transpose(0, 2, 3, 1))
+        if out.shape != pixels.shape or out.dtype != np.uint8:
+            raise ValueError(
+                f"expected a graph that gives images {pixels.shape}, got {out.dtype} {out.shape}"
+            )
+        return out
+
+    def _extra(self, count: int, given: dict[str, Array | None]) -> dict[str, Array]:
+        """What the graph takes beside the images."""
+        extra: dict[str, Array] = {}
+        for name in self.model.extra_inputs:
+            values = given[name]
+            if values is None:
+                raise ValueError(f"expected {name}, which this trigger needs, got None")
+            if np.shape(values) != (count,):
+                raise ValueError(f"expected {name} of shape ({count},), got {np.shape(values)}")
+            extra[name] = values
+        classes = self.model.metadata.get("config", {}).get("num_classes")
+        asked = extra.get("target")
+        # A graph takes -1 for the last class, and any other number out of range for an error.
+        if asked is not None and classes is not None and np.size(asked):
+            low, high = int(np.min(asked)), int(np.max(asked))
+            if low < 0 or high >= classes:
+                raise ValueError(f"expected target in 0 .. {classes - 1}, got {low} .. {high}")
+        return extra
+
+
+def poison_folder(
+    model_path: str | Path,
+    source: str | Path,
+    out: str | Path,
+    *,
+    plan: FolderPlan | None = None,
+    batch_size: int = 64,
+    providers: Sequence[str] = CPU,
+    progress: bool = True,
+) -> FolderResult:
+    """Poison a folder with an exported trigger: every image, or those that a plan chooses.
+
+    Stopped at any moment, the same call goes on where it was; see
+    `wm_inject.runtime.folder.poison_files`.
+
+    Args:
+        model_path: The exported trigger (.onnx).
+        source: A folder of images; sub-folders are kept.
+        out: Where the PNG files, ``plan.json`` and, with class folders, ``labels.csv`` go.
+        plan: Which images are poisoned and what label they get; every image if None.
+        batch_size: Images at once.
+        providers: As for `OnnxModel`.
+        progress: Show a bar on a terminal, or a line a minute elsewhere.
+
+    Returns:
+        How many images there are, are poisoned, and were written by this call.
+
+    Raises:
+        ValueError: No images, an unreadable image, a plan that does not fit them, or a folder that
+            cannot be written to safely.
+        RuntimeError: As for `OnnxModel`.
+    """
+    poisoner = Poisoner(model_path, providers=providers)
+    height, width = poisoner.size
+    if height != width:
+        raise ValueError(f"expected a trigger for square images, got {height} x {width}")
+    digest = hashlib.sha256(Path(model_path).read_bytes()).hexdigest()
+    return poison_files(
+        poisoner,
+        source,
+        out,
+        size=height,
+        channels=poisoner.channels,
+        plan=plan,
+        batch_size=batch_size,
+        record={
+            "trigger": poisoner.model.metadata,
+            "model": Path(model_path).name,
+            "sha256": digest,
+        },
+        progress=progress,
+    )

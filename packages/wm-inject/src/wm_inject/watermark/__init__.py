@@ -1,0 +1,1 @@
+"""The watermark injector of Spy-Watermark: network, fast inference, shipped weights."""
