@@ -172,6 +172,6 @@ def image_shape(trigger: Any, channels: int) -> tuple[int, int]:
 
 def trigger_digest(trigger: nn.Module) -> str:
     """SHA-256 of the trigger's tensors: a picture that was given is not among its settings."""
-    from wm_inject.export.record import tensors_digest
+    from wm_inject.core.checkpoint import tensors_digest
 
     return tensors_digest(trigger.state_dict())

@@ -71,7 +71,7 @@ def save_checkpoint(
         "kind": kind,
         "config": dict(config),
         "metadata": {"versions": versions, **(metadata or {})},
-        "sha256": _digest(tensors),
+        "sha256": tensors_digest(tensors),
     }
     try:
         text = json.dumps(header, sort_keys=True, allow_nan=False)
@@ -115,7 +115,7 @@ def load_checkpoint(
         state = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path.name} is damaged: {error}") from error
-    if _digest(state) != header["sha256"]:
+    if tensors_digest(state) != header["sha256"]:
         raise CheckpointError(f"{path.name} is damaged: its tensors do not match their checksum")
     for name, tensor in state.items():
         if not _finite(tensor):
@@ -160,11 +160,11 @@ def _finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
-def _digest(state: Mapping[str, Tensor]) -> str:
+def tensors_digest(state: Mapping[str, Tensor]) -> str:
     """SHA-256 over every tensor's name, type, shape and bytes, in the order of the names."""
     digest = hashlib.sha256()
     for name in sorted(state):
-        tensor = state[name].contiguous()
+        tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,6 +55,16 @@ def load_state(path: str | Path, *, kind: str, run: Mapping[str, Any]) -> Any:
         raise CheckpointError(f"{path.name} is damaged: {error!r}") from error
 
 
+def fingerprint(*tensors: Tensor) -> str:
+    """SHA-256 over the types, shapes and bytes of tensors on any device: for ``run`` above."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def like_parameters(optimizer: torch.optim.Optimizer) -> None:
     """Give every momentum the memory layout of its parameter, which files do not keep.
 
@@ -92,4 +103,4 @@ def _rebuild(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     return tuple(parts) if kind == "tuple" else parts
 
 
-__all__ = ["like_parameters", "load_state", "save_state"]
+__all__ = ["fingerprint", "like_parameters", "load_state", "save_state"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from importlib import metadata as installed
@@ -11,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from wm_inject.__about__ import __version__
+from wm_inject.core.checkpoint import tensors_digest
 from wm_inject.export.parity import Parity
 
 FORMAT = "wm-export-2"
@@ -65,12 +65,3 @@ def with_parity(record: Mapping[str, Any], parity: Parity) -> dict[str, Any]:
     """The record with the differences that were found between file and module."""
     found = {"max_abs": parity.max_abs, "max_rel": parity.max_rel}
     return {**record, "parity": {**found, "batches": list(parity.batches)}}
-
-
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors by name, type, shape and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

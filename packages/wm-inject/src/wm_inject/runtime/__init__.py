@@ -6,13 +6,13 @@ or exhaust the process that opens it: open a stranger's model with wm-victim.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from wm_inject.core.files import sha256_file
 from wm_inject.runtime.folder import poison_files
 from wm_inject.runtime.onnx_model import CPU as CPU
 from wm_inject.runtime.onnx_model import METADATA_KEY as METADATA_KEY
@@ -155,7 +155,7 @@ def poison_folder(
     height, width = poisoner.size
     if height != width:
         raise ValueError(f"expected a trigger for square images, got {height} x {width}")
-    digest = hashlib.sha256(Path(model_path).read_bytes()).hexdigest()
+    digest = sha256_file(model_path)
     return poison_files(
         poisoner,
         source,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from pathlib import Path, PurePosixPath
 
-from wm_inject.core.files import atomic_path
+from wm_inject.core.files import atomic_path, sha256_file
 from wm_inject.runtime.onnx_model import OnnxModel, Port
 from wm_inject.serve.models import VERSION, check_name
 
@@ -44,7 +43,7 @@ def write_triton(
     home = Path(folder) / name
     if home.exists():
         found = home / VERSION / "model.onnx"
-        if not found.is_file() or _digest(found) != _digest(source):
+        if not found.is_file() or sha256_file(found) != sha256_file(source):
             raise ValueError(f"expected no other model in {home}, found one")
     for place, path in files.items():
         with atomic_path(home / VERSION / place) as part:
@@ -112,8 +111,3 @@ def _weights(source: Path) -> dict[str, Path]:
             raise ValueError(f"expected weights in a file other than model.onnx, got {place!r}")
         found[place] = path
     return found
-
-
-def _digest(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()

@@ -8,11 +8,12 @@ file. ``tools/train_weights.py`` of the repository makes both.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from wm_inject.core.files import sha256_file
 
 if TYPE_CHECKING:
     from wm_inject.core.checkpoint import Checkpoint
@@ -55,7 +56,7 @@ def read_pretrained(name: str, *, kind: str, folder: Path = FOLDER) -> Checkpoin
 
     wanted = pretrained_card(name, folder=folder)["sha256"]
     path = folder / f"{name}.safetensors"
-    found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no file"
+    found = sha256_file(path) if path.is_file() else "no file"
     if found != wanted:
         raise CheckpointError(
             f"the ready-made weights {name} are not those that were shipped, install the package "
