@@ -7,7 +7,7 @@ from defense_nc.discriminant_filter import DiscriminantFilter
 from defense_nc.filter_export import export_filter
 from defense_nc.input_detector import CalibratedDetector, InputDetector, auroc, threshold_at
 from defense_nc.input_filter import InputFilter
-from defense_nc.inversion import frozen, invert_trigger
+from defense_nc.inversion import invert_trigger
 from defense_nc.mitigator import Mitigator, Repaired
 from defense_nc.neuron_pruning import NeuronPruning
 from defense_nc.scan import scan
@@ -50,7 +50,6 @@ __all__ = [
     "describe_subject",
     "export_filter",
     "fit_calibration",
-    "frozen",
     "invert_trigger",
     "invert_triggers",
     "judge",

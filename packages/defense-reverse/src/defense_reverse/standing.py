@@ -30,7 +30,7 @@ class Task(NamedTuple):
     """One scan for an engine: everything that decides what it finds.
 
     Args:
-        model: Images in [0, 1] to logits, in eval mode and frozen (`defense_nc.frozen`).
+        model: Images in [0, 1] to logits, in eval mode and frozen (`wm_victim.inference.frozen`).
         images: Clean float32 ``(N, C, H, W)`` in [0, 1], on the model's device.
         labels: int64 ``(N,)`` in 0 .. num_classes - 1, of at least two classes, there as well.
         num_classes: Labels to reverse.

@@ -12,7 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from wm_victim.recipe import resolve_precision
 
 
-def fast_passes(
+def fused_forward(
     model: nn.Module, precision: str, device: torch.device
 ) -> Callable[[Tensor], Tensor]:
     """A frozen model's passes in the precision that is wanted.

@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from defense_nc.inversion import frozen, predict_in_batches
 from wm_inject.core.images import check_images
+from wm_victim.inference import frozen, predict
 
 Network = Literal["convolutional", "transformer", "other"]
 
@@ -67,7 +67,7 @@ def describe_subject(model: nn.Module, images: Tensor, *, classes: int | None = 
     check_images(images)
     if classes is None:
         with frozen(model):
-            classes = predict_in_batches(model, images[:1]).shape[1]
+            classes = predict(model, images[:1]).shape[1]
     # A compiled module has lost its class, yet knows its name.
     names = [str(getattr(m, "original_name", type(m).__name__)) for m in model.modules()]
     network: Network = "other"

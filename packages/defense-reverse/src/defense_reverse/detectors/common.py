@@ -11,8 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from defense_nc import ScanReport, Verdict, frozen
-from defense_nc.inversion import predict_in_batches
+from defense_nc import ScanReport, Verdict
 from defense_reverse.detectors.split import (
     FeatureSplit,
     check_split,
@@ -21,6 +20,7 @@ from defense_reverse.detectors.split import (
 )
 from defense_reverse.generator import UNetGenerator
 from wm_inject.core.images import check_images, check_labels, quantize
+from wm_victim.inference import frozen, predict
 
 
 class Examined(NamedTuple):
@@ -73,7 +73,7 @@ def examine(
         # A copy where it must move: the caller's model stays where it is.
         held = model if device is None else copy.deepcopy(model).to(device)
         images = images.to(_place(held)).contiguous(memory_format=torch.channels_last)
-        answers = predict_in_batches(held, images)
+        answers = predict(held, images)
         num_classes = answers.shape[1]
         labels = answers.argmax(1) if labels is None else labels.to(images.device)
         check_labels(labels, len(images), num_classes=num_classes)

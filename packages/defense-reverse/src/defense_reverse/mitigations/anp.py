@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from defense_nc.inversion import predict_in_batches
 from defense_nc.mitigator import Repaired, batches, check_repair
 from defense_reverse.mitigations.channel_masks import DisturbedLoss, Masks, Noise, normalisations
 from defense_reverse.mitigations.training import preset_of
 from wm_inject.core.plan import Trigger
 from wm_inject.core.progress import progress as show_progress
+from wm_victim.inference import predict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,4 +236,4 @@ def _set_weights(norms: Mapping[str, _BatchNorm], weights: Masks, masks: Masks) 
 
 
 def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    return float((predict_in_batches(model, images).argmax(1) == labels).double().mean())
+    return float((predict(model, images).argmax(1) == labels).double().mean())

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from defense_nc.inversion import frozen
-from defense_nc.taps import get_layer, tap
+from wm_victim.activations import get_layer, record_outputs
+from wm_victim.inference import frozen
 
 
 class ChannelMask:
@@ -45,7 +45,7 @@ def mean_activations(model: nn.Module, layer: str, images: Tensor) -> Tensor:
         ValueError: No such layer, or one whose outputs have no channels.
     """
     total: Tensor | None = None
-    with frozen(model), torch.no_grad(), tap(model, [layer]) as found:
+    with frozen(model), torch.no_grad(), record_outputs(model, [layer]) as found:
         for part in images.split(256):
             model(part)
             if layer not in found:

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from defense_nc.inversion import frozen, predict_in_batches
 from defense_nc.mitigator import Repaired, check_repair, trainable
-from defense_nc.taps import conv_stages, get_layer
 from defense_reverse.mitigations.channels import ChannelMask, fold, mean_activations
 from defense_reverse.mitigations.training import Augmentation, Schedule, preset_of, sgd_of, train
 from wm_inject.core.plan import Trigger
 from wm_inject.core.progress import progress as show_progress
+from wm_victim.activations import conv_stages, get_layer
+from wm_victim.inference import frozen, predict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class FinePruning:
         validation_share: Share of the clean images that judges the accuracy, in (0, 1); the
             channels are ranked on the others. The fine-tuning has all of them.
         layer: Name of the layer to prune; the end of the last stage of maps
-            (`defense_nc.taps.conv_stages`) if None.
+            (`wm_victim.activations.conv_stages`) if None.
 
     Raises:
         ValueError: A value outside its range.
@@ -209,5 +209,5 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     with frozen(model):
-        right = predict_in_batches(model, images).argmax(1) == labels
+        right = predict(model, images).argmax(1) == labels
     return float(right.double().mean())

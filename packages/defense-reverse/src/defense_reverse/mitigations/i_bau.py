@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from defense_nc.inversion import frozen, predict_in_batches
 from defense_nc.mitigator import Repaired, batches, check_repair, trainable
 from defense_reverse.mitigations.hypergradient import hypergradient
 from defense_reverse.mitigations.training import preset_of
 from wm_inject.core.plan import Trigger
 from wm_inject.core.progress import Progress
 from wm_inject.core.progress import progress as show_progress
+from wm_victim.inference import frozen, predict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +163,7 @@ class IBAU:
         with frozen(net):
             for index in batches(len(images), self.batch_size, steps, generator):
                 part = images[index.to(images.device)]
-                answers = predict_in_batches(net, part).argmax(1)
+                answers = predict(net, part).argmax(1)
                 loss = self._inner_loss(net, part, answers, delta)
                 optimizer.zero_grad()
                 loss.backward()
@@ -237,6 +237,6 @@ def carrier_rows(count: int, share: float, generator: torch.Generator) -> Tensor
 
 def _fooled(net: nn.Module, images: Tensor, delta: Tensor) -> float:
     """Share of the images whose answer the addition changes."""
-    before = predict_in_batches(net, images).argmax(1)
-    after = predict_in_batches(net, images + delta).argmax(1)
+    before = predict(net, images).argmax(1)
+    after = predict(net, images + delta).argmax(1)
     return float((before != after).double().mean())

@@ -11,9 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from defense_nc.inversion import frozen
 from defense_nc.mitigator import Repaired, check_repair, trainable
-from defense_nc.taps import conv_stages, tap
 from defense_reverse.mitigations.attention import attention_loss, attention_map
 from defense_reverse.mitigations.training import (
     Augmentation,
@@ -24,6 +22,8 @@ from defense_reverse.mitigations.training import (
     train,
 )
 from wm_inject.core.plan import Trigger
+from wm_victim.activations import conv_stages, record_outputs
+from wm_victim.inference import frozen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class NAD:
         power: p of the attention map, above 0.
         betas: Weight of each layer's distance, the last layer's last.
         layers: Names of the layers to compare, as many as betas; the ends of the last stages of the
-            network (`defense_nc.taps.conv_stages`) if None, and then a network with fewer stages
+            network (`conv_stages`) if None, and then a network with fewer stages
             leaves out the first betas.
 
     Raises:
@@ -169,9 +169,9 @@ class NAD:
         betas = self.betas[-len(layers) :]
 
         def loss(images: Tensor, labels: Tensor) -> Tensor:
-            with torch.no_grad(), tap(teacher, layers) as theirs:
+            with torch.no_grad(), record_outputs(teacher, layers) as theirs:
                 teacher(images)
-            with tap(student, layers) as ours:
+            with record_outputs(student, layers) as ours:
                 logits = student(images)
             total = F.cross_entropy(logits, labels, label_smoothing=sgd.label_smoothing)
             for layer, beta in zip(layers, betas, strict=True):
@@ -195,7 +195,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def _check_layers(model: nn.Module, layers: Sequence[str], images: Tensor) -> None:
     """Refuse layers without spatial maps before any training."""
-    with frozen(model), torch.no_grad(), tap(model, layers) as found:
+    with frozen(model), torch.no_grad(), record_outputs(model, layers) as found:
         model(images)
     for layer in layers:
         if layer not in found:

@@ -1,4 +1,4 @@
-"""The fast passes answer like the model, and leave it as it was."""
+"""The fused forward pass answers like the model, and leaves it as it was."""
 
 import copy
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from defense_nc import frozen
 from wm_victim import build_classifier
-from wm_victim.compiled_forward import fast_passes, fold
+from wm_victim.compiled_forward import fold, fused_forward
+from wm_victim.inference import frozen
 from wm_victim.planted import planted_classifier
 
 CPU = torch.device("cpu")
@@ -94,8 +94,8 @@ def test_bfloat16_is_near_and_the_model_is_untouched(images):
     model = victim("resnet10")
     before = copy.deepcopy(model.state_dict())
     with frozen(model):
-        exact = answers(fast_passes(model, "float32", CPU), images)
-        fast = answers(fast_passes(model, "bfloat16", CPU), images)
+        exact = answers(fused_forward(model, "float32", CPU), images)
+        fast = answers(fused_forward(model, "bfloat16", CPU), images)
     assert fast[0].dtype == fast[1].dtype == torch.float32
     torch.testing.assert_close(fast[0], exact[0], rtol=0.1, atol=0.1)
     cosine = torch.cosine_similarity(fast[1].flatten(1), exact[1].flatten(1))
@@ -106,7 +106,7 @@ def test_bfloat16_is_near_and_the_model_is_untouched(images):
 
 def test_float32_is_the_model_itself():
     model = planted_classifier("patch")
-    assert fast_passes(model, "float32", CPU) is model
+    assert fused_forward(model, "float32", CPU) is model
 
 
 def test_models_with_tensors_of_five_axes_pass():
@@ -114,5 +114,5 @@ def test_models_with_tensors_of_five_axes_pass():
     model = victim("resnet10")
     model.register_buffer("positions", torch.zeros(2, 4, 2, 4, 2, dtype=torch.int64))
     images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    fast, _ = answers(fast_passes(model, "bfloat16", CPU), images)
+    fast, _ = answers(fused_forward(model, "bfloat16", CPU), images)
     torch.testing.assert_close(fast, model(images).detach(), rtol=0.1, atol=0.1)

@@ -1,4 +1,4 @@
-"""Look inside a classifier: record what its layers give, and find its spatial stages."""
+"""Look inside a classifier: outputs of its layers, its convolutional stages, its last layer."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from defense_nc.inversion import frozen
 from wm_inject.core.images import check_images
+from wm_victim.inference import device_of, frozen
 
 
 class _Output(NamedTuple):
-    """What one call of one layer gave."""
+    """One output of one layer."""
 
     name: str
     shape: tuple[int, ...]
@@ -22,46 +22,38 @@ class _Output(NamedTuple):
 
 
 @contextmanager
-def tap(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Record the outputs of some layers while the model runs; the hooks are always removed.
+def record_outputs(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Record the outputs of some layers, by name, while the model runs.
 
-    The recorded tensors are part of the graph: gradients flow through them. A second pass replaces
-    what the first one left.
-
-    Args:
-        model: Any module.
-        layers: Names of its submodules, as in ``model.named_modules()``.
-
-    Yields:
-        A dictionary that is filled by name as the model runs.
+    The tensors are part of the graph: gradients flow through them. A second pass replaces them.
 
     Raises:
-        ValueError: No layers, a name that the model does not have, or, while it runs, a layer whose
-            output is not one tensor.
+        ValueError: No layers, an unknown name, or, while it runs, a layer whose output is not one
+            tensor.
     """
-    found: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
 
     def record(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if not isinstance(output, Tensor):
                 raise ValueError(f"expected a tensor from layer {name!r}, got {type(output)}")
-            found[name] = output
+            outputs[name] = output
 
         return hook
 
-    chosen = [(name, get_layer(model, name)) for name in layers]
-    if not chosen:
+    modules = [(name, get_layer(model, name)) for name in layers]
+    if not modules:
         raise ValueError("expected the names of layers, got none")
-    handles = [layer.register_forward_hook(record(name)) for name, layer in chosen]
+    handles = [layer.register_forward_hook(record(name)) for name, layer in modules]
     try:
-        yield found
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()
 
 
 def get_layer(model: nn.Module, name: str) -> nn.Module:
-    """The submodule of this name.
+    """The submodule of this name, as in ``model.named_modules()``.
 
     Raises:
         ValueError: The model has none of this name.
@@ -73,22 +65,58 @@ def get_layer(model: nn.Module, name: str) -> nn.Module:
     return layers[name]
 
 
+def last_linear(model: nn.Module) -> nn.Linear:
+    """The linear layer that gives the logits: ``head`` if there is one, else the last registered.
+
+    Raises:
+        ValueError: Not a torch module, or one without a linear layer.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected a torch module as the model, got {type(model).__name__}")
+    head = getattr(model, "head", None)
+    if isinstance(head, nn.Linear):
+        return head
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not layers:
+        raise ValueError("expected a model with a linear layer, found none")
+    return layers[-1]
+
+
+def penultimate(model: nn.Module, images: Tensor, *, batch_size: int = 256) -> Tensor:
+    """The inputs of the last linear layer: ``(N, F)``, without gradients.
+
+    Raises:
+        ValueError: Bad images, no linear layer, or one that does not run once a pass on ``(N, F)``.
+    """
+    check_images(images)
+    layer = last_linear(model)
+    inputs: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+    parts = images.split(batch_size)
+    try:
+        with frozen(model), torch.no_grad():
+            for part in parts:
+                model(part)
+    finally:
+        handle.remove()
+    if [tuple(rows.shape) for rows in inputs] != [(len(p), layer.in_features) for p in parts]:
+        raise ValueError("expected a last linear layer that reads (N, F) once a pass, got another")
+    return torch.cat(inputs)
+
+
 def conv_stages(model: nn.Module, image: Tensor) -> tuple[str, ...]:
-    """The names of the layers that end the stages of a convolutional network.
+    """The names of the layers that end the stages of a convolutional network, largest maps first.
 
     A stage is all that happens at one size of the maps; its end is the last layer or block that
     gives maps ``(N, C, H, W)`` of this size. A block that halves the size inside itself belongs to
     the stage that it opens. Maps of a single pixel are no stage: nothing spatial is left in them.
 
     Args:
-        model: Images in [0, 1] to logits; run once in eval mode, given back as it came.
-        image: One or more images ``(N, C, H, W)``; what is on them does not matter.
-
-    Returns:
-        Names for `tap`, in the order in which they run: the largest maps come first.
+        model: Run once.
+        image: One or more images ``(N, C, H, W)``; their content does not matter.
 
     Raises:
-        ValueError: Bad images, or a network without convolutional maps before its answer: a linear
+        ValueError: Bad images, or a network without convolutional maps before its logits: a linear
             one, or a transformer, which cuts the image into tokens.
     """
     check_images(image)
@@ -97,15 +125,15 @@ def conv_stages(model: nn.Module, image: Tensor) -> tuple[str, ...]:
     blocks = {output.name for output in outputs if _is_block(model, output, outputs)}
     stages: dict[tuple[int, ...], str] = {}  # by (H, W): the last one stays
     last_map = last_tokens = -1
-    for place, output in enumerate(outputs):
+    for index, output in enumerate(outputs):
         if len(output.shape) == 3:
-            last_tokens = place
+            last_tokens = index
         inside = any(output.name.startswith(f"{block}.") for block in blocks)
         # A module that runs twice (a shared ReLU) gives maps of several stages.
         once = calls.count(output.name) == 1
         if output.name in blocks and output.convolved and once and not inside:
             stages[output.shape[2:]] = output.name
-            last_map = place
+            last_map = index
     if not stages or last_tokens > last_map:
         raise ValueError(
             f"expected a network with convolutional maps, found none in {type(model).__name__}"
@@ -143,7 +171,7 @@ def _trace(model: nn.Module, image: Tensor) -> list[_Output]:
         with frozen(model), torch.no_grad():
             for name, layer in model.named_modules():
                 handles.append(layer.register_forward_hook(record(name)))
-            model(image.to(next(model.parameters(), image).device))
+            model(image.to(device_of(model)))
     finally:
         for handle in handles:
             handle.remove()

@@ -1,4 +1,4 @@
-"""Taps record what layers give, and stages are found in every classifier of the house."""
+"""Outputs of layers are recorded, and stages are found in every classifier of this library."""
 
 import copy
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from defense_nc.taps import conv_stages, get_layer, tap
 from wm_victim import build_classifier
+from wm_victim.activations import conv_stages, get_layer, record_outputs
 from wm_victim.planted import planted_classifier
 
 
@@ -21,7 +21,7 @@ def small(name, *, size=32, channels=3):
 def maps(model, *, size=32, channels=3):
     images = torch.rand(2, channels, size, size)
     stages = conv_stages(model, images)
-    with torch.no_grad(), tap(model, stages) as found:
+    with torch.no_grad(), record_outputs(model, stages) as found:
         model(images)
     return [(name, found[name].shape[-1]) for name in stages]
 
@@ -55,7 +55,7 @@ def test_the_stages_of_the_nets_for_mnist():
 def test_the_last_map_is_what_the_head_reads():
     model = small("resnet10")
     images = torch.rand(2, 3, 32, 32)
-    with torch.no_grad(), tap(model, [conv_stages(model, images)[-1]]) as found:
+    with torch.no_grad(), record_outputs(model, [conv_stages(model, images)[-1]]) as found:
         features = model.features(images)
     (last,) = found.values()
     torch.testing.assert_close(last.mean((2, 3)), features)
@@ -86,7 +86,7 @@ def test_networks_without_maps_are_refused(kind):
 def test_a_tap_records_with_gradients_and_leaves_no_hook():
     model = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
     given = torch.rand(4, 3)
-    with tap(model, ["0"]) as found:
+    with record_outputs(model, ["0"]) as found:
         assert found == {}
         answer = model(given)
         torch.testing.assert_close(answer, found["0"].relu())
@@ -94,7 +94,7 @@ def test_a_tap_records_with_gradients_and_leaves_no_hook():
         model(given[:1])
         assert len(found["0"]) == 1
     assert not model[0]._forward_hooks
-    with pytest.raises(RuntimeError, match="shape"), tap(model, ["0"]):
+    with pytest.raises(RuntimeError, match="shape"), record_outputs(model, ["0"]):
         model(torch.rand(4, 7))
     assert not model[0]._forward_hooks
 
@@ -112,10 +112,10 @@ def test_looking_for_stages_changes_nothing():
 def test_refused_layers():
     model = nn.Sequential(nn.Linear(3, 2), nn.LSTM(2, 2))
     for layers in (["conv9"], [""], ["0", "nothing"]):
-        with pytest.raises(ValueError, match="expected a layer"), tap(model, layers):
+        with pytest.raises(ValueError, match="expected a layer"), record_outputs(model, layers):
             pass
-    with pytest.raises(ValueError, match="names of layers"), tap(model, []):
+    with pytest.raises(ValueError, match="names of layers"), record_outputs(model, []):
         pass
-    with pytest.raises(ValueError, match="expected a tensor from"), tap(model, ["1"]):
+    with pytest.raises(ValueError, match="expected a tensor from"), record_outputs(model, ["1"]):
         model(torch.rand(4, 3))
     assert get_layer(model, "0") is model[0]
