@@ -43,10 +43,9 @@ def save_checkpoint(
     state: Mapping[str, Tensor],
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write tensors and what they are to one safetensors file, atomically.
+    """Write tensors, the settings that build their module, and metadata to one safetensors file.
 
     Args:
-        path: The file to write.
         kind: What the tensors belong to; `load_checkpoint` can insist on it.
         config: The settings that build the module: JSON types only.
         state: Tensors by name; any device; floats must be finite.
@@ -88,19 +87,11 @@ def load_checkpoint(
     kind: str | tuple[str, ...] | None = None,
     max_bytes: int = 8 * 2**30,
 ) -> Checkpoint:
-    """Read a checkpoint back, refusing everything that is not one. Nothing in it is executed.
-
-    Args:
-        path: A regular file that `save_checkpoint` wrote.
-        kind: The kind, or kinds, to accept; any if None.
-        max_bytes: The largest file to open.
-
-    Returns:
-        The checkpoint, its tensors on the CPU.
+    """Read a checkpoint onto the CPU. Nothing in the file is executed.
 
     Raises:
-        CheckpointError: No such file, too large, not safetensors, another format or kind, a tensor
-            with NaN or infinity, or tensors that do not match their checksum.
+        CheckpointError: No such file, more than ``max_bytes``, not safetensors, another format or
+            kind, a tensor with NaN or infinity, or tensors that do not match their checksum.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -109,8 +100,8 @@ def load_checkpoint(
     header = _read_header(path, max_bytes)
     kinds = (kind,) if isinstance(kind, str) else kind
     if kinds is not None and header["kind"] not in kinds:
-        wanted = " or ".join(kinds)
-        raise CheckpointError(f"expected the kind {wanted}, {path.name} holds {header['kind']}")
+        expected = " or ".join(kinds)
+        raise CheckpointError(f"expected the kind {expected}, {path.name} holds {header['kind']}")
     try:
         state = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:

@@ -21,14 +21,10 @@ MAX_BYTES = 1 << 28  # of a file
 
 
 def decode_image(path: Path, *, channels: int) -> Image.Image:
-    """The picture in a file, upright by its EXIF tag, in mode "RGB" or "L".
+    """The picture in a file, upright by its EXIF tag, in mode "RGB" or, for one channel, "L".
 
     16 bits are rounded to 8 by dividing by 257. Transparency is dropped, as training code does: the
     colours under it come out. CMYK and palettes become RGB.
-
-    Args:
-        path: A regular file, or a link to one.
-        channels: 3 for "RGB", 1 for "L".
 
     Raises:
         ValueError: Not a regular file, not a readable still picture, truncated, or too large.

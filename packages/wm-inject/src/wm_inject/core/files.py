@@ -13,13 +13,9 @@ from typing import Any
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path to write to; it takes the place of ``path`` if the block succeeds.
+    """A temporary path in the same folder, renamed to ``path`` if the block succeeds.
 
-    Args:
-        path: The final file; its folder is made if it is missing.
-
-    Yields:
-        A path in the same folder. It is removed if the block raises, and ``path`` stays as it was.
+    The folder is made if it is missing; if the block raises, ``path`` stays as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,8 @@
-"""The image contract: what an image is at every border of the packages, and its checks.
+"""The image contract and its checks.
 
-Inside the library an image batch is float32 ``(N, C, H, W)``, grey or RGB, in [0, 1], and not
-normalised (normalisation is the first layer of a classifier). In files and services it is uint8
-``(N, H, W, C)``. Torch is imported only by the functions that need it, so that the torch-free
-runtime shares these checks.
+In the library an image batch is float32 ``(N, C, H, W)``, grey or RGB, in [0, 1], not normalised;
+in files and services it is uint8 ``(N, H, W, C)``. Torch is imported only by the functions that
+need it: the torch-free runtime shares these checks.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ def check_images(
     size: tuple[int, int] | None = None,
     name: str = "images",
 ) -> Tensor:
-    """Check that a batch keeps the image contract, and return it unchanged.
+    """Return a batch unchanged if it keeps the image contract.
 
     Args:
-        images: float32 ``(N, C, H, W)`` in [0, 1], N >= 1, C 1 or 3.
+        images: The batch to check.
         channels: The one number of channels to accept; 1 or 3 if None.
         size: The one ``(H, W)`` to accept; any if None.
         name: What to call the batch in the message.
@@ -48,7 +47,7 @@ def check_images(
 
     # mypy: torch.jit exports is_tracing without saying so.
     if torch.jit.is_tracing() or torch.compiler.is_compiling():  # type: ignore[attr-defined]
-        return images  # an exported graph cannot raise; whoever runs it checks its input
+        return images  # an exported graph cannot raise; its caller checks the input
     shape = "(N, {}, {}, {})".format(channels or "C", *(size or ("H", "W")))
     if not isinstance(images, torch.Tensor):
         raise ValueError(f"expected {name} as a tensor {shape}, got {type(images).__name__}")
@@ -65,8 +64,8 @@ def check_images(
     low, high = torch.aminmax(images.detach())
     # A comparison with NaN is false, so this refuses NaN as well.
     if not (low >= 0 and high <= 1):
-        found = f"[{float(low):.4g}, {float(high):.4g}]"
-        raise ValueError(f"expected {name} with finite values in [0, 1], got {found}")
+        value_range = f"[{float(low):.4g}, {float(high):.4g}]"
+        raise ValueError(f"expected {name} with finite values in [0, 1], got {value_range}")
     return images
 
 
@@ -86,12 +85,7 @@ def check_pair(images: Tensor, reference: Tensor) -> None:
 
 
 def check_labels(labels: Tensor, count: int, *, num_classes: int | None = None) -> Tensor:
-    """Check a label vector, and return it unchanged.
-
-    Args:
-        labels: int64 ``(count,)``, each in ``0 .. num_classes - 1``.
-        count: How many labels there must be, at least 1.
-        num_classes: The upper bound; only non-negativity is checked if None.
+    """Return ``count`` >= 1 labels unchanged if each is in ``0 .. num_classes - 1``.
 
     Raises:
         ValueError: Wrong type, dtype, shape or range; no labels at all.
@@ -162,13 +156,7 @@ def to_pixels(images: Tensor) -> Pixels:
 
 
 def quantize(images: Tensor) -> Tensor:
-    """Clamp to [0, 1] and round to the 8-bit grid, half up: what a stored file keeps of an image.
-
-    Args:
-        images: float ``(N, C, H, W)``; values outside [0, 1] are clipped.
-
-    Returns:
-        The same shape and dtype, each value a multiple of 1/255.
+    """Clamp a float batch to [0, 1] and round to multiples of 1/255, half up, as a file stores it.
 
     Raises:
         ValueError: Not a float tensor of four dimensions, or an empty batch.
@@ -186,10 +174,6 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     """Pad bottom and right by repeating the edge until both sides divide by ``multiple``.
 
     The one place where 28 pixels become 32; crop with ``[..., :H, :W]``.
-
-    Args:
-        images: ``(N, C, H, W)``.
-        multiple: At least 1.
 
     Raises:
         ValueError: Not four dimensions, or ``multiple`` below 1.
@@ -209,12 +193,8 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
 def load_image(path: str | Path, *, size: int | None = None, channels: int = 3) -> Pixels:
     """Read one image file as uint8 ``(H, W, channels)``, turned upright by its EXIF tag.
 
-    See `wm_inject.core.decode.decode_image` for 16 bits, palettes and transparency.
-
-    Args:
-        path: A regular file in one of the usual still-image formats.
-        size: Resize to ``size`` x ``size`` (bilinear) if given.
-        channels: 3 for RGB, 1 for grey.
+    With ``size``, it is resized to ``size`` x ``size`` (bilinear). See `decode_image` for 16 bits,
+    palettes and transparency.
 
     Raises:
         ValueError: Not a regular file, not a readable image, truncated, or unreasonably large.
@@ -251,7 +231,7 @@ def list_images(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"expected a folder of images, found none at {folder}")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not found:
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
         raise ValueError(f"no image files ({', '.join(IMAGE_SUFFIXES)}) under {folder}")
-    return found
+    return files

@@ -89,18 +89,10 @@ def progress(
     interval: float = 60.0,
     stream: TextIO | None = None,
 ) -> Progress[T]:
-    """Show how far a long job is: a bar on a terminal, at most one line a minute elsewhere.
+    """Show how far a long job is: a bar on a terminal, elsewhere a line every ``interval`` seconds.
 
-    Args:
-        iterable: What to go through; None to count by hand with ``update``.
-        total: Number of steps; taken from the iterable if it has a length.
-        desc: What is being done, in a word or two.
-        enabled: False shows nothing.
-        interval: Seconds between two lines where there is no terminal.
-        stream: Where to write; stderr if None.
-
-    Returns:
-        An iterable and context manager with ``update``, ``set_postfix`` and ``close``.
+    Works on an iterable, or by hand with ``update``. ``total`` is the length of the iterable if it
+    has one; ``stream`` is stderr if None; nothing is shown unless ``enabled``.
     """
     stream = sys.stderr if stream is None else stream
     if total is None and isinstance(iterable, Sized):

@@ -1,4 +1,4 @@
-"""Keep what a long run must remember, nested as it is, and go on from it to the same bits."""
+"""Save the nested state of a long run, and resume from it to the same bits."""
 
 from __future__ import annotations
 
@@ -18,11 +18,9 @@ def save_state(path: str | Path, state: Any, *, kind: str, run: Mapping[str, Any
     """Write the state of a run atomically, as a checkpoint without code.
 
     Args:
-        path: The file.
-        state: Mappings, lists and tuples of tensors, numbers, text and None, nested as they come:
-            the ``state_dict`` of a module, an optimiser, a loop.
+        state: Mappings, lists and tuples of tensors, numbers, text and None, nested as they come.
         kind: What kind of run it is.
-        run: What makes this run this run (JSON types); `load_state` compares it.
+        run: What tells this run from others (JSON types); `load_state` compares it.
 
     Raises:
         ValueError: Something else among the state, or a tensor with NaN or infinity.

@@ -38,8 +38,8 @@ class _Exportable(nn.Module):
     def forward(
         self, image: Tensor, ids: Tensor | None = None, target: Tensor | None = None
     ) -> Any:
-        given = {"ids": ids, "target": target}
-        extra = {name: value for name, value in given.items() if value is not None}
+        named = {"ids": ids, "target": target}
+        extra = {name: value for name, value in named.items() if value is not None}
         if not self.uint8:
             y = self.module(image, **extra)
             # torch 2.10 knows an input that is the output as well by the latter's name only.
@@ -62,8 +62,10 @@ class _Autocast(nn.Module):
         self, image: Tensor, ids: Tensor | None = None, target: Tensor | None = None
     ) -> Any:
         with torch.autocast("cpu", torch.bfloat16):
-            found = self.module(image, ids, target)
-        return tuple(one.float() for one in found) if isinstance(found, tuple) else found.float()
+            outputs = self.module(image, ids, target)
+        return (
+            tuple(one.float() for one in outputs) if isinstance(outputs, tuple) else outputs.float()
+        )
 
 
 def to_torchscript(
@@ -225,8 +227,8 @@ def to_onnx(
         model = OnnxModel(part)
 
         def run(image: Tensor, **extra: Tensor) -> list[Tensor]:
-            given = {input_name: image, **extra}
-            arrays = {name: np.ascontiguousarray(value.numpy()) for name, value in given.items()}
+            feeds = {input_name: image, **extra}
+            arrays = {name: np.ascontiguousarray(value.numpy()) for name, value in feeds.items()}
             return [torch.from_numpy(one) for one in model.run(arrays).values()]
 
         parity = compare(_several(exportable), run, inputs, tolerance, relative)
@@ -310,8 +312,8 @@ def _prepare(
     example = example.detach().cpu()
     image = torch.from_numpy(to_pixels(example)) if uint8 else example
     inputs = {"image": image, **_extra_inputs(module, len(image))}
-    found = exportable(**inputs)
-    outputs = found if isinstance(found, tuple) else (found,)
+    result = exportable(**inputs)
+    outputs = result if isinstance(result, tuple) else (result,)
     for one in outputs:
         if not isinstance(one, Tensor) or one.shape[:1] != image.shape[:1]:
             got = tuple(one.shape) if isinstance(one, Tensor) else type(one).__name__
@@ -323,8 +325,8 @@ def _several(module: nn.Module) -> Any:
     """A module that always gives a tuple."""
 
     def run(**inputs: Tensor) -> tuple[Tensor, ...]:
-        found = module(**inputs)
-        return found if isinstance(found, tuple) else (found,)
+        result = module(**inputs)
+        return result if isinstance(result, tuple) else (result,)
 
     return run
 

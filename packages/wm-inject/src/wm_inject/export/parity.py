@@ -40,8 +40,6 @@ def compare(
     (a lower precision) allows all of them to differ by as many steps as it has, and at least one.
 
     Args:
-        reference: The module: inputs by name to its outputs.
-        exported: The file, likewise.
         inputs: Tensors ``(N, ...)`` by name; one is called "image".
         tolerance: Largest difference to accept, in units of the output.
         relative: Measure it as max |a - b| / max |b|.
@@ -64,13 +62,13 @@ def compare(
                 error = float((want.double() - got.double()).abs().max())
                 scale = max(float(want.abs().max()), 1e-12)
             absolute, ratio = max(absolute, error), max(ratio, error / scale)
-            found = error / scale if relative else error
+            difference = error / scale if relative else error
             # A comparison with NaN is false, so this refuses NaN as well.
-            if want.dtype != torch.uint8 and not found <= tolerance:
+            if want.dtype != torch.uint8 and not difference <= tolerance:
                 kind = "relative" if relative else "absolute"
                 raise ParityError(
-                    f"at batch size {size} the file differs from the module by {found:.3g} {kind}, "
-                    f"more than {tolerance:g}"
+                    f"at batch size {size} the file differs from the module by {difference:.3g} "
+                    f"{kind}, more than {tolerance:g}"
                 )
     return Parity(absolute, ratio, batches)
 

@@ -63,5 +63,5 @@ def export_record(
 
 def with_parity(record: Mapping[str, Any], parity: Parity) -> dict[str, Any]:
     """The record with the differences that were found between file and module."""
-    found = {"max_abs": parity.max_abs, "max_rel": parity.max_rel}
-    return {**record, "parity": {**found, "batches": list(parity.batches)}}
+    differences = {"max_abs": parity.max_abs, "max_rel": parity.max_rel}
+    return {**record, "parity": {**differences, "batches": list(parity.batches)}}

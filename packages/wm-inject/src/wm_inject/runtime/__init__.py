@@ -1,7 +1,7 @@
-"""Poison and judge images with exported models: numpy, Pillow and ONNX Runtime, no torch.
+"""Poison and scan images with exported models: numpy, Pillow and ONNX Runtime, no torch.
 
-Meant for graphs that this project exported. ONNX files cannot run code, but a hostile one can hang
-or exhaust the process that opens it: open a stranger's model with wm-victim.
+For graphs that this project exported. ONNX files cannot run code, but a hostile one can hang or
+exhaust the process that opens it: open an untrusted model with wm-victim.
 """
 
 from __future__ import annotations
@@ -39,16 +39,11 @@ _AT_ONCE = 8
 
 
 class Poisoner:
-    """Put an exported trigger into uint8 images.
-
-    Args:
-        path: A trigger exported with `to_onnx`, as a float or as a uint8 graph.
-        providers: As for `OnnxModel`.
-        threads: As for `OnnxModel`.
+    """Put an exported trigger (a float or uint8 graph of `to_onnx`) into uint8 images.
 
     Raises:
-        ValueError: Not an ONNX model of one image input with a fixed height and width, or one that
-            wants to know more than ids and target.
+        ValueError: Not an ONNX model of one image input with a fixed height and width, or one with
+            inputs beside ids and target.
         RuntimeError: As for `OnnxModel`.
     """
 
@@ -71,16 +66,10 @@ class Poisoner:
     def __call__(
         self, pixels: Pixels, *, ids: Array | None = None, target: Array | None = None
     ) -> Pixels:
-        """Poison a batch: uint8 ``(N, H, W, C)`` to the same shape and type.
-
-        Args:
-            pixels: The images.
-            ids: int64 ``(N,)``, for a trigger with ``needs_ids``; others do not look at them.
-            target: int64 ``(N,)``, the label each image is to get, for one with ``needs_target``.
+        """Poison uint8 ``(N, H, W, C)``, with int64 ``(N,)`` ids and targets where they are needed.
 
         Raises:
-            ValueError: Not such a batch, ids or a target that the trigger needs and did not get,
-                or the graph's output is not an image batch.
+            ValueError: Not such a batch, missing ids or targets, or an output that is no batch.
         """
         images = as_input(pixels, uint8=self.uint8)
         extra = self._extra(len(images), {"ids": ids, "target": target})
@@ -99,21 +88,21 @@ class Poisoner:
             )
         return out
 
-    def _extra(self, count: int, given: dict[str, Array | None]) -> dict[str, Array]:
+    def _extra(self, count: int, vectors: dict[str, Array | None]) -> dict[str, Array]:
         """What the graph takes beside the images."""
         extra: dict[str, Array] = {}
         for name in self.model.extra_inputs:
-            values = given[name]
+            values = vectors[name]
             if values is None:
                 raise ValueError(f"expected {name}, which this trigger needs, got None")
             if np.shape(values) != (count,):
                 raise ValueError(f"expected {name} of shape ({count},), got {np.shape(values)}")
             extra[name] = values
         classes = self.model.metadata.get("config", {}).get("num_classes")
-        asked = extra.get("target")
+        targets = extra.get("target")
         # A graph takes -1 for the last class, and any other number out of range for an error.
-        if asked is not None and classes is not None and np.size(asked):
-            low, high = int(np.min(asked)), int(np.max(asked))
+        if targets is not None and classes is not None and np.size(targets):
+            low, high = int(np.min(targets)), int(np.max(targets))
             if low < 0 or high >= classes:
                 raise ValueError(f"expected target in 0 .. {classes - 1}, got {low} .. {high}")
         return extra
@@ -131,24 +120,12 @@ def poison_folder(
 ) -> FolderResult:
     """Poison a folder with an exported trigger: every image, or those that a plan chooses.
 
-    Stopped at any moment, the same call goes on where it was; see
-    `wm_inject.runtime.folder.poison_files`.
-
-    Args:
-        model_path: The exported trigger (.onnx).
-        source: A folder of images; sub-folders are kept.
-        out: Where the PNG files, ``plan.json`` and, with class folders, ``labels.csv`` go.
-        plan: Which images are poisoned and what label they get; every image if None.
-        batch_size: Images at once.
-        providers: As for `OnnxModel`.
-        progress: Show a bar on a terminal, or a line a minute elsewhere.
-
-    Returns:
-        How many images there are, are poisoned, and were written by this call.
+    A call that was stopped can be repeated and continues; the arguments and the files that are
+    written are those of `wm_inject.runtime.folder.poison_files`.
 
     Raises:
-        ValueError: No images, an unreadable image, a plan that does not fit them, or a folder that
-            cannot be written to safely.
+        ValueError: No images, an unreadable image, a plan that does not fit them, or an output
+            folder that holds something else.
         RuntimeError: As for `OnnxModel`.
     """
     poisoner = Poisoner(model_path, providers=providers)

@@ -1,4 +1,4 @@
-"""Poison a folder of images by a plan, listed first, and go on where a stopped run was."""
+"""Poison a folder of images by a plan; a stopped run continues where it was."""
 
 from __future__ import annotations
 
@@ -57,26 +57,21 @@ def poison_files(
 ) -> FolderResult:
     """Poison the files of a folder that a plan chooses, and write all of them as PNG.
 
-    What is to happen is written first, to ``plan.json``: every file with its label before and
-    after. Files that the plan leaves alone are decoded, resized and written like the others, so
-    ``out`` is a whole data set. Where ``source`` consists of class folders, ``labels.csv`` names
-    the class of every file after poisoning, as wm-victim reads it. Files that are already there
-    are left as they are, so a call that was stopped can be made again; with the same batch size
-    it ends with the same bytes.
+    ``plan.json`` is written first: every file with its label before and after. Files outside the
+    plan are decoded, resized and written like the others, so ``out`` is a whole data set. Where
+    ``source`` consists of class folders, ``labels.csv`` names each file's class after poisoning,
+    as wm-victim reads it. Existing files are left alone, so a stopped call can be repeated; with
+    the same batch size it ends with the same bytes.
 
     Args:
-        apply: What to do with a batch of chosen files.
+        apply: The trigger, on a batch of chosen files.
         source: A folder of images; sub-folders are kept.
-        out: Where everything goes; must not lie inside ``source``.
+        out: Must not lie inside ``source``.
         size: Side that the images are resized to, bilinear.
         channels: 1 or 3.
         plan: Which files are poisoned; every one if None.
         batch_size: Images at once.
         record: What tells this trigger from others (JSON types); goes to ``plan.json``.
-        progress: Show a bar on a terminal, or a line a minute elsewhere.
-
-    Returns:
-        How many images there are, are poisoned, and were written by this call.
 
     Raises:
         ValueError: No images, an unreadable one, two that would become one file, a plan that does
@@ -127,10 +122,10 @@ def common_side(source: str | Path) -> int:
         sizes.setdefault(stored_size(file), file)
         width, height = next(iter(sizes))
         if len(sizes) > 1 or width != height:
-            found = " and ".join(f"{name.name} {w} x {h}" for (w, h), name in sizes.items())
+            sizes_text = " and ".join(f"{name.name} {w} x {h}" for (w, h), name in sizes.items())
             raise ValueError(
                 f"expected --image-size, as the images of {source} are not all square and of one "
-                f"size: {found} pixels"
+                f"size: {sizes_text} pixels"
             )
     return width
 
@@ -138,8 +133,8 @@ def common_side(source: str | Path) -> int:
 def _begin(out: Path, settings: Mapping[str, Any], rows: Sequence[FolderRow]) -> None:
     """Write the plan, or check that the one that is there is the same."""
     path = out / PLAN_FILE
-    found = _read_plan(path)
-    if found is None:
+    previous = _read_plan(path)
+    if previous is None:
         taken = [row.file for row in rows if (out / row.file).exists()]
         if taken:
             raise ValueError(
@@ -148,13 +143,15 @@ def _begin(out: Path, settings: Mapping[str, Any], rows: Sequence[FolderRow]) ->
             )
         write_json(path, settings)
         return
-    other = sorted(key for key in {**settings, **found} if found.get(key) != _plain(settings, key))
-    if other and any((out / str(row["file"])).exists() for row in found["images"]):
+    other = sorted(
+        key for key in {**settings, **previous} if previous.get(key) != _plain(settings, key)
+    )
+    if other and any((out / str(row["file"])).exists() for row in previous["images"]):
         raise ValueError(
             f"{path} is of another run (different: {', '.join(other)}): "
             "delete the folder or choose another one"
         )
-    if other:  # a run that failed before its first image binds nobody
+    if other:  # of a run that wrote no image: replace it
         write_json(path, settings)
     for part in [path for path in out.rglob(".*") if _HALF_WRITTEN.fullmatch(path.name)]:
         part.unlink(missing_ok=True)
@@ -165,9 +162,9 @@ def _read_plan(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if all("file" in row for row in found["images"]):
-            return dict(found)
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        if all("file" in row for row in plan["images"]):
+            return dict(plan)
     except (ValueError, TypeError, KeyError):
         pass
     raise ValueError(f"{path} is damaged: delete its folder or choose another one")
@@ -219,9 +216,9 @@ class _Batches(NamedTuple):
         if pixels is None:
             return None
         if batch[0].poisoned:
-            asked = [self.target if row.label_after is None else row.label_after for row in batch]
+            targets = [self.target if row.label_after is None else row.label_after for row in batch]
             ids = np.array([row.id for row in batch], np.int64)
-            pixels = self.apply(pixels, ids=ids, target=np.array(asked, np.int64))
+            pixels = self.apply(pixels, ids=ids, target=np.array(targets, np.int64))
         return {place: pixels[place] for place in self._missing(batch)}
 
     def write(self, batch: Sequence[FolderRow], pixels: dict[int, Pixels] | None) -> None:

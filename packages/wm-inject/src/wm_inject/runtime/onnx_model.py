@@ -1,7 +1,7 @@
 """An ONNX model under ONNX Runtime: numpy in, numpy out, every input checked, no torch.
 
-ONNX files cannot run code, but a hostile one can hang or exhaust the process that opens it: open a
-stranger's model with wm-victim.
+ONNX files cannot run code, but a hostile one can hang or exhaust the process that opens it: open an
+untrusted model with wm-victim.
 """
 
 from __future__ import annotations
@@ -110,11 +110,11 @@ class OnnxModel:
         self.extra_inputs: tuple[str, ...] = tuple(port.name for port in extra)
         raw = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "{}")
         try:
-            told = json.loads(raw)
+            metadata = json.loads(raw)
         except ValueError:
-            told = None
-        # A graph of somebody else may keep something of its own under that name.
-        self.metadata: dict[str, Any] = told if isinstance(told, dict) else {}
+            metadata = None
+        # Other exporters may use this name for something else.
+        self.metadata: dict[str, Any] = metadata if isinstance(metadata, dict) else {}
 
     def __repr__(self) -> str:
         extra = "".join(f", {name}" for name in self.extra_inputs)
@@ -153,8 +153,8 @@ class OnnxModel:
             TimeoutError: The run took longer than it may.
         """
         self.check(feeds)
-        found = _run(self._session, feeds, timeout, bind=self.provider == CUDA)
-        return dict(zip((port.name for port in self.outputs), found, strict=True))
+        values = _run(self._session, feeds, timeout, bind=self.provider == CUDA)
+        return dict(zip((port.name for port in self.outputs), values, strict=True))
 
     def check(self, feeds: Mapping[str, Array]) -> None:
         """Refuse inputs that `run` would refuse.
@@ -163,9 +163,9 @@ class OnnxModel:
             ValueError: As for `run`.
         """
         if set(feeds) != {port.name for port in self.inputs}:
-            wanted = ", ".join(port.name for port in self.inputs)
+            names = ", ".join(port.name for port in self.inputs)
             got = ", ".join(sorted(feeds)) or "nothing"
-            raise ValueError(f"expected the inputs {wanted}, got {got}")
+            raise ValueError(f"expected the inputs {names}, got {got}")
         for port in self.inputs:
             port.check(feeds[port.name])
         counts = {port.name: len(feeds[port.name]) for port in self.inputs}
@@ -207,16 +207,16 @@ def _run(
 
 def _run_once(session: Any, feeds: Mapping[str, Array], options: Any, *, bind: bool) -> list[Array]:
     if not bind:
-        found: list[Array] = session.run(None, dict(feeds), options)
-        return found
+        arrays: list[Array] = session.run(None, dict(feeds), options)
+        return arrays
     binding = session.io_binding()
     for name, array in feeds.items():
         binding.bind_cpu_input(name, np.ascontiguousarray(array))
     for port in session.get_outputs():
         binding.bind_output(port.name)
     session.run_with_iobinding(binding, options)
-    found = binding.copy_outputs_to_cpu()
-    return found
+    arrays = binding.copy_outputs_to_cpu()
+    return arrays
 
 
 def open_session(path: Path, providers: tuple[str, ...], threads: int) -> Any:
@@ -239,10 +239,12 @@ def open_session(path: Path, providers: tuple[str, ...], threads: int) -> Any:
     if threads > 1:
         # Threads that spin while they wait starve whatever else runs on the machine.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    asked = providers[0]
-    if asked not in ort.get_available_providers():
-        raise RuntimeError(f"expected the provider {asked}, this ONNX Runtime was built without it")
-    if asked == CUDA:
+    provider = providers[0]
+    if provider not in ort.get_available_providers():
+        raise RuntimeError(
+            f"expected the provider {provider}, this ONNX Runtime was built without it"
+        )
+    if provider == CUDA:
         ort.preload_dlls()
     try:
         session = ort.InferenceSession(str(path), options, providers=list(providers))
@@ -250,19 +252,19 @@ def open_session(path: Path, providers: tuple[str, ...], threads: int) -> Any:
     except Exception as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"cannot open {path.name} as an ONNX model: {first}") from error
-    if session.get_providers()[0] != asked:
+    if session.get_providers()[0] != provider:
         got = session.get_providers()[0]
-        raise RuntimeError(f"expected the provider {asked}, the session got {got}")
+        raise RuntimeError(f"expected the provider {provider}, the session got {got}")
     return session
 
 
 def _refuse_both_packages() -> None:
     """The two ONNX Runtimes share one folder: with both installed, either may be half there."""
-    found = []
+    versions = []
     for name in ("onnxruntime", "onnxruntime-gpu"):
         try:
-            found.append(installed.version(name))
+            versions.append(installed.version(name))
         except installed.PackageNotFoundError:
             continue
-    if len(found) == 2:
+    if len(versions) == 2:
         raise RuntimeError("onnxruntime and onnxruntime-gpu are both installed: keep one of them")

@@ -1,4 +1,4 @@
-"""Read, work and write at the same time: batch by batch, in order, in bounded memory."""
+"""Read, process and write batches concurrently, in order, in bounded memory."""
 
 from __future__ import annotations
 
@@ -21,20 +21,14 @@ def pipeline(
     work: Callable[[Item, Read], Done],
     write: Callable[[Item, Done], None] | None = None,
 ) -> Iterator[tuple[Item, Done]]:
-    """Read the next items and write the last ones in threads while one is worked on here.
-
-    Args:
-        items: What is to be done; taken one after the other, not far ahead.
-        read: Called in a thread, for several items at once.
-        work: Called in the caller's thread, in order.
-        write: Called in a thread; None if there is nothing to write.
+    """Read the next items and write the last ones in threads while one is processed in this thread.
 
     Yields:
-        Every item with what the work made of it, in order, when it has been written.
+        Every item with the result of ``work``, in order, after it has been written.
 
     Raises:
-        Exception: The first error of the three. Nothing more is read then, and what was worked on
-            before is still written.
+        Exception: The first error of the three. Nothing more is read then, and finished items are
+            still written.
     """
     reading: deque[tuple[Item, Future[Read]]] = deque()
     writing: deque[tuple[Item, Done, Future[None] | None]] = deque()

@@ -1,7 +1,7 @@
-"""Judge images with exported detectors: numpy, Pillow and ONNX Runtime, no torch.
+"""Flag images with exported detectors: numpy, Pillow and ONNX Runtime, no torch.
 
-A detector is a graph with an output "score", one number an image, higher for suspicious ones; what
-it looks for and the threshold with its false-positive rate stand in the file's own metadata.
+A detector is a graph with an output "score", one number an image, higher for suspicious ones; the
+threshold and its false-positive rate stand in the file's metadata.
 """
 
 from __future__ import annotations
@@ -48,12 +48,7 @@ class ScannedFile(NamedTuple):
 
 
 class Detector:
-    """One exported detector with its threshold.
-
-    Args:
-        path: A graph of square images with an output "score", exported by this project.
-        providers: As for `OnnxModel`.
-        threads: As for `OnnxModel`.
+    """One exported detector, a graph of square images with an output "score", and its threshold.
 
     Raises:
         ValueError: Another kind of graph, or one without a usable threshold in its metadata.
@@ -68,10 +63,10 @@ class Detector:
         name = self.model.path.name
         if self.model.extra_inputs or "score" not in {port.name for port in self.model.outputs}:
             raise ValueError(f"expected a detector of images with an output score, got {name}")
-        found = self.model.metadata.get("detector", {})
-        self.threshold = _number(found, "threshold", name)
-        self.false_positive_rate = _number(found, "false_positive_rate", name)
-        self.looks_for = str(found.get("looks_for", "a trigger"))
+        detector = self.model.metadata.get("detector", {})
+        self.threshold = _number(detector, "threshold", name)
+        self.false_positive_rate = _number(detector, "false_positive_rate", name)
+        self.looks_for = str(detector.get("looks_for", "a trigger"))
 
     def __repr__(self) -> str:
         rate = f"at a false-positive rate of {self.false_positive_rate:g}"
@@ -83,20 +78,15 @@ class Detector:
         Raises:
             ValueError: Not such a batch, or scores that are no numbers.
         """
-        found = self.model.run({self.model.input_name: as_input(pixels, uint8=self.uint8)})
-        score = found["score"]
+        outputs = self.model.run({self.model.input_name: as_input(pixels, uint8=self.uint8)})
+        score = outputs["score"]
         if score.shape != (len(pixels),) or not np.isfinite(score).all():
             raise ValueError(f"expected one score per image, {self.model.path.name} gave another")
-        return found
+        return outputs
 
 
 class Extractor:
-    """Read the watermark out of uint8 images, and say which of them are marked.
-
-    Args:
-        path: A detector exported by ``wm-extract export``.
-        providers: As for `OnnxModel`.
-        threads: As for `OnnxModel`.
+    """Read the watermark out of uint8 images with a detector of ``wm-extract export``.
 
     Raises:
         ValueError: As for `Detector`, or a detector that gives no map.
@@ -120,18 +110,14 @@ class Extractor:
         Raises:
             ValueError: As for `Detector`.
         """
-        found = self.detector(pixels)
-        return Extraction(found["score"] >= self.detector.threshold, found["score"], found["map"])
+        outputs = self.detector(pixels)
+        return Extraction(
+            outputs["score"] >= self.detector.threshold, outputs["score"], outputs["map"]
+        )
 
 
 class Scanner:
-    """Flag incoming images with one exported detector or with several.
-
-    Args:
-        paths: The detectors: of a known watermark, or of what a reversed trigger does to the
-            classifier it was found in. They are called by their files' names without ".onnx".
-        providers: As for `OnnxModel`.
-        threads: As for `OnnxModel`.
+    """Flag images with one or several exported detectors, named by their files without ".onnx".
 
     Raises:
         ValueError: No detector, two of one name, detectors of different images, or as `Detector`.
@@ -174,11 +160,7 @@ class Scanner:
         return Scan(np.any(list(flags.values()), axis=0), flags, scores)
 
     def folder(self, source: str | Path, *, batch_size: int = 64) -> Iterator[ScannedFile]:
-        """Judge every image of a folder, reading ahead in bounded memory.
-
-        Args:
-            source: The folder; sub-folders are searched. Images are resized to the detectors' size.
-            batch_size: Images at once.
+        """Scan every image of a folder and its sub-folders, resized to the detectors' size.
 
         Yields:
             One row a file, in the order of their names. A file that is no image has an ``error``.
@@ -198,27 +180,27 @@ class Scanner:
                 yield ScannedFile(name, flagged, scores, error)
 
     def _read(self, files: Sequence[Path]) -> list[Pixels | str]:
-        found: list[Pixels | str] = []
+        images: list[Pixels | str] = []
         for file in files:
             try:
-                found.append(load_image(file, size=self.size[0], channels=self.channels))
+                images.append(load_image(file, size=self.size[0], channels=self.channels))
             except (ValueError, OSError) as error:
-                found.append(" ".join(str(error).split()))
-        return found
+                images.append(" ".join(str(error).split()))
+        return images
 
     def _judge(self, _: Sequence[Path], read: Sequence[Pixels | str]) -> list[Any]:
         """For every file its flag and scores, or why there are none."""
         good = [one for one in read if not isinstance(one, str)]
         scan = self(np.stack(good)) if good else None
         rows: list[Any] = []
-        place = 0
+        position = 0
         for one in read:
             if isinstance(one, str) or scan is None:
                 rows.append((None, one))
                 continue
-            scores = {name: float(values[place]) for name, values in scan.scores.items()}
-            rows.append(((bool(scan.flagged[place]), scores), None))
-            place += 1
+            scores = {name: float(values[position]) for name, values in scan.scores.items()}
+            rows.append(((bool(scan.flagged[position]), scores), None))
+            position += 1
         return rows
 
 

@@ -21,15 +21,12 @@ _CHUNK = 256
 
 
 def psnr(images: Tensor, reference: Tensor, *, data_range: float = 1.0) -> Tensor:
-    """Peak signal-to-noise ratio of each image, in dB; average these, not the errors.
+    """Peak signal-to-noise ratio of each image: float32 ``(N,)`` in dB, at most 100.
 
     Args:
         images: float32 ``(N, C, H, W)`` in [0, data_range].
         reference: The same shape and range.
         data_range: The largest possible value.
-
-    Returns:
-        float32 ``(N,)`` in dB, at most 100.
 
     Raises:
         ValueError: Bad or differently shaped images, or a data range that is not positive.
@@ -44,24 +41,17 @@ def psnr(images: Tensor, reference: Tensor, *, data_range: float = 1.0) -> Tenso
 
 
 def ssim(images: Tensor, reference: Tensor) -> Tensor:
-    """Structural similarity of each image.
+    """Structural similarity of each image: float32 ``(N,)`` in [-1, 1]; sides of at least 11.
 
-    An 11 x 11 Gaussian window with sigma 1.5, K1 = 0.01, K2 = 0.03, range 1, per channel and then
-    averaged, over the positions where the window lies inside the image. Note that at 32 pixels a
-    change in the outermost rows therefore weighs next to nothing.
-
-    Args:
-        images: float32 ``(N, C, H, W)`` in [0, 1] with sides of at least 11.
-        reference: The same shape and range.
-
-    Returns:
-        float32 ``(N,)`` in [-1, 1].
+    An 11 x 11 Gaussian window with sigma 1.5, K1 = 0.01, K2 = 0.03, population covariance, per
+    channel and then averaged over the positions where the window lies inside the image: at 32
+    pixels a change in the outermost rows weighs next to nothing.
 
     Raises:
         ValueError: Bad, differently shaped or too small images.
 
     Source: Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity"
-    (2004), and its reference implementation's window; population, not sample, covariance.
+    (2004).
     """
     check_pair(images, reference)
     if min(images.shape[2:]) < 11:
@@ -71,10 +61,6 @@ def ssim(images: Tensor, reference: Tensor) -> Tensor:
 
 def linf(images: Tensor, reference: Tensor) -> Tensor:
     """The largest absolute difference in each image: ``(N,)`` in [0, 1].
-
-    Args:
-        images: float32 ``(N, C, H, W)`` in [0, 1].
-        reference: The same shape and range.
 
     Raises:
         ValueError: Bad or differently shaped images.
@@ -98,13 +84,9 @@ def compare_folders(
 ) -> Stealth:
     """Measure every image of ``changed`` against the one of the same name in ``originals``.
 
-    Args:
-        originals: Folder of the images as they were. One of another size is first resized
-            (bilinear) to its partner's, as poisoning a folder does it; the partner of a grey
-            image is read as grey.
-        changed: Folder of images with the same relative names; the suffix may differ.
-        lpips: Measures LPIPS as well if given; images are moved to its device.
-        batch_size: Images at once.
+    The suffix may differ. An original of another size is first resized (bilinear) to its partner's,
+    as poisoning a folder does it; the partner of a grey image is read as grey. LPIPS is measured if
+    given.
 
     Raises:
         ValueError: An empty folder, an unreadable image, or a changed image without its original.
@@ -125,9 +107,9 @@ def compare_folders(
         batch.append(pair)
         if position == len(files) - 1:
             _measure(batch, lpips, values)
-    found = {name: torch.cat(parts) for name, parts in values.items() if parts}
+    metrics = {name: torch.cat(parts) for name, parts in values.items() if parts}
     names = tuple(file.as_posix() for file in files)
-    return Stealth(names, found["psnr"], found["ssim"], found["linf"], found.get("lpips"))
+    return Stealth(names, metrics["psnr"], metrics["ssim"], metrics["linf"], metrics.get("lpips"))
 
 
 def _load_pair(changed: Path, original: Path) -> tuple[Tensor, Tensor]:

@@ -22,11 +22,10 @@ class LpipsUnavailable(RuntimeError):
 
 
 class Lpips(nn.Module):
-    """Learned perceptual distance (LPIPS 0.1, AlexNet), with its trained weights or not at all.
+    """Learned perceptual distance (LPIPS 0.1, AlexNet) with its trained weights, frozen.
 
     Grey images are repeated to three channels. AlexNet takes no image smaller than 31 pixels:
     images with a side below 32 are first enlarged bilinearly to 32, which changes the value.
-    Nothing here is trained: the weights are frozen, and the module stays in evaluation mode.
 
     Args:
         weights: A safetensors file with the whole state of ``lpips.LPIPS(net="alex")``; found by
@@ -44,9 +43,9 @@ class Lpips(nn.Module):
         super().__init__()
         path = find_lpips_weights() if weights is None else Path(weights)
         if path is None or not path.is_file():
-            place = "no weights found" if path is None else f"no file at {path}"
+            where = "no weights found" if path is None else f"no file at {path}"
             raise LpipsUnavailable(
-                f"LPIPS needs its trained weights, {place}: set WM_LPIPS to a safetensors file of "
+                f"LPIPS needs its trained weights, {where}: set WM_LPIPS to a safetensors file of "
                 f"lpips.LPIPS(net='alex'), or run torchvision.models.alexnet(weights='DEFAULT') "
                 "once where there is a network"
             )
@@ -104,7 +103,7 @@ def _load_lpips(path: Path) -> nn.Module:
     from safetensors.torch import load_file
 
     cached = path.name == _TRUNK_FILE
-    # The package draws random weights before it loads any; nobody else's draws should shift.
+    # The package draws random weights before it loads any; the caller's draws must not shift.
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         # lpips still calls torchvision with the arguments of 2022.
         warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
