@@ -1,13 +1,9 @@
-"""Plant an invisible watermark in images: triggers, plans, stealth metrics, export, runtime.
+"""Plant an invisible watermark in images: triggers, plans, stealth metrics, export, runtime."""
 
-The names below are imported when they are first used, so that ``import wm_inject`` costs nothing
-and ``wm_inject.runtime`` works without torch.
-"""
-
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from wm_inject.__about__ import __version__ as __version__
+from wm_inject.core.lazy import lazy_names
 
 if TYPE_CHECKING:
     from wm_inject.attacks import ATTACKS as ATTACKS
@@ -68,34 +64,5 @@ if TYPE_CHECKING:
     from wm_inject.watermark.vit import ViTConfig as ViTConfig
     from wm_inject.watermark.vit import ViTInjector as ViTInjector
     from wm_inject.watermark.vit import default_watermark as default_watermark
-
-_MODULES = {
-    "core.checkpoint": "Checkpoint CheckpointError load_checkpoint save_checkpoint",
-    "export": "Parity ParityError to_onnx to_torchscript",
-    "watermark.fast": "fast_trigger",
-    "core.images": "check_images check_labels check_pixels list_images load_image quantize"
-    " save_image to_float to_pixels",
-    "core.plan": "poison CoTraining PoisonPlan Poisoned Trigger",
-    "watermark.pretrained": "PRETRAINED pretrained_card",
-    "runtime": "Extractor OnnxModel Poisoner Scanner poison_folder",
-    "stealth": "Lpips LpipsUnavailable find_lpips_weights linf psnr ssim",
-    "attacks": "ATTACKS Attack FitContext attack",
-    "triggers": "BadNetsTrigger BlendTrigger BlindNetTrigger FTrojanTrigger InputAwareTrigger"
-    " LfTrigger MarksmanTrigger RefoolTrigger SigTrigger SsbaTrigger WaNetTrigger WatermarkTrigger"
-    " build_trigger load_trigger save_trigger",
-    "watermark.vit": "ViTConfig ViTInjector default_watermark",
-}
-_HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
-__all__ = sorted([*_HOME, "__version__"])
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+else:
+    __getattr__, __dir__, __all__ = lazy_names(__name__)
