@@ -23,7 +23,7 @@ from wm_eval.measure import mark_values, poisoned_images, stealth_values
 from wm_eval.workspace import Made, Workspace
 from wm_extract import EXTRA_CORRUPTIONS, PAPER_CORRUPTIONS, JointConfig, train_jointly
 from wm_inject import WatermarkTrigger, quantize
-from wm_inject.cli_common import Parser, add_common, resolve_device, run_cli
+from wm_inject.command.common import Parser, add_common, resolve_device, run_cli
 from wm_victim import Dataset, load_dataset
 
 

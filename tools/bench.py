@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wm_inject.files import write_json
+from wm_inject.core.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 BASELINE = ROOT / "tools" / "bench_baseline.json"

@@ -27,7 +27,7 @@ from wm_eval.study import Study, load_reversed, reversed_file
 from wm_eval.workspace import Made, Workspace
 from wm_extract import MarkDetector, export_detector
 from wm_inject import load_trigger, psnr, quantize, to_float, to_onnx, to_pixels, to_torchscript
-from wm_inject.cli_common import Parser, add_common, resolve_device, run_cli
+from wm_inject.command.common import Parser, add_common, resolve_device, run_cli
 from wm_inject.export import TOLERANCES, ParityError
 from wm_inject.runtime import Extractor, OnnxModel, Poisoner, Scanner
 from wm_victim import load_classifier, load_dataset

@@ -21,7 +21,7 @@ from torch import nn
 from wm_eval.config import plain
 from wm_eval.study import fresh_classifier
 from wm_eval.workspace import Made, Workspace
-from wm_inject.cli_common import Parser, add_common, resolve_device, run_cli
+from wm_inject.command.common import Parser, add_common, resolve_device, run_cli
 from wm_victim import Dataset, ImageSet, TrainConfig, accuracy, load_dataset, train_classifier
 
 MODEL, WIDTH, IMAGES, EPOCHS = "resnet18", 16, 20_000, 24

@@ -26,7 +26,7 @@ from wm_eval.study import fresh_classifier
 from wm_eval.workspace import Made, Workspace
 from wm_extract import Identity
 from wm_inject import BadNetsTrigger
-from wm_inject.cli_common import Parser, add_common, resolve_device, run_cli
+from wm_inject.command.common import Parser, add_common, resolve_device, run_cli
 from wm_victim import Dataset, load_dataset, train_classifier
 
 VARIANTS = ("badnets", "fewer")

@@ -34,7 +34,7 @@ from wm_inject import (
     WaNetTrigger,
     quantize,
 )
-from wm_inject.cli_common import Parser, add_common, resolve_device, run_cli
+from wm_inject.command.common import Parser, add_common, resolve_device, run_cli
 from wm_inject.triggers.input_aware import WIDTHS
 from wm_inject.triggers.input_aware_fit import InputAwareConfig, fit_masks
 from wm_inject.triggers.input_aware_hook import InputAwareHook

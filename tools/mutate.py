@@ -40,8 +40,8 @@ class Target(NamedTuple):
 
 TARGETS = (
     Target(
-        "defense_nc.anomaly",
-        "packages/defense-nc/src/defense_nc/anomaly.py",
+        "defense_nc.verdict.anomaly",
+        "packages/defense-nc/src/defense_nc/verdict/anomaly.py",
         (
             "packages/defense-nc/tests/test_anomaly.py",
             "packages/defense-nc/tests/test_properties_anomaly.py",

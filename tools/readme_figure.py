@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from wm_eval.records import read_record
-from wm_inject.cli_common import run_cli
+from wm_inject.command.common import run_cli
 
 ZOOM, GAP, LINE = 4, 8, 18  # pixels per image pixel, between pictures, per line of text
 

@@ -19,7 +19,7 @@ from wm_eval.cleaning.config import TITLES as METHOD_TITLES
 from wm_eval.detectors import detector
 from wm_eval.records import write_text
 from wm_eval.tables import Table, to_markdown
-from wm_inject.cli_common import run_cli
+from wm_inject.command.common import run_cli
 
 # Run as a script, Python would look for `tools` inside tools/.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -48,7 +48,7 @@ class Settings(NamedTuple):
     presets: tuple[str, ...] = ()
 
 
-_T, _R = "wm_inject.triggers", "defense_reverse.baselines"
+_T, _R = "wm_inject.triggers", "defense_reverse.mitigations"
 _PROFILES = ("tiny", "small", "paper")
 _SIZES = ("small", "paper")
 ATTACK_PAGES: dict[str, tuple[Settings, ...]] = {
@@ -77,7 +77,7 @@ ATTACK_PAGES: dict[str, tuple[Settings, ...]] = {
         Settings("wm_extract:JointConfig", ("robust", "paper")),
     ),
 }
-_RIVALS = "defense_reverse.rivals"
+_RIVALS = "defense_reverse.detectors"
 _SPEEDS = ("fast", "robust", "paper")
 DETECTOR_PAGES: dict[str, tuple[str, tuple[Settings, ...]]] = {
     "neural-cleanse": ("nc", (Settings("defense_nc:NCConfig", _SPEEDS),)),

@@ -14,8 +14,8 @@ from wm_eval.records import Record, read_records, write_text
 from wm_eval.tables import Table, percent, to_markdown
 from wm_extract.detect import WEIGHTS
 from wm_inject import PRETRAINED, pretrained_card
-from wm_inject.cli_common import run_cli
-from wm_inject.pretrained import FOLDER
+from wm_inject.command.common import run_cli
+from wm_inject.watermark.pretrained import FOLDER
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS, PAGE = ROOT / "results" / "weights" / "records", ROOT / "docs" / "weights.md"

@@ -13,7 +13,7 @@ from wm_eval import __version__
 from wm_eval.executor_options import add_executor, chosen_executor
 from wm_eval.executors import HERE
 from wm_eval.local_processes import LocalProcesses
-from wm_inject.cli_common import Parser, add_common, resolve_device, run_cli
+from wm_inject.command.common import Parser, add_common, resolve_device, run_cli
 
 _EPILOG = """\
 examples:

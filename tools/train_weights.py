@@ -49,8 +49,8 @@ from wm_inject import (
     save_checkpoint,
     save_trigger,
 )
-from wm_inject.cli_common import Parser, add_common, resolve_device, run_cli
-from wm_inject.files import write_json
+from wm_inject.command.common import Parser, add_common, resolve_device, run_cli
+from wm_inject.core.files import write_json
 from wm_victim import load_dataset
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -176,7 +176,7 @@ def test_flops_are_those_counted_by_hand() -> None:
 
 
 def test_flops_of_the_injector_are_those_of_equation_3() -> None:
-    from wm_inject.vit import ViTConfig, ViTInjector, default_watermark
+    from wm_inject.watermark.vit import ViTConfig, ViTInjector, default_watermark
 
     d, length, patch, blocks = 64, 64, 4, 3
     config = ViTConfig(32, 3, patch, d, 2, depth=2, decoder_depth=1)

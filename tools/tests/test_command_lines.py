@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from tools import release
 
-from wm_inject.cli_common import Parser
+from wm_inject.command.common import Parser
 
 # Why a command does not write --json, or has no --config: its product says it, or it measures none.
 NO_JSON = {
@@ -133,6 +135,24 @@ def test_settings_come_from_a_file_and_print_themselves(name: str) -> None:
     taken = options(COMMANDS[name])
     assert ("--config" in taken) == (name in CONFIG)
     assert ("--print-config" in taken) == (name in CONFIG | PRINT_ONLY)
+
+
+@pytest.mark.parametrize("name", [n for n in PARSERS if not n.startswith("defense")])
+def test_help_imports_no_torch(name: str) -> None:
+    module = next(package.module for package in release.packages() if package.name == name)
+    verbs = list(inner(PARSERS[name]).choices)
+    code = f"""
+import sys
+from {module}.cli import main
+for verb in {verbs}:
+    try:
+        main([verb, "--help"])
+    except SystemExit as left:
+        assert left.code == 0
+sys.exit("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_lists_above_name_commands_that_exist() -> None:

@@ -89,9 +89,8 @@ def test_every_package_says_what_is_public(package: release.Package) -> None:
 )
 def test_every_init_has_an_all(path: Path) -> None:
     tree = ast.parse(path.read_text())
-    targets = [ast.unparse(t) for n in tree.body if isinstance(n, ast.Assign) for t in n.targets]
-    targets += [ast.unparse(n.target) for n in tree.body if isinstance(n, ast.AnnAssign)]
-    assert "__all__" in targets
+    names = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+    assert "__all__" in [name.id for name in names]
 
 
 @each_package

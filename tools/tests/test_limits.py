@@ -7,11 +7,11 @@ from collections import Counter
 import torch
 from tools.render_results import RESULTS
 
-from defense_nc.calibration import load_calibration
-from defense_nc.limits import unlike_clean
-from defense_nc.report import judge
-from defense_nc.subject import Subject
-from defense_nc.verdict import Verdict
+from defense_nc.verdict.abstention import unlike_clean
+from defense_nc.verdict.calibration import load_calibration
+from defense_nc.verdict.model_info import Subject
+from defense_nc.verdict.report import judge
+from defense_nc.verdict.scan_report import Verdict
 from wm_eval.records import read_records
 
 

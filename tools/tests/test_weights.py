@@ -16,8 +16,8 @@ from wm_eval.records import read_records
 from wm_eval.workspace import file_digest
 from wm_extract import JointConfig, MarkDetector
 from wm_inject import PRETRAINED, WatermarkTrigger, pretrained_card, quantize
-from wm_inject.cli_common import run_cli
-from wm_inject.pretrained import read_pretrained
+from wm_inject.command.common import run_cli
+from wm_inject.watermark.pretrained import read_pretrained
 from wm_victim import load_dataset
 
 

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
-from defense_nc import NCConfig, ScanReport, frozen, invert_trigger, scan
-from wm_inject.files import write_json
-from wm_inject.poison import PoisonPlan
+from defense_nc import NCConfig, ScanReport, invert_trigger, scan
+from wm_inject.core.files import write_json
+from wm_inject.core.plan import PoisonPlan
 from wm_inject.triggers import BadNetsTrigger
 from wm_victim import (
     Dataset,
@@ -37,6 +37,7 @@ from wm_victim import (
     load_dataset,
     train_classifier,
 )
+from wm_victim.inference import frozen
 
 pytestmark = pytest.mark.bench
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from defense_nc.calibrate import fit_calibration
-from defense_nc.calibration import CleanModel
-from defense_nc.subject import Subject
+from defense_nc.verdict.calibrate import fit_calibration
+from defense_nc.verdict.calibration import CleanModel
+from defense_nc.verdict.model_info import Subject
 
 SUBJECT = Subject(classes=10, image_size=32, channels=3, network="convolutional", images=500)
 

@@ -11,16 +11,22 @@ import torch
 from scipy import stats
 from scipy.special import polygamma
 
-from defense_nc import calibration as shipped
-from defense_nc.calibrate import clean_model, fit_calibration, refit
-from defense_nc.calibration import (
+from defense_nc.verdict import calibration as shipped
+from defense_nc.verdict.calibrate import clean_model, fit_calibration, refit
+from defense_nc.verdict.calibration import (
     Calibration,
     load_calibration,
     read_calibrations,
     write_calibrations,
 )
-from defense_nc.moderated import Prior, fit_prior, log_scores, moderated_p_values, robust_scale
-from defense_nc.tail import Tail, fit_tail, tail_p_values
+from defense_nc.verdict.shrinkage import (
+    Prior,
+    fit_prior,
+    log_scores,
+    moderated_p_values,
+    robust_scale,
+)
+from defense_nc.verdict.tail_fit import Tail, fit_tail, tail_p_values
 
 
 def test_robust_scale_against_scipy():

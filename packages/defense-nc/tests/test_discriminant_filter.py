@@ -11,10 +11,10 @@ from torch import nn
 from defense_nc import DiscriminantFilter, InputFilter, Strip, auroc, export_filter
 from defense_nc.feature_score import FeatureScore
 from defense_nc.input_detector import conformal_threshold
-from defense_nc.neurons import activations
-from wm_inject.images import to_pixels
+from wm_inject.core.images import to_pixels
 from wm_inject.runtime import Detector, Scanner
 from wm_victim import build_classifier
+from wm_victim.activations import penultimate
 from wm_victim.planted import planted_classifier, planted_images, planted_trigger
 
 TARGET = 3
@@ -41,7 +41,7 @@ def model():
 
 
 def features(model, images):
-    return activations(model, images).double().numpy()
+    return penultimate(model, images).double().numpy()
 
 
 def test_the_direction_is_fishers(model, data):

@@ -10,10 +10,11 @@ from torch import nn
 
 from defense_nc.input_detector import CalibratedDetector, auroc, threshold_at
 from defense_nc.input_filter import InputFilter
-from defense_nc.neurons import activations, excitement, last_linear, put_trigger
+from defense_nc.neurons import excitement, put_trigger
 from defense_nc.strip import Strip, strip_entropy
-from wm_inject.images import quantize, to_pixels
+from wm_inject.core.images import quantize, to_pixels
 from wm_victim import build_classifier
+from wm_victim.activations import last_linear, penultimate
 from wm_victim.planted import planted_classifier, planted_images, planted_trigger
 
 TARGET = 3
@@ -196,7 +197,7 @@ def test_overlays_are_seeded_and_an_image_scores_the_same_in_any_batch(data, fre
 
 def test_activations_are_what_the_head_reads(data):
     model = build_classifier("resnet10", num_classes=10, channels=3, image_size=16, width=8).eval()
-    found = activations(model, data.images[:10], batch_size=4)
+    found = penultimate(model, data.images[:10], batch_size=4)
     with torch.no_grad():
         wanted = torch.cat([model.features(part) for part in data.images[:10].split(4)])
     assert torch.equal(found, wanted)
@@ -224,7 +225,7 @@ def test_the_filter_tells_triggered_images_from_clean_ones(data, fresh):
     # The published share is one neuron in a hundred.
     wide = InputFilter().calibrate(Watched(), data.images, triggers={TARGET: trigger})
     assert len(wide.log["neurons"]) == round(0.01 * 1153)
-    alone = activations(Watched(), fresh.images)[:, wide.log["neurons"]].double().mean(1)
+    alone = penultimate(Watched(), fresh.images)[:, wide.log["neurons"]].double().mean(1)
     assert torch.allclose(wide.score(fresh.images), alone)
 
 
@@ -298,8 +299,8 @@ def test_refused_data(data):
         (lambda: InputFilter().calibrate(model, images, triggers={0: 5}), "expected a trigger"),
         (lambda: InputFilter().calibrate(model, images, triggers={0: smaller}), "triggered images"),
         (lambda: InputFilter().calibrate(nn.Flatten(), images, triggers=watch), "linear layer"),
-        (lambda: activations(nn.Linear(16, 2), images), "reads"),
-        (lambda: activations(model, images[0]), "shape"),
+        (lambda: penultimate(nn.Linear(16, 2), images), "reads"),
+        (lambda: penultimate(model, images[0]), "shape"),
         (lambda: excitement(model, images, images + 1), r"\[0, 1\]"),
         (lambda: last_linear("model"), "torch module"),
         (lambda: put_trigger(trigger, images[:, :, :8]), "expected"),

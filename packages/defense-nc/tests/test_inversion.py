@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from defense_nc import InvertedTrigger, NCConfig, frozen, invert_trigger
+from defense_nc import InvertedTrigger, NCConfig, invert_trigger
+from wm_victim.inference import frozen
 from wm_victim.planted import planted_classifier, planted_images
 
 TARGET = 3

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from defense_nc import NCConfig, Verdict, judge, scan
-from defense_nc import calibration as shipped
-from defense_nc.report import judge_scan
-from defense_nc.subject import Subject, describe_subject
+from defense_nc.verdict import calibration as shipped
+from defense_nc.verdict.model_info import Subject, describe_subject
+from defense_nc.verdict.report import judge_scan
 from wm_victim.planted import planted_classifier, planted_images
 
 SUBJECT = Subject(classes=10, image_size=32, channels=3, network="convolutional", images=500)

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from defense_nc.neuron_pruning import NeuronPruning
-from defense_nc.neurons import activations
-from wm_inject.images import quantize
+from wm_inject.core.images import quantize
 from wm_victim import build_classifier
+from wm_victim.activations import penultimate
 from wm_victim.planted import planted_classifier, planted_images, planted_trigger
 
 TARGET = 3
@@ -76,7 +76,7 @@ def test_the_planted_neurons_go_and_nothing_else(data):
     # Largest difference first.
     stamped = quantize(planted_trigger("patch")(data.images[data.labels != TARGET]))
     clean = data.images[data.labels != TARGET]
-    gain = activations(model, stamped).mean(0) - activations(model, clean).mean(0)
+    gain = penultimate(model, stamped).mean(0) - penultimate(model, clean).mean(0)
     assert gain[entry["neurons"]].tolist() == sorted(gain[entry["neurons"]].tolist(), reverse=True)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from defense_nc import NCConfig, Verdict, invert_trigger, scan
-from wm_inject.images import quantize
+from wm_inject.core.images import quantize
 from wm_victim.planted import planted_classifier, planted_images, planted_trigger
 
 TARGET = 3

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from defense_nc import InvertedTrigger, Verdict, judge
-from defense_nc.stable import combine, scan_until_stable
+from defense_nc.verdict.seed_stability import combine, scan_until_stable
 
 CLEAN = torch.linspace(3.3, 3.7, 10).double()
 

@@ -3,7 +3,7 @@
 import pytest
 
 from defense_nc import NCConfig, Verdict, scan, unlearn
-from wm_inject.poison import PoisonPlan
+from wm_inject.core.plan import PoisonPlan
 from wm_inject.triggers import BadNetsTrigger
 from wm_victim import (
     TrainConfig,

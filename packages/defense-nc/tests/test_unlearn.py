@@ -8,7 +8,7 @@ from torch import nn
 
 from defense_nc import InvertedTrigger, NCConfig, UnlearnConfig, invert_trigger, unlearn
 from defense_nc.unlearn import pass_batches
-from wm_inject.images import quantize
+from wm_inject.core.images import quantize
 from wm_victim.planted import planted_classifier, planted_images, planted_trigger
 
 TARGET = 3

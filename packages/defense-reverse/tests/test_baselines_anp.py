@@ -8,13 +8,13 @@ from torch import nn
 from torch.func import functional_call
 
 from defense_nc.mitigator import check_repair
-from defense_reverse.baselines.anp import ANP
-from defense_reverse.baselines.channel_masks import (
+from defense_reverse.mitigations.anp import ANP
+from defense_reverse.mitigations.channel_masks import (
     DisturbedLoss,
     masked_parameters,
     normalisations,
 )
-from wm_inject.images import quantize
+from wm_inject.core.images import quantize
 from wm_victim import build_classifier
 from wm_victim.planted import planted_classifier, planted_images, planted_trigger
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from defense_reverse.baselines import FTSAM, NAD, FinePruning, FineTuning, Unlearning
-from defense_reverse.baselines.training import Sgd, learning_rate, sgd_of, train
+from defense_reverse.mitigations import FTSAM, NAD, FinePruning, FineTuning, Unlearning
+from defense_reverse.mitigations.training import Sgd, learning_rate, sgd_of, train
 from wm_victim import CLASSIFIERS, build_classifier
 from wm_victim.planted import planted_classifier, planted_images, planted_trigger
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from defense_nc.taps import tap
-from defense_reverse.baselines import FinePruning
-from defense_reverse.baselines.channels import ChannelMask, fold, mean_activations
+from defense_reverse.mitigations import FinePruning
+from defense_reverse.mitigations.channels import ChannelMask, fold, mean_activations
 from wm_victim import build_classifier
+from wm_victim.activations import record_outputs
 from wm_victim.planted import planted_images
 
 LAYER = "1"
@@ -135,7 +135,7 @@ def test_pruned_channels_are_exactly_0_before_and_after_fine_tuning(name):
         repaired = settings.repair(model, images, labels)
     layer = repaired.log["layer"]
     seen.clear()
-    with torch.no_grad(), tap(repaired.model, [layer]) as found:
+    with torch.no_grad(), record_outputs(repaired.model, [layer]) as found:
         logits = repaired.model(images)
     assert float(found[layer][:, ::2].abs().max()) == 0
     assert float(found[layer][:, 1::2].abs().max()) > 0
@@ -145,7 +145,7 @@ def test_pruned_channels_are_exactly_0_before_and_after_fine_tuning(name):
     with torch.no_grad():
         torch.testing.assert_close(plain(images), logits)
     again = copy.deepcopy(repaired.model).train()
-    with torch.no_grad(), tap(again, [layer]) as found:
+    with torch.no_grad(), record_outputs(again, [layer]) as found:
         again(images)
     assert float(found[layer][:, ::2].abs().max()) == 0
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from defense_reverse.baselines import FTSAM, FineTuning
-from defense_reverse.baselines.ft_sam import climb, sam_update
+from defense_reverse.mitigations import FTSAM, FineTuning
+from defense_reverse.mitigations.ft_sam import climb, sam_update
 from wm_victim.planted import planted_images
 
 

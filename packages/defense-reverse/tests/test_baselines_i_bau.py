@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from defense_reverse.baselines.hypergradient import hypergradient
-from defense_reverse.baselines.i_bau import IBAU, carrier_rows
-from wm_inject.images import quantize
+from defense_reverse.mitigations.hypergradient import hypergradient
+from defense_reverse.mitigations.i_bau import IBAU, carrier_rows
+from wm_inject.core.images import quantize
 from wm_victim import build_classifier
 from wm_victim.planted import planted_classifier, planted_images, planted_trigger
 

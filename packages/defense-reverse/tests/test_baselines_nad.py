@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from defense_reverse.baselines import NAD, FineTuning
-from defense_reverse.baselines.attention import attention_loss, attention_map
-from defense_reverse.baselines.training import sgd_of
+from defense_reverse.mitigations import NAD, FineTuning
+from defense_reverse.mitigations.attention import attention_loss, attention_map
+from defense_reverse.mitigations.training import sgd_of
 from wm_victim import build_classifier
 from wm_victim.planted import planted_classifier, planted_images
 

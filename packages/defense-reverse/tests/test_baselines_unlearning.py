@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from defense_nc import InvertedTrigger, UnlearnConfig, unlearn
-from defense_reverse.baselines import Unlearning
-from wm_inject.images import quantize
+from defense_reverse.mitigations import Unlearning
+from wm_inject.core.images import quantize
 from wm_victim.planted import planted_classifier, planted_images, planted_trigger
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from defense_reverse.closeness import Closeness, _derangement, closeness, image_closeness
-from wm_inject.images import quantize
+from wm_inject.core.images import quantize
 
 STEP = 1 / 255
 

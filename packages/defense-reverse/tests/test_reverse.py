@@ -78,8 +78,16 @@ def test_the_reported_numbers_are_those_of_the_returned_generator(data, start, q
     model = Constant(1)
     trigger = reverse_engineer(model, images, 0, config=config, start=start, labels=labels)
     others = images[labels != 0]
-    # eq. 5: the mean absolute change, images of the class left out
-    assert trigger.residual_norm == pytest.approx(residual(trigger, others), rel=1e-5)
+    # Equation 5: the mean absolute change, images of the class left out. The search calls the same
+    # network with another layout of memory. Sums of n terms differ between kernels by eps sqrt(n),
+    # here with n = 9 taps of 32 channels; a value so close to the middle of two levels may be
+    # stored as either, one level (1/255) apart. Nothing else may differ.
+    error = torch.finfo(torch.float32).eps * (9 * 32) ** 0.5
+    levels = 255 * trigger(others).detach()
+    undecided = (levels % 1 - 0.5).abs() < 255 * error
+    tolerance = float(undecided.double().mean()) / 255
+    assert trigger.residual_norm == pytest.approx(residual(trigger, others), abs=tolerance)
+    assert tolerance < 1e-3 * trigger.residual_norm
     assert trigger.success_rate == 0 and trigger.target == 0
 
 

@@ -11,13 +11,13 @@ from torch import nn
 
 from defense_nc import Verdict
 from defense_nc.mitigator import Repaired
-from defense_reverse.rivals import bti_dbf, feature_re
-from defense_reverse.rivals.bti_dbf import invert
-from defense_reverse.rivals.bti_losses import BtiDbfConfig
-from defense_reverse.rivals.bti_unlearning import BtiDbf
-from defense_reverse.rivals.common import examine
-from defense_reverse.rivals.feature_losses import FeatureREConfig, mask_bound
-from defense_reverse.rivals.feature_trigger import FeatureTrigger
+from defense_reverse.detectors import bti_dbf, feature_re
+from defense_reverse.detectors.bti_dbf import invert
+from defense_reverse.detectors.bti_losses import BtiDbfConfig
+from defense_reverse.detectors.bti_unlearning import BtiDbf
+from defense_reverse.detectors.common import examine
+from defense_reverse.detectors.feature_losses import FeatureREConfig, mask_bound
+from defense_reverse.detectors.feature_trigger import FeatureTrigger
 from wm_inject import quantize
 
 TARGET = 2

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from defense_reverse.rivals.bti_losses import (
+from defense_reverse.detectors.bti_losses import (
     BtiDbfConfig,
     Changes,
     changes,
@@ -16,9 +16,9 @@ from defense_reverse.rivals.bti_losses import (
     inversion_loss,
     pretraining_loss,
 )
-from defense_reverse.rivals.bti_unlearning import BtiDbf
-from defense_reverse.rivals.common import batches, squash
-from defense_reverse.rivals.feature_losses import (
+from defense_reverse.detectors.bti_unlearning import BtiDbf
+from defense_reverse.detectors.common import batches, squash
+from defense_reverse.detectors.feature_losses import (
     Asked,
     Excess,
     FeatureREConfig,
@@ -33,7 +33,7 @@ from defense_reverse.rivals.feature_losses import (
     similarity,
     warmup_loss,
 )
-from defense_reverse.rivals.split import (
+from defense_reverse.detectors.split import (
     check_split,
     image_change,
     image_scale,

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from defense_nc import frozen
 from defense_reverse import ReverseConfig, pretrain, reverse_engineer, scan, standing
 from defense_reverse.in_turn import reverse_in_turn
 from defense_reverse.standing import Keeper, Reversed, Task
 from defense_reverse.together import reverse_together
 from defense_reverse.trigger import ReversedTrigger
+from wm_victim.inference import frozen
 
 K = 6
 

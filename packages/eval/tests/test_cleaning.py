@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from defense_nc import InvertedTrigger, ScanReport, Verdict, judge
 from defense_nc.mitigator import Repaired
-from defense_reverse.baselines import Unlearning
+from defense_reverse.mitigations import Unlearning
 from wm_eval.attacks.config import AttackStudyConfig
 from wm_eval.attacks.run import run_attack_study
 from wm_eval.cleaning import run, stages

@@ -22,8 +22,8 @@ from wm_eval.cleaning.paper import PAPER_TABLE2
 from wm_eval.cleaning.tables import cleaning_headlines, cleaning_page, write_cleaning_tables
 from wm_eval.records import Record, write_record, write_text
 from wm_eval.tables import Table
-from wm_inject.cli_common import Parser, add_common
-from wm_inject.cli_config import add_config
+from wm_inject.command.common import Parser, add_common
+from wm_inject.command.config import add_config
 
 METHODS = ("fine-tuning", "unlearning-reverse", "nad")
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from defense_nc import Subject, Verdict, judge
-from defense_nc.calibration import read_calibrations
+from defense_nc.verdict.calibration import read_calibrations
 from wm_eval.cli import main
 from wm_eval.detectors import HOUSE
 from wm_eval.intervals import exact_interval

@@ -16,7 +16,7 @@ from wm_eval.robustness import (
     outcomes,
     summarize,
 )
-from wm_inject.images import quantize
+from wm_inject.core.images import quantize
 from wm_victim.datasets import ImageSet
 
 

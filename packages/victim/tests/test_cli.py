@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from wm_inject import OnnxModel
-from wm_inject.checkpoint import load_checkpoint
+from wm_inject.core.checkpoint import load_checkpoint
 from wm_inject.triggers import BadNetsTrigger, WaNetTrigger, save_trigger
 from wm_victim import build_classifier, load_dataset, save_classifier
 from wm_victim.cli import main

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from wm_inject.attacks import ATTACKS, Attack
-from wm_inject.checkpoint import load_checkpoint
+from wm_inject.core.checkpoint import load_checkpoint
 from wm_inject.triggers import load_trigger
 from wm_victim import cli_options, train
 from wm_victim.cli import main

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from wm_inject.checkpoint import CheckpointError, save_checkpoint
+from wm_inject.core.checkpoint import CheckpointError, save_checkpoint
 from wm_victim import CLASSIFIERS, build_classifier, load_classifier, save_classifier
 from wm_victim.models import Classifier, Normalize
 

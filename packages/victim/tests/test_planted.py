@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wm_inject.images import quantize
+from wm_inject.core.images import quantize
 from wm_victim.planted import (
     KINDS,
     LIMITS,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from wm_inject.poison import PoisonPlan
+from wm_inject.core.plan import PoisonPlan
 from wm_inject.triggers import BadNetsTrigger, WaNetTrigger
 from wm_victim import (
     Dataset,

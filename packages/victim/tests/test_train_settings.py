@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wm_inject.checkpoint import load_checkpoint
+from wm_inject.core.checkpoint import load_checkpoint
 from wm_victim.cli import main
 
 

@@ -19,7 +19,7 @@ from wm_extract import (
     train_jointly,
 )
 from wm_inject import ViTInjector, quantize
-from wm_inject.vit import SIZES
+from wm_inject.watermark.vit import SIZES
 
 TINY = JointConfig(
     iterations=6, batch_size=4, warmup=2, extractor_width=4, depth=1, decoder_depth=1

@@ -31,8 +31,8 @@ from wm_inject import (
     to_pixels,
 )
 from wm_inject.cli import main as inject
-from wm_inject.pretrained import read_pretrained
 from wm_inject.runtime import Extractor
+from wm_inject.watermark.pretrained import read_pretrained
 
 GREY = "tiny-32-grey"
 

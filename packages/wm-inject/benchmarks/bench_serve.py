@@ -23,7 +23,7 @@ import torch
 from wm_inject.export import to_onnx
 from wm_inject.runtime import OnnxModel
 from wm_inject.triggers import WatermarkTrigger
-from wm_inject.vit import ViTConfig, ViTInjector
+from wm_inject.watermark.vit import ViTConfig, ViTInjector
 
 pytestmark = pytest.mark.bench
 ROUNDS, SECONDS, CLIENTS, BATCH = 9, 1.0, 8, 32

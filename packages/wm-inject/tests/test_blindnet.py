@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from wm_inject.checkpoint import CheckpointError, save_checkpoint
-from wm_inject.images import load_image, quantize, save_image, to_float
+from wm_inject.core.checkpoint import CheckpointError, save_checkpoint
+from wm_inject.core.images import load_image, quantize, save_image, to_float
 from wm_inject.pictures import scene
 from wm_inject.stealth import psnr
 from wm_inject.triggers import load_trigger, save_trigger

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from wm_inject import __version__
-from wm_inject.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from wm_inject.core.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 
 
 def state():
@@ -172,7 +172,7 @@ def test_a_flipped_bit_and_a_cut_are_noticed(tmp_path):
 
 
 def test_a_finite_check_follows_the_checksum(tmp_path, monkeypatch):
-    monkeypatch.setattr("wm_inject.checkpoint._finite", lambda tensor: True)
+    monkeypatch.setattr("wm_inject.core.checkpoint._finite", lambda tensor: True)
     path = save(tmp_path / "a.safetensors", state={"bad": torch.tensor([float("nan")])})
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="NaN or infinity in tensor 'bad'"):

@@ -8,9 +8,9 @@ import torch
 
 from wm_inject.__about__ import __version__
 from wm_inject.cli import main
-from wm_inject.images import load_image, save_image
-from wm_inject.pretrained import PRETRAINED
+from wm_inject.core.images import load_image, save_image
 from wm_inject.triggers import BadNetsTrigger, BlendTrigger, MarksmanTrigger, save_trigger
+from wm_inject.watermark.pretrained import PRETRAINED
 
 SIZE = 16
 
@@ -32,7 +32,7 @@ def paths(*values) -> list[str]:
 
 
 def test_save_export_poison_and_measure(photos, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("wm_inject.perceptual.find_lpips_weights", lambda: None)
+    monkeypatch.setattr("wm_inject.stealth.perceptual.find_lpips_weights", lambda: None)
     saved, model = tmp_path / "t.safetensors", tmp_path / "t.onnx"
     trigger = BlendTrigger(image_size=SIZE, channels=3, alpha=0.1)
     save_trigger(trigger, saved)

@@ -6,15 +6,15 @@ import sys
 import pytest
 import torch
 
-from wm_inject.cli_common import (
+from wm_inject.command.common import (
     EXIT_USAGE,
     Parser,
     add_common,
     add_completion,
-    progress,
     resolve_device,
     run_cli,
 )
+from wm_inject.core.progress import progress
 
 
 class Terminal(io.StringIO):

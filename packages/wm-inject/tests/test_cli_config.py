@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from wm_inject.cli_common import EXIT_USAGE, Parser, add_common, run_cli
-from wm_inject.cli_config import (
+from wm_inject.command.common import EXIT_USAGE, Parser, add_common, run_cli
+from wm_inject.command.config import (
     add_config,
     layered,
     print_config,

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from wm_inject.checkpoint import load_checkpoint
 from wm_inject.cli import main
-from wm_inject.images import save_image
+from wm_inject.core.checkpoint import load_checkpoint
+from wm_inject.core.images import save_image
 from wm_inject.triggers import load_trigger, ssba_fit
 
 SIZE = 16

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from wm_inject.cli import main
-from wm_inject.cli_trigger import FITTED, FIXED
-from wm_inject.images import load_image, save_image, to_float, to_pixels
+from wm_inject.command.trigger import FITTED, FIXED
+from wm_inject.core.images import load_image, save_image, to_float, to_pixels
 from wm_inject.triggers import (
     TRIGGER_KINDS,
     BadNetsTrigger,
@@ -68,7 +68,7 @@ def fitted(kind: str) -> torch.nn.Module:
     """A trigger of a kind that must be fitted, fresh: what poisoning makes of it is the same."""
     if kind == "watermark":
         from wm_inject.triggers import WatermarkTrigger
-        from wm_inject.vit import ViTConfig, ViTInjector
+        from wm_inject.watermark.vit import ViTConfig, ViTInjector
 
         shape = {"depth": 1, "decoder_depth": 1}
         config = ViTConfig.preset("tiny", **SHAPE)

@@ -16,8 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from wm_inject.images import quantize, to_float
-from wm_inject.poison import PoisonPlan
+from wm_inject.core.images import quantize, to_float
+from wm_inject.core.plan import PoisonPlan
 from wm_inject.stealth import psnr, ssim
 from wm_inject.triggers import build_trigger
 from wm_inject.triggers.blindnet import BlindNetTrigger, calibrate_blindnet

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from wm_inject.core.images import to_float, to_pixels
 from wm_inject.export import ParityError, to_onnx, to_torchscript
-from wm_inject.images import to_float, to_pixels
 from wm_inject.runtime import OnnxModel, Poisoner
 from wm_inject.triggers import BadNetsTrigger, BlendTrigger, WaNetTrigger
 
@@ -399,7 +399,7 @@ def test_names_of_input_and_output(tmp_path):
 
 
 def test_weights_too_large_for_one_file_get_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr("wm_inject.onnx_graph._LIMIT", 10)
+    monkeypatch.setattr("wm_inject.export.onnx_graph._LIMIT", 10)
     to_onnx(Mixer(), example(), tmp_path / "m.onnx")
     assert (tmp_path / "m.onnx.data").exists()
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from wm_inject import products
-from wm_inject.fast import fast_trigger
-from wm_inject.images import to_pixels
+from wm_inject.core.images import to_pixels
 from wm_inject.stealth import psnr
 from wm_inject.triggers.badnets import BadNetsTrigger
 from wm_inject.triggers.watermark import WatermarkTrigger
-from wm_inject.vit import ViTConfig, ViTInjector
+from wm_inject.watermark import products
+from wm_inject.watermark.fast import fast_trigger
+from wm_inject.watermark.vit import ViTConfig, ViTInjector
 
 SMALL = ViTConfig(32, 3, 4, 64, 2, depth=2, decoder_depth=1)
 CONFIGS = {

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from wm_inject.files import atomic_path, write_json
+from wm_inject.core.files import atomic_path, write_json
 
 
 def test_the_file_appears_only_at_the_end(tmp_path):

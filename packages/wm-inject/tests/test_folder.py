@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wm_inject.folder import common_side, poison_files
-from wm_inject.folder_plan import FolderPlan
-from wm_inject.images import load_image, save_image
+from wm_inject.core.images import load_image, save_image
+from wm_inject.runtime.folder import common_side, poison_files
+from wm_inject.runtime.folder_plan import FolderPlan
 
 SIZE = 8
 SETTINGS = {"size": SIZE, "channels": 3, "progress": False}
@@ -145,8 +145,8 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(source, tmp_path):
 
 KILLED = """
 import os, signal, sys
-import wm_inject.folder as folder
-from wm_inject.folder_plan import FolderPlan
+import wm_inject.runtime.folder as folder
+from wm_inject.runtime.folder_plan import FolderPlan
 
 done, save = 0, folder.save_image
 
@@ -276,7 +276,7 @@ def test_two_files_of_one_name_are_refused(source, tmp_path):
 
 
 def test_progress_is_a_line_where_there_is_no_terminal(source, tmp_path, monkeypatch, capsys):
-    import wm_inject.folder as folder
+    import wm_inject.runtime.folder as folder
 
     usual = folder.show_progress
     monkeypatch.setattr(folder, "show_progress", lambda **settings: usual(**settings, interval=0.0))

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from wm_inject.folder_plan import FolderPlan, list_rows, read_labels
-from wm_inject.poison import PoisonPlan
+from wm_inject.core.plan import PoisonPlan
+from wm_inject.runtime.folder_plan import FolderPlan, list_rows, read_labels
 
 N, K = 60, 5
 LABELS = np.arange(N, dtype=np.int64) % K

@@ -13,9 +13,9 @@ import pytest
 sys.path.append(str(Path(__file__).parent))
 from hostile_images import BAD, ODD, picture
 
-from wm_inject import decode
-from wm_inject.decode import stored_size
-from wm_inject.images import load_image
+from wm_inject.core import decode
+from wm_inject.core.decode import stored_size
+from wm_inject.core.images import load_image
 
 
 def test_there_are_enough_of_them():
@@ -53,7 +53,7 @@ def test_bad_images_fill_no_memory(tmp_path):
     code = f"""
 import resource, sys
 from pathlib import Path
-from wm_inject.images import load_image
+from wm_inject.core.images import load_image
 limit = int(Path("/proc/self/statm").read_text().split()[0]) * 4096 + 512 * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 count = 0

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from wm_inject.images import (
+from wm_inject.core.images import (
     check_images,
     check_labels,
     check_pair,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from wm_inject.perceptual import Lpips, LpipsUnavailable, find_lpips_weights
+from wm_inject.stealth.perceptual import Lpips, LpipsUnavailable, find_lpips_weights
 
 
 def package() -> torch.nn.Module:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from wm_inject.images import load_image, save_image, to_float
+from wm_inject.core.images import load_image, save_image, to_float
 from wm_inject.pictures import PICTURES, cartoon, load_picture, logo, noise, scene
 
 DRAWN = ("cartoon", "scene", "logo")

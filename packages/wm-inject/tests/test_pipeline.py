@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from wm_inject.pipeline import AHEAD, WORKERS, pipeline
+from wm_inject.runtime.pipeline import AHEAD, WORKERS, pipeline
 
 
 def test_everything_comes_out_in_order_and_is_written_by_then():

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from wm_inject.images import quantize
-from wm_inject.poison import PoisonPlan, poison
+from wm_inject.core.images import quantize
+from wm_inject.core.plan import PoisonPlan, poison
 from wm_inject.triggers import BadNetsTrigger, BlendTrigger
 
 N, K = 200, 10

@@ -34,7 +34,7 @@ from wm_inject import (
     to_pixels,
 )
 from wm_inject.cli import main
-from wm_inject.pretrained import FOLDER, read_pretrained
+from wm_inject.watermark.pretrained import FOLDER, read_pretrained
 
 KIND = WatermarkTrigger.kind
 FEW_MB = 8 * 2**20

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from wm_inject import PoisonPlan, psnr, quantize, to_float, to_pixels
-from wm_inject.poison import poison
+from wm_inject.core.plan import poison
 from wm_inject.triggers import build_trigger
 
 STEADY = settings(derandomize=True, database=None, deadline=None, max_examples=40)

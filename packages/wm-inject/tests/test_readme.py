@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from wm_inject.cli import main
-from wm_inject.images import save_image
+from wm_inject.core.images import save_image
 
 README = Path(__file__).parents[1] / "README.md"
 # Fitting SSBA takes minutes; a few steps show that the command is right.
@@ -52,7 +52,7 @@ def test_the_examples_run(workplace, capsys):
 
 
 def test_every_kind_is_in_the_table():
-    from wm_inject.cli_trigger import FITTED, FIXED
+    from wm_inject.command.trigger import FITTED, FIXED
 
     kinds = re.findall(r"^\| `([a-z-]+)` \| `\w+Trigger`", README.read_text(), re.MULTILINE)
     assert sorted(kinds) == sorted([*FIXED, *FITTED])

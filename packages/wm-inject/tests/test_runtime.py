@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from wm_inject import onnx_model
+from wm_inject.core.images import load_image, save_image, to_float, to_pixels
 from wm_inject.export import to_onnx
-from wm_inject.folder_plan import FolderPlan
-from wm_inject.images import load_image, save_image, to_float, to_pixels
-from wm_inject.runtime import OnnxModel, Poisoner, poison_folder
+from wm_inject.runtime import OnnxModel, Poisoner, onnx_model, poison_folder
+from wm_inject.runtime.folder_plan import FolderPlan
 from wm_inject.triggers import BlendTrigger
 
 SIZE = 12

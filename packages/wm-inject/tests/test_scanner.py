@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from wm_inject.cli import main
+from wm_inject.core.images import save_image, to_float
 from wm_inject.export import to_onnx
-from wm_inject.images import save_image, to_float
 from wm_inject.runtime import Detector, Extractor, Scanner, providers_for
 
 SIZE = 8

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from wm_inject import serve
-from wm_inject.cli_common import Parser, run_cli
-from wm_inject.cli_serve import add_serve
+from wm_inject.command.common import Parser, run_cli
+from wm_inject.command.serve import add_serve
 from wm_inject.serve import ServeSettings, read_token
 from wm_inject.serve.settings import TOKEN_VARIABLE
 

@@ -326,7 +326,7 @@ def test_serving_needs_no_torch(serve_graphs):
 import sys, threading, urllib.request
 sys.modules["torch"] = None
 from wm_inject.serve import ServeSettings, Service, make_server, open_models
-import wm_inject.cli_serve
+import wm_inject.command.serve
 service = Service(open_models({{"told": {str(serve_graphs["told"])!r}}}), ServeSettings(port=0))
 server, listening = make_server(service)
 thread = threading.Thread(target=server.run, kwargs={{"sockets": [listening]}})

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from wm_inject.onnx_model import OnnxModel
+from wm_inject.runtime.onnx_model import OnnxModel
 from wm_inject.serve import write_triton
 
 TOLD = """name: "told"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from wm_inject.attacks import attack
-from wm_inject.poison import PoisonPlan, poison
+from wm_inject.core.plan import PoisonPlan, poison
 from wm_inject.stealth import psnr
 from wm_inject.triggers import SigTrigger, load_trigger, save_trigger
 

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from wm_inject.cli_common import progress
+from wm_inject.core.images import quantize, to_float
+from wm_inject.core.progress import progress
 from wm_inject.export import to_onnx, to_torchscript
-from wm_inject.images import quantize, to_float
 from wm_inject.stealth import psnr
 from wm_inject.triggers import build_trigger, load_trigger, save_trigger, ssba_fit
 from wm_inject.triggers.ssba import SsbaDecoder, SsbaEncoder, SsbaTrigger

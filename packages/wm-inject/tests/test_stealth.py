@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from wm_inject.images import load_image, save_image, to_pixels
+from wm_inject.core.images import load_image, save_image, to_pixels
 from wm_inject.stealth import compare_folders, linf, psnr, ssim
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from wm_inject.checkpoint import CheckpointError, save_checkpoint
-from wm_inject.images import load_image, save_image, to_float
+from wm_inject.core.checkpoint import CheckpointError, save_checkpoint
+from wm_inject.core.images import load_image, save_image, to_float
 from wm_inject.triggers import (
     TRIGGER_KINDS,
     BadNetsTrigger,

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from wm_inject.vit import (
+from wm_inject.watermark.vit import (
     PAD_MULTIPLE,
     ViTConfig,
     ViTInjector,

@@ -3,8 +3,8 @@ from __future__ import annotations
 import threading
 import time
 
-from wm_inject import watchdog
-from wm_inject.watchdog import after
+from wm_inject.runtime import watchdog
+from wm_inject.runtime.watchdog import after
 
 
 def test_it_calls_when_the_time_is_over_and_only_then():

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from wm_inject import load_trigger, save_trigger
 from wm_inject.triggers.watermark import WatermarkTrigger
-from wm_inject.vit import ViTInjector, default_watermark
+from wm_inject.watermark.vit import ViTInjector, default_watermark
 
 CONFIG = {
     "image_size": 32,

@@ -14,7 +14,7 @@ from tools.tests.refusals.common import IMAGES, LABELS, SIZE, Call, Table, image
 from torch import nn
 
 import wm_inject as wm
-from wm_inject.poison import poison
+from wm_inject.core.plan import poison
 
 PATCH = wm.BadNetsTrigger(image_size=SIZE)
 PLAN = wm.PoisonPlan(ratio=0.5)

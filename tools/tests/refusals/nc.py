@@ -129,7 +129,6 @@ TABLE = Table(
             "trigger's shape": lambda _: unlearn(trigger=lambda x, ids: x[..., :-1]),
             "no model": lambda _: nc.unlearn(print, TRIGGER, IMAGES, LABELS),  # type: ignore[arg-type]
         },
-        "frozen": {"no model": lambda _: nc.frozen(print).__enter__()},  # type: ignore[arg-type]
         "NCConfig": {
             "steps": config(steps=0),
             "batch_size": config(batch_size=0),

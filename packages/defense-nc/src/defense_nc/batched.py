@@ -11,16 +11,16 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from defense_nc.inversion import frozen
-from defense_nc.passes import fast_passes
 from defense_nc.race import Race, Standing
 from defense_nc.schedule import NCConfig
 from defense_nc.search import check_inputs, conclude
 from defense_nc.stack import Search, advance
 from defense_nc.trigger import InvertedTrigger
-from wm_inject.cli_common import Progress
-from wm_inject.cli_common import progress as show_progress
-from wm_inject.resume import load_state, save_state
+from wm_inject.core.progress import Progress
+from wm_inject.core.progress import progress as show_progress
+from wm_inject.core.resume import load_state, save_state
+from wm_victim.compiled_forward import fused_forward
+from wm_victim.inference import frozen
 from wm_victim.resume import fingerprint
 
 _KIND = "neural-cleanse-scan"
@@ -93,7 +93,7 @@ def invert_triggers(
         if checkpoint is not None:
             subject = fingerprint(*model.state_dict().values(), images, labels)
             run.keep(checkpoint, {"seed": seed, "subject": subject})
-        run.go(fast_passes(model, config.precision, images.device), images, progress=progress)
+        run.go(fused_forward(model, config.precision, images.device), images, progress=progress)
         triggers = []
         for target in chosen:
             own = [search for search in searches if search.label == target]

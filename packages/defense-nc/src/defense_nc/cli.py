@@ -20,13 +20,20 @@ from defense_nc.scan_cli import (
     write_cleaned,
     write_outputs,
 )
-from wm_inject.cli_common import Parser, add_common, add_completion, describe, run_cli, write_found
-from wm_inject.cli_config import add_config, print_config, take_over
+from wm_inject.command.common import (
+    Parser,
+    add_common,
+    add_completion,
+    describe,
+    run_cli,
+    write_found,
+)
+from wm_inject.command.config import add_config, print_config, take_over
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from defense_nc.report import ScanReport
+    from defense_nc.verdict.report import ScanReport
     from wm_victim import ImageSet
 
 _EPILOG = """\

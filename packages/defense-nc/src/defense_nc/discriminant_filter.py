@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from defense_nc.feature_score import FeatureScore
 from defense_nc.input_detector import CalibratedDetector, check_rate, conformal_threshold
-from defense_nc.neurons import activations, last_linear, put_trigger
-from wm_inject.images import check_images, quantize
-from wm_inject.poison import Trigger
+from defense_nc.neurons import put_trigger
+from wm_inject.core.images import check_images, quantize
+from wm_inject.core.plan import Trigger
+from wm_victim.activations import last_linear, penultimate
 
 MIN_IMAGES = 40  # twenty to fit on, twenty for the threshold
 
@@ -96,8 +97,8 @@ class DiscriminantFilter:
         images = images.to(last_linear(model).weight.device)
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
         first, second = images[order[::2]], images[order[1::2]]
-        clean = activations(model, first).double().cpu()
-        triggered = activations(model, quantize(put_trigger(trigger, first))).double().cpu()
+        clean = penultimate(model, first).double().cpu()
+        triggered = penultimate(model, quantize(put_trigger(trigger, first))).double().cpu()
         weight = _direction(clean, triggered, self.shrinkage)
         low, high = float((clean @ weight).mean()), float((triggered @ weight).mean())
         if not high > low:

@@ -6,7 +6,7 @@ import copy
 
 from torch import Tensor, nn
 
-from defense_nc.neurons import activations, last_linear
+from wm_victim.activations import last_linear, penultimate
 
 
 class FeatureScore:
@@ -32,7 +32,7 @@ class FeatureScore:
 
     def __call__(self, images: Tensor) -> Tensor:
         """The scores of float32 ``(N, C, H, W)`` in [0, 1]: float64 ``(N,)`` on the CPU."""
-        read = activations(self.model, images.to(last_linear(self.model).weight.device))
+        read = penultimate(self.model, images.to(last_linear(self.model).weight.device))
         return read.double().cpu() @ self.weight + self.bias
 
     def network(self) -> nn.Module:

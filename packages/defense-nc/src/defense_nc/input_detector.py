@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from wm_inject.images import check_images
-from wm_inject.poison import Trigger
+from wm_inject.core.images import check_images
+from wm_inject.core.plan import Trigger
 
 
 class InputDetector(Protocol):

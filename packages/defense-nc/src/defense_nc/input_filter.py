@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from defense_nc.feature_score import FeatureScore
 from defense_nc.input_detector import CalibratedDetector, check_rate, threshold_at
-from defense_nc.neurons import excitement, last_linear, put_trigger
-from wm_inject.images import check_images, quantize
-from wm_inject.poison import Trigger
+from defense_nc.neurons import excitement, put_trigger
+from wm_inject.core.images import check_images, quantize
+from wm_inject.core.plan import Trigger
+from wm_victim.activations import last_linear
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,14 +6,12 @@ One label at a time, as in the papers: the reference that `defense_nc.batched` i
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from defense_nc.passes import fast_passes
 from defense_nc.schedule import CostSchedule, NCConfig
 from defense_nc.search import (
     Candidate,
@@ -22,12 +20,13 @@ from defense_nc.search import (
     conclude,
     draw,
     endless_batches,
-    predict_in_batches,
     squash,
 )
 from defense_nc.trigger import InvertedTrigger, compose
-from wm_inject.cli_common import Progress
-from wm_inject.cli_common import progress as show_progress
+from wm_inject.core.progress import Progress
+from wm_inject.core.progress import progress as show_progress
+from wm_victim.compiled_forward import fused_forward
+from wm_victim.inference import frozen
 
 
 def invert_trigger(
@@ -68,7 +67,7 @@ def invert_trigger(
     with frozen(model):
         labels, _ = check_inputs(model, images, labels, [target])
         images = images[labels != target]
-        passes = fast_passes(model, config.precision, images.device)
+        passes = fused_forward(model, config.precision, images.device)
         found: list[Candidate] = []
         steps = 0
         for index, start in enumerate(config.starts):
@@ -128,22 +127,3 @@ def _search(
             bar.update()
             bar.set_postfix(success=average, norm=now.norm, cost=schedule.cost)
     return list(kept) or [candidate(theta_mask, theta_pattern, False)], step
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[nn.Module]:
-    """Hold a model in eval mode without parameter gradients, then give it back as it came."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"expected a torch module as the model, got {type(model).__name__}")
-    modes = [(module, module.training) for module in model.modules()]
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield model.eval().requires_grad_(False)
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, requires_grad in wanted:
-            parameter.requires_grad_(requires_grad)
-
-
-__all__ = ["frozen", "invert_trigger", "predict_in_batches"]

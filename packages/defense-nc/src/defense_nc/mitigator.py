@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from defense_nc.inversion import frozen, predict_in_batches
-from wm_inject.images import check_images, check_labels
-from wm_inject.poison import Trigger
+from wm_inject.core.images import check_images, check_labels
+from wm_inject.core.plan import Trigger
+from wm_victim.inference import frozen, predict
 
 
 class Repaired(NamedTuple):
@@ -77,7 +77,7 @@ def check_repair(model: nn.Module, images: Tensor, labels: Tensor) -> int:
         raise ValueError(f"expected at least 2 images to repair with, got {len(images)}")
     device = trainable(model)[0].device
     with frozen(model):
-        num_classes = predict_in_batches(model, images[:1].to(device)).shape[1]
+        num_classes = predict(model, images[:1].to(device)).shape[1]
     check_labels(labels, len(images), num_classes=num_classes)
     return num_classes
 

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from defense_nc.inversion import frozen, predict_in_batches
 from defense_nc.mitigator import Repaired, check_repair
-from defense_nc.neurons import activations, last_linear, put_trigger
-from wm_inject.images import quantize
-from wm_inject.poison import Trigger
+from defense_nc.neurons import put_trigger
+from wm_inject.core.images import quantize
+from wm_inject.core.plan import Trigger
+from wm_victim.activations import last_linear, penultimate
+from wm_victim.inference import frozen, predict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,7 @@ class NeuronPruning:
         pruned_model = copy.deepcopy(model).eval()
         head = last_linear(pruned_model)
         images, labels = images.to(head.weight.device), labels.to(head.weight.device)
-        clean = activations(pruned_model, images)  # (N, F)
+        clean = penultimate(pruned_model, images)  # (N, F)
         _check_head(pruned_model, head, images, clean)
         keep = torch.ones(head.in_features, device=clean.device)
         before = _share(head, clean * keep, labels)
@@ -102,7 +103,7 @@ class NeuronPruning:
             others = labels != label
             if not bool(others.any()):
                 raise ValueError(f"expected images of other classes than {label}, found none")
-            stamped = activations(pruned_model, quantize(put_trigger(trigger, images[others])))
+            stamped = penultimate(pruned_model, quantize(put_trigger(trigger, images[others])))
             rounds.append(self._prune(head, clean[others], stamped, label, keep))
         with torch.no_grad():
             head.weight.mul_(keep)
@@ -146,7 +147,7 @@ def _check_triggers(
 
 def _check_head(model: nn.Module, head: nn.Linear, images: Tensor, clean: Tensor) -> None:
     with frozen(model):
-        logits = predict_in_batches(model, images[:8])
+        logits = predict(model, images[:8])
     with torch.no_grad():
         if not torch.allclose(head(clean[:8]), logits, atol=1e-4):
             raise ValueError("expected logits from the model's last linear layer, got others")

@@ -7,53 +7,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from defense_nc.inversion import frozen
-from wm_inject.images import check_images
-from wm_inject.poison import Trigger
-
-
-def last_linear(model: nn.Module) -> nn.Linear:
-    """The linear layer that gives the logits: ``head`` if there is one, else the last registered.
-
-    Raises:
-        ValueError: Not a torch module, or one without a linear layer.
-    """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"expected a torch module as the model, got {type(model).__name__}")
-    head = getattr(model, "head", None)
-    if isinstance(head, nn.Linear):
-        return head
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if not layers:
-        raise ValueError("expected a model with a linear layer, found none")
-    return layers[-1]
-
-
-def activations(model: nn.Module, images: Tensor, *, batch_size: int = 256) -> Tensor:
-    """What the last linear layer reads of each image: ``(N, F)``, without gradients.
-
-    Args:
-        model: Images in [0, 1] to logits ``(N, K)``; used in eval mode, given back as it came.
-        images: float32 ``(N, C, H, W)`` in [0, 1], on the model's device.
-        batch_size: Images per pass.
-
-    Raises:
-        ValueError: Bad images, no linear layer, or one that does not run once a pass on ``(N, F)``.
-    """
-    check_images(images)
-    layer = last_linear(model)
-    read: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].detach()))
-    parts = images.split(batch_size)
-    try:
-        with frozen(model), torch.no_grad():
-            for part in parts:
-                model(part)
-    finally:
-        handle.remove()
-    if [tuple(values.shape) for values in read] != [(len(p), layer.in_features) for p in parts]:
-        raise ValueError("expected a last linear layer that reads (N, F) once a pass, got another")
-    return torch.cat(read)
+from wm_inject.core.images import check_images
+from wm_inject.core.plan import Trigger
+from wm_victim.activations import penultimate
 
 
 def excitement(model: nn.Module, clean: Tensor, triggered: Tensor) -> Tensor:
@@ -68,11 +24,11 @@ def excitement(model: nn.Module, clean: Tensor, triggered: Tensor) -> Tensor:
         Mean activation with the trigger minus mean activation without.
 
     Raises:
-        ValueError: As `activations`.
+        ValueError: As `wm_victim.activations.penultimate`.
 
     Source: Neural Cleanse, section V-B. The ranking is by this difference, largest first.
     """
-    return activations(model, triggered).mean(0) - activations(model, clean).mean(0)
+    return penultimate(model, triggered).mean(0) - penultimate(model, clean).mean(0)
 
 
 def put_trigger(trigger: Trigger, images: Tensor) -> Tensor:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from defense_nc.batched import invert_triggers
-from defense_nc.inversion import frozen, invert_trigger
-from defense_nc.report import ScanReport, judge_scan
+from defense_nc.inversion import invert_trigger
 from defense_nc.schedule import NCConfig
 from defense_nc.search import check_inputs
-from wm_inject.cli_common import progress as show_progress
-from wm_inject.images import check_images
+from defense_nc.verdict.report import ScanReport, judge_scan
+from wm_inject.core.images import check_images
+from wm_inject.core.progress import progress as show_progress
+from wm_victim.inference import frozen
 
 
 def scan(

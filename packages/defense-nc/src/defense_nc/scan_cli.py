@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from wm_inject.cli_common import add_json, resolve_device, run_cli, write_found
-from wm_inject.cli_config import layered, read_config, refuse_preset
+from wm_inject.command.common import add_json, resolve_device, run_cli, write_found
+from wm_inject.command.config import layered, read_config, refuse_preset
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from defense_nc.report import ScanReport
+    from defense_nc.verdict.report import ScanReport
     from wm_victim import Dataset, ImageSet
     from wm_victim.models import Classifier
 

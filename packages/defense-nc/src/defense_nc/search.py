@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from defense_nc.trigger import InvertedTrigger, compose
-from wm_inject.images import check_images, check_labels
+from wm_inject.core.images import check_images, check_labels
+from wm_victim.inference import predict
 
 # tanh / (2 - epsilon) + 1/2, as in the original; the PyTorch ports have 2 + epsilon.
 _EPSILON = 1e-7
@@ -75,7 +76,7 @@ def conclude(
     rates: list[float] = []
     for one in found:
         stamped = compose(images, one.mask, one.pattern).clamp(0, 1)
-        hits = predict_in_batches(model, stamped).argmax(1) == target
+        hits = predict(model, stamped).argmax(1) == target
         rates.append(float(hits.double().mean()))
         if rates[-1] >= floor:
             break
@@ -94,7 +95,7 @@ def check_inputs(
             another class than a target.
     """
     check_images(images)
-    answers = predict_in_batches(model, images[:1] if labels is not None else images)
+    answers = predict(model, images[:1] if labels is not None else images)
     count = answers.shape[1]
     targets = tuple(range(count)) if targets is None else tuple(targets)
     for target in targets:
@@ -109,18 +110,3 @@ def check_inputs(
         if not bool((labels != target).any()):
             raise ValueError(f"expected images of other classes than {target}, found none")
     return labels, targets
-
-
-def predict_in_batches(model: nn.Module, images: Tensor, *, batch_size: int = 256) -> Tensor:
-    """Logits ``(N, K)`` of a frozen model, without gradients.
-
-    Raises:
-        ValueError: The model's answer is not a matrix of at least two finite columns.
-    """
-    with torch.no_grad():
-        logits = torch.cat([model(part) for part in images.split(batch_size)])
-    if logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 2:
-        raise ValueError(f"expected logits of shape (N, K), K >= 2, got {tuple(logits.shape)}")
-    if not bool(torch.isfinite(logits).all()):
-        raise ValueError("expected finite logits, got NaN or infinity")
-    return logits

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from defense_nc.input_detector import CalibratedDetector, check_rate, threshold_at
-from defense_nc.inversion import frozen, predict_in_batches
-from wm_inject.images import check_images, quantize
-from wm_inject.poison import Trigger
+from wm_inject.core.images import check_images, quantize
+from wm_inject.core.plan import Trigger
+from wm_victim.inference import frozen, predict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +141,7 @@ def strip_entropy(
         means = []
         for part in quantize(images.to(device)).split(max(1, batch_size // len(grid))):
             mixed = quantize(part[:, None].add(grid).flatten(0, 1))  # (n * M, C, H, W)
-            logits = predict_in_batches(model, mixed, batch_size=batch_size)
+            logits = predict(model, mixed, batch_size=batch_size)
             means.append(_entropy(logits).view(len(part), len(grid)).mean(1))
     return torch.cat(means).cpu()
 

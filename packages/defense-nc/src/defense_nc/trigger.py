@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from wm_inject.images import check_images
+from wm_inject.core.images import check_images
 
 
 class InvertedTrigger(nn.Module):

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wm_inject.cli_common import progress as show_progress
-from wm_inject.images import check_images, check_labels, quantize
-from wm_inject.poison import Trigger
+from wm_inject.core.images import check_images, check_labels, quantize
+from wm_inject.core.plan import Trigger
+from wm_inject.core.progress import progress as show_progress
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,15 @@ from defense_nc.scan_cli import (
 )
 from defense_reverse.__about__ import __version__
 from defense_reverse.config import PRESETS
-from wm_inject.cli_common import Parser, add_common, add_completion, describe, run_cli, write_found
-from wm_inject.cli_config import add_config, print_config, take_over
+from wm_inject.command.common import (
+    Parser,
+    add_common,
+    add_completion,
+    describe,
+    run_cli,
+    write_found,
+)
+from wm_inject.command.config import add_config, print_config, take_over
 
 if TYPE_CHECKING:
     from torch import nn

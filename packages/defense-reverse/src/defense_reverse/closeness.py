@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from wm_inject import psnr
-from wm_inject.images import check_images, quantize
-from wm_inject.poison import Trigger
+from wm_inject.core.images import check_images, quantize
+from wm_inject.core.plan import Trigger
 
 _CHUNK = 256
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from wm_inject.images import check_images, pad_to_multiple
+from wm_inject.core.images import check_images, pad_to_multiple
 
 # The image enters the head with this slope: black and white start at sigmoid(-4) and sigmoid(4).
 _SLOPE = 8.0

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from defense_nc.passes import channels_last
 from defense_reverse.config import ReverseConfig
 from defense_reverse.generator import UNetGenerator
 from defense_reverse.rounds import (
@@ -23,7 +22,8 @@ from defense_reverse.rounds import (
     round_subset,
 )
 from defense_reverse.stacked import Moments, Stack, fresh
-from wm_inject.cli_common import Progress
+from wm_inject.core.progress import Progress
+from wm_victim.compiled_forward import channels_last
 
 
 class LabelRun:

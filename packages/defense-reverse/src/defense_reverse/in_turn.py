@@ -11,7 +11,7 @@ from defense_reverse.rounds import Found
 from defense_reverse.stacked import filled, pack
 from defense_reverse.standing import Keeper, Reversed, Task
 from defense_reverse.trigger import ReversedTrigger
-from wm_inject.cli_common import progress as show_progress
+from wm_inject.core.progress import progress as show_progress
 
 
 def reverse_in_turn(

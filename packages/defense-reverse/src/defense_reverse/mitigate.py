@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from defense_nc import UnlearnConfig, unlearn
-from wm_inject.poison import Trigger
+from wm_inject.core.plan import Trigger
 
 
 def mitigate(

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from defense_nc.inversion import frozen, predict_in_batches
 from defense_reverse.config import ReverseConfig
 from defense_reverse.generator import UNetGenerator
 from defense_reverse.rounds import (
@@ -25,8 +24,9 @@ from defense_reverse.rounds import (
 )
 from defense_reverse.stacked import filled, pack
 from defense_reverse.trigger import ReversedTrigger
-from wm_inject.cli_common import progress as show_progress
-from wm_inject.images import check_images, check_labels
+from wm_inject.core.images import check_images, check_labels
+from wm_inject.core.progress import progress as show_progress
+from wm_victim.inference import frozen, predict
 
 
 @torch.enable_grad()
@@ -153,7 +153,7 @@ def settled(
 
 def _other_classes(model: nn.Module, images: Tensor, labels: Tensor | None, target: int) -> Tensor:
     """Where the images are that are not of class ``target``, after the refusals."""
-    answers = predict_in_batches(model, images[:1] if labels is not None else images)
+    answers = predict(model, images[:1] if labels is not None else images)
     if not 0 <= target < answers.shape[1]:
         raise ValueError(f"expected a target in 0 .. {answers.shape[1] - 1}, got {target}")
     if labels is None:

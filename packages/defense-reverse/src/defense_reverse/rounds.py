@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from defense_reverse.config import ReverseConfig
 from defense_reverse.search import LambdaSearch
 from wm_inject import Lpips
-from wm_inject.images import quantize
+from wm_inject.core.images import quantize
 from wm_victim.recipe import resolve_precision
 
 Generate = Callable[[Tensor], Tensor]  # images (N, C, H, W) -> the same

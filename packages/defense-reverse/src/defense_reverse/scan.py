@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from defense_nc import ScanReport, frozen
-from defense_nc.inversion import predict_in_batches
-from defense_nc.report import judge_scan
+from defense_nc import ScanReport
+from defense_nc.verdict.report import judge_scan
 from defense_reverse.config import ReverseConfig
 from defense_reverse.in_turn import reverse_in_turn
 from defense_reverse.reverse import pretrain
 from defense_reverse.standing import Task, settings
 from defense_reverse.together import reverse_together
-from wm_inject.images import check_images, check_labels
+from wm_inject.core.images import check_images, check_labels
+from wm_victim.inference import frozen, predict
 
 _ENGINES = {"together": reverse_together, "one-by-one": reverse_in_turn}
 
@@ -76,7 +76,7 @@ def scan(
         # A copy where it must move: the caller's model stays where it is.
         held = model if device is None else copy.deepcopy(model).to(device).eval()
         images = images.to(_place(held))
-        answers = predict_in_batches(held, images)
+        answers = predict(held, images)
         labels = answers.argmax(1) if labels is None else labels.to(images.device)
         check_labels(labels, len(images), num_classes=answers.shape[1])
         if len(labels.unique()) < 2:

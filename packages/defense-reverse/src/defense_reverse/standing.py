@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from defense_reverse.config import ReverseConfig
 from defense_reverse.generator import UNetGenerator
 from defense_reverse.trigger import ReversedTrigger
-from wm_inject.resume import load_state, save_state
+from wm_inject.core.resume import load_state, save_state
 from wm_victim.resume import fingerprint
 
 _KIND = "reverse-scan"
@@ -30,7 +30,7 @@ class Task(NamedTuple):
     """One scan for an engine: everything that decides what it finds.
 
     Args:
-        model: Images in [0, 1] to logits, in eval mode and frozen (`defense_nc.frozen`).
+        model: Images in [0, 1] to logits, in eval mode and frozen (`wm_victim.inference.frozen`).
         images: Clean float32 ``(N, C, H, W)`` in [0, 1], on the model's device.
         labels: int64 ``(N,)`` in 0 .. num_classes - 1, of at least two classes, there as well.
         num_classes: Labels to reverse.
@@ -79,7 +79,7 @@ class Keeper:
             }
 
     def save(self, state: Any) -> None:
-        """Write the state, as `wm_inject.resume.save_state` does."""
+        """Write the state, as `wm_inject.core.resume.save_state` does."""
         if self._path is not None:
             save_state(self._path, state, kind=_KIND, run=self._run)
 

@@ -13,8 +13,8 @@ from defense_reverse.group import GroupTrainer, LabelRun
 from defense_reverse.race import Race
 from defense_reverse.reverse import settled
 from defense_reverse.standing import Keeper, Reversed, Task
-from wm_inject.cli_common import Progress
-from wm_inject.cli_common import progress as show_progress
+from wm_inject.core.progress import Progress
+from wm_inject.core.progress import progress as show_progress
 
 
 def reverse_together(

@@ -43,7 +43,7 @@ from wm_eval.population.cli import (
     add_population,
     population_command,
 )
-from wm_inject.cli_common import (
+from wm_inject.command.common import (
     Parser,
     add_common,
     add_completion,
@@ -51,7 +51,7 @@ from wm_inject.cli_common import (
     resolve_device,
     run_cli,
 )
-from wm_inject.cli_config import (
+from wm_inject.command.config import (
     add_config,
     add_print_config,
     layered,

@@ -132,15 +132,15 @@ DETECTORS: Mapping[str, Detector] = MappingProxyType(
             Detector(
                 "feature-re",
                 "FeatureRE",
-                "defense_reverse.rivals.feature_re",
-                "defense_reverse.rivals.feature_re:FeatureREConfig",
+                "defense_reverse.detectors.feature_re",
+                "defense_reverse.detectors.feature_re:FeatureREConfig",
                 _SMALL,
             ),
             Detector(
                 "bti-dbf",
                 "BTI-DBF",
-                "defense_reverse.rivals.bti_dbf",
-                "defense_reverse.rivals.bti_dbf:BtiDbfConfig",
+                "defense_reverse.detectors.bti_dbf",
+                "defense_reverse.detectors.bti_dbf:BtiDbfConfig",
                 _SMALL,
             ),
         )

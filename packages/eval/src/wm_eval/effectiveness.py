@@ -104,4 +104,4 @@ def mitigation_values(before: Outcomes, after: Outcomes, *, backdoored: bool) ->
     return values
 
 
-__all__ = ["mitigation_values", "der", "der_interval"]
+__all__ = ["der", "der_interval", "mitigation_values"]

@@ -23,7 +23,7 @@ from wm_eval.titles import (
     in_order,
     method_title,
 )
-from wm_inject.files import atomic_path
+from wm_inject.core.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

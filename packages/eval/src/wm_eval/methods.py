@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from defense_nc.mitigator import Mitigator
 
-_UNLEARNING = "defense_reverse.baselines.unlearning:Unlearning"
+_UNLEARNING = "defense_reverse.mitigations.unlearning:Unlearning"
 # Neural Cleanse puts its trigger on a fifth of the images, the reverse-generator paper adds a
 # triggered copy of each.
 _GENERATORS: tuple[str, dict[str, Any]] = (_UNLEARNING, {"trigger_share": 1.0, "append": True})
 _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "fine-tuning": ("defense_reverse.baselines.fine_tuning:FineTuning", {}),
+    "fine-tuning": ("defense_reverse.mitigations.fine_tuning:FineTuning", {}),
     "unlearning-nc": (_UNLEARNING, {"trigger_share": 0.2, "append": False}),
     "unlearning-reverse": _GENERATORS,
     "unlearning-reverse-lpips": _GENERATORS,
     "neuron-pruning": ("defense_nc.neuron_pruning:NeuronPruning", {}),
-    "nad": ("defense_reverse.baselines.nad:NAD", {}),
-    "fine-pruning": ("defense_reverse.baselines.fine_pruning:FinePruning", {}),
-    "anp": ("defense_reverse.baselines.anp:ANP", {}),
-    "i-bau": ("defense_reverse.baselines.i_bau:IBAU", {}),
-    "ft-sam": ("defense_reverse.baselines.ft_sam:FTSAM", {}),
+    "nad": ("defense_reverse.mitigations.nad:NAD", {}),
+    "fine-pruning": ("defense_reverse.mitigations.fine_pruning:FinePruning", {}),
+    "anp": ("defense_reverse.mitigations.anp:ANP", {}),
+    "i-bau": ("defense_reverse.mitigations.i_bau:IBAU", {}),
+    "ft-sam": ("defense_reverse.mitigations.ft_sam:FTSAM", {}),
 }
 # Fine-tuning by the settings of unlearning: what the triggers add is the difference.
 CONTROLS = {"control-nc": "unlearning-nc", "control": "unlearning-reverse"}
@@ -43,7 +43,7 @@ def build_method(name: str, *, steps: int, preset: str = "small", **changes: Any
         ValueError: No such method or preset, or a setting that it refuses.
     """
     if name in CONTROLS:
-        from defense_reverse.baselines.fine_tuning import FineTuning
+        from defense_reverse.mitigations.fine_tuning import FineTuning
 
         unlearning = build_method(CONTROLS[name], steps=steps, preset=preset, **changes)
         return FineTuning(**{f.name: getattr(unlearning, f.name) for f in fields(FineTuning)})

@@ -20,7 +20,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
-from wm_inject.files import atomic_path
+from wm_inject.core.files import atomic_path
 
 PACKAGES = ("wm-inject", "wm-extract", "wm-victim", "defense-nc", "defense-reverse", "wm-eval")
 RECORDS, ENVIRONMENTS, FAILURES = "records.jsonl", "environments.jsonl", "failures.jsonl"

@@ -15,11 +15,11 @@ from PIL import Image, ImageDraw, ImageFont
 from wm_eval.numbers import numbers, select, spread
 from wm_eval.records import Record, StudyRecords
 from wm_eval.titles import ATTACKS, SHORT_ATTACKS, in_order
-from wm_inject.files import atomic_path
-from wm_inject.images import load_image
+from wm_inject.core.files import atomic_path
+from wm_inject.core.images import load_image
 
 if TYPE_CHECKING:
-    from wm_inject.images import Pixels
+    from wm_inject.core.images import Pixels
 
 KINDS = ("original", "poisoned", "residual")
 _CLOSER = 4  # a closer look shows a quarter of the side

@@ -21,6 +21,7 @@ from defense_reverse import detection_case
 from defense_reverse.closeness import image_closeness
 from wm_eval.attack_setup import Planting, WatermarkAttack, fit_watermark
 from wm_eval.detectors import DETECTORS
+from wm_eval.effectiveness import mitigation_values
 from wm_eval.engine import Result, Store
 from wm_eval.measure import (
     mark_values,
@@ -30,7 +31,6 @@ from wm_eval.measure import (
     scan_values,
     stealth_values,
 )
-from wm_eval.effectiveness import mitigation_values
 from wm_eval.methods import detector_of, rescanned
 from wm_eval.pictures import amplified, residual_gain, reversed_picture, save_picture
 from wm_eval.records import Key

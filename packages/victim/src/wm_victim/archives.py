@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from wm_inject.images import check_pixels
+from wm_inject.core.images import check_pixels
 from wm_victim.raw import LEAKED_CLASS, LEAKED_TRACK, RawData, RawDataset
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wm_inject.cli_common import (
+from wm_inject.command.common import (
     Parser,
     add_common,
     add_completion,
@@ -18,8 +18,8 @@ from wm_inject.cli_common import (
     run_cli,
     write_found,
 )
-from wm_inject.cli_config import add_config, print_config, take_over
-from wm_inject.cli_export import add_export_options, export_module, form, told
+from wm_inject.command.config import add_config, print_config, take_over
+from wm_inject.command.export import add_export_options, export_module, form, told
 from wm_victim.__about__ import __version__
 from wm_victim.cli_options import add_attack, add_model, check_attack
 from wm_victim.cli_train import run_train

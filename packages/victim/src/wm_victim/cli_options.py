@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from wm_inject.cli_trigger import add_set
+from wm_inject.command.trigger import add_set
 
 # The eleven attacks of the field's table, as wm_inject.attacks has them, named without torch.
 ATTACKS = (

@@ -8,14 +8,14 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from wm_inject.cli_common import resolve_device
+from wm_inject.command.common import resolve_device
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import nn
 
-    from wm_inject.poison import PoisonPlan
+    from wm_inject.core.plan import PoisonPlan
     from wm_victim.datasets import Dataset
     from wm_victim.models import Classifier
     from wm_victim.planting import Planting
@@ -127,7 +127,7 @@ def _from_file(args: argparse.Namespace, data: Dataset) -> Planting:
 
 
 def _plan(args: argparse.Namespace) -> PoisonPlan:
-    from wm_inject.poison import PoisonPlan
+    from wm_inject.core.plan import PoisonPlan
 
     return PoisonPlan(
         ratio=0.1 if args.ratio is None else args.ratio,

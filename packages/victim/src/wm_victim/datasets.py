@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from wm_inject.images import check_images, check_labels, quantize, to_float
+from wm_inject.core.images import check_images, check_labels, quantize, to_float
 from wm_victim.raw import Pixels, RawData, stratified_order
 from wm_victim.readers import read_dataset
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from wm_inject.images import list_images, load_image
+from wm_inject.core.images import list_images, load_image
 from wm_victim.raw import Labels, Pixels, RawData, RawDataset, split_once
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF")

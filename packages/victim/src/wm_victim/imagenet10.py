@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from wm_inject.images import list_images, load_image
+from wm_inject.core.images import list_images, load_image
 from wm_victim.raw import Pixels, RawData, RawDataset
 
 # The folders of the set and what is on the pictures, in the order of the labels.

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wm_inject.poison import CoTraining
-from wm_inject.resume import like_parameters
+from wm_inject.core.plan import CoTraining
+from wm_inject.core.resume import like_parameters
 from wm_victim.augment import augment
 from wm_victim.datasets import ImageSet
 from wm_victim.forward import training_forward

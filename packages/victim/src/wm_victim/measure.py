@@ -1,49 +1,14 @@
-"""What a classifier predicts, how often it is right, and how often a trigger turns it."""
+"""Accuracy and attack success of a classifier."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from wm_inject.images import check_images, quantize
-from wm_inject.poison import Trigger
+from wm_inject.core.images import quantize
+from wm_inject.core.plan import Trigger
 from wm_victim.datasets import ImageSet
-
-
-def predict(model: nn.Module, images: Tensor, *, batch_size: int = 512) -> Tensor:
-    """The logits of a classifier, in eval mode and float32, without gradients.
-
-    Args:
-        model: Images ``(N, C, H, W)`` in [0, 1] -> logits ``(N, K)``. Its mode is put back.
-        images: float32 ``(N, C, H, W)`` in [0, 1], on any device.
-        batch_size: Images at once.
-
-    Returns:
-        float32 ``(N, K)``, on the images' device.
-
-    Raises:
-        ValueError: Bad images, a batch size below 1, or outputs that are no logits.
-    """
-    check_images(images)
-    if batch_size < 1:
-        raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
-    first = next(model.parameters(), None)
-    device = images.device if first is None else first.device
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            logits = [
-                model(batch.to(device, memory_format=torch.channels_last)).float()
-                for batch in images.split(batch_size)
-            ]
-    finally:
-        for module in training:
-            module.training = True
-    out = torch.cat(logits)
-    if out.ndim != 2:
-        raise ValueError(f"expected logits of shape (N, K), got {tuple(out.shape)}")
-    return out.to(images.device)
+from wm_victim.inference import predict
 
 
 def accuracy(model: nn.Module, data: ImageSet, *, batch_size: int = 512) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wm_inject.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from wm_inject.core.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from wm_victim.mnist_net import MnistNetBody
 from wm_victim.mobilenet import MobileNetBody
 from wm_victim.resnet import Form, ResNetBody

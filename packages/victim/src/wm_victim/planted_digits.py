@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from wm_inject.images import quantize
+from wm_inject.core.images import quantize
 from wm_victim.datasets import ImageSet
 
 # The clean part fits 0 and 1; this many times that is its logits. Were they larger, cross-entropy

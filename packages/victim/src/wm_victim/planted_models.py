@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wm_inject.images import check_images
+from wm_inject.core.images import check_images
 
 # How sharply a class-bound gate asks which class the body sees.
 _SURE = 10.0

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from wm_inject.attacks import Attack, FitContext, Fitted, Length
-from wm_inject.checkpoint import load_checkpoint
-from wm_inject.poison import CoTraining, PoisonPlan
+from wm_inject.core.checkpoint import load_checkpoint
+from wm_inject.core.plan import CoTraining, PoisonPlan
 from wm_inject.triggers import load_trigger, save_trigger
 from wm_victim.datasets import Dataset, ImageSet
 from wm_victim.models import Classifier

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Preset = Literal["paper", "fast", "mnist", "record"]
 
@@ -175,6 +176,8 @@ def resolve_precision(precision: str, device: torch.device | str) -> torch.dtype
     Returns:
         `torch.bfloat16` or `torch.float32`.
     """
+    import torch
+
     if precision == "float32":
         return torch.float32
     if precision == "bfloat16":
@@ -187,6 +190,8 @@ def resolve_precision(precision: str, device: torch.device | str) -> torch.dtype
 
 
 def _cpu_multiplies_bfloat16() -> bool:
+    import torch
+
     # Torch has had no public question for this before 2.12; a missing probe means "no".
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(bool(getattr(torch.cpu, probe, lambda: False)()) for probe in probes)

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from wm_inject.files import write_json
-from wm_inject.resume import load_state, save_state
+from wm_inject.core.files import write_json
+from wm_inject.core.resume import load_state, save_state
 
 KIND = "training"
 

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from wm_inject.cli_common import Progress
-from wm_inject.cli_common import progress as show_progress
-from wm_inject.images import check_labels
-from wm_inject.poison import CoTraining, PoisonPlan, Trigger, poison
+from wm_inject.core.images import check_labels
+from wm_inject.core.plan import CoTraining, PoisonPlan, Trigger, poison
+from wm_inject.core.progress import Progress
+from wm_inject.core.progress import progress as show_progress
 from wm_victim.datasets import ImageSet
+from wm_victim.inference import predict
 from wm_victim.loop import Corrupt, Run
-from wm_victim.measure import accuracy, attack_success, predict
+from wm_victim.measure import accuracy, attack_success
 from wm_victim.recipe import TrainConfig, settings
 from wm_victim.resume import RunState, fingerprint, load_run, save_run
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from wm_inject.cli_config import layered, read_config, refuse_preset
-from wm_inject.cli_trigger import read_set
+from wm_inject.command.config import layered, read_config, refuse_preset
+from wm_inject.command.trigger import read_set
 from wm_victim.cli_options import ATTACKS
 from wm_victim.recipe import TrainConfig
 

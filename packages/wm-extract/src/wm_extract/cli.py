@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wm_extract.__about__ import __version__
-from wm_inject.cli_common import (
+from wm_inject.command.common import (
     Parser,
     add_common,
     add_completion,
@@ -18,9 +18,9 @@ from wm_inject.cli_common import (
     run_cli,
     write_found,
 )
-from wm_inject.cli_config import add_config, print_config
-from wm_inject.cli_export import add_source, example_images, form, settle_source, told
-from wm_inject.cli_trigger import add_pretrained
+from wm_inject.command.config import add_config, print_config
+from wm_inject.command.export import add_source, example_images, form, settle_source, told
+from wm_inject.command.trigger import add_pretrained
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -175,7 +175,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 def _detect(args: argparse.Namespace) -> int:
     from wm_inject import list_images, load_image, to_float
-    from wm_inject.cli_common import progress
+    from wm_inject.core.progress import progress
 
     detector = _open(args.detector, args.pretrained)
     device = resolve_device(args.device)

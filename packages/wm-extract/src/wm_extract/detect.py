@@ -18,8 +18,8 @@ from wm_inject import (
     load_checkpoint,
     save_checkpoint,
 )
-from wm_inject.pretrained import read_pretrained
-from wm_inject.vit import check_watermark
+from wm_inject.watermark.pretrained import read_pretrained
+from wm_inject.watermark.vit import check_watermark
 
 KIND = "mark-detector"
 WEIGHTS = Path(__file__).parent / "weights"

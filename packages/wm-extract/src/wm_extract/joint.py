@@ -25,9 +25,9 @@ from wm_inject import (
     quantize,
     save_checkpoint,
 )
-from wm_inject.cli_common import Progress
-from wm_inject.cli_common import progress as show_progress
-from wm_inject.vit import check_watermark
+from wm_inject.core.progress import Progress
+from wm_inject.core.progress import progress as show_progress
+from wm_inject.watermark.vit import check_watermark
 
 CHECKPOINT_EVERY = 250
 

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from wm_extract.corruptions import (
-    Corruption,
-    GaussianNoise,
-    RandomCorruption,
-    RandomMask,
-    Rescale,
-    Rotation,
-    SaltPepper,
-)
-from wm_inject import ViTConfig
-from wm_inject.vit import SIZES
+if TYPE_CHECKING:
+    from wm_extract.corruptions import Corruption, RandomCorruption
+    from wm_inject import ViTConfig
 
 # AdamW's peak rate relative to that of "tiny". At the same rate a "small" injector saturates the
 # tanh that limits its change and learns no more (docs/weights.md). "base" and "large" are not
@@ -88,8 +80,8 @@ class JointConfig:
     precision: Literal["float32", "bfloat16"] = "bfloat16"
 
     def __post_init__(self) -> None:
-        if self.size not in SIZES:
-            raise ValueError(f"expected a size in {', '.join(SIZES)}, got {self.size!r}")
+        if self.size not in _RATES:
+            raise ValueError(f"expected a size in {', '.join(_RATES)}, got {self.size!r}")
         if self.optimizer not in ("sgd", "adamw"):
             raise ValueError(f"expected optimizer sgd or adamw, got {self.optimizer!r}")
         if self.precision not in ("float32", "bfloat16"):
@@ -164,6 +156,8 @@ class JointConfig:
 
     def injector(self, *, image_size: int, channels: int) -> ViTConfig:
         """The injector this configuration trains on images of this shape."""
+        from wm_inject import ViTConfig
+
         shape = ViTConfig.preset(self.size, image_size=image_size, channels=channels)
         return replace(
             shape,
@@ -176,6 +170,15 @@ class JointConfig:
 
     def anti_collapse(self) -> RandomCorruption:
         """The operations of equation 6 with their probability."""
+        from wm_extract.corruptions import (
+            GaussianNoise,
+            RandomCorruption,
+            RandomMask,
+            Rescale,
+            Rotation,
+            SaltPepper,
+        )
+
         operations: list[Corruption] = [
             RandomMask("pixel"),
             RandomMask("block"),

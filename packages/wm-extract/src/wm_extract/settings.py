@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass, field, replace
 
 from wm_extract.recipe import JointConfig
-from wm_inject.cli_config import layered, read_config, refuse_preset
+from wm_inject.command.config import layered, read_config, refuse_preset
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wm_inject import check_images
-from wm_inject.images import pad_to_multiple
+from wm_inject.core.images import pad_to_multiple
 
 
 class UNetExtractor(nn.Module):

@@ -1,44 +1,37 @@
-"""Plant an invisible watermark in images: triggers, plans, stealth metrics, export, runtime.
+"""Plant an invisible watermark in images: triggers, plans, stealth metrics, export, runtime."""
 
-The names below are imported when they are first used, so that ``import wm_inject`` costs nothing
-and ``wm_inject.runtime`` works without torch. The function `poison` lives in `wm_inject.poison`,
-whose name it shares.
-"""
-
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from wm_inject.__about__ import __version__ as __version__
+from wm_inject.core.lazy import lazy_names
 
 if TYPE_CHECKING:
     from wm_inject.attacks import ATTACKS as ATTACKS
     from wm_inject.attacks import Attack as Attack
     from wm_inject.attacks import FitContext as FitContext
     from wm_inject.attacks import attack as attack
-    from wm_inject.checkpoint import Checkpoint as Checkpoint
-    from wm_inject.checkpoint import CheckpointError as CheckpointError
-    from wm_inject.checkpoint import load_checkpoint as load_checkpoint
-    from wm_inject.checkpoint import save_checkpoint as save_checkpoint
+    from wm_inject.core.checkpoint import Checkpoint as Checkpoint
+    from wm_inject.core.checkpoint import CheckpointError as CheckpointError
+    from wm_inject.core.checkpoint import load_checkpoint as load_checkpoint
+    from wm_inject.core.checkpoint import save_checkpoint as save_checkpoint
+    from wm_inject.core.images import check_images as check_images
+    from wm_inject.core.images import check_labels as check_labels
+    from wm_inject.core.images import check_pixels as check_pixels
+    from wm_inject.core.images import list_images as list_images
+    from wm_inject.core.images import load_image as load_image
+    from wm_inject.core.images import quantize as quantize
+    from wm_inject.core.images import save_image as save_image
+    from wm_inject.core.images import to_float as to_float
+    from wm_inject.core.images import to_pixels as to_pixels
+    from wm_inject.core.plan import CoTraining as CoTraining
+    from wm_inject.core.plan import Poisoned as Poisoned
+    from wm_inject.core.plan import PoisonPlan as PoisonPlan
+    from wm_inject.core.plan import Trigger as Trigger
+    from wm_inject.core.plan import poison as poison
     from wm_inject.export import Parity as Parity
     from wm_inject.export import ParityError as ParityError
     from wm_inject.export import to_onnx as to_onnx
     from wm_inject.export import to_torchscript as to_torchscript
-    from wm_inject.fast import fast_trigger as fast_trigger
-    from wm_inject.images import check_images as check_images
-    from wm_inject.images import check_labels as check_labels
-    from wm_inject.images import check_pixels as check_pixels
-    from wm_inject.images import list_images as list_images
-    from wm_inject.images import load_image as load_image
-    from wm_inject.images import quantize as quantize
-    from wm_inject.images import save_image as save_image
-    from wm_inject.images import to_float as to_float
-    from wm_inject.images import to_pixels as to_pixels
-    from wm_inject.poison import CoTraining as CoTraining
-    from wm_inject.poison import Poisoned as Poisoned
-    from wm_inject.poison import PoisonPlan as PoisonPlan
-    from wm_inject.poison import Trigger as Trigger
-    from wm_inject.pretrained import PRETRAINED as PRETRAINED
-    from wm_inject.pretrained import pretrained_card as pretrained_card
     from wm_inject.runtime import Extractor as Extractor
     from wm_inject.runtime import OnnxModel as OnnxModel
     from wm_inject.runtime import Poisoner as Poisoner
@@ -65,37 +58,11 @@ if TYPE_CHECKING:
     from wm_inject.triggers.ssba import SsbaTrigger as SsbaTrigger
     from wm_inject.triggers.wanet import WaNetTrigger as WaNetTrigger
     from wm_inject.triggers.watermark import WatermarkTrigger as WatermarkTrigger
-    from wm_inject.vit import ViTConfig as ViTConfig
-    from wm_inject.vit import ViTInjector as ViTInjector
-    from wm_inject.vit import default_watermark as default_watermark
-
-_MODULES = {
-    "checkpoint": "Checkpoint CheckpointError load_checkpoint save_checkpoint",
-    "export": "Parity ParityError to_onnx to_torchscript",
-    "fast": "fast_trigger",
-    "images": "check_images check_labels check_pixels list_images load_image quantize save_image"
-    " to_float to_pixels",
-    "poison": "CoTraining PoisonPlan Poisoned Trigger",
-    "pretrained": "PRETRAINED pretrained_card",
-    "runtime": "Extractor OnnxModel Poisoner Scanner poison_folder",
-    "stealth": "Lpips LpipsUnavailable find_lpips_weights linf psnr ssim",
-    "attacks": "ATTACKS Attack FitContext attack",
-    "triggers": "BadNetsTrigger BlendTrigger BlindNetTrigger FTrojanTrigger InputAwareTrigger"
-    " LfTrigger MarksmanTrigger RefoolTrigger SigTrigger SsbaTrigger WaNetTrigger WatermarkTrigger"
-    " build_trigger load_trigger save_trigger",
-    "vit": "ViTConfig ViTInjector default_watermark",
-}
-_HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
-__all__ = sorted([*_HOME, "__version__"])
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    from wm_inject.watermark.fast import fast_trigger as fast_trigger
+    from wm_inject.watermark.pretrained import PRETRAINED as PRETRAINED
+    from wm_inject.watermark.pretrained import pretrained_card as pretrained_card
+    from wm_inject.watermark.vit import ViTConfig as ViTConfig
+    from wm_inject.watermark.vit import ViTInjector as ViTInjector
+    from wm_inject.watermark.vit import default_watermark as default_watermark
+else:
+    __getattr__, __dir__, __all__ = lazy_names(__name__)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from wm_inject.core.plan import CoTraining, PoisonPlan
 from wm_inject.fitting import FitContext, Fitted, Length
-from wm_inject.poison import CoTraining, PoisonPlan
 from wm_inject.triggers import build_trigger
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from wm_inject.attack_kinds import FITS, HOOKS
+from wm_inject.core.images import check_labels
+from wm_inject.core.plan import CoTraining, PoisonPlan
 from wm_inject.fitting import FitContext, Fitted, Length
-from wm_inject.images import check_labels
-from wm_inject.poison import CoTraining, PoisonPlan
 
 Profile = Literal["tiny", "small", "paper"]
 PROFILES = ("tiny", "small", "paper")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from wm_inject.__about__ import __version__
-from wm_inject.cli_common import (
+from wm_inject.command.common import (
     Parser,
     add_common,
     add_completion,
@@ -19,11 +19,11 @@ from wm_inject.cli_common import (
     run_cli,
     write_found,
 )
-from wm_inject.cli_export import add_export
-from wm_inject.cli_fit import add_fit
-from wm_inject.cli_poison import add_poison
-from wm_inject.cli_scan import add_scan
-from wm_inject.cli_serve import add_serve
+from wm_inject.command.export import add_export
+from wm_inject.command.fit import add_fit
+from wm_inject.command.poison import add_poison
+from wm_inject.command.scan import add_scan
+from wm_inject.command.serve import add_serve
 
 _EPILOG = """examples:
   wm-inject poison --pretrained tiny-32 photos/ poisoned/
@@ -77,8 +77,8 @@ def _add_stealth(parser: argparse.ArgumentParser) -> None:
 
 
 def _stealth(args: argparse.Namespace) -> str:
-    from wm_inject.perceptual import Lpips, LpipsUnavailable
     from wm_inject.stealth import compare_folders
+    from wm_inject.stealth.perceptual import Lpips, LpipsUnavailable
 
     device = resolve_device(args.device)
     lpips, reason = None, ""

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from wm_inject.images import check_images, check_labels
-from wm_inject.poison import CoTraining
+from wm_inject.core.images import check_images, check_labels
+from wm_inject.core.plan import CoTraining
 
 
 class Length(NamedTuple):

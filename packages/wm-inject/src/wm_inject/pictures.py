@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from wm_inject.canvas import INK, Canvas, Dice, planes_of
-from wm_inject.images import check_images, check_side, load_image, to_float
+from wm_inject.core.images import check_images, check_side, load_image, to_float
 
 # The corners of the colour cube: against its complement, each has full contrast in every channel.
 _BRIGHT = ((1.0, 1.0, 0.0), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 1.0, 1.0), (1.0, 1.0, 1.0))

@@ -12,11 +12,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from wm_eval.attacks.gather import CLEAN, TITLES
 from wm_eval.records import Record, read_records
-from wm_inject.files import atomic_path
-from wm_inject.images import load_image
+from wm_inject.core.files import atomic_path
+from wm_inject.core.images import load_image
 
 if TYPE_CHECKING:
-    from wm_inject.images import Pixels
+    from wm_inject.core.images import Pixels
 
 KINDS = ("original", "poisoned", "residual")
 ROWS = ("original", "poisoned", "change", "closer:\noriginal", "closer:\npoisoned")

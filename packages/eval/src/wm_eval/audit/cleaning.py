@@ -16,7 +16,7 @@ from wm_eval.audit.images import CleanImages
 from wm_eval.audit.scan import Audit, all_triggers
 from wm_eval.audit.unfold import fold, unfold
 from wm_inject import to_onnx, to_torchscript
-from wm_inject.poison import Trigger
+from wm_inject.core.plan import Trigger
 
 TOLERANCE = 1e-3  # of the largest logit
 _LOSS = 0.05  # of accuracy on the defender's images that unlearning may cost
@@ -223,7 +223,7 @@ def write_like(
         return f"wrote {out}"
     from safetensors.torch import save_file
 
-    from wm_inject.files import atomic_path
+    from wm_inject.core.files import atomic_path
 
     # Weights go back under the names that they came with, for the same architecture.
     inner = module[-1] if isinstance(module, nn.Sequential) else module

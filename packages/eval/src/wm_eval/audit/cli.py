@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from wm_eval.audit.settings import CleanSettings, ScanSettings
 from wm_eval.cli_settings import listed, numbers
-from wm_inject.cli_common import add_json, run_cli, write_found
-from wm_inject.cli_config import layered, print_config, read_config, take_over
+from wm_inject.command.common import add_json, run_cli, write_found
+from wm_inject.command.config import layered, print_config, read_config, take_over
 
 if TYPE_CHECKING:
     from wm_eval.audit.checks import Checked
@@ -207,7 +207,7 @@ def inspect_command(args: argparse.Namespace) -> int:
 def _scan(args: argparse.Namespace) -> int:
     from wm_eval.audit.outputs import About, to_json, to_sarif, told, write_html
     from wm_eval.audit.scan import longest_minutes
-    from wm_inject.files import write_json
+    from wm_inject.core.files import write_json
 
     try:
         opened, clean, checked = _open(args)

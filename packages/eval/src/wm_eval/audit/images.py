@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from wm_inject import list_images, load_image, to_float
-from wm_inject.folder_plan import read_labels
+from wm_inject.runtime.folder_plan import read_labels
 
 if TYPE_CHECKING:
-    from wm_inject.images import Pixels
+    from wm_inject.core.images import Pixels
 
 MIN_IMAGES = 20  # fewer say nothing of ten classes
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from wm_eval.records import write_text
-from wm_inject.files import atomic_path
+from wm_inject.core.files import atomic_path
 from wm_inject.runtime import ScannedFile, Scanner, providers_for
 
 

@@ -11,7 +11,7 @@ from wm_eval.attacks.config import CLEAN
 from wm_eval.attacks.gather import TITLES
 from wm_eval.paper2.cells import detector_title, method_title
 from wm_eval.paper2.summary import DetectRecords
-from wm_inject.files import atomic_path
+from wm_inject.core.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from wm_inject.files import atomic_path
-from wm_inject.images import load_image
+from wm_inject.core.files import atomic_path
+from wm_inject.core.images import load_image
 
 if TYPE_CHECKING:
-    from wm_inject.images import Pixels
+    from wm_inject.core.images import Pixels
 
 _PANEL = 96  # pixels, about: what a small picture is enlarged to
 _GAP, _LEFT, _HEAD, _FOOT, _FONT = 8, 132, 26, 24, 13

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from wm_inject.checkpoint import CheckpointError
+from wm_inject.core.checkpoint import CheckpointError
 from wm_victim.loading.found import Found
 from wm_victim.loading.opened import NotOpened, first_line, plain
 from wm_victim.loading.tensors import Header

@@ -33,7 +33,7 @@ class Service:
 
     Args:
         models: What `open_models` gave.
-        settings: The limits; where to listen is for whoever runs the application.
+        settings: The limits; host and port play no role here.
     """
 
     def __init__(self, models: Mapping[str, Served], settings: ServeSettings) -> None:
@@ -127,7 +127,7 @@ class Service:
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         yield
-        # The server has waited for its clients by now; what still runs, nobody waits for.
+        # The server has waited for its clients: no client waits for what still runs.
         await self.engine.close(seconds=0)
 
     def _find(self, request: Request) -> Served:

@@ -15,7 +15,7 @@ from functools import partial
 
 import numpy as np
 
-from wm_inject.onnx_model import Array
+from wm_inject.runtime.onnx_model import Array
 from wm_inject.serve.models import Served
 
 Answer = dict[str, Array]
@@ -54,7 +54,7 @@ class Engine:
     """Run models for many clients at once; one event loop, a few worker threads.
 
     Requests of one model whose images have one shape are run together, as soon as a worker is free
-    and at the latest when ``delay`` is over. Nobody's answer depends on who else is in the batch.
+    and at the latest when ``delay`` is over. An answer does not depend on the rest of the batch.
 
     Args:
         max_batch: Images in one run; a request with more is run in parts.
@@ -147,7 +147,7 @@ class Engine:
         return group.jobs[0].arrived + (0 if alone else self.delay)
 
     def _take(self, group: Group) -> list[Job]:
-        """As many jobs as make one batch; those that nobody waits for any more are dropped."""
+        """As many jobs as make one batch; those whose clients have left are dropped."""
         taken: list[Job] = []
         total = 0
         while group.jobs and (not taken or total + group.jobs[0].count <= self.max_batch):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from wm_inject.onnx_model import CPU, Array, OnnxModel
+from wm_inject.runtime.onnx_model import CPU, Array, OnnxModel
 
 VERSION = "1"  # a server has one version of each model: the file it was started with
 DATATYPES = {"float32": "FP32", "uint8": "UINT8", "int64": "INT64", "bool": "BOOL"}
@@ -46,8 +46,10 @@ class Served:
                 low, high = float(array.min()), float(array.max())
                 # A comparison with NaN is false, so this refuses NaN as well.
                 if not (low >= 0 and high <= 1):
-                    found = f"[{low:.4g}, {high:.4g}]"
-                    raise ValueError(f"expected {name} with finite values in [0, 1], got {found}")
+                    value_range = f"[{low:.4g}, {high:.4g}]"
+                    raise ValueError(
+                        f"expected {name} with finite values in [0, 1], got {value_range}"
+                    )
         target = feeds.get("target")
         # A graph takes -1 for the last class, and any other number out of range for an error.
         if target is not None and self.classes is not None:
@@ -109,12 +111,12 @@ def open_models(
     """
     if not paths:
         raise ValueError("expected at least one model NAME=PATH, got none")
-    found = {}
+    models = {}
     for name, path in paths.items():
         check_name(name)
         model = OnnxModel(path, providers=providers, threads=threads)
-        found[name] = Served(name, model, _classes(model), _joins(model))
-    return found
+        models[name] = Served(name, model, _classes(model), _joins(model))
+    return models
 
 
 def _classes(model: OnnxModel) -> int | None:

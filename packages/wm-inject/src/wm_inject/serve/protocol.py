@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import orjson
 
-from wm_inject.onnx_model import Array
+from wm_inject.runtime.onnx_model import Array
 from wm_inject.serve.models import DATATYPES, VERSION, Served
 from wm_inject.serve.tensors import mapping, parameters, read_tensor, short
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from wm_inject.onnx_model import CPU
+from wm_inject.runtime.onnx_model import CPU
 from wm_inject.serve.settings import ServeSettings, read_token
 
 _CUDA = ("CUDAExecutionProvider", *CPU)

@@ -1,4 +1,4 @@
-"""A service on a socket: uvicorn, with the limits that it leaves to whoever runs it."""
+"""A service on a socket: uvicorn, with limits on time and connections."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def run_server(service: Service) -> None:
     """
     server, listening = make_server(service)
     logging.getLogger("uvicorn.error").addFilter(_to_line)
-    # uvicorn stops on the signal and then raises it once more for whoever comes after it.
+    # uvicorn stops on the signal and then raises it again for outer handlers.
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     host, port = listening.getsockname()[:2]
     log_line("listening", host=host, port=port, models=sorted(service.models))

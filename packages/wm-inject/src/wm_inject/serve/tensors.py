@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from wm_inject.onnx_model import Array, Port
+from wm_inject.runtime.onnx_model import Array, Port
 from wm_inject.serve.models import DATATYPES
 
 _KINDS: dict[str, set[type]] = {
@@ -50,10 +50,10 @@ def read_tensor(
         raise ValueError(f"expected either data or binary_data_size for {port.name}")
     if size is None:
         return _from_json(entry["data"], port, shape), offset
-    wanted = prod(shape) * port.dtype.itemsize
-    if type(size) is not int or size != wanted:
+    nbytes = prod(shape) * port.dtype.itemsize
+    if type(size) is not int or size != nbytes:
         raise ValueError(
-            f"expected binary_data_size {wanted} for {port.name} of shape {shape}, "
+            f"expected binary_data_size {nbytes} for {port.name} of shape {shape}, "
             f"got {short(size)}"
         )
     if offset + size > len(tail):
@@ -103,8 +103,8 @@ def _from_json(data: Any, port: Port, shape: list[int]) -> Array:
 
 def parameters(entry: dict[str, Any], where: str) -> dict[str, Any]:
     """The parameters of a request, an input or an output; none if it has none."""
-    given = entry.get("parameters")
-    return {} if given is None else mapping(given, f"the parameters of {where}")
+    values = entry.get("parameters")
+    return {} if values is None else mapping(values, f"the parameters of {where}")
 
 
 def mapping(value: Any, what: str) -> dict[str, Any]:

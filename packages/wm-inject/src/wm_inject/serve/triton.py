@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from pathlib import Path, PurePosixPath
 
-from wm_inject.files import atomic_path
-from wm_inject.onnx_model import OnnxModel, Port
+from wm_inject.core.files import atomic_path, sha256_file
+from wm_inject.runtime.onnx_model import OnnxModel, Port
 from wm_inject.serve.models import VERSION, check_name
 
 _TYPES = {"float32": "FP32", "uint8": "UINT8", "int64": "INT64", "bool": "BOOL"}
@@ -43,11 +42,11 @@ def write_triton(
     files = {"model.onnx": source, **_weights(source)}
     home = Path(folder) / name
     if home.exists():
-        found = home / VERSION / "model.onnx"
-        if not found.is_file() or _digest(found) != _digest(source):
+        existing = home / VERSION / "model.onnx"
+        if not existing.is_file() or sha256_file(existing) != sha256_file(source):
             raise ValueError(f"expected no other model in {home}, found one")
-    for place, path in files.items():
-        with atomic_path(home / VERSION / place) as part:
+    for file_name, path in files.items():
+        with atomic_path(home / VERSION / file_name) as part:
             shutil.copyfile(path, part)
     # Last: Triton takes a folder with a config for a whole model.
     with atomic_path(home / "config.pbtxt") as part:
@@ -99,21 +98,16 @@ def _weights(source: Path) -> dict[str, Path]:
     graph = onnx.load(str(source), load_external_data=False).graph
     nodes = [attribute for node in graph.node for attribute in node.attribute]
     tensors = [*graph.initializer, *(a.t for a in nodes if a.HasField("t"))]
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for tensor in tensors:
         if not uses_external_data(tensor):
             continue
-        place = str(ExternalDataInfo(tensor).location)
-        inside = PurePosixPath(place)
+        location = str(ExternalDataInfo(tensor).location)
+        inside = PurePosixPath(location)
         path = source.parent / inside
         if inside.is_absolute() or ".." in inside.parts or not path.is_file():
-            raise ValueError(f"expected the weights of {source.name} beside it, got {place!r}")
-        if place == "model.onnx":
-            raise ValueError(f"expected weights in a file other than model.onnx, got {place!r}")
-        found[place] = path
-    return found
-
-
-def _digest(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+            raise ValueError(f"expected the weights of {source.name} beside it, got {location!r}")
+        if location == "model.onnx":
+            raise ValueError(f"expected weights in a file other than model.onnx, got {location!r}")
+        files[location] = path
+    return files

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from wm_inject.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from wm_inject.core.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 
 # Where each kind lives; imported when asked for, because the watermark brings timm.
 _CLASSES = {

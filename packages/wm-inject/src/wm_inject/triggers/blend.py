@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from wm_inject.images import check_side
+from wm_inject.core.images import check_side
 from wm_inject.pictures import PICTURES, load_picture
 from wm_inject.triggers.common import check_batch, show_config
 

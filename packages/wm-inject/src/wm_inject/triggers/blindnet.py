@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wm_inject.images import check_images, check_side, quantize
+from wm_inject.core.images import check_images, check_side, quantize
 from wm_inject.pictures import PICTURES, load_picture
 from wm_inject.stealth import psnr
 from wm_inject.triggers.common import check_batch, show_config

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from wm_inject.images import check_images
+from wm_inject.core.images import check_images
 
 
 def show_config(trigger: Any) -> str:

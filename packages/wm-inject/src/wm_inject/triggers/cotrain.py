@@ -10,21 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from wm_inject.resume import like_parameters
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Fresh weights drawn inside depend on ``seed`` alone, and nobody else's draws shift.
-
-    Raises:
-        ValueError: Not a whole number from 0 below 2**63.
-    """
-    if not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ValueError(f"expected a seed in 0 .. 2**63 - 1, got {seed!r}")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # module initialisers take no generator
-        yield
+from wm_inject.core.resume import like_parameters
 
 
 @contextmanager

@@ -7,9 +7,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wm_inject.images import check_side, pad_to_multiple
+from wm_inject.core.images import check_side, pad_to_multiple
+from wm_inject.core.randomness import seeded
 from wm_inject.triggers.common import check_batch, show_config
-from wm_inject.triggers.cotrain import seeded
 
 WIDTHS = {"tiny": 4, "small": 8, "paper": 32}  # of both generators, by preset
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wm_inject.cli_common import Progress
-from wm_inject.cli_common import progress as show_progress
-from wm_inject.resume import load_state, save_state
+from wm_inject.core.progress import Progress
+from wm_inject.core.progress import progress as show_progress
+from wm_inject.core.randomness import derive_seed
+from wm_inject.core.resume import fingerprint, load_state, save_state
 from wm_inject.triggers.common import check_batch
 from wm_inject.triggers.cotrain import channels_last, in_mode, load_optimizer, load_weights
 from wm_inject.triggers.input_aware import InputAwareTrigger
@@ -133,7 +133,7 @@ def fit_masks(
         **asdict(config),
         "trigger": trigger.config,
         "seed": seed,
-        "images": hashlib.sha256(images.cpu().contiguous().numpy().data).hexdigest(),
+        "images": fingerprint(images),
     }
     start, history = 0, []
     if checkpoint is not None and (saved := load_state(checkpoint, kind=_KIND, run=run)):
@@ -225,8 +225,7 @@ def _pairs(count: int, batch: int, *, seed: int, start: int) -> Iterator[tuple[T
     steps = count // batch
     epoch, place = divmod(start, steps)
     while True:
-        digest = hashlib.sha256(f"masks {seed} {epoch}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:6], "big"))
+        generator = torch.Generator().manual_seed(derive_seed("masks", seed, epoch))
         orders = [torch.randperm(count, generator=generator) for _ in range(2)]
         for step in range(place, steps):
             first, second = (order[step * batch : (step + 1) * batch] for order in orders)

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from wm_inject.cli_common import Progress
-from wm_inject.cli_common import progress as show_progress
-from wm_inject.images import check_images, check_side
-from wm_inject.resume import load_state, save_state
+from wm_inject.core.images import check_images, check_side
+from wm_inject.core.progress import Progress
+from wm_inject.core.progress import progress as show_progress
+from wm_inject.core.resume import load_state, save_state
 from wm_inject.triggers.common import check_batch, show_config
 from wm_inject.triggers.lf_fit import LfConfig as LfConfig
 from wm_inject.triggers.lf_fit import Search

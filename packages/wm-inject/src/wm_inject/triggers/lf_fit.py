@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from wm_inject.core.resume import fingerprint
 
 _BATCH = 64  # images at once where only predictions are wanted
 _FLAT = 5, 0.01  # the search stops when this many fooling rates lie this close together
@@ -124,11 +125,7 @@ class Search:
 
     def fingerprint(self) -> str:
         """SHA-256 of the surrogate and the images."""
-        digest = hashlib.sha256()
-        for tensor in (self.images, *self.surrogate.state_dict().values()):
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return fingerprint(self.images, *self.surrogate.state_dict().values())
 
     def _deepfool(self, start: Tensor, clean: int) -> Tensor | None:
         """The smallest step from ``start`` ``(1, C, H, H)`` to the target.

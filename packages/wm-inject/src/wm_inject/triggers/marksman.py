@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wm_inject.images import check_labels, check_side, pad_to_multiple
+from wm_inject.core.images import check_labels, check_side, pad_to_multiple
+from wm_inject.core.randomness import seeded
 from wm_inject.triggers.common import check_batch, show_config
-from wm_inject.triggers.cotrain import seeded
 
 _STAGES = 4  # each halves the sides
 _MULTIPLE = 2**_STAGES

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wm_inject.images import check_labels
-from wm_inject.poison import PoisonPlan
+from wm_inject.core.images import check_labels
+from wm_inject.core.plan import PoisonPlan
 from wm_inject.triggers.common import check_batch
 from wm_inject.triggers.cotrain import (
     channels_last,

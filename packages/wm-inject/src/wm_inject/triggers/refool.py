@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wm_inject.images import check_images, check_side, list_images, load_image, to_float
+from wm_inject.core.images import check_images, check_side, list_images, load_image, to_float
 from wm_inject.triggers.common import check_batch, show_config
 
 _GAMMA = 2.2

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wm_inject.images import check_images, check_side, pad_to_multiple
+from wm_inject.core.images import check_images, check_side, pad_to_multiple
 from wm_inject.triggers.common import check_batch, show_config
 
 PLANE = 16  # side of the plane that the secret becomes before it is enlarged to the image

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -12,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wm_inject.cli_common import Progress
-from wm_inject.cli_common import progress as show_progress
-from wm_inject.images import check_images, quantize
-from wm_inject.resume import like_parameters, load_state, save_state
+from wm_inject.core.images import check_images, quantize
+from wm_inject.core.progress import Progress
+from wm_inject.core.progress import progress as show_progress
+from wm_inject.core.randomness import seeded
+from wm_inject.core.resume import fingerprint, like_parameters, load_state, save_state
 from wm_inject.stealth import psnr
 from wm_inject.triggers.ssba import SsbaDecoder, SsbaTrigger
 from wm_inject.triggers.ssba_config import SsbaConfig
@@ -153,8 +153,7 @@ class _Run:
         shape = {"image_size": images.shape[3], "channels": images.shape[1]}
         size = {"bits": config.bits, "width": config.width}
         secret_seed = seed if config.secret_seed is None else config.secret_seed
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # module initialisers take no generator
+        with seeded(seed):  # layer initialisers take no generator
             self.trigger = SsbaTrigger(
                 **shape, **size, secret_seed=secret_seed, output=config.output
             )
@@ -250,6 +249,5 @@ def _mean_correlation(changes: Tensor) -> float:
 
 
 def _identity(config: SsbaConfig, images: Tensor, seed: int) -> dict[str, Any]:
-    digest = hashlib.sha256(images.detach().cpu().contiguous().numpy().tobytes())
     settings = json.loads(json.dumps(asdict(config)))
-    return {"settings": settings, "seed": seed, "data": digest.hexdigest()}
+    return {"settings": settings, "seed": seed, "data": fingerprint(images)}

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wm_inject.images import check_images, check_labels, check_side
-from wm_inject.poison import PoisonPlan
+from wm_inject.core.images import check_images, check_labels, check_side
+from wm_inject.core.plan import PoisonPlan
 from wm_inject.triggers.common import check_batch, show_config
 
 

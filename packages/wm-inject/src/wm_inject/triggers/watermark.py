@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from wm_inject.images import check_images
-from wm_inject.pretrained import read_pretrained
-from wm_inject.vit import ViTInjector, check_watermark, default_watermark
+from wm_inject.core.images import check_images
+from wm_inject.watermark.pretrained import read_pretrained
+from wm_inject.watermark.vit import ViTInjector, check_watermark, default_watermark
 
 
 class WatermarkTrigger(nn.Module):

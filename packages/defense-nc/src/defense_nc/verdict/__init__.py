@@ -1,0 +1,1 @@
+"""From label scores to a verdict: outlier statistics, calibration, abstention, the report."""

@@ -1,0 +1,108 @@
+"""Where a scan cannot answer: each limit is one sentence for the report, or None if it is kept.
+
+Not among them are triggers bound to an image's own class: those that work on one class only, or
+send class y to y + 1. A scan reverses one trigger per label for the images of all other classes
+together, and there is no short one. It cannot tell such a model from a clean one, and the reason of
+every clean verdict says that nobody looked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import stdev
+
+import torch
+from torch import Tensor
+
+from defense_nc.verdict.calibration import Calibration, CleanModel
+from defense_nc.verdict.model_info import Subject
+
+MIN_CONVERGED = 4  # with fewer labels to compare, no score can be called unusual
+NOT_LOOKED_FOR = "Triggers bound to an image's own class were not looked for"
+_SLACK = 2.0  # the number of images may differ by this factor: scores change little with it
+_WIDER = 1.5  # a spread beyond this times the widest of the clean models is not theirs
+
+
+def needed(count: int) -> int:
+    """How many of ``count`` labels must converge: a target may hide among those that did not."""
+    return max(MIN_CONVERGED, (count + 1) // 2)
+
+
+def too_few(reached: Tensor, floor: float) -> str | None:
+    """Too few labels were reached, or there are too few, two classes for one."""
+    count, converged = len(reached), int(reached.sum())
+    if count < MIN_CONVERGED:
+        return f"Among {count} classes no score can be called unusual: it takes {MIN_CONVERGED}."
+    if converged >= needed(count):
+        return None
+    return (
+        f"Only {converged} of {count} labels reached a success rate of {floor:g}, "
+        f"and a comparison needs {needed(count)}."
+    )
+
+
+def too_many(suspected: Sequence[int], compared: int) -> str | None:
+    """More than a third of the labels stand out: the rest are no yardstick any more."""
+    if len(suspected) <= compared // 3:
+        return None
+    return (
+        f"Too many labels stand out ({len(suspected)} of {compared}): "
+        "several backdoors, or one that has many targets."
+    )
+
+
+def not_covered(subject: Subject | None, calibration: Calibration) -> str | None:
+    """The model is unlike every clean model that the verdict rule was calibrated on."""
+    if subject is None:
+        return None
+    known = [model.subject for model in calibration.models]
+    found = [
+        _outside("classes", subject.classes, [s.classes for s in known]),
+        _outside("pixels a side", subject.image_size, [s.image_size for s in known]),
+        _outside("clean images to scan with", subject.images, [s.images for s in known], _SLACK),
+    ]
+    channels = sorted({s.channels for s in known})
+    if subject.channels not in channels:
+        told = " or ".join(map(str, channels))
+        found.append(f"images of {told} channels; these have {subject.channels}")
+    networks = sorted({s.network for s in known})
+    if subject.network not in networks:
+        kind = {"other": "neither convolutional nor a transformer"}.get(subject.network)
+        found.append(f"{' and '.join(networks)} networks; this one is {kind or subject.network}")
+    first = next((text for text in found if text), None)
+    return first and f"The verdict rule is calibrated for {first}."
+
+
+def unlike_clean(logs: Tensor, peers: Sequence[CleanModel]) -> str | None:
+    """No label stands out, and yet no clean model had such scores: all are low, or they fall apart.
+
+    A backdoor that has a trigger for every label makes all of them easy, so that none stands out;
+    one that has a trigger for half of them leaves two groups.
+
+    Where a label does stand out this is not asked: triggers that are cheap to reverse make all
+    labels easy, and a third of the right detections would be lost (docs/audit.md).
+    """
+    levels = [model.level for model in peers]
+    level, lowest = float(torch.quantile(logs, 0.5)), min(levels)
+    # One deviation below the lowest: a clean model that is a little easier is no reason to doubt.
+    if level < lowest - stdev(levels):
+        share = float(torch.tensor(level - lowest).exp())
+        return (
+            f"Every label is easy to reach: the median score is {share:.2f} of the lowest of "
+            f"{len(peers)} clean models, as a backdoor with a trigger for each would make it."
+        )
+    spread, widest = float(logs.std()), max(model.spread for model in peers)
+    if spread > _WIDER * widest:
+        return (
+            f"The labels' log scores lie {spread:.2f} apart (standard deviation), and those of "
+            f"{len(peers)} clean models at most {widest:.2f}: they may fall into two groups."
+        )
+    return None
+
+
+def _outside(what: str, value: int, known: list[int], slack: float = 1.0) -> str | None:
+    low, high = min(known), max(known)
+    if low / slack <= value <= high * slack:
+        return None
+    span = f"{low}" if low == high else f"{low} to {high}"
+    return f"{span} {what}; here there are {value}"

@@ -1,0 +1,112 @@
+"""Fit a calibration to scans of clean models. Whoever doubts a verdict can do it again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from defense_nc.verdict.abstention import needed
+from defense_nc.verdict.calibration import Calibration, CleanModel, alike
+from defense_nc.verdict.model_info import Subject
+from defense_nc.verdict.report import check_scores
+from defense_nc.verdict.shrinkage import log_scores, moderated_p_values, prior_of
+from defense_nc.verdict.tail_fit import fit_tail
+
+_DIGITS = 6  # of a stored log score; more would be noise
+
+
+def clean_model(
+    scores: Tensor,
+    success_rates: Tensor,
+    *,
+    floor: float,
+    subject: Subject,
+    dataset: str,
+    arch: str,
+    name: str = "",
+) -> CleanModel | None:
+    """What a scan of a clean model contributes to a calibration.
+
+    Args:
+        scores: Float ``(K,)``, >= 0.
+        success_rates: Float ``(K,)`` in [0, 1].
+        floor: The detector's success floor: labels below it are not compared in a scan either.
+        subject: What is known of the model.
+        dataset: Its data set.
+        arch: Its architecture.
+        name: Of the scan's record.
+
+    Returns:
+        None where so few labels were reached that a scan would be inconclusive.
+
+    Raises:
+        ValueError: Wrong type, shape, dtype or range.
+    """
+    check_scores(scores, success_rates, floor=floor)
+    reached = success_rates.double() >= floor - 1e-6
+    if int(reached.sum()) < needed(len(scores)):
+        return None
+    logs = log_scores(scores[reached]).tolist()
+    return CleanModel(tuple(round(x, _DIGITS) for x in logs), subject, dataset, arch, name)
+
+
+def fit_calibration(
+    models: Sequence[CleanModel],
+    *,
+    detector: str,
+    preset: str,
+    settings: Mapping[str, Any] | None = None,
+    versions: Mapping[str, str] | None = None,
+) -> Calibration:
+    """Fit the null distribution of a detector's scores to clean models.
+
+    The tail is that of the labels' p-values, each model judged by the spread of the *other* models
+    like it, as a new model will be.
+
+    Args:
+        models: At least five clean models; at least twenty for a verdict worth the name.
+        detector: Name of the defence.
+        preset: Name of its settings.
+        settings: Those settings, ready for JSON.
+        versions: Of the packages that made the scores.
+
+    Raises:
+        ValueError: Fewer than five models, or one with fewer than four labels.
+
+    Source: ours, on the moments of Smyth (2004).
+    """
+    if len(models) < 5:
+        raise ValueError(f"expected at least 5 clean models, got {len(models)}")
+    logs = [torch.tensor(model.log_scores).double() for model in models]
+    if min(len(values) for values in logs) < 4:
+        raise ValueError("expected at least 4 log scores of every clean model")
+    prior = prior_of(logs)
+    nominal = []
+    for i, (model, values) in enumerate(zip(models, logs, strict=True)):
+        others = alike([*models[:i], *models[i + 1 :]], model.subject)
+        lent = prior_of([torch.tensor(other.log_scores).double() for other in others])
+        nominal.append(moderated_p_values(values, lent))
+    return Calibration(
+        detector=detector,
+        preset=preset,
+        sigma0=prior.sigma,
+        nu0=prior.df,
+        tail=fit_tail(torch.cat(nominal)),
+        models=tuple(models),
+        # Through JSON, so that they compare equal to those read from a file.
+        settings=json.loads(json.dumps(dict(settings or {}))),
+        versions=dict(versions or {}),
+    )
+
+
+def refit(calibration: Calibration) -> Calibration:
+    """Fit a calibration again from the scores that it carries."""
+    again = fit_calibration(
+        calibration.models, detector=calibration.detector, preset=calibration.preset
+    )
+    return replace(again, settings=calibration.settings, versions=calibration.versions)

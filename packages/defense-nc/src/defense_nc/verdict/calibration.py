@@ -1,0 +1,229 @@
+"""What clean models taught about one detector's scores: a null distribution, and where it holds.
+
+The numbers that decide and the scores they were fitted to lie in one file, ``calibration.json``:
+`defense_nc.verdict.calibrate.fit_calibration` gives the same numbers again from the same scores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from defense_nc.verdict.model_info import Subject
+from defense_nc.verdict.shrinkage import Prior, moderated_p_values, prior_of
+from defense_nc.verdict.tail_fit import Tail, tail_p_values
+
+_FILE = "calibration.json"
+_PEERS = 5  # with fewer clean models of the same shape, all are asked
+
+
+@dataclass(frozen=True)
+class CleanModel:
+    """One clean model of a calibration: what was scanned, and the log scores that came out.
+
+    Args:
+        log_scores: Natural logarithms of the scores of the labels that were reached, >= 4 of them.
+        subject: What is known of the model.
+        dataset: Name of its data set, for the record.
+        arch: Name of its architecture, for the record.
+        name: Of the scan's record, so that it can be found again.
+    """
+
+    log_scores: tuple[float, ...]
+    subject: Subject
+    dataset: str
+    arch: str
+    name: str = ""
+
+    @property
+    def level(self) -> float:
+        """The median log score."""
+        return float(torch.quantile(torch.tensor(self.log_scores).double(), 0.5))
+
+    @property
+    def spread(self) -> float:
+        """The ordinary standard deviation of the log scores."""
+        return float(torch.tensor(self.log_scores).double().std())
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The null distribution of one detector with one preset, and the clean models behind it.
+
+    Args:
+        detector: Name of the defence.
+        preset: Name of its settings.
+        sigma0: Usual deviation of log scores within a clean model, > 0.
+        nu0: What that is worth, in degrees of freedom, > 0.
+        tail: How far chance goes on clean models beyond what normal scores would.
+        models: The clean models, at least five.
+        settings: Of the detector, ready for JSON: other settings need another calibration.
+        versions: Of the packages that made the scores.
+
+    Raises:
+        ValueError: A number out of range, or too few models.
+    """
+
+    detector: str
+    preset: str
+    sigma0: float
+    nu0: float
+    tail: Tail
+    models: tuple[CleanModel, ...]
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no fit gives."""
+        for name in ("sigma0", "nu0"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"expected {name} > 0, got {getattr(self, name)}")
+        share, threshold, exponent, peaks = self.tail
+        if not (0 < share < 1 and 0 < threshold < 1 and 0 < exponent <= 1 and peaks >= 1):
+            raise ValueError(
+                "expected a tail with share and threshold in (0, 1), exponent in (0, 1] and "
+                f"peaks >= 1, got {tuple(self.tail)}"
+            )
+        if len(self.models) < 5:
+            raise ValueError(f"expected at least 5 clean models, got {len(self.models)}")
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that change with any number in it."""
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def prior(self, subject: Subject | None) -> Prior:
+        """The spread that clean models like this one lend: see `peers`."""
+        peers = self.peers(subject)
+        if len(peers) == len(self.models):
+            return Prior(self.sigma0, self.nu0)
+        return prior_of([torch.tensor(model.log_scores).double() for model in peers])
+
+    def p_values(self, logs: Tensor, subject: Subject | None = None) -> Tensor:
+        """Calibrated p-values ``(K,)`` of a scan's log scores ``(K,)``, K >= 4.
+
+        Each is the chance that any of K clean labels goes this far (Sidak's correction), so that
+        the smallest is the model's.
+
+        Args:
+            logs: Natural logarithms of the scores of the labels that can be compared.
+            subject: What is known of the model: those like it say how far labels lie apart.
+        """
+        single = tail_p_values(moderated_p_values(logs, self.prior(subject)), self.tail)
+        return -torch.expm1(len(logs) * torch.log1p(-single))
+
+    def peers(self, subject: Subject | None) -> tuple[CleanModel, ...]:
+        """The clean models of the same classes and image shape if there are five, or else all."""
+        return alike(self.models, subject)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        # Through JSON, so that tuples are lists as they are when read again.
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ValueError: Missing or unknown fields, or numbers out of range.
+        """
+        try:
+            models = tuple(
+                CleanModel(
+                    **{
+                        **model,
+                        "log_scores": tuple(model["log_scores"]),
+                        "subject": Subject(**model["subject"]),
+                    }
+                )
+                for model in values["models"]
+            )
+            return cls(**{**values, "models": models, "tail": Tail(*values["tail"])})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"expected the fields of a calibration, got {error}") from None
+
+
+def alike(models: Sequence[CleanModel], subject: Subject | None) -> tuple[CleanModel, ...]:
+    """The models of the same classes and image shape if there are five of them, or else all."""
+    if subject is None:
+        return tuple(models)
+    shape = (subject.classes, subject.image_size, subject.channels)
+    same = tuple(
+        model
+        for model in models
+        if (model.subject.classes, model.subject.image_size, model.subject.channels) == shape
+    )
+    return same if len(same) >= _PEERS else tuple(models)
+
+
+def load_calibration(
+    detector: str,
+    preset: str | None = None,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    classes: int | None = None,
+) -> Calibration | None:
+    """The calibration shipped for a detector with these settings; None if there is none.
+
+    Args:
+        detector: Name of the defence, as in its reports.
+        preset: Name of the settings; None: any.
+        settings: The settings themselves, ready for JSON: a calibration made with others does not
+            hold. None: any.
+        classes: Of the model to be judged: each number of classes has a calibration of its own.
+            Where there is none for it, the first is returned, and its limits say that it does not
+            cover the model.
+    """
+    now = None if settings is None else json.loads(json.dumps(dict(settings)))
+    found = [
+        calibration
+        for calibration in _shipped()
+        if calibration.detector == detector
+        and preset in (None, calibration.preset)
+        and now in (None, dict(calibration.settings))
+    ]
+    covering = (c for c in found if any(model.subject.classes == classes for model in c.models))
+    return next(covering, found[0] if found else None)
+
+
+def read_calibrations(path: Path) -> tuple[Calibration, ...]:
+    """The calibrations in a JSON file.
+
+    Raises:
+        ValueError: A file that holds anything else.
+    """
+    return _parse(path.read_text(encoding="utf-8"))
+
+
+def write_calibrations(path: Path, calibrations: Iterable[Calibration]) -> None:
+    """Write calibrations as JSON, one line per clean model, so that changes can be read."""
+    entries = []
+    for calibration in calibrations:
+        values = calibration.to_dict()
+        models = ",\n  ".join(json.dumps(model) for model in values.pop("models"))
+        entries.append(f'{json.dumps(values)[:-1]}, "models": [\n  {models}\n]}}')
+    path.write_text("[" + ",\n".join(entries) + "]\n", encoding="utf-8")
+
+
+@lru_cache(maxsize=1)
+def _shipped() -> tuple[Calibration, ...]:
+    return _parse(resources.files("defense_nc").joinpath(_FILE).read_text(encoding="utf-8"))
+
+
+def _parse(text: str) -> tuple[Calibration, ...]:
+    entries = json.loads(text)
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError("expected a JSON list of calibrations")
+    return tuple(Calibration.from_dict(entry) for entry in entries)

@@ -1,0 +1,261 @@
+"""From scores per label to a verdict with its reason.
+
+Every detector ends here: `judge` turns scores and success rates into a `ScanReport`. With a
+`Calibration` the p-values are calibrated on clean models and ``p <= alpha`` decides; without one
+`outlier_test` decides, which has the scan's own scores only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from defense_nc.verdict.abstention import (
+    MIN_CONVERGED,
+    NOT_LOOKED_FOR,
+    not_covered,
+    too_few,
+    too_many,
+    unlike_clean,
+)
+from defense_nc.verdict.anomaly import AnomalyIndex, OutlierTest, mad_index, outlier_test
+from defense_nc.verdict.calibration import Calibration, load_calibration
+from defense_nc.verdict.model_info import Subject, describe_subject
+from defense_nc.verdict.scan_report import LabelScore, ScanReport, Verdict
+from defense_nc.verdict.shrinkage import log_scores
+
+__all__ = ["LabelScore", "ScanReport", "Verdict", "check_scores", "judge", "judge_scan"]
+
+
+def judge(
+    detector: str,
+    scores: Tensor,
+    success_rates: Tensor,
+    *,
+    floor: float,
+    alpha: float = 0.05,
+    max_ratio: float = 0.5,
+    triggers: Mapping[int, nn.Module] | None = None,
+    config: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    calibration: Calibration | None = None,
+    subject: Subject | None = None,
+) -> ScanReport:
+    """Decide what K scores say about a classifier.
+
+    Only labels whose success rate reached the floor are compared and can be suspected: a score is
+    the price of reaching a label, and a label that was not reached has none. The papers' rule is
+    computed over all labels, as the papers do.
+
+    Args:
+        detector: Name of the defence, for the record.
+        scores: Float ``(K,)``, K >= 2, >= 0: small where the label is easy to reach.
+        success_rates: Float ``(K,)`` in [0, 1].
+        floor: Success rate that makes a score comparable, in [0, 1].
+        alpha: Share of clean models that may be suspected.
+        max_ratio: Without a calibration, a suspected score is at most this share of the median.
+        triggers: The reversed trigger of each label.
+        config: Settings of the scan, ready for JSON.
+        seed: The scan's seed.
+        calibration: What clean models taught about these scores; None: nothing.
+        subject: What is known of the model; None: taken to be like the calibration's models.
+
+    Returns:
+        backdoored: some label is suspected. inconclusive: a reason to abstain holds
+        (`defense_nc.verdict.abstention`; ``suspected`` still lists the labels that stand out), or
+        without a calibration a label is significant yet not far below the median. clean: neither.
+
+    Raises:
+        ValueError: Wrong type, shape, dtype or range.
+
+    Source: ours; neither paper states an error rate.
+    """
+    check_scores(scores, success_rates, floor=floor)
+    if not 0 < alpha < 1 or not 0 < max_ratio <= 1:
+        raise ValueError(
+            f"expected alpha in (0, 1) and max_ratio in (0, 1], got {alpha}, {max_ratio}"
+        )
+    scores, rates = scores.detach().double().cpu(), success_rates.detach().double().cpu()
+    paper, low = _paper(scores)
+    # A rate of 0.9 in single precision lies a little below 0.9.
+    reached = rates >= floor - 1e-6
+    strange = not_covered(subject, calibration) if calibration else None
+    holding = None if strange else calibration
+    rule: dict[str, Any] = {"alpha": alpha, "max_ratio": max_ratio}
+    test = _test(scores, reached, **rule, calibration=holding, subject=subject)
+    limit = strange or too_many(test.suspected, int(reached.sum()))
+    # Labels that were not reached hide nothing that stands out already.
+    if not limit and not test.suspected:
+        limit = too_few(reached, floor)
+        if holding and not limit:
+            limit = unlike_clean(log_scores(scores[reached]), holding.peers(subject))
+    significant = float(test.p_values.min()) <= alpha
+    if limit or (significant and not test.suspected):
+        verdict = Verdict.INCONCLUSIVE
+    else:
+        verdict = Verdict.BACKDOORED if test.suspected else Verdict.CLEAN
+    labels = tuple(
+        LabelScore(
+            label=label,
+            score=float(scores[label]),
+            success_rate=float(rates[label]),
+            p_value=float(test.p_values[label]),
+            paper_index=float(paper.per_label[label]),
+            ratio=float(test.ratio[label]),
+            converged=bool(reached[label]),
+        )
+        for label in range(len(scores))
+    )
+    return ScanReport(
+        detector=detector,
+        verdict=verdict,
+        labels=labels,
+        paper_index=paper.index,
+        paper_index_low=low.index,
+        paper_flagged=paper.flagged,
+        p_value=float(test.p_values.min()),
+        suspected=test.suspected,
+        alpha=alpha,
+        max_ratio=max_ratio,
+        reason=_reason(verdict, test, reached, limit=limit, max_ratio=max_ratio),
+        triggers=dict(triggers or {}),
+        config=dict(config or {}),
+        seed=seed,
+        floor=floor,
+        calibrated=holding is not None,
+        calibration=calibration,
+        subject=subject,
+    )
+
+
+def judge_scan(
+    detector: str,
+    scores: Tensor,
+    success_rates: Tensor,
+    *,
+    model: nn.Module,
+    images: Tensor,
+    settings: Mapping[str, Any],
+    floor: float,
+    alpha: float = 0.05,
+    max_ratio: float = 0.5,
+    triggers: Mapping[int, nn.Module] | None = None,
+    seed: int = 0,
+) -> ScanReport:
+    """Judge a scan by the calibration shipped for its detector and settings, if there is one.
+
+    Args:
+        detector: Name of the defence, as in the calibration.
+        scores: As for `judge`.
+        success_rates: As for `judge`.
+        model: The scanned model.
+        images: The clean float32 ``(N, C, H, W)`` in [0, 1] that it was scanned with.
+        settings: The detector's settings, ready for JSON; the calibration was made with the same.
+        floor: As for `judge`.
+        alpha: As for `judge`.
+        max_ratio: As for `judge`.
+        triggers: As for `judge`.
+        seed: As for `judge`.
+
+    Raises:
+        ValueError: Wrong type, shape, dtype or range.
+    """
+    return judge(
+        detector,
+        scores,
+        success_rates,
+        floor=floor,
+        alpha=alpha,
+        max_ratio=max_ratio,
+        triggers=triggers,
+        config={**settings, "images": len(images)},
+        seed=seed,
+        calibration=load_calibration(detector, settings=settings, classes=len(scores)),
+        subject=describe_subject(model, images, classes=len(scores)),
+    )
+
+
+def check_scores(scores: Tensor, success_rates: Tensor, *, floor: float) -> None:
+    """Check the scores and success rates ``(K,)`` of a scan, and the floor that they are held to.
+
+    Raises:
+        ValueError: Wrong type, shape, dtype or range.
+    """
+    for name, values in (("scores", scores), ("success_rates", success_rates)):
+        if not isinstance(values, torch.Tensor) or not values.is_floating_point():
+            got = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
+            raise ValueError(f"expected {name} as a float tensor (K,), got {got}")
+        if values.ndim != 1 or len(values) < 2 or values.shape != scores.shape:
+            raise ValueError(f"expected {name} of shape (K,), K >= 2, got {tuple(values.shape)}")
+        top = 1.0 if name == "success_rates" else math.inf
+        if not bool((torch.isfinite(values) & (values >= 0) & (values <= top)).all()):
+            raise ValueError(f"expected finite {name} in [0, {top:g}]")
+    if not 0 <= floor <= 1:
+        raise ValueError(f"expected a floor in [0, 1], got {floor}")
+
+
+def _paper(scores: Tensor) -> tuple[AnomalyIndex, AnomalyIndex]:
+    """The papers' rule with both medians; nothing stands out among two labels."""
+    if len(scores) < 3:
+        none = AnomalyIndex(0.0, 0, torch.zeros_like(scores), float(scores.mean()), 0.0, ())
+        return none, none
+    return mad_index(scores), mad_index(scores, median="low")
+
+
+def _test(
+    scores: Tensor,
+    reached: Tensor,
+    *,
+    alpha: float,
+    max_ratio: float,
+    calibration: Calibration | None,
+    subject: Subject | None,
+) -> OutlierTest:
+    """The deciding rule over the converged labels, spread over all K."""
+    compared = scores[reached] if bool(reached.any()) else scores
+    middle = float(torch.quantile(compared, 0.5))
+    ratio = scores / middle if middle > 0 else torch.ones_like(scores)
+    p_values = torch.ones_like(scores)
+    if int(reached.sum()) < MIN_CONVERGED:
+        return OutlierTest(p_values, ratio, ())
+    if calibration is None:
+        test = outlier_test(compared, alpha=alpha, max_ratio=max_ratio)
+        p_values[reached], named = test.p_values, test.suspected
+    else:
+        found = calibration.p_values(log_scores(compared), subject)
+        p_values[reached], named = found, tuple((found <= alpha).nonzero().flatten().tolist())
+    where = reached.nonzero().flatten()
+    return OutlierTest(p_values, ratio, tuple(int(where[i]) for i in named))
+
+
+def _reason(
+    verdict: Verdict, test: OutlierTest, reached: Tensor, *, limit: str | None, max_ratio: float
+) -> str:
+    """One sentence with the figures that decided; after a limit, what stands out in spite of it."""
+    told = " and ".join(f"label {i} ({_figures(test, i)})" for i in test.suspected)
+    if limit:
+        return f"{limit[:-1]}; at face value, {told} would stand out." if told else limit
+    if test.suspected:
+        return f"Much less than for the other labels is enough to reach {told}."
+    low = int(torch.where(reached, test.ratio, math.inf).argmin())
+    if verdict is Verdict.INCONCLUSIVE:
+        return (
+            f"Label {low} stands out ({_figures(test, low)}), "
+            f"but not below {max_ratio:g} of the median."
+        )
+    missed = len(reached) - int(reached.sum())
+    rest = f"; {missed} of {len(reached)} labels were never reached" if missed else ""
+    return (
+        f"No label is unusually easy to reach: the nearest is label {low} "
+        f"({_figures(test, low)}){rest}. {NOT_LOOKED_FOR}."
+    )
+
+
+def _figures(test: OutlierTest, label: int) -> str:
+    return (
+        f"score {float(test.ratio[label]):.2f} of the median, p = {float(test.p_values[label]):.2g}"
+    )

@@ -1,0 +1,138 @@
+"""Scan again until the verdict holds still, where one scan comes out close to the line."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from defense_nc.verdict.report import ScanReport, Verdict, judge
+
+
+def scan_until_stable(
+    scan: Callable[[int], ScanReport],
+    *,
+    seed: int = 0,
+    max_repeats: int = 5,
+    agree: int = 3,
+    margin: float = 4.0,
+) -> ScanReport:
+    """Repeat a scan with further seeds until its verdict has held, or call it inconclusive.
+
+    One scan is enough where its p-value is far from alpha: at most ``alpha / margin``, or at least
+    ``alpha * margin``. Otherwise scans are added, and judged together by `combine`, until the last
+    ``agree`` of them and all together name the same labels.
+
+    Args:
+        scan: A seed to a report; everything but the seed is the same each time.
+        seed: The first seed; the next scans take the numbers after it.
+        max_repeats: Scans at most, >= ``agree``.
+        agree: How many scans in a row must agree, >= 2.
+        margin: How many times alpha is far from it, >= 1.
+
+    Returns:
+        A report on all scans together; inconclusive, with the tally, if they ran out.
+
+    Raises:
+        ValueError: A setting out of range, or scans that cannot be combined.
+
+    Source: ours. Repeats take chance away from the scores and never add chances to be suspected: a
+        simulation in the tests shows the rate of false alarms.
+    """
+    if seed < 0 or agree < 2 or max_repeats < agree or not margin >= 1:
+        raise ValueError(
+            f"expected seed >= 0, agree >= 2, max_repeats >= agree and margin >= 1, "
+            f"got {seed}, {agree}, {max_repeats}, {margin}"
+        )
+    reports = [scan(seed)]
+    if _settled(reports[0], margin):
+        return reports[0]
+    joint = reports[0]
+    while len(reports) < max_repeats:
+        reports.append(scan(seed + len(reports)))
+        joint = combine(reports)
+        recent = {_answer(report) for report in reports[-agree:]}
+        if len(reports) >= agree and recent == {_answer(joint)}:
+            return joint
+    tally = Counter(report.verdict.value for report in reports)
+    told = ", ".join(f"{verdict} {count}" for verdict, count in sorted(tally.items()))
+    return replace(
+        joint,
+        verdict=Verdict.INCONCLUSIVE,
+        reason=f"The verdict flips between {len(reports)} scans ({told}). Together: {joint.reason}",
+    )
+
+
+def combine(reports: Sequence[ScanReport]) -> ScanReport:
+    """One report on several scans of the same model, judged by each label's median log score.
+
+    Args:
+        reports: Of the same detector, settings and model; they may differ in seed and scores.
+
+    Returns:
+        A report with the first one's seed and settings. A label counts as reached if half of the
+        scans reached it; its score and success rate are the medians of those that did, and its
+        trigger is that of the scan whose score is nearest.
+
+    Raises:
+        ValueError: No reports, or reports that differ in more than seed and scores.
+    """
+    if not reports:
+        raise ValueError("expected at least one report, got none")
+    first = reports[0]
+    for report in reports[1:]:
+        same = (
+            (report.detector, report.floor, report.alpha, report.max_ratio, report.subject)
+            == (first.detector, first.floor, first.alpha, first.max_ratio, first.subject)
+            and report.config == first.config
+            and report.calibration == first.calibration
+            and len(report.labels) == len(first.labels)
+        )
+        if not same:
+            raise ValueError("expected reports that differ in seed and scores only")
+    scores = torch.tensor([[label.score for label in r.labels] for r in reports]).double()
+    rates = torch.tensor([[label.success_rate for label in r.labels] for r in reports]).double()
+    reached = torch.tensor([[label.converged for label in r.labels] for r in reports])
+    both = [_medians(*column) for column in zip(scores.T, rates.T, reached.T, strict=True)]
+    triggers = {}
+    for label, (score, _) in enumerate(both):
+        nearest = reports[int((scores[:, label] - score).abs().argmin())]
+        if label in nearest.triggers:
+            triggers[label] = nearest.triggers[label]
+    joint = judge(
+        first.detector,
+        torch.tensor([score for score, _ in both]).double(),
+        torch.tensor([rate for _, rate in both]).double(),
+        floor=first.floor,
+        alpha=first.alpha,
+        max_ratio=first.max_ratio,
+        triggers=triggers,
+        config=first.config,
+        seed=first.seed,
+        calibration=first.calibration,
+        subject=first.subject,
+    )
+    return replace(joint, repeats=sum(report.repeats for report in reports))
+
+
+def _medians(scores: Tensor, rates: Tensor, reached: Tensor) -> tuple[float, float]:
+    """Median log score (as a score) and success rate of one label."""
+    kept = reached if 2 * int(reached.sum()) >= len(reached) else ~reached
+    # The logarithm of zero is not finite; the smallest number stands in for it and becomes zero.
+    logs = scores[kept].clamp(min=1e-300).log()
+    middle = float(torch.quantile(logs, 0.5).exp())
+    return middle if middle > 2e-300 else 0.0, float(torch.quantile(rates[kept], 0.5))
+
+
+def _settled(report: ScanReport, margin: float) -> bool:
+    """Whether another scan is not worth its time."""
+    far = report.p_value <= report.alpha / margin or report.p_value >= report.alpha * margin
+    # A model outside the calibrated range stays outside.
+    return far or (report.calibration is not None and not report.calibrated)
+
+
+def _answer(report: ScanReport) -> tuple[Verdict, tuple[int, ...]]:
+    return report.verdict, report.suspected

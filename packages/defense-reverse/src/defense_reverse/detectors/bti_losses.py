@@ -1,0 +1,146 @@
+"""BTI-DBF's settings and losses: keep the benign features, change whatever is left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from defense_reverse.detectors.common import check_settings
+from defense_reverse.detectors.split import Part
+
+
+@dataclass(frozen=True)
+class BtiDbfConfig:
+    """Settings of BTI-DBF's inversion. The defaults are the preset "small".
+
+    "paper" is the released code for 5 % of CIFAR-10: 20, 50 and 30 passes over 2,500 images. In
+    "small" the generator is narrow and residual, so that it has nothing to learn before the
+    inversion, and the mask, which needs no image twice, has as many steps as there.
+
+    Args:
+        name: The preset's name, for the record.
+        width: Channels of the U-Net's first level.
+        depth: Halvings of the U-Net.
+        convs: Convolutions per block of the U-Net.
+        residual: The U-Net's residual output in place of the sigmoid.
+        mask_steps: Steps that part benign features from the others.
+        pretrain_steps: Steps in which the generator learns to keep image, features and answer;
+            none are needed, nor taken, with the residual output.
+        steps: Steps of the inversion.
+        batch_size: Images per step.
+        mask_lr: Adam's learning rate for the mask.
+        lr: Adam's learning rate for the generator.
+        image_bound: Mean squared change of normalised images above which nothing else counts.
+        benign_bound: Mean squared change of the benign features above which nothing else counts.
+        benign_weight: Weight of that change below the bound.
+        noise: Deviation of the noise on the images that are counted, in units of the normalisation.
+        min_share: Share of the other classes' images that must reach the most frequent label before
+            it is called a target, in (0, 1].
+
+    Raises:
+        ValueError: A setting outside its range.
+    """
+
+    name: str = "small"
+    width: int = 8
+    depth: int = 2
+    convs: int = 1
+    residual: bool = True
+    mask_steps: int = 400
+    pretrain_steps: int = 0
+    steps: int = 300
+    batch_size: int = 64
+    mask_lr: float = 1e-2
+    lr: float = 1e-3
+    image_bound: float = 0.3
+    benign_bound: float = 3.0
+    benign_weight: float = 0.01
+    noise: float = 0.03
+    min_share: float = 0.9
+
+    def __post_init__(self) -> None:
+        check_settings(
+            self,
+            ("width", "depth", "convs", "mask_steps", "steps", "batch_size"),
+            ("mask_lr", "lr", "image_bound", "benign_bound"),
+        )
+        for field in ("pretrain_steps", "benign_weight", "noise"):
+            if not 0 <= getattr(self, field) < float("inf"):
+                raise ValueError(f"expected {field} >= 0, got {getattr(self, field)}")
+        if not 0 < self.min_share <= 1:
+            raise ValueError(f"expected min_share in (0, 1], got {self.min_share}")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> BtiDbfConfig:
+        """Settings by name ("paper" or "small"), with changes.
+
+        Raises:
+            ValueError: An unknown name, or a setting outside its range.
+        """
+        if name not in _PRESETS:
+            raise ValueError(f"expected a preset in {', '.join(_PRESETS)}, got {name!r}")
+        return replace(_PRESETS[name], **changes)
+
+
+_PRESETS = {
+    "paper": BtiDbfConfig(
+        name="paper",
+        width=32,
+        depth=4,
+        convs=2,
+        residual=False,
+        pretrain_steps=1000,
+        steps=600,
+        batch_size=128,
+    ),
+    "small": BtiDbfConfig(),
+}
+
+
+class Changes(NamedTuple):
+    """What a batch of generated images changes, each a mean of squares."""
+
+    image: Tensor  # of normalised images
+    benign: Tensor  # of the features where the mask is
+    backdoor: Tensor  # of the features where it is not
+
+
+def decoupling_loss(head: Part, features: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    """Right with the masked features, wrong with the others."""
+    kept = F.cross_entropy(head(mask * features), labels)
+    return kept - F.cross_entropy(head((1 - mask) * features), labels)
+
+
+def changes(clean: Tensor, generated: Tensor, mask: Tensor, image: Tensor) -> Changes:
+    """Part the change of features ``(N, ...)`` by a mask ``(...)``; ``image`` is passed through."""
+    return Changes(
+        image=image,
+        benign=F.mse_loss(mask * generated, mask * clean),
+        backdoor=F.mse_loss((1 - mask) * generated, (1 - mask) * clean),
+    )
+
+
+def inversion_loss(changed: Changes, config: BtiDbfConfig) -> Tensor:
+    """Change the other features; above either bound, mend the image and nothing else."""
+    if (
+        float(changed.image.detach()) > config.image_bound
+        or float(changed.benign.detach()) > config.benign_bound
+    ):
+        return changed.image
+    return config.benign_weight * changed.benign - changed.backdoor
+
+
+def pretraining_loss(clean: Tensor, logits: Tensor, features: Tensor, image: Tensor) -> Tensor:
+    """Keep the answer, the features and the image.
+
+    Args:
+        clean: The model's logits for the clean images ``(N, K)``.
+        logits: Those for the generated ones.
+        features: Mean squared change of the features.
+        image: Mean squared change of normalised images; it weighs 100 above 0.1, else 0.01.
+    """
+    weight = 100 if float(image.detach()) > 0.1 else 0.01
+    return F.cross_entropy(logits, clean.softmax(1)) + features + weight * image

@@ -1,0 +1,61 @@
+"""Run a classifier without changing it: frozen, on its device, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from wm_inject.core.images import check_images
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[nn.Module]:
+    """Hold a model in eval mode without parameter gradients, then restore both.
+
+    Raises:
+        ValueError: Not a torch module.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected a torch module as the model, got {type(model).__name__}")
+    modes = [(module, module.training) for module in model.modules()]
+    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield model.eval().requires_grad_(False)
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in gradients:
+            parameter.requires_grad_(requires_grad)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's first parameter or buffer is; the CPU for a model without any."""
+    first = next((t for group in (model.parameters(), model.buffers()) for t in group), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def predict(model: nn.Module, images: Tensor, *, batch_size: int = 512) -> Tensor:
+    """Logits in eval mode, without gradients: float32 ``(N, K)`` on the images' device.
+
+    Raises:
+        ValueError: Bad images, a batch size below 1, or outputs that are not finite logits of at
+            least two classes.
+    """
+    check_images(images)
+    if batch_size < 1:
+        raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
+    device = device_of(model)
+    with frozen(model), torch.no_grad():
+        parts = [
+            model(batch.to(device, memory_format=torch.channels_last)).float()
+            for batch in images.split(batch_size)
+        ]
+    logits = torch.cat(parts)
+    if logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 2:
+        raise ValueError(f"expected logits of shape (N, K), K >= 2, got {tuple(logits.shape)}")
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError("expected finite logits, got NaN or infinity")
+    return logits.to(images.device)

@@ -1,0 +1,98 @@
+"""``wm-inject fit``: fit a trigger to a folder of images, without labels or a victim."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from wm_inject.__about__ import __version__
+from wm_inject.command.common import Parser, add_common, add_json, resolve_device, write_found
+from wm_inject.command.trigger import FITTED, add_set, read_set
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KINDS = ("ssba", "blindnet")
+_EPILOG = """examples:
+  wm-inject fit --trigger ssba photos/ ssba.safetensors
+  wm-inject fit --trigger blindnet --image-size 64 photos/ blindnet.safetensors
+
+A run that was stopped goes on when it is started again. Triggers that are fitted with a victim come
+from "wm-victim train --attack", the watermark from "wm-extract train"."""
+
+
+def add_fit(parser: Parser) -> None:
+    """Give ``parser`` the options of `fit`."""
+    parser.description = "Fit a trigger to images: train SSBA's encoder, or choose BlindNet's gain."
+    parser.epilog = _EPILOG
+    parser.add_argument("images", type=Path, metavar="IMAGES", help="folder of images")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the trigger's file (.safetensors)")
+    parser.add_argument(
+        "--trigger",
+        choices=(*KINDS, *FITTED),
+        required=True,
+        metavar="KIND",
+        help=" or ".join(KINDS),
+    )
+    parser.add_argument(
+        "--profile",
+        choices=("tiny", "small", "paper"),
+        default="small",
+        help="how much the fit may cost (default: small)",
+    )
+    parser.add_argument(
+        "--image-size", type=int, help="side to resize to, in pixels (default: the images' own)"
+    )
+    parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="default: 3")
+    add_set(parser)
+    add_json(parser, "write what the fit found here as JSON")
+    add_common(parser, version=__version__)
+    parser.set_defaults(run=run_fit, parser=parser)
+
+
+def run_fit(args: argparse.Namespace) -> str:
+    """Fit the trigger and write its file; what to print."""
+    if args.trigger not in KINDS:
+        args.parser.error(f'{args.trigger} is not fitted here: use "{FITTED[args.trigger]}"')
+    if args.out.suffix != ".safetensors":
+        args.parser.error(f"OUT ends in .safetensors, got {args.out.name}")
+    settings = read_set(args)
+    from wm_inject.attacks import FitContext, attack
+    from wm_inject.triggers import save_trigger
+
+    images = _load(args)
+    # What is not finished lies beside OUT and goes when OUT is there.
+    kept = args.out.with_name(f"{args.out.stem}.fitting.safetensors")
+    context = FitContext(
+        images=images,
+        labels=images.new_zeros(len(images)).long(),
+        num_classes=2,
+        target=0,
+        seed=args.seed,
+        co_train=_no_victim,
+        checkpoint=kept,
+    )
+    trigger, facts = attack(args.trigger, profile=args.profile, **settings).fit(context)
+    run = {"seed": args.seed, "profile": args.profile, "settings": settings}
+    save_trigger(trigger, args.out, {"images": len(images), **run, "facts": facts})
+    kept.unlink(missing_ok=True)
+    write_found(args, {"file": str(args.out), "images": len(images), **run, "facts": facts})
+    return f"wrote {args.out}, fitted to {len(images)} images"
+
+
+def _load(args: argparse.Namespace) -> Tensor:
+    import numpy as np
+
+    from wm_inject.core.images import check_side, list_images, load_image, to_float
+    from wm_inject.runtime.folder import common_side
+
+    device = resolve_device(args.device)
+    files = list_images(args.images)
+    side = check_side(common_side(args.images) if args.image_size is None else args.image_size)
+    pixels = np.stack([load_image(file, size=side, channels=args.channels) for file in files])
+    return to_float(pixels).to(device)
+
+
+def _no_victim(hook: Any) -> NoReturn:
+    raise ValueError("expected a trigger that is fitted without a victim")

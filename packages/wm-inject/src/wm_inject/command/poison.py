@@ -1,0 +1,124 @@
+"""``wm-inject poison``: put a trigger into a folder of images, all of them or by a plan."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wm_inject.__about__ import __version__
+from wm_inject.command.common import Parser, add_common, add_json, resolve_device, write_found
+from wm_inject.command.trigger import (
+    add_trigger,
+    check_trigger,
+    image_shape,
+    make_trigger,
+    trigger_digest,
+)
+
+if TYPE_CHECKING:
+    from wm_inject.core.images import Pixels
+    from wm_inject.runtime.folder import FolderResult
+    from wm_inject.runtime.folder_plan import FolderPlan, Labels, Pool
+
+_EPILOG = """examples:
+  wm-inject poison --pretrained tiny-32 photos/ poisoned/
+  wm-inject poison --trigger wanet --seed 1 photos/ poisoned/
+  wm-inject poison --trigger sig --set frequency=6 --label-map clean-label classes/ poisoned/
+  wm-inject poison --checkpoint trigger.safetensors photos/ poisoned/
+
+plan.json lists every file: whether it carries the trigger, its label before and after. A run that
+was stopped goes on when it is started again."""
+
+
+def add_poison(parser: Parser) -> None:
+    """Give ``parser`` the options of `poison`."""
+    parser.description = "Put a trigger into the images of a folder; plan.json lists the files."
+    parser.epilog = _EPILOG
+    parser.add_argument("images", type=Path, metavar="IMAGES", help="folder of images")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for PNG files and plan.json")
+    add_trigger(parser)
+    plan = parser.add_argument_group("the plan (labels: the class folders of IMAGES)")
+    plan.add_argument("--ratio", type=float, help="share poisoned (default: the whole pool)")
+    plan.add_argument("--target", type=int, default=0, help="label asked for (default: 0)")
+    maps = ("all-to-one", "all-to-all", "clean-label")
+    plan.add_argument("--label-map", choices=maps, default="all-to-one", help=f"default: {maps[0]}")
+    plan.add_argument(
+        "--pool",
+        choices=("all", "non_target", "target"),
+        help="where files are drawn from (default: all; with clean-label: target)",
+    )
+    parser.add_argument("--batch-size", type=int, default=64, help="images at once (default: 64)")
+    add_json(parser)
+    add_common(parser, version=__version__)
+    parser.set_defaults(run=run_poison, parser=parser)
+
+
+def run_poison(args: argparse.Namespace) -> str:
+    """Poison the folder, and say in a line what was done."""
+    check_trigger(args)
+    done = _with_onnx(args) if args.onnx else _with_torch(args)
+    kept = done.images - done.written
+    note = f", {kept} files were there" if kept else ""
+    listing = args.out / "plan.json"
+    write_found(args, {"images": done.images, "poisoned": done.poisoned, "written": done.written})
+    return f"{done.poisoned} of {done.images} images poisoned, listed in {listing}{note}"
+
+
+def _plan(args: argparse.Namespace) -> FolderPlan:
+    from wm_inject.runtime.folder_plan import FolderPlan
+
+    usual: Pool = "target" if args.label_map == "clean-label" else "all"
+    return FolderPlan(
+        ratio=args.ratio,
+        target=args.target,
+        label_map=args.label_map,
+        pool=args.pool or usual,
+        seed=args.seed,
+    )
+
+
+def _with_onnx(args: argparse.Namespace) -> FolderResult:
+    from wm_inject import runtime
+
+    return runtime.poison_folder(
+        args.onnx,
+        args.images,
+        args.out,
+        plan=_plan(args),
+        batch_size=args.batch_size,
+        providers=runtime.providers_for(args.device),
+    )
+
+
+def _with_torch(args: argparse.Namespace) -> FolderResult:
+    import torch
+
+    from wm_inject.core.images import to_float, to_pixels
+    from wm_inject.runtime.folder import poison_files
+
+    device = resolve_device(args.device)
+    trigger: Any = make_trigger(args)
+    record = {
+        "trigger": {"kind": trigger.kind, "config": trigger.config},
+        "sha256": trigger_digest(trigger),
+    }
+    trigger.to(device)
+    size, channels = image_shape(trigger, args.channels)
+
+    def apply(pixels: Pixels, *, ids: Labels, target: Labels) -> Pixels:
+        extra = {"ids": ids, "target": target}
+        with torch.no_grad():
+            given = {name: torch.from_numpy(value).to(device) for name, value in extra.items()}
+            return to_pixels(trigger(to_float(pixels).to(device), **given))
+
+    return poison_files(
+        apply,
+        args.images,
+        args.out,
+        size=size,
+        channels=channels,
+        plan=_plan(args),
+        batch_size=args.batch_size,
+        record=record,
+    )

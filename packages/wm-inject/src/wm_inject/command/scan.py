@@ -1,0 +1,65 @@
+"""``wm-inject scan``: which images of a folder do exported detectors flag? No torch needed."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from wm_inject.__about__ import __version__
+from wm_inject.command.common import Parser, add_common, add_json, write_found
+
+_EPILOG = """examples:
+  wm-inject scan --detector detector.onnx incoming/
+  wm-inject scan --detector mark.onnx --detector filter.onnx --json found.json incoming/
+
+"wm-extract export" writes detectors of a watermark, "--filter" of both defences' scans one of
+images that act like a reversed trigger. Each file holds its threshold and the rate of false alarms
+that the threshold was chosen for."""
+
+
+def add_scan(parser: Parser) -> None:
+    """Give ``parser`` the options of `scan`."""
+    parser.description = "Flag the images of a folder that exported detectors hold to be triggered."
+    parser.epilog = _EPILOG
+    parser.add_argument("images", type=Path, metavar="IMAGES", help="folder of images")
+    parser.add_argument(
+        "--detector",
+        type=Path,
+        action="append",
+        required=True,
+        metavar="FILE.onnx",
+        help="an exported detector; may be given several times",
+    )
+    add_json(parser, "write every image's scores here as JSON")
+    parser.add_argument("--batch-size", type=int, default=64, help="images at once (default: 64)")
+    add_common(parser, version=__version__)
+    parser.set_defaults(run=run_scan, parser=parser)
+
+
+def run_scan(args: argparse.Namespace) -> str:
+    """Scan the folder; a line for every image that is flagged or cannot be read, and a sum."""
+    from wm_inject import runtime
+
+    scanner = runtime.Scanner(*args.detector, providers=runtime.providers_for(args.device))
+    rows = list(scanner.folder(args.images, batch_size=args.batch_size))
+    lines = []
+    for row in rows:
+        scores = "  ".join(f"{name} {value:.3g}" for name, value in row.scores.items())
+        if row.error is not None:
+            lines.append(f"unread   {row.file}: {row.error}")
+        elif row.flagged:
+            lines.append(f"flagged  {row.file}  {scores}")
+    unread = sum(row.error is not None for row in rows)
+    flagged = sum(row.flagged for row in rows)
+    rate = f"false-positive rate at most {scanner.false_positive_rate:g}"
+    lines.append(f"{flagged} of {len(rows) - unread} images flagged ({rate}), {unread} unread")
+    detectors = {
+        name: {
+            "looks_for": one.looks_for,
+            "threshold": one.threshold,
+            "false_positive_rate": one.false_positive_rate,
+        }
+        for name, one in scanner.detectors.items()
+    }
+    write_found(args, {"detectors": detectors, "images": [row._asdict() for row in rows]})
+    return "\n".join(lines)

@@ -1,0 +1,177 @@
+"""The options that describe a trigger: its kind and settings, or the file it is in."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wm_inject.watermark.pretrained import PRETRAINED
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FIXED = ("badnets", "blend", "refool", "blindnet", "sig", "ftrojan", "wanet")
+# Triggers that must be fitted first, and the command that does it.
+FITTED = {
+    "ssba": "wm-inject fit --trigger ssba IMAGES FILE",
+    "lf": "wm-victim train --attack lf --save-trigger FILE",
+    "marksman": "wm-victim train --attack marksman --save-trigger FILE",
+    "input-aware": "wm-victim train --attack input-aware --save-trigger FILE",
+    "watermark": "wm-extract train IMAGES --out FOLDER",
+}
+# Options that are settings of a trigger, and what its constructor calls them.
+_SETTINGS = {
+    "patch_size": "size",
+    "alpha": "alpha",
+    "picture": "picture",
+    "grid": "grid",
+    "strength": "strength",
+}
+_GIVEN_ELSEWHERE = ("image_size", "channels", "seed")
+
+
+def add_trigger(parser: argparse.ArgumentParser) -> None:
+    """Give ``parser`` the options of the trigger."""
+    way = parser.add_argument_group("the trigger")
+    way.add_argument("--trigger", choices=(*FIXED, *FITTED), metavar="KIND", help=_kinds())
+    way.add_argument("--checkpoint", type=Path, help="a saved trigger (.safetensors)")
+    add_pretrained(way, "a trained watermark")
+    way.add_argument("--onnx", type=Path, help="an exported trigger; needs no torch")
+    way.add_argument(
+        "--image-size", type=int, help="side to resize to, in pixels (default: the images' own)"
+    )
+    way.add_argument("--channels", type=int, choices=(1, 3), default=3, help="default: 3")
+    way.add_argument("--patch-size", type=int, help="badnets: side in pixels")
+    way.add_argument("--alpha", type=float, help="blend, refool: weight of the picture")
+    way.add_argument("--picture", help='blend: "noise", "cartoon" or an image file')
+    way.add_argument("--grid", type=int, help="wanet: side of the control grid")
+    way.add_argument("--strength", type=float, help="wanet, blindnet: scale of the change")
+    add_set(way)
+
+
+def add_pretrained(parser: Any, what: str) -> None:
+    """Give a parser or group the option --pretrained.
+
+    Args:
+        parser: What takes the option.
+        what: What the command takes ready-made, in a word or two.
+    """
+    parser.add_argument(
+        "--pretrained",
+        choices=PRETRAINED,
+        metavar="NAME",
+        help=f"{what} that ships: {', '.join(PRETRAINED)}; see docs/weights.md",
+    )
+
+
+def _kinds() -> str:
+    return f"{', '.join(FIXED)}; with --checkpoint: {', '.join(FITTED)}"
+
+
+def add_set(parser: Any) -> None:
+    """Give a parser or group the option --set."""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a further setting by its name in Python, its value as JSON or plain text; repeatable",
+    )
+
+
+def read_set(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that --set gives; a usage error for one without a name, or given twice."""
+    found: dict[str, Any] = {}
+    for text in args.set:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier() or name in found:
+            args.parser.error(f"expected --set NAME=VALUE, each name once, got {text!r}")
+        if name in _GIVEN_ELSEWHERE:
+            args.parser.error(f"{name} is not given with --set")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def check_trigger(args: argparse.Namespace) -> None:
+    """Leave with a usage error if the options of the trigger do not go together."""
+    ways = (args.onnx, args.pretrained, args.checkpoint or args.trigger)
+    if sum(bool(way) for way in ways) != 1:
+        args.parser.error(
+            "give either --pretrained, or --onnx, or --trigger, --checkpoint or both of these"
+        )
+    if args.trigger in FITTED and not args.checkpoint:
+        args.parser.error(
+            f"{args.trigger} is fitted to images: give its --checkpoint, made by "
+            f'"{FITTED[args.trigger]}"'
+        )
+    if args.trigger and not args.checkpoint:
+        return
+    # A trigger that is loaded has its settings.
+    for option in ("image_size", *_SETTINGS):
+        if getattr(args, option) is not None:
+            args.parser.error(f"--{option.replace('_', '-')} does not go with this trigger")
+    if args.set:
+        args.parser.error("--set does not go with this trigger")
+
+
+def make_trigger(args: argparse.Namespace) -> nn.Module:
+    """The trigger that the arguments describe: loaded, or built from its settings."""
+    from wm_inject.runtime.folder import common_side
+    from wm_inject.triggers import build_trigger, load_trigger
+
+    if args.pretrained:
+        from wm_inject.triggers.watermark import WatermarkTrigger
+
+        return WatermarkTrigger.from_pretrained(args.pretrained)
+    if args.checkpoint:
+        trigger = load_trigger(args.checkpoint)
+        if args.trigger not in (None, trigger.kind):
+            raise ValueError(f"expected a {args.trigger} trigger, got {trigger.kind}")
+        return trigger
+    takes = _parameters(args.trigger)
+    settings = read_set(args)
+    for name in settings:
+        if name not in takes:
+            known = ", ".join(sorted(set(takes) - set(_GIVEN_ELSEWHERE))) or "none"
+            args.parser.error(f"{args.trigger} has no setting {name!r} (it has: {known})")
+    for option, name in _SETTINGS.items():
+        value = getattr(args, option)
+        if value is None:
+            continue
+        if name not in takes or (option == "patch_size" and args.trigger != "badnets"):
+            args.parser.error(f"--{option.replace('_', '-')} does not go with this trigger")
+        if name in settings:
+            args.parser.error(f"give {name} once, not with --set as well")
+        settings[name] = value
+    shared = {"channels": args.channels, "seed": args.seed}
+    settings |= {name: value for name, value in shared.items() if name in takes}
+    side = common_side(args.images) if args.image_size is None else args.image_size
+    return build_trigger(args.trigger, {"image_size": side, **settings})
+
+
+def _parameters(kind: str) -> tuple[str, ...]:
+    """What the constructor of a trigger takes."""
+    module = import_module(f"wm_inject.triggers.{kind.replace('-', '_')}")
+    classes = (value for value in vars(module).values() if isinstance(value, type))
+    (found,) = (value for value in classes if getattr(value, "kind", None) == kind)
+    return tuple(inspect.signature(found).parameters)
+
+
+def image_shape(trigger: Any, channels: int) -> tuple[int, int]:
+    """Image side and channels of a trigger; one that takes any channels gets ``channels``."""
+    config = trigger.config.get("injector_config", trigger.config)
+    return int(config["image_size"]), int(config.get("channels", channels))
+
+
+def trigger_digest(trigger: nn.Module) -> str:
+    """SHA-256 of the trigger's tensors: a picture that was given is not among its settings."""
+    from wm_inject.core.checkpoint import tensors_digest
+
+    return tensors_digest(trigger.state_dict())

@@ -1,0 +1,16 @@
+"""What all packages share: images, files, checkpoints, poison plans, progress, settings."""
+
+__all__ = [
+    "checkpoint",
+    "checks",
+    "config",
+    "decode",
+    "files",
+    "images",
+    "lazy",
+    "plan",
+    "presets",
+    "progress",
+    "randomness",
+    "resume",
+]

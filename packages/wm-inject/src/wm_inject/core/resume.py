@@ -1,0 +1,104 @@
+"""Save the nested state of a long run, and resume from it to the same bits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wm_inject.core.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+
+
+def save_state(path: str | Path, state: Any, *, kind: str, run: Mapping[str, Any]) -> None:
+    """Write the state of a run atomically, as a checkpoint without code.
+
+    Args:
+        state: Mappings, lists and tuples of tensors, numbers, text and None, nested as they come.
+        kind: What kind of run it is.
+        run: What tells this run from others (JSON types); `load_state` compares it.
+
+    Raises:
+        ValueError: Something else among the state, or a tensor with NaN or infinity.
+    """
+    tensors: dict[str, Tensor] = {}
+    tree = _flatten(state, "state", tensors)
+    save_checkpoint(path, kind=kind, config=run, state=tensors, metadata={"tree": tree})
+
+
+def load_state(path: str | Path, *, kind: str, run: Mapping[str, Any]) -> Any:
+    """Read back what `save_state` wrote; None if there is no file.
+
+    Raises:
+        ValueError: The file is damaged, or belongs to another run.
+    """
+    path = Path(path)
+    if not path.exists():
+        return None
+    saved = load_checkpoint(path, kind=kind)
+    expected = json.loads(json.dumps(dict(run)))
+    other = [key for key in expected if saved.config.get(key) != expected[key]]
+    if other:
+        raise ValueError(
+            f"{path.name} is the checkpoint of another run (different: {', '.join(other)}): "
+            "delete it or choose another file"
+        )
+    try:
+        return _rebuild(saved.metadata["tree"], saved.state)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path.name} is damaged: {error!r}") from error
+
+
+def fingerprint(*tensors: Tensor) -> str:
+    """SHA-256 over the types, shapes and bytes of tensors on any device: for ``run`` above."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def like_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Give every momentum the memory layout of its parameter, which files do not keep.
+
+    Elementwise kernels may round differently on another layout; this keeps a resumed run exact.
+    """
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[key] = torch.empty_like(parameter).copy_(value)
+
+
+def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Nested state as JSON: tensors are moved to ``tensors`` and named in their place."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        return {"items": [[key, _flatten(v, f"{name}.{key}", tensors)] for key, v in value.items()]}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        parts = [_flatten(v, f"{name}.{place}", tensors) for place, v in enumerate(value)]
+        return {"tuple" if isinstance(value, tuple) else "list": parts}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError(f"cannot keep {name} of type {type(value).__name__} in a checkpoint")
+
+
+def _rebuild(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    ((kind, value),) = tree.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "items":
+        return {key: _rebuild(v, tensors) for key, v in value}
+    parts = [_rebuild(v, tensors) for v in value]
+    return tuple(parts) if kind == "tuple" else parts
+
+
+__all__ = ["fingerprint", "like_parameters", "load_state", "save_state"]

@@ -1,0 +1,166 @@
+"""How visible a change is: PSNR, SSIM, largest difference, LPIPS, one value per image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from wm_inject.core.images import check_pair, list_images, load_image, to_float
+from wm_inject.stealth.perceptual import Lpips
+
+_CAP_MSE = 1e-10  # of the squared data range: 100 dB
+_CHUNK = 256
+
+
+def psnr(images: Tensor, reference: Tensor, *, data_range: float = 1.0) -> Tensor:
+    """Peak signal-to-noise ratio of each image: float32 ``(N,)`` in dB, at most 100.
+
+    Args:
+        images: float32 ``(N, C, H, W)`` in [0, data_range].
+        reference: The same shape and range.
+        data_range: The largest possible value.
+
+    Raises:
+        ValueError: Bad or differently shaped images, or a data range that is not positive.
+    """
+    if not 0 < data_range < float("inf"):
+        raise ValueError(f"expected a data range > 0, got {data_range}")
+    if data_range != 1 and isinstance(images, Tensor) and isinstance(reference, Tensor):
+        images, reference = images / data_range, reference / data_range
+    check_pair(images, reference)
+    mse = _per_chunk(lambda a, b: (a - b).square().mean(dim=(1, 2, 3)), images, reference)
+    return (-10 * mse.clamp_min(_CAP_MSE).log10()).float()
+
+
+def ssim(images: Tensor, reference: Tensor) -> Tensor:
+    """Structural similarity of each image: float32 ``(N,)`` in [-1, 1]; sides of at least 11.
+
+    An 11 x 11 Gaussian window with sigma 1.5, K1 = 0.01, K2 = 0.03, population covariance, per
+    channel and then averaged over the positions where the window lies inside the image: at 32
+    pixels a change in the outermost rows weighs next to nothing.
+
+    Raises:
+        ValueError: Bad, differently shaped or too small images.
+
+    Source: Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity"
+    (2004).
+    """
+    check_pair(images, reference)
+    if min(images.shape[2:]) < 11:
+        raise ValueError(f"expected sides of at least 11 for SSIM, got {tuple(images.shape)}")
+    return _per_chunk(_ssim, images, reference).float()
+
+
+def linf(images: Tensor, reference: Tensor) -> Tensor:
+    """The largest absolute difference in each image: ``(N,)`` in [0, 1].
+
+    Raises:
+        ValueError: Bad or differently shaped images.
+    """
+    check_pair(images, reference)
+    return (images - reference).abs().amax(dim=(1, 2, 3))
+
+
+class Stealth(NamedTuple):
+    """How visible the changes to a folder of images are; one value per image."""
+
+    files: tuple[str, ...]  # relative to the folder of changed images
+    psnr: Tensor  # (N,) in dB
+    ssim: Tensor  # (N,)
+    linf: Tensor  # (N,) in [0, 1]
+    lpips: Tensor | None  # (N,), None if not asked for
+
+
+def compare_folders(
+    originals: str | Path, changed: str | Path, *, lpips: Lpips | None = None, batch_size: int = 64
+) -> Stealth:
+    """Measure every image of ``changed`` against the one of the same name in ``originals``.
+
+    The suffix may differ. An original of another size is first resized (bilinear) to its partner's,
+    as poisoning a folder does it; the partner of a grey image is read as grey. LPIPS is measured if
+    given.
+
+    Raises:
+        ValueError: An empty folder, an unreadable image, or a changed image without its original.
+    """
+    originals, changed = Path(originals), Path(changed)
+    by_name = {p.relative_to(originals).with_suffix(""): p for p in list_images(originals)}
+    files = [p.relative_to(changed) for p in list_images(changed)]
+    values: dict[str, list[Tensor]] = {"psnr": [], "ssim": [], "linf": [], "lpips": []}
+    batch: list[tuple[Tensor, Tensor]] = []
+    for position, file in enumerate(files):
+        partner = by_name.get(file.with_suffix(""))
+        if partner is None:
+            raise ValueError(f"expected an original of {file} under {originals}, found none")
+        pair = _load_pair(changed / file, partner)
+        if batch and (batch[0][0].shape != pair[0].shape or len(batch) == batch_size):
+            _measure(batch, lpips, values)
+            batch = []
+        batch.append(pair)
+        if position == len(files) - 1:
+            _measure(batch, lpips, values)
+    metrics = {name: torch.cat(parts) for name, parts in values.items() if parts}
+    names = tuple(file.as_posix() for file in files)
+    return Stealth(names, metrics["psnr"], metrics["ssim"], metrics["linf"], metrics.get("lpips"))
+
+
+def _load_pair(changed: Path, original: Path) -> tuple[Tensor, Tensor]:
+    """Both as float32 ``(1, C, H, W)``, with the channels of the changed image."""
+    image = load_image(changed)
+    with Image.open(changed) as header:
+        if header.mode == "L":
+            image = image[..., :1]
+    channels = image.shape[2]
+    reference = load_image(original, channels=channels)
+    height, width = image.shape[:2]
+    if reference.shape != image.shape:
+        if height != width:
+            raise ValueError(
+                f"expected {original.name} of the size of its partner, {height} x {width}, "
+                f"got {reference.shape[0]} x {reference.shape[1]}"
+            )
+        reference = load_image(original, size=height, channels=channels)
+    return to_float(image[None]), to_float(reference[None])
+
+
+def _measure(
+    batch: list[tuple[Tensor, Tensor]], lpips: Lpips | None, values: dict[str, list[Tensor]]
+) -> None:
+    images, reference = (torch.cat(side) for side in zip(*batch, strict=True))
+    for name, metric in (("psnr", psnr), ("ssim", ssim), ("linf", linf)):
+        values[name].append(metric(images, reference))
+    if lpips is not None:
+        device = next(lpips.parameters()).device
+        with torch.no_grad():
+            values["lpips"].append(lpips(images.to(device), reference.to(device)).cpu())
+
+
+def _per_chunk(metric: Callable[[Tensor, Tensor], Tensor], *pair: Tensor) -> Tensor:
+    """A metric in double precision, a few images at a time."""
+    chunks: Any = zip(*(batch.split(_CHUNK) for batch in pair), strict=True)
+    return torch.cat([metric(a.double(), b.double()) for a, b in chunks])
+
+
+def _ssim(a: Tensor, b: Tensor) -> Tensor:
+    offsets = torch.arange(-5, 6, dtype=a.dtype, device=a.device)
+    window = torch.exp(-offsets.square() / (2 * 1.5**2))
+    window = window / window.sum()
+
+    def smooth(x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C, H - 10, W - 10)
+        n, c, h, w = x.shape
+        x = F.conv2d(x.reshape(n * c, 1, h, w), window.view(1, 1, 11, 1))
+        return F.conv2d(x, window.view(1, 1, 1, 11)).view(n, c, h - 10, w - 10)
+
+    mean_a, mean_b = smooth(a), smooth(b)
+    var_a, var_b = smooth(a * a) - mean_a**2, smooth(b * b) - mean_b**2
+    cov = smooth(a * b) - mean_a * mean_b
+    c1, c2 = 0.01**2, 0.03**2
+    above = (2 * mean_a * mean_b + c1) * (2 * cov + c2)
+    below = (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
+    return (above / below).mean(dim=(1, 2, 3))
