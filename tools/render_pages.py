@@ -14,11 +14,9 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wm_eval.attacks.gather import TITLES as ATTACK_TITLES
-from wm_eval.cleaning.config import TITLES as METHOD_TITLES
-from wm_eval.detectors import detector
 from wm_eval.records import write_text
-from wm_eval.tables import Table, to_markdown
+from wm_eval.render import Table, to_markdown
+from wm_eval.titles import method_title
 from wm_inject.command.common import run_cli
 
 # Run as a script, Python would look for `tools` inside tools/.
@@ -26,13 +24,11 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from tools.page_tables import (
     attack_tables,
-    cleaning_tables,
-    crosses_of,
     detector_tables,
     filters_table,
-    index_tables,
-    of_attack,
-    pick,
+    joined,
+    mitigation_tables,
+    without_repeats,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,25 +112,15 @@ IMAGE_PAGES = {
 
 def render_pages(results: Path) -> Iterator[tuple[Path, str]]:
     """Each page's file, below docs/, and what stands in it after its marker."""
-    measured = list(attack_tables(results))
     for name, shown in ATTACK_PAGES.items():
-        tables = of_attack(measured, ATTACK_TITLES[name])
-        yield Path("attacks", f"{name}.md"), _tail(shown, tables)
-    scanned = list(detector_tables(results))
+        yield Path("attacks", f"{name}.md"), _tail(shown, attack_tables(results, name))
     for page, (name, shown) in DETECTOR_PAGES.items():
-        title = detector(name).title
-        tables = [
-            *crosses_of(scanned, title),
-            *pick(scanned, "detector", {title}),
-            *index_tables(results, name),
-        ]
-        yield Path("defences", f"{page}.md"), _tail(shown, tables)
-    cleaned = list(cleaning_tables(results))
+        yield Path("defences", f"{page}.md"), _tail(shown, detector_tables(results, name))
     for page, (names, settings) in METHOD_PAGES.items():
-        titles = {METHOD_TITLES[n] for n in names}
-        titles |= {f"{title}, forced" for title in titles}
-        yield Path("defences", f"{page}.md"), _tail((settings,), pick(cleaned, "method", titles))
-    filters = filters_table(results / "artefacts-cifar10" / "records")
+        titles = {method_title(n, oracle_label=oracle) for n in names for oracle in (False, True)}
+        tables = list(mitigation_tables(results, titles))
+        yield Path("defences", f"{page}.md"), _tail((settings,), tables)
+    filters = filters_table(results)
     for page, settings in IMAGE_PAGES.items():
         tables = [filters] if page == "discriminant-filter" else []
         yield Path("defences", f"{page}.md"), _tail((settings,), tables)
@@ -146,55 +132,35 @@ def _tail(settings: Iterable[Settings], tables: Sequence[Table]) -> str:
     if not tables:
         return "\n".join([*parts, NO_RECORD, ""])
     parts += ["From records; [results](../../results/README.md) has the commands.", ""]
-    return "\n".join([*parts, *(to_markdown(table) for table in told_once(joined(tables)))])
-
-
-def joined(tables: Iterable[Table]) -> list[Table]:
-    """Tables of one title, with the same columns and the same note, as one."""
-    found: dict[tuple[Any, ...], Table] = {}
-    for table in tables:
-        key = (table.title, table.headers, table.note)
-        before = found.get(key)
-        found[key] = table if before is None else before._replace(rows=before.rows + table.rows)
-    return list(found.values())
-
-
-def told_once(tables: Iterable[Table]) -> Iterator[Table]:
-    """The tables of a page, each paragraph of their notes under the first table that has it."""
-    told: set[str] = set()
-    for table in tables:
-        paragraphs = table.note.split("\n\n")
-        yield table._replace(note="\n\n".join(p for p in paragraphs if p not in told))
-        told.update(paragraphs)
+    return "\n".join([*parts, *(to_markdown(table) for table in without_repeats(joined(tables)))])
 
 
 def settings_table(settings: Settings) -> Table:
     """Every setting of a class with its default, and with what its presets change it to."""
     module, _, name = settings.where.partition(":")
-    made = getattr(import_module(module), name)
-    defaults = dict(_defaults(made))
-    presets = [made.preset(preset) for preset in settings.presets]
+    kind = getattr(import_module(module), name)
+    defaults = dict(_defaults(kind))
+    presets = [kind.preset(preset) for preset in settings.presets]
     headers = ("setting", *(settings.presets or ("default",)))
     rows = tuple(
-        (f"`{key}`", *([_told(getattr(p, key)) for p in presets] or [_told(default)]))
+        (f"`{key}`", *([_text(getattr(p, key)) for p in presets] or [_text(default)]))
         for key, default in defaults.items()
     )
     title = f"{name} ({module.partition('.')[0]})"
     return Table(name, title, headers, rows)
 
 
-def _defaults(made: type) -> Iterator[tuple[str, Any]]:
-    if is_dataclass(made):
-        for field in fields(made):
+def _defaults(kind: type) -> Iterator[tuple[str, Any]]:
+    if is_dataclass(kind):
+        for field in fields(kind):
             factory = field.default_factory
             yield field.name, field.default if factory is MISSING else factory()
         return
-    for key, parameter in signature(made).parameters.items():
-        given = parameter.default
-        yield key, MISSING if given is parameter.empty else given
+    for key, parameter in signature(kind).parameters.items():
+        yield key, MISSING if parameter.default is parameter.empty else parameter.default
 
 
-def _told(value: Any) -> str:
+def _text(value: Any) -> str:
     if value is MISSING:
         return "required"
     if is_dataclass(value):

@@ -32,7 +32,7 @@ def study_pages(study: StudyRecords) -> list[Page]:
     pages = []
     mitigations = study.select(kind="mitigation")
     scanned = set(keys(study, "scan", "attack")) - {CLEAN}
-    kinds = ("stealth", "tiles") if mitigations or scanned else ("stealth", "tiles", "rates")
+    kinds = ["stealth", "tiles"] + ([] if mitigations or scanned else ["rates", "victim"])
     if any(entry.kind in kinds for entry in (*study.records, *study.failures)):
         pages += attack_pages(study)
     if len(scanned) > 2:
