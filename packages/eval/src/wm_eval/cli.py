@@ -1,13 +1,14 @@
-"""The command line: studies (``demo``, ``run``, ``report``) and the field's tables (``table1``)."""
+"""The command line: studies (``run``, ``demo``, ``tables``, ``page``) and audits of one model."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from wm_eval.__about__ import __version__
 from wm_eval.audit.cli import (
@@ -24,25 +25,6 @@ from wm_eval.audit.cli import (
     inspect_command,
     scan_command,
 )
-from wm_eval.cleaning.cli import MITIGATE_EPILOG, MITIGATE_HELP, add_mitigate, mitigate_command
-from wm_eval.cli_settings import asked_seeds, listed, named_in
-from wm_eval.executor_options import add_executor, chosen_executor
-from wm_eval.paper2.cli import (
-    DETECT_EPILOG,
-    DETECT_HELP,
-    FIGURE3_EPILOG,
-    FIGURE3_HELP,
-    add_detect,
-    add_figure3,
-    detect_command,
-    figure3_command,
-)
-from wm_eval.population.cli import (
-    POPULATION_EPILOG,
-    POPULATION_HELP,
-    add_population,
-    population_command,
-)
 from wm_inject.command.common import (
     Parser,
     add_common,
@@ -51,75 +33,34 @@ from wm_inject.command.common import (
     resolve_device,
     run_cli,
 )
-from wm_inject.command.config import (
-    add_config,
-    add_print_config,
-    layered,
-    print_config,
-    read_config,
-    refuse_preset,
-)
+from wm_inject.command.config import add_config, add_print_config, print_config
 
 if TYPE_CHECKING:
-    from wm_eval.attacks.config import AttackStudyConfig
-    from wm_eval.experiment import StudyResult
+    from wm_eval.executors import Executor
 
 _EPILOG = """\
 examples:
-  wm-eval demo                                plant, find and remove a backdoor in minutes
-  wm-eval demo --pretrained                   the same, sooner: the watermark is trained already
-  wm-eval run study.toml --out runs/cifar10   a study of your own, or the rest of it
-  wm-eval detect --out runs/detection         the reverse-generator paper's experiment on MNIST
-  wm-eval population --profile tiny           error rates of both defences, on many small models
-  wm-eval mitigate --data cifar10             what cleaning leaves of a backdoor
-  wm-eval report runs/cifar10                 draw the page of a study anew
-  wm-eval scan model.onnx --images clean/     is a stranger's model backdoored?
-  wm-eval table1 --profile tiny --data digits every attack under every corruption, in minutes
+  wm-eval demo                          plant, find and remove a backdoor in minutes
+  wm-eval demo --pretrained             the same with a pretrained watermark, in less time
+  wm-eval run attacks-digits-tiny       every attack under every corruption, in minutes
+  wm-eval run study.toml --minutes 60   a study of your own, or the rest of it
+  wm-eval tables runs/demo              render the tables of a study again
+  wm-eval scan model.onnx --images clean/
 """
-_TABLE_EPILOG = """\
-examples:
-  wm-eval {name} --data cifar10 --attacks badnets,wanet --minutes 60
-  wm-eval {name} --profile tiny --data digits --print-config > mine.toml
-  wm-eval {name} --config mine.toml --out runs/mine
-
-It can be stopped at any time, and the same command goes on; three commands with one --out share
-what they have in common. An attack that fails says why in OUT/failures, and the others go on.
-"""
-# What each command measures, what its records are called, and what its help says of it.
-_TABLES = {
-    "table1": ("cells", "cell", "attacks x corruptions: accuracy, attack success, false triggers"),
-    "table2": ("stealth", "stealth", "attacks x PSNR, SSIM, LPIPS"),
-    "figure1": ("figure", "figure", "the attacks' pictures side by side"),
-}
-# The commands whose settings --config reads and --print-config prints.
-_CONFIGURED = (*_TABLES, "detect", "population", "mitigate", "figure3", "scan", "clean")
-# What the commands about defences are: help, epilog, arguments, work.
-_DEFENCES = {
-    "detect": (DETECT_HELP, DETECT_EPILOG, add_detect, detect_command),
-    "population": (POPULATION_HELP, POPULATION_EPILOG, add_population, population_command),
-    "mitigate": (MITIGATE_HELP, MITIGATE_EPILOG, add_mitigate, mitigate_command),
-    "figure3": (FIGURE3_HELP, FIGURE3_EPILOG, add_figure3, figure3_command),
-    "scan": (SCAN_HELP, SCAN_EPILOG, add_scan, scan_command),
-    "clean": (CLEAN_HELP, CLEAN_EPILOG, add_clean, clean_command),
-    "inspect": (INSPECT_HELP, INSPECT_EPILOG, add_inspect, inspect_command),
-}
 _DEMO_EPILOG = """\
 examples:
   wm-eval demo --pretrained
   wm-eval demo --print-config > study.toml      all settings, for "wm-eval run"
 """
-_REPORT_EPILOG = """\
-examples:
-  wm-eval report runs/demo
-  wm-eval report --without-images runs/cifar10
-"""
 _RUN_EPILOG = """\
 examples:
-  wm-eval run study.toml --out runs/narrow
+  wm-eval run attacks-cifar10 --minutes 60
+  wm-eval run detection-mnist --workers 8 --out runs/detection
+  wm-eval run mitigation-cifar10 --set seeds=[1] --set defender.fractions=[0.05]
   wm-eval run study.toml --print-config > whole.toml
 
 A study.toml:
-  preset = "cifar10"          # start from a study that ships: demo or cifar10
+  base = "story-cifar10"      # start from a study that ships
   name = "narrow"
 
   [data]
@@ -127,7 +68,28 @@ A study.toml:
 
   [victim]
   width = 32
+
+It can be stopped at any time, and the same command goes on from there. Studies with one --out share
+what they have in common. The exit code is 1 if a stage failed; OUT/failures.jsonl says why.
+
+studies that ship:
 """
+_TABLES_EPILOG = """\
+examples:
+  wm-eval tables runs/attacks-cifar10 --formats md,csv,tex
+  wm-eval tables runs/population --calibrate calibration.json
+"""
+_PAGE_EPILOG = """\
+examples:
+  wm-eval page runs/attacks-cifar10
+  wm-eval page runs/demo --without-images
+"""
+# The commands about one model: help, epilog, arguments, work.
+_AUDITS = {
+    "scan": (SCAN_HELP, SCAN_EPILOG, add_scan, scan_command),
+    "clean": (CLEAN_HELP, CLEAN_EPILOG, add_clean, clean_command),
+    "inspect": (INSPECT_HELP, INSPECT_EPILOG, add_inspect, inspect_command),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,156 +109,207 @@ def _main(argv: Sequence[str] | None) -> int:
     demo = commands.add_parser(
         "demo", help="the whole story on real digits, in minutes", epilog=_DEMO_EPILOG
     )
-    demo.add_argument("--out", type=Path, help="default: runs/demo, or runs/demo-pretrained")
     demo.add_argument(
         "--pretrained", action="store_true", help="start from a watermark that ships: sooner done"
     )
-    add_print_config(demo)
-    run = commands.add_parser(
-        "run", help="run a study from a TOML file, or the rest of it", epilog=_RUN_EPILOG
+    epilog = _RUN_EPILOG + "".join(f"  {name}\n" for name in shipped_names())
+    run = commands.add_parser("run", help="run a study, or the rest of it", epilog=epilog)
+    run.add_argument("study", metavar="STUDY", help="the name of one that ships, or a TOML file")
+    for command in (demo, run):
+        _add_run(command)
+    tables = commands.add_parser(
+        "tables", help="render the tables of a study", epilog=_TABLES_EPILOG
     )
-    run.add_argument("config", type=Path, metavar="STUDY.toml", help="the study's settings")
-    run.add_argument("--out", type=Path, required=True, help="the study's folder")
-    add_print_config(run)
-    report = commands.add_parser(
-        "report", help="draw report.html and tables.md anew", epilog=_REPORT_EPILOG
+    tables.add_argument("folder", type=Path, metavar="FOLDER", help="the study's folder")
+    tables.add_argument(
+        "--formats", default="md,csv", help="out of md,csv,html,tex (default: md,csv)"
     )
-    report.add_argument("folder", type=Path, metavar="FOLDER", help="the study's folder")
-    report.add_argument(
+    tables.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="FILE",
+        help="write the null distributions of a population here, as JSON",
+    )
+    page = commands.add_parser(
+        "page", help="draw the figures and the page of a study", epilog=_PAGE_EPILOG
+    )
+    page.add_argument("folder", type=Path, metavar="FOLDER", help="the study's folder")
+    page.add_argument(
         "--without-images",
         action="store_true",
         help="leave out images of the data set, where they may not be passed on",
     )
-    for name, (_, _, told) in _TABLES.items():
-        _add_table(commands.add_parser(name, help=told, epilog=_TABLE_EPILOG.format(name=name)))
-    for name, (told, epilog, add, _) in _DEFENCES.items():
-        add(commands.add_parser(name, help=told, epilog=epilog))
+    for name, (purpose, text, add, _) in _AUDITS.items():
+        add(commands.add_parser(name, help=purpose, epilog=text))
     for name, command in commands.choices.items():
         add_common(command, version=__version__)
-        if name in _CONFIGURED:
+        if name in ("scan", "clean"):
             add_config(command)
-        if command in (run, report):
+        if command in (demo, run):
             command.set_defaults(seed=None)
     describe(commands)
-    given = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     work: dict[str, Callable[[argparse.Namespace], int]]
-    work = {"report": _report, **dict.fromkeys(_TABLES, _table)}
-    work |= {name: run for name, (_, _, _, run) in _DEFENCES.items()}
-    return work.get(given.command, _study)(given)
+    work = {"demo": _run, "run": _run, "tables": _tables, "page": _page}
+    work |= {name: command for name, (_, _, _, command) in _AUDITS.items()}
+    return work[args.command](args)
 
 
-def _add_table(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--profile", choices=("tiny", "small", "paper"), help="default: small")
-    command.add_argument(
-        "--data",
-        help="cifar10, gtsrb, imagenet10, mnist, digits, a folder or an .npz (default: cifar10)",
-    )
-    command.add_argument("--out", type=Path, help="default: runs/PROFILE-DATA")
-    command.add_argument("--attacks", type=listed, help="which, as a,b (default: the profile's)")
-    command.add_argument("--seeds", type=int, help="how many, from --seed (default: the profile's)")
+def shipped_names() -> list[str]:
+    """The names of the studies that ship."""
+    return sorted(path.stem for path in (Path(__file__).parent / "studies").glob("*.toml"))
+
+
+def _add_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--out", type=Path, help="the study's folder (default: runs/NAME)")
     command.add_argument("--minutes", type=float, help="start nothing new after so many minutes")
     command.add_argument(
-        "--recipes", type=listed, help="plain,corrupted or one of them (default: plain)"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a setting, as train.epochs=4; may be repeated",
     )
-    add_executor(command)
+    add_print_config(command)
+    group = command.add_argument_group("where stages run")
+    where = group.add_mutually_exclusive_group()
+    where.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="on so many processes of one thread each (default: 1, this process)",
+    )
+    where.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="as Ray tasks, on the cluster at ADDRESS or on this machine (needs ray)",
+    )
+    group.add_argument(
+        "--gpus-per-task",
+        type=float,
+        metavar="SHARE",
+        help="of a GPU for each Ray task, as 0.25 (default: 1 with --device cuda, else 0)",
+    )
 
 
-def _table(given: argparse.Namespace) -> int:
-    from wm_eval.attacks.run import run_attack_study
+def executor_of(args: argparse.Namespace, *, device: str) -> Executor:
+    """The executor that the options ask for.
 
-    config = _table_config(given)
-    if given.print_config:
-        return print_config(config)
-    out = given.out or Path("runs") / f"{config.profile}-{Path(config.data.name).stem}"
-    device = str(resolve_device(given.device))
-    records = run_attack_study(
-        config,
+    Raises:
+        ValueError: Fewer workers than 1, a share of a GPU that is none or that is not for Ray, or
+            Ray tasks that compute on a GPU and are given none.
+    """
+    from wm_eval.executors import HERE
+    from wm_eval.local_processes import LocalProcesses
+    from wm_eval.ray_tasks import RayTasks
+
+    share = args.gpus_per_task
+    if args.ray is None:
+        if share is not None:
+            raise ValueError("expected --gpus-per-task together with --ray")
+        # An impossible count is refused there.
+        return HERE if args.workers == 1 else LocalProcesses(args.workers)
+    on_gpu = device != "cpu"
+    share = float(on_gpu) if share is None else share
+    if on_gpu and not share > 0:
+        raise ValueError(f"expected --gpus-per-task above 0 with --device cuda, got {share:g}")
+    return RayTasks(args.ray, share)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from wm_eval.config import Study, load_study
+    from wm_eval.engine import run
+    from wm_eval.pages import write_page, write_tables
+    from wm_eval.records import read_study
+    from wm_eval.study import study_stages
+
+    name = args.study if args.command == "run" else "demo"
+    if args.command == "demo" and args.pretrained:
+        name = "demo-pretrained"
+    if name is None:  # only to be printed
+        return print_config(Study(attacks=("clean",)))
+    study = load_study(name, seed=args.seed, changes=changed(args.set))
+    if args.print_config:
+        return print_config(study)
+    out = args.out or Path("runs") / study.name
+    device = str(resolve_device(args.device))
+    outcome = run(
+        study_stages(study),
         out,
         device=device,
-        minutes=given.minutes,
-        executor=chosen_executor(given, device=device),
-        parts=(_TABLES[given.command][0],),
+        minutes=args.minutes,
+        executor=executor_of(args, device=device),
     )
-    shown = _drawn(given.command, out)
-    for path in shown:
-        print(f"{given.command:11} {path}")
-    if not shown:
-        print(f"{given.command:11} nothing measured yet: the same command goes on")
-    print(f"records     {records}")
-    failed = len(list((out / "failures").glob("*.json")))
-    if failed:
-        print(f"failures    {out / 'failures'} ({failed} stages, each with its reason)")
+    try:
+        for path in write_tables(out):
+            print(f"table       {path}")
+        print(f"page        {write_page(out)}")
+    except ValueError as error:
+        print(f"no tables yet: {error}")  # what is done is kept all the same
+    if outcome.failures:
+        print(f"failures    {out / 'failures.jsonl'} ({len(outcome.failures)} stages)")
+    if "mark" in study.parts and outcome.complete:
+        from wm_eval.pages.report import render_report
+        from wm_eval.pages.story import headline, story_lines
+
+        records = read_study(out)
+        print("\n".join([*story_lines(records), "", *headline(records)]))
+        print(f"report      {render_report(out)}")
+    return 1 if outcome.failures else 0
+
+
+def changed(settings: Sequence[str]) -> str:
+    """The values of --set as TOML; one that is no TOML is a string.
+
+    Raises:
+        ValueError: Another form than KEY=VALUE.
+
+    Examples:
+        >>> changed(["data.name=digits"])
+        'data.name = "digits"'
+    """
+    lines = []
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not key or not equals:
+            raise ValueError(f"expected --set KEY=VALUE, got {setting!r}")
+        try:
+            tomllib.loads(f"value = {value}")
+        except tomllib.TOMLDecodeError:
+            value = json.dumps(value)
+        lines.append(f"{key} = {value}")
+    return "\n".join(lines)
+
+
+def _tables(args: argparse.Namespace) -> int:
+    from wm_eval.pages import write_tables
+
+    for path in write_tables(args.folder, args.formats.split(",")):
+        print(f"table       {path}")
+    if args.calibrate is not None:
+        from defense_nc.verdict.calibration import write_calibrations
+        from wm_eval.pages.calibration import population_scans, summarise
+        from wm_eval.records import read_study
+
+        population = summarise(population_scans(read_study(args.folder)))
+        args.calibrate.parent.mkdir(parents=True, exist_ok=True)
+        write_calibrations(args.calibrate, population.calibrations.values())
+        print(f"calibration {args.calibrate}")
     return 0
 
 
-def _table_config(given: argparse.Namespace) -> AttackStudyConfig:
-    from wm_eval.attacks.profiles import attack_profile
+def _page(args: argparse.Namespace) -> int:
+    from wm_eval.pages import write_page
+    from wm_eval.pages.report import render_report
+    from wm_eval.records import RECORDS, read_study
 
-    file = read_config(given)
-    refuse_preset(given, "profile", "profile", file)
-    profile: Any = given.profile or named_in(file, "profile") or "small"
-    start = attack_profile(profile, given.data or named_in(file, "data", "name") or "cifar10")
-    changes = {name: getattr(given, name) for name in ("attacks", "recipes")}
-    config = layered(given, start, file, {**changes, "data": {"name": given.data}})
-    return replace(config, seeds=asked_seeds(given, config.seeds))
-
-
-def _drawn(command: str, out: Path) -> list[Path]:
-    """Render what has been measured by now; the files of this command."""
-    _, kind, _ = _TABLES[command]
-    measured = any((out / "records").glob(f"{kind}-*.json"))
-    if command == "figure1" and measured:
-        from wm_eval.attacks.figure import draw_figure
-
-        return [draw_figure(out)]
-    if not measured and not any((out / "failures").glob("*.json")):
-        return []
-    from wm_eval.attacks.tables import write_tables
-
-    return [path for path in write_tables(out) if path.name.startswith(command)]
-
-
-def _study(given: argparse.Namespace) -> int:
-    # Imported here: torch takes seconds, and --help should not.
-    from wm_eval.config import StudyConfig
-    from wm_eval.experiment import load_study, run_study
-    from wm_eval.presets import study_preset
-
-    if given.command == "demo":
-        preset = "demo-pretrained" if given.pretrained else "demo"
-        config = replace(study_preset(preset), seed=given.seed)
-    elif given.config is None:  # only to be printed
-        config = StudyConfig(seed=given.seed or 0)
-    else:
-        config = load_study(given.config, seed=given.seed)
-    if given.print_config:
-        return print_config(config)
-    out = given.out or Path("runs") / config.name
-    result = run_study(config, out, device=str(resolve_device(given.device)))
-    _tell(result)
-    return 0
-
-
-def _tell(result: StudyResult) -> None:
-    from wm_eval.summary import headline, story
-
-    for line in story(result.records):
-        print(line)
-    print()
-    for sentence in headline(result.records):
-        print(sentence)
-    print(f"report      {result.report}")
-
-
-def _report(given: argparse.Namespace) -> int:
-    from wm_eval.records import write_text
-    from wm_eval.report import render_report
-    from wm_eval.tables import render_markdown
-
-    tables = given.folder / "tables.md"
-    page = render_report(given.folder, dataset_images=not given.without_images)
-    write_text(tables, render_markdown(given.folder / "records"))
-    print(f"report      {page}\ntables      {tables}")
+    print(f"page        {write_page(args.folder)}")
+    if (args.folder / RECORDS).is_file() and read_study(args.folder).select(kind="mark"):
+        report = render_report(args.folder, dataset_images=not args.without_images)
+        print(f"report      {report}")
     return 0
 
 

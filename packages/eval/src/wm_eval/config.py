@@ -7,7 +7,7 @@ a detector's or a mitigation's own).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -189,7 +189,6 @@ class Setting:
         data: The images.
         victim: The classifier.
         train: Its training.
-        joint: Training of the watermark's networks; the study's if None.
         triggers: Settings of attacks; the study's for those that are not here.
         calibration: Attack (or "clean") to the number of models that may choose thresholds.
         test: Attack (or "clean") to the number of models that figures come from.
@@ -201,7 +200,6 @@ class Setting:
     data: DataConfig = field(default_factory=DataConfig)
     victim: VictimConfig = field(default_factory=VictimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    joint: JointConfig | None = None
     triggers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     calibration: Mapping[str, int] = field(default_factory=dict)
     test: Mapping[str, int] = field(default_factory=dict)
@@ -391,7 +389,7 @@ def _filled(start: Study, given: dict[str, Any]) -> Study:
     return fill(start, given, "study")
 
 
-def _known(what: str, names: Iterable[str], known: Iterable[str]) -> None:
+def _known(what: str, names: Iterable[str], known: Collection[str]) -> None:
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"expected {what} out of {', '.join(known)}, got {unknown[0]!r}")
     _different(what, names)
@@ -403,7 +401,7 @@ def _different(what: str, values: Iterable[Any]) -> None:
 
 
 def _check_triggers(triggers: Mapping[str, Mapping[str, Any]]) -> None:
-    _known("triggers of attacks", triggers, (name for name in ATTACKS if name != CLEAN))
+    _known("triggers of attacks", triggers, [name for name in ATTACKS if name != CLEAN])
 
 
 def _at_least_one(config: Any, *names: str) -> None:

@@ -179,8 +179,8 @@ def run(
     """Do the stages of a study, or the rest of them.
 
     A stage that cannot be done leaves its reason in ``failures.jsonl``, and so do those that need
-    it; the others go on. What is done at a kill is kept: the same call goes on from there and leaves
-    the same bytes.
+    it; the others go on. What is done at a kill is kept: the same call goes on from there and
+    leaves the same bytes.
 
     Args:
         stages: In the order in which they are wanted; of several with one id the first counts.

@@ -27,6 +27,7 @@ RECORDS, ENVIRONMENTS, FAILURES = "records.jsonl", "environments.jsonl", "failur
 Key = Mapping[str, str | int | float | bool]
 _KIND = re.compile(r"[a-z][a-z0-9-]*")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
+_VALUE = re.compile(r"\S+")
 
 
 def versions() -> dict[str, str]:
@@ -149,7 +150,11 @@ def check_key(kind: str, key: Key) -> None:
     for name, value in key.items():
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ValueError(f"expected lower-case names in the key of {kind}, got {name!r}")
-        if not isinstance(value, str | int | float) or not str(value) or re.search(r"\s", str(value)):
+        if (
+            not isinstance(value, str | int | float)
+            or not str(value)
+            or re.search(r"\s", str(value))
+        ):
             raise ValueError(f"expected {name} without spaces in the key of {kind}, got {value!r}")
 
 
@@ -233,7 +238,9 @@ def read_environments(folder: str | Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def add_record(folder: Path, record: Record, environment: Mapping[str, Any], seconds: float) -> None:
+def add_record(
+    folder: Path, record: Record, environment: Mapping[str, Any], seconds: float
+) -> None:
     """Append a record to a folder, with what it ran on; safe against kill -9 and other writers."""
     name = environment_id(environment)
     run = {"id": record.id, "environment": name, "seconds": seconds}
@@ -254,8 +261,10 @@ def compact(folder: Path) -> None:
         lines = [line for _, line in _lines(folder / ENVIRONMENTS)]
         runs = {line["id"]: line for line in lines if line.get("id") in records}
         used = {run["environment"] for run in runs.values()}
-        machines = {x["environment"]: x for x in lines if "id" not in x and x["environment"] in used}
-        kept = [machines[name] for name in sorted(machines)] + [runs[name] for name in sorted(runs)]
+        machines = {
+            x["environment"]: x for x in lines if "id" not in x and x["environment"] in used
+        }
+        kept = [machines[name] for name in sorted(used)] + [runs[name] for name in sorted(runs)]
         if kept:
             text = "".join(canonical_json(line) + "\n" for line in kept)
             write_text(folder / ENVIRONMENTS, text)

@@ -129,9 +129,7 @@ def fit_trigger(trial: Trial, store: Store, checkpoint: Path) -> Result:
     return Result({"facts": facts}, files)
 
 
-def _co_train(
-    trial: Trial, store: Store, checkpoint: Path, hook: CoTraining | None
-) -> nn.Module:
+def _co_train(trial: Trial, store: Store, checkpoint: Path, hook: CoTraining | None) -> nn.Module:
     """What an attacker trains to make a trigger: the clean victim, or a classifier of its own.
 
     A search on the study's clean victim knows the victim's network and first weights, as the
@@ -355,6 +353,9 @@ def scan_victim(trial: Trial, detector: str, keep: bool, store: Store, checkpoin
     target = None if trial.attack == CLEAN else trial.study.target
     names = named_labels(values)
     values |= {
+        "preset": trial.study.detectors[detector].get("preset", "fast"),
+        "model": trial.study.victim.model,
+        "data": trial.data.name,
         "true_target": target,
         "named": names,
         "oracle_label": _oracle_label(values) if target is None else target,
@@ -566,9 +567,7 @@ def _unlearned(
     return [], f"the scan named no label ({scan['verdict']})"
 
 
-def rescan(
-    trial: Trial, detector: str, mitigation: Key, store: Store, checkpoint: Path
-) -> Result:
+def rescan(trial: Trial, detector: str, mitigation: Key, store: Store, checkpoint: Path) -> Result:
     """Scan what was repaired as the victim was scanned: does the verdict agree that it is clean?"""
     model = load_classifier(store.path(file_name("repaired", mitigation))).to(store.device).eval()
     values = scan_values(_scan(trial, detector, model, store, checkpoint))

@@ -22,7 +22,7 @@ SEARCHES, TRAINS = ("lf",), ("marksman",)
 MARK = "watermark"
 
 
-def stages(study: Study) -> Iterator[Stage]:
+def study_stages(study: Study) -> Iterator[Stage]:
     """Every stage of a study that is known before it runs.
 
     Raises:
@@ -83,9 +83,6 @@ def _trials(study: Study) -> Iterator[Stage]:
 def _population(study: Study, name: str) -> Iterator[Stage]:
     """Every model of a setting with its scans."""
     setting = study.settings[name]
-    watermark = study.watermark
-    if setting.joint is not None:
-        watermark = replace(watermark, joint=setting.joint)
     classes = images_of(setting.data).num_classes
     study = replace(
         study,
@@ -93,7 +90,6 @@ def _population(study: Study, name: str) -> Iterator[Stage]:
         victim=setting.victim,
         train=setting.train,
         triggers={**study.triggers, **setting.triggers},
-        watermark=watermark,
         settings={},
         attacks=(CLEAN,),
         parts=(),
@@ -212,7 +208,7 @@ def _scan(trial: Trial, detector: str) -> Stage:
 def _scanner(trial: Trial, detector: str) -> dict[str, Any]:
     defender = trial.study.defender
     return {
-        "settings": plain(trial.scanner(detector)),
+        "detector": plain(trial.scanner(detector)),
         "images": defender.images,
         "fraction": defender.fraction,
         "alpha": defender.alpha,
@@ -317,4 +313,4 @@ def _images(trial: Trial) -> Stage:
     return trial.stage("images", key, partial(do.describe_images, trial), settings)
 
 
-__all__ = ["stages"]
+__all__ = ["study_stages"]

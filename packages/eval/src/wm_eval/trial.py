@@ -253,9 +253,7 @@ class Trial:
         plan = definition.plan(
             self.data.train.labels, target=self.study.target, ratio=self.ratio, seed=self.seed
         )
-        hook = definition.hook(
-            trigger, plan, num_classes=self.data.num_classes, length=self.length
-        )
+        hook = definition.hook(trigger, plan, num_classes=self.data.num_classes, length=self.length)
         return Planting(trigger, plan, hook)
 
     @property
@@ -301,7 +299,9 @@ class Trial:
 
     def load_reversed(self, store: Store, detector: str, label: int) -> nn.Module:
         """The trigger that a detector reversed for a label."""
-        return load_reversed(store.path(self.reversed_file(detector, label))).to(store.device).eval()
+        return (
+            load_reversed(store.path(self.reversed_file(detector, label))).to(store.device).eval()
+        )
 
 
 def file_name(kind: str, key: Key, suffix: str = "safetensors") -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wm_eval.audit.settings import CleanSettings, ScanSettings
-from wm_eval.cli_settings import listed, numbers
 from wm_inject.command.common import add_json, run_cli, write_found
 from wm_inject.command.config import layered, print_config, read_config, take_over
 
@@ -99,13 +98,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     opening.add_argument("--classes", type=int, help="number of classes")
     opening.add_argument("--image-size", type=int, help="side of its images, in pixels")
     opening.add_argument("--grey", action="store_true", help="it takes one channel")
-    opening.add_argument("--mean", type=numbers, metavar="A,B,C", help="of its normalisation")
-    opening.add_argument("--std", type=numbers, metavar="A,B,C", help="of its normalisation")
+    opening.add_argument("--mean", type=_numbers, metavar="A,B,C", help="of its normalisation")
+    opening.add_argument("--std", type=_numbers, metavar="A,B,C", help="of its normalisation")
     opening.add_argument(
         "--allow-torchscript", action="store_true", help="open TorchScript, in a sandbox"
     )
     scanning = parser.add_argument_group("the scan")
-    scanning.add_argument("--detectors", type=listed, help="default: nc,reverse")
+    scanning.add_argument("--detectors", type=_listed, help="default: nc,reverse")
     scanning.add_argument("--preset", help="default: fast, which is calibrated")
     scanning.add_argument(
         "--alpha", type=float, help="share of clean models that may be accused (default: 0.05)"
@@ -306,6 +305,17 @@ def _said(found: Audit) -> dict[str, str]:
 
 def _say(line: str) -> None:
     sys.stderr.write(line + "\n")
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers as 0.5,0.5, got {text!r}") from None
 
 
 __all__ = [
