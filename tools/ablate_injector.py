@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from wm_eval.config import plain
+from wm_eval.engine import Result, Stage, Store, run
 from wm_eval.measure import mark_values, poisoned_images, stealth_values
-from wm_eval.workspace import Made, Workspace
 from wm_extract import EXTRA_CORRUPTIONS, PAPER_CORRUPTIONS, JointConfig, train_jointly
 from wm_inject import WatermarkTrigger, quantize
 from wm_inject.command.common import Parser, add_common, resolve_device, run_cli
@@ -43,14 +43,19 @@ def variants(iterations: int, psnr_floor: float) -> dict[str, JointConfig]:
 
 
 def train_and_measure(
-    data: Dataset, config: JointConfig, space: Workspace, test_images: int, checkpoint: Path
-) -> Made:
+    data: Dataset,
+    config: JointConfig,
+    test_images: int,
+    seed: int,
+    store: Store,
+    checkpoint: Path,
+) -> Result:
     """One variant: train it, then measure stealth, bits and detection on test images."""
     result = train_jointly(
-        data.train.images.to(space.device), config=config, seed=space.seed, checkpoint=checkpoint
+        data.train.images.to(store.device), config=config, seed=seed, checkpoint=checkpoint
     )
     trigger = WatermarkTrigger(result.injector, watermark=result.watermark)
-    test = data.test.subset(torch.arange(min(test_images, len(data.test)))).to(space.device)
+    test = data.test.subset(torch.arange(min(test_images, len(data.test)))).to(store.device)
     images, poisoned = quantize(test.images), poisoned_images(trigger, test)
     values = mark_values(
         result.extractor,
@@ -59,10 +64,10 @@ def train_and_measure(
         poisoned,
         corruptions={**PAPER_CORRUPTIONS, **EXTRA_CORRUPTIONS},
         false_positive_rate=1e-3,
-        seed=space.seed,
+        seed=seed,
     )
     history = [row._asdict() for row in result.history]
-    return Made({**values, "stealth": stealth_values(poisoned, images), "history": history})
+    return Result({**values, "stealth": stealth_values(poisoned, images), "history": history})
 
 
 def _main(argv: Sequence[str] | None) -> int:
@@ -82,16 +87,17 @@ def _main(argv: Sequence[str] | None) -> int:
         parser.error(f"expected variants among {', '.join(known)}, got {', '.join(unknown)}")
     data = load_dataset(args.data, limit=args.limit)
     device = str(resolve_device(args.device))
-    space = Workspace(args.out, args.seed, data.fingerprint, device, print)
-    for name in names:
-        settings = {"recipe": plain(known[name]), "test_images": args.test_images}
-        space.stage(
-            f"injector-{name}",
-            settings,
-            (),
-            partial(train_and_measure, data, known[name], space, args.test_images),
+    stages = [
+        Stage(
+            "injector",
+            {"variant": name},
+            partial(train_and_measure, data, known[name], args.test_images, args.seed),
+            {"recipe": plain(known[name]), "test_images": args.test_images},
+            data=data.fingerprint,
         )
-    return 0
+        for name in names
+    ]
+    return 0 if run(stages, args.out, device=device).complete else 1
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from wm_eval.config import plain
-from wm_eval.study import fresh_classifier
-from wm_eval.workspace import Made, Workspace
+from wm_eval.config import DataConfig, Study, VictimConfig, plain
+from wm_eval.engine import Result, Stage, Store, run
+from wm_eval.trial import Trial
 from wm_inject.command.common import Parser, add_common, resolve_device, run_cli
-from wm_victim import Dataset, ImageSet, TrainConfig, accuracy, load_dataset, train_classifier
+from wm_victim import ImageSet, TrainConfig, accuracy, train_classifier
 
 MODEL, WIDTH, IMAGES, EPOCHS = "resnet18", 16, 20_000, 24
 RECIPES = {
@@ -30,10 +30,15 @@ RECIPES = {
     "record": TrainConfig.preset("record", epochs=EPOCHS),
 }
 VARIANTS = {
-    f"{recipe}-{layout}": replace(config, layout=layout)
+    f"{recipe}-{layout}": ({"recipe": recipe, "layout": layout}, replace(config, layout=layout))
     for recipe, config in RECIPES.items()
     for layout in ("channels-last", "blocked")
 }
+STUDY = Study(
+    attacks=("clean",),
+    data=DataConfig("cifar10", limit=IMAGES),
+    victim=VictimConfig(model=MODEL, width=WIDTH),
+)
 
 
 def watch(test: ImageSet, _: int, model: nn.Module) -> Mapping[str, float]:
@@ -41,19 +46,19 @@ def watch(test: ImageSet, _: int, model: nn.Module) -> Mapping[str, float]:
     return {"accuracy": accuracy(model, test)}
 
 
-def train_variant(config: TrainConfig, data: Dataset, space: Workspace, at: Path) -> Made:
+def train_variant(config: TrainConfig, trial: Trial, store: Store, checkpoint: Path) -> Result:
     """Train one classifier on clean images."""
-    model = fresh_classifier(data, MODEL, width=WIDTH, seed=space.seed)
+    data = trial.data
     history = train_classifier(
-        model,
+        trial.fresh(),
         data.train,
-        config=replace(config, seed=space.seed),
+        config=replace(config, seed=trial.seed),
         num_classes=data.num_classes,
-        device=space.device,
-        checkpoint=at,
+        device=torch.device(store.device),
+        checkpoint=checkpoint,
         watch=partial(watch, data.test),
     )
-    return Made({"n": len(data.test), "watched": list(history.watched)})
+    return Result({"n": len(data.test), "watched": list(history.watched)})
 
 
 def _main(argv: Sequence[str] | None) -> int:
@@ -63,14 +68,14 @@ def _main(argv: Sequence[str] | None) -> int:
     add_common(parser, version="with the workspace")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    data = load_dataset("cifar10", limit=IMAGES, seed=args.seed)
-    device = str(resolve_device(args.device))
-    space = Workspace(args.out, args.seed, data.fingerprint, device, print)
+    trial = Trial(STUDY, args.seed)
+    stages = []
     for name in args.only:
-        config = VARIANTS[name]
+        key, config = VARIANTS[name]
         settings = {"model": MODEL, "width": WIDTH} | plain(config)
-        space.stage(name, settings, (), partial(train_variant, config, data, space))
-    return 0
+        work = partial(train_variant, config, trial)
+        stages.append(Stage("recipe", key, work, settings, data=trial.fingerprint))
+    return 0 if run(stages, args.out, device=str(resolve_device(args.device))).complete else 1
 
 
 if __name__ == "__main__":

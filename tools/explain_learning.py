@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from wm_eval.config import plain
-from wm_eval.study import fresh_classifier
-from wm_eval.workspace import Made, Workspace
+from wm_eval.config import DataConfig, Study, VictimConfig, plain
+from wm_eval.engine import Result, Stage, Store, run
+from wm_eval.trial import Trial
 from wm_inject import (
     BadNetsTrigger,
     BlendTrigger,
@@ -104,16 +104,21 @@ def watch(trigger: nn.Module, test: ImageSet, _: int, model: nn.Module) -> Mappi
 
 
 def plant(
-    variant: Variant, changes: Mapping[str, Any], data: Dataset, space: Workspace, at: Path
+    variant: Variant,
+    changes: Mapping[str, Any],
+    data: Dataset,
+    seed: int,
+    device: str,
+    checkpoint: Path,
 ) -> tuple[nn.Module, dict[str, Any], int]:
     """The trigger, what the training gets of it, and how many poisoned images an epoch shows."""
-    side, seed = data.image_size, space.seed
+    side = data.image_size
     batch, train = variant.train.batch_size, data.train
     trigger: nn.Module
     if variant.attack in ("badnets", "blend"):
         blend = BlendTrigger(image_size=side, channels=data.channels, seed=seed)
         trigger = BadNetsTrigger(image_size=side) if variant.attack == "badnets" else blend
-        trigger.to(space.device)
+        trigger.to(device)
         plan = PoisonPlan(ratio=RATIO, target=TARGET, seed=seed)
         return trigger, {"plan": plan, "trigger": trigger}, round(RATIO * len(train))
     changes = dict(changes)
@@ -121,16 +126,15 @@ def plant(
     plan = PoisonPlan(ratio=ratio, target=TARGET, mode="per_batch", seed=seed)
     hook: CoTraining
     if variant.attack == "wanet":
-        warp = WaNetTrigger(image_size=side, seed=seed).to(space.device)
+        warp = WaNetTrigger(image_size=side, seed=seed).to(device)
         trigger, hook = warp, warp.noise_hook(plan, num_classes=data.num_classes)
     else:
         total = variant.train.epochs * -(-len(train) // batch)
         config = InputAwareConfig.preset("small", total_steps=total, **changes)
-        own = InputAwareTrigger(image_size=side, channels=data.channels, width=width, seed=seed).to(
-            space.device
-        )
-        masks = at.with_name(f"{at.stem}-masks.safetensors")
-        fit_masks(own, train.images.to(space.device), config=config, seed=seed, checkpoint=masks)
+        own = InputAwareTrigger(image_size=side, channels=data.channels, width=width, seed=seed)
+        own.to(device)
+        masks = checkpoint.with_name(f"{checkpoint.stem}-masks.safetensors")
+        fit_masks(own, train.images.to(device), config=config, seed=seed, checkpoint=masks)
         masks.unlink()
         trigger = own
         hook = InputAwareHook(own, plan, num_classes=data.num_classes, config=config)
@@ -139,27 +143,34 @@ def plant(
 
 
 def train_variant(
-    variant: Variant, changes: Mapping[str, Any], data: Dataset, space: Workspace, at: Path
-) -> Made:
+    variant: Variant,
+    changes: Mapping[str, Any],
+    data: Dataset,
+    seed: int,
+    store: Store,
+    checkpoint: Path,
+) -> Result:
     """Train one victim and say when its backdoor was learned."""
-    seed, device = space.seed, space.device
-    model = fresh_classifier(data, variant.model, width=variant.width, seed=seed)
+    device = store.device
+    victim = VictimConfig(model=variant.model, width=variant.width)
+    study = Study(attacks=("clean",), data=DataConfig("cifar10", limit=variant.limit))
+    model = Trial(replace(study, victim=victim), seed).fresh()
     train, test = data.train.to(device), data.test.subset(torch.arange(WATCHED)).to(device)
     config = replace(variant.train, seed=seed)
     learn = partial(train_classifier, model, train, num_classes=data.num_classes, device=device)
     if variant.warm:
         # Another seed: the same one would show the same images in the same order once more.
         learn(config=replace(config, epochs=variant.warm, seed=seed + 1))
-    trigger, attack, shown = plant(variant, changes, data, space, at)
+    trigger, attack, shown = plant(variant, changes, data, seed, device, checkpoint)
     history = learn(
-        config=config, checkpoint=at, watch=partial(watch, trigger.eval(), test), **attack
+        config=config, checkpoint=checkpoint, watch=partial(watch, trigger.eval(), test), **attack
     )
     steps = -(-len(train) // config.batch_size)
     passed = [n for n, row in enumerate(history.watched, 1) if row["asr"] >= LEARNED]
     learned = None
     if passed:
         learned = {"epoch": passed[0], "exposures": passed[0] * shown, "steps": passed[0] * steps}
-    return Made(
+    return Result(
         {
             "attack": variant.attack,
             "watched": list(history.watched),
@@ -176,15 +187,14 @@ def _main(argv: Sequence[str] | None) -> int:
     parser.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS))
     add_common(parser, version="with the workspace")
     args = parser.parse_args(argv)
-    device = str(resolve_device(args.device))
+    stages = []
     for name in args.only:
-        variant = VARIANTS[name]
+        variant, changes = VARIANTS[name], GENERATORS.get(name, {})
         data = load_dataset("cifar10", limit=variant.limit, seed=args.seed)
-        space = Workspace(args.out, args.seed, data.fingerprint, device, print)
-        changes = GENERATORS.get(name, {})
-        work = partial(train_variant, variant, changes, data, space)
-        space.stage(name, plain(variant) | changes, (), work)
-    return 0
+        work = partial(train_variant, variant, changes, data, args.seed)
+        settings = plain(variant) | changes
+        stages.append(Stage("learning", {"variant": name}, work, settings, data=data.fingerprint))
+    return 0 if run(stages, args.out, device=str(resolve_device(args.device))).complete else 1
 
 
 if __name__ == "__main__":

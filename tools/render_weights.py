@@ -10,15 +10,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wm_eval.records import Record, read_records, write_text
-from wm_eval.tables import Table, percent, to_markdown
+from wm_eval.records import StudyRecords, read_study, write_text
+from wm_eval.render import ABSENT, Table, percent, to_markdown
 from wm_extract.detect import WEIGHTS
 from wm_inject import PRETRAINED, pretrained_card
 from wm_inject.command.common import run_cli
 from wm_inject.watermark.pretrained import FOLDER
 
 ROOT = Path(__file__).resolve().parents[1]
-RECORDS, PAGE = ROOT / "results" / "weights" / "records", ROOT / "docs" / "weights.md"
+RECORDS, PAGE = ROOT / "results" / "weights", ROOT / "docs" / "weights.md"
 HEAD = """# Ready-made weights
 
 Injectors that are trained already ship in the wheel of wm-inject, and the extractor of each in that
@@ -76,12 +76,12 @@ threshold and measures; `--ship` puts the files and their cards into the package
 same weights. The recipe is `JointConfig.preset("robust")` of wm-extract with the steps and floor
 above ([recipes](recipes.md)); no labels are used. The threshold is chosen on more training images,
 which training has not seen. `tiny-32` is the pair of the
-[CIFAR-10 study](../results/cifar10/records): the same images, settings and seed.
+[CIFAR-10 study](../results/cifar10/records.jsonl): the same images, settings and seed.
 
 A small injector learns at 0.4 of a tiny one's rate. At the same rate it drives the tanh that limits
 its change far beyond its range, where nothing more can be learned; such a pair was found in 82.6 %
 of CIFAR-10's test images after 2,500 steps, and in none after 5,000
-([records](../results/weights/tried)).
+([records](../results/weights/records.jsonl), `attempt`).
 
 Which of several trainings of `tiny-32` ships was decided after figures on test images had been seen
 (one that also learned GTSRB was found less often), so that they may flatter a little. The rate and
@@ -97,7 +97,7 @@ marked, both after the corruption. A set that a pair was not trained on carries 
 
 The loader compares each file with the SHA-256 of its card (`weights/cards.json` in the package) and
 refuses another one. The figures are in the card too: `pretrained_card("tiny-32")`. Records:
-[results/weights](../results/weights/records).
+[results/weights](../results/weights/records.jsonl).
 """
 
 
@@ -128,12 +128,12 @@ def pairs_table(cards: Mapping[str, Mapping[str, Any]]) -> Table:
     return Table("pairs", "What there is", headers, tuple(rows), "")
 
 
-def stealth_table(records: Mapping[str, Record]) -> Table:
+def stealth_table(study: StudyRecords) -> Table:
     """How visible the marks are."""
     rows = []
-    for name, test, v in measured(records):
+    for name, test, v in measured(study):
         stealth = v["stealth"]
-        lpips = f"{stealth['lpips']['mean']:.4f}" if stealth["lpips"] else "–"
+        lpips = f"{stealth['lpips']['mean']:.4f}" if stealth["lpips"] else ABSENT
         rows.append(
             (
                 f"`{name}`",
@@ -165,11 +165,11 @@ def stealth_table(records: Mapping[str, Record]) -> Table:
     return Table("stealth", "How visible they are", headers, tuple(rows), note)
 
 
-def found_table(records: Mapping[str, Record]) -> Table:
+def found_table(study: StudyRecords) -> Table:
     """How surely the mark is found, and how often it is seen where it is not."""
     names: tuple[str, ...] = ()
     rows = []
-    for name, test, v in measured(records):
+    for name, test, v in measured(study):
         names = tuple(v["corruptions"])
         cells = (
             f"{percent(row['true_positives'] / v['n'])} / "
@@ -186,11 +186,11 @@ def found_table(records: Mapping[str, Record]) -> Table:
     )
 
 
-def bits_table(records: Mapping[str, Record]) -> Table:
+def bits_table(study: StudyRecords) -> Table:
     """How much of the watermark is read back."""
     names: tuple[str, ...] = ()
     rows = []
-    for name, test, v in measured(records):
+    for name, test, v in measured(study):
         names = tuple(v["corruptions"])
         cells = (percent(row["bits"]) for row in v["corruptions"].values())
         rows.append((f"`{name}`", test, *cells))
@@ -200,39 +200,37 @@ def bits_table(records: Mapping[str, Record]) -> Table:
     )
 
 
-def measured(records: Mapping[str, Record]) -> list[tuple[str, str, Mapping[str, Any]]]:
+def measured(study: StudyRecords) -> list[tuple[str, str, Mapping[str, Any]]]:
     """Pair, set and figures, one row each; a star where the pair was not trained on the set."""
-    found = []
+    rows = []
     for name in PRETRAINED:
         known = {part["name"] for part in pretrained_card(name)["data"]}
-        for test, values in records[f"measure-{name}"].values["tests"].items():
-            found.append((name, test if test in known else f"{test} *", values))
-    return found
+        for test, values in values_of(study, "measure", name)["tests"].items():
+            rows.append((name, test if test in known else f"{test} *", values))
+    return rows
+
+
+def values_of(study: StudyRecords, kind: str, name: str) -> Mapping[str, Any]:
+    """The values of the record of the weights that ship, not of earlier attempts."""
+    records = study.select(kind=kind, weights=name)
+    return next(record.values for record in records if "attempt" not in record.key)
 
 
 def render() -> str:
     """The page for the weights that ship."""
-    records = read_records(RECORDS)
+    study = read_study(RECORDS)
     cards = {name: pretrained_card(name) for name in PRETRAINED}
     tables = (
         pairs_table(cards),
-        stealth_table(records),
-        found_table(records),
-        bits_table(records),
+        stealth_table(study),
+        found_table(study),
+        bits_table(study),
     )
     digests = [
-        f"{digest}  {package}/weights/{name}.safetensors"
+        f"{values_of(study, 'pack', name)['files'][f'packed/{part}/{name}.safetensors']}  "
+        f"{package}/weights/{name}.safetensors"
         for name in PRETRAINED
-        for package, digest in (
-            (
-                "wm_inject",
-                records[f"pack-{name}"].values["files"][f"packed/trigger/{name}.safetensors"],
-            ),
-            (
-                "wm_extract",
-                records[f"pack-{name}"].values["files"][f"packed/detector/{name}.safetensors"],
-            ),
-        )
+        for package, part in (("wm_inject", "trigger"), ("wm_extract", "detector"))
     ]
     parts = [HEAD, *(to_markdown(table)[1:] for table in tables)]  # one level up
     parts += [TAIL, "## SHA-256", "", "```", *digests, "```", ""]

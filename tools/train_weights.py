@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from wm_eval.config import plain
+from wm_eval.engine import Result, Stage, Store, file_digest, run
 from wm_eval.intervals import exact_lower, exact_upper
 from wm_eval.measure import parameters, poisoned_images, stealth_values
 from wm_eval.robustness import corrupt_alike, stream
-from wm_eval.workspace import Made, Workspace, file_digest
 from wm_extract import (
     EXTRA_CORRUPTIONS,
     PAPER_CORRUPTIONS,
@@ -121,17 +121,17 @@ def training_images(pair: Pair, *, seed: int) -> tuple[Tensor, Tensor]:
     return torch.cat(train), torch.cat(kept)
 
 
-def train(name: str, images: Tensor, space: Workspace, checkpoint: Path) -> Made:
+def train(name: str, images: Tensor, seed: int, store: Store, checkpoint: Path) -> Result:
     """Train a pair, without labels and without a victim."""
     pair = PAIRS[name]
     result = train_jointly(
-        images.to(space.device), config=pair.config, seed=space.seed, checkpoint=checkpoint
+        images.to(store.device), config=pair.config, seed=seed, checkpoint=checkpoint
     )
     files = (f"models/{name}-trigger.safetensors", f"models/{name}-extractor.safetensors")
     trigger = WatermarkTrigger(result.injector.cpu(), watermark=result.watermark.cpu())
-    save_trigger(trigger, space.path(files[0]))
+    save_trigger(trigger, store.path(files[0]))
     save_checkpoint(
-        space.path(files[1]),
+        store.path(files[1]),
         kind=UNetExtractor.kind,
         config=result.extractor.config,
         state=result.extractor.state_dict(),
@@ -142,7 +142,7 @@ def train(name: str, images: Tensor, space: Workspace, checkpoint: Path) -> Made
         "extractor_parameters": parameters(result.extractor),
         "history": [row._asdict() for row in result.history],
     }
-    return Made(values, files)
+    return Result(values, files)
 
 
 def narrowed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -151,42 +151,44 @@ def narrowed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: A value that 16 bits cannot hold.
     """
-    made = {name: x.half() if x.is_floating_point() else x for name, x in state.items()}
-    for name, tensor in made.items():
+    tensors = {name: x.half() if x.is_floating_point() else x for name, x in state.items()}
+    for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"expected values that float16 can hold, tensor {name!r} has larger")
-    return made
+    return tensors
 
 
-def pack(name: str, kept: Tensor, space: Workspace, _: Path) -> Made:
+def pack(name: str, kept: Tensor, seed: int, store: Store, _: Path) -> Result:
     """Round a pair to 16 bits, choose the detector's threshold, and write both as they ship."""
-    told = {"metadata": provenance(name, seed=space.seed)}
+    metadata = {"metadata": provenance(name, seed=seed)}
     files = {half: f"packed/{half}/{name}.safetensors" for half in HOMES}
-    paths = {half: space.path(file) for half, file in files.items()}
-    saved = load_checkpoint(space.path(f"models/{name}-trigger.safetensors"))
-    rewrite(saved, paths["trigger"], told)
+    paths = {half: store.path(file) for half, file in files.items()}
+    saved = load_checkpoint(store.path(f"models/{name}-trigger.safetensors"))
+    rewrite(saved, paths["trigger"], metadata)
     trigger = load_trigger(paths["trigger"])  # copies the 16 bits into float32
     assert isinstance(trigger, WatermarkTrigger)
-    saved = load_checkpoint(space.path(f"models/{name}-extractor.safetensors"))
+    saved = load_checkpoint(store.path(f"models/{name}-extractor.safetensors"))
     extractor = UNetExtractor(**saved.config).eval()
     extractor.load_state_dict(narrowed(saved.state))
     with torch.no_grad():
         marked = torch.cat([quantize(trigger(part)) for part in kept.split(256)])
     detector = MarkDetector.calibrate(extractor, trigger.watermark, kept, marked=marked)
     save_detector(detector, paths["detector"])
-    rewrite(load_checkpoint(paths["detector"]), paths["detector"], told)
+    rewrite(load_checkpoint(paths["detector"]), paths["detector"], metadata)
     values = {
         "threshold": detector.threshold,
         "false_positive_rate": detector.false_positive_rate,
         "n_calibration": detector.calibrated_on,
         "bytes": {half: path.stat().st_size for half, path in paths.items()},
     }
-    return Made(values, tuple(files.values()))
+    return Result(values, tuple(files.values()))
 
 
-def rewrite(saved: Checkpoint, path: Path, told: Mapping[str, Any]) -> None:
+def rewrite(saved: Checkpoint, path: Path, metadata: Mapping[str, Any]) -> None:
     """Write a checkpoint with its floats in 16 bits and where they come from."""
-    save_checkpoint(path, kind=saved.kind, config=saved.config, state=narrowed(saved.state), **told)
+    save_checkpoint(
+        path, kind=saved.kind, config=saved.config, state=narrowed(saved.state), **metadata
+    )
 
 
 def provenance(name: str, *, seed: int) -> dict[str, Any]:
@@ -208,17 +210,17 @@ def provenance(name: str, *, seed: int) -> dict[str, Any]:
     }
 
 
-def measure(name: str, space: Workspace, _: Path) -> Made:
+def measure(name: str, seed: int, store: Store, _: Path) -> Result:
     """How visible the mark is and how surely it is found, on test images of every set."""
-    trigger = load_trigger(space.path(f"packed/trigger/{name}.safetensors"))
+    trigger = load_trigger(store.path(f"packed/trigger/{name}.safetensors"))
     assert isinstance(trigger, WatermarkTrigger)
-    detector = load_detector(space.path(f"packed/detector/{name}.safetensors"))
-    found = {test: measure_on(test, trigger, detector, space) for test in PAIRS[name].tests}
-    return Made({"tests": found})
+    detector = load_detector(store.path(f"packed/detector/{name}.safetensors"))
+    tests = {test: measure_on(test, trigger, detector, seed) for test in PAIRS[name].tests}
+    return Result({"tests": tests})
 
 
 def measure_on(
-    name: str, trigger: WatermarkTrigger, detector: MarkDetector, space: Workspace
+    name: str, trigger: WatermarkTrigger, detector: MarkDetector, seed: int
 ) -> dict[str, Any]:
     """The figures on the first test images of one set, with the threshold that ships."""
     data = load_dataset(name, image_size=trigger.injector.shape.image_size)
@@ -227,7 +229,7 @@ def measure_on(
     poisoned = poisoned_images(trigger, test)
     rows = {}
     for corruption in (*PAPER_CORRUPTIONS, *EXTRA_CORRUPTIONS):
-        generator = torch.Generator().manual_seed(stream(space.seed, corruption))
+        generator = torch.Generator().manual_seed(stream(seed, corruption))
         plain_, marked = corrupt_alike(named_corruption(corruption), generator, images, poisoned)
         on_plain, on_marked = detector.detect(plain_), detector.detect(marked)
         hits, false = int(on_marked.marked.sum()), int(on_plain.marked.sum())
@@ -264,43 +266,47 @@ def figures(measured: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def card(name: str, space: Workspace) -> dict[str, Any]:
+def card(name: str, seed: int, store: Store) -> dict[str, Any]:
     """What ships beside the weights: where they come from, and the figures of the record."""
-    trained, packed = space.record(f"train-{name}").values, space.record(f"pack-{name}").values
+    trained, packed, measured = (
+        store.record(kind, {"weights": name}).values for kind in ("train", "pack", "measure")
+    )
     return {
-        **provenance(name, seed=space.seed),
+        **provenance(name, seed=seed),
         "channels": PAIRS[name].channels,
         "image_size": PAIRS[name].image_size,
         "injector_parameters": trained["injector_parameters"],
         "extractor_parameters": trained["extractor_parameters"],
         "false_positive_rate": packed["false_positive_rate"],
-        "figures": figures(space.record(f"measure-{name}").values),
+        "figures": figures(measured),
     }
 
 
-def ship(name: str, space: Workspace) -> None:
+def ship(name: str, seed: int, store: Store) -> None:
     """Put a measured pair and its card into the packages."""
     for half, home in HOMES.items():
-        made = space.path(f"packed/{half}/{name}.safetensors")
-        facts = {"sha256": file_digest(made), "bytes": made.stat().st_size}
-        shutil.copyfile(made, home / made.name)
+        packed = store.path(f"packed/{half}/{name}.safetensors")
+        facts = {"sha256": file_digest(packed), "bytes": packed.stat().st_size}
+        shutil.copyfile(packed, home / packed.name)
         cards = json.loads((home / "cards.json").read_text("utf-8"))
-        cards[name] = facts | card(name, space)
+        cards[name] = facts | card(name, seed, store)
         write_json(home / "cards.json", cards)
 
 
-def make(name: str, out: Path, *, seed: int, device: str) -> Workspace:
-    """Train, pack and measure one pair, or the rest of it."""
+def stages(name: str, seed: int) -> Iterator[Stage]:
+    """Train, pack and measure one pair."""
     images, kept = training_images(PAIRS[name], seed=seed)
     digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
-    space = Workspace(out, seed, digest, device, print)
-    settings: dict[str, Any] = plain(PAIRS[name])
-    space.stage(f"train-{name}", settings, (), partial(train, name, images, space))
-    told = provenance(name, seed=seed)
-    space.stage(f"pack-{name}", told, (f"train-{name}",), partial(pack, name, kept, space))
-    measured = {"tests": list(PAIRS[name].tests), "limit": MEASURED}
-    space.stage(f"measure-{name}", measured, (f"pack-{name}",), partial(measure, name, space))
-    return space
+    tests = {"tests": list(PAIRS[name].tests), "limit": MEASURED}
+    before: tuple[str, ...] = ()
+    for kind, settings, work in (
+        ("train", plain(PAIRS[name]), partial(train, name, images, seed)),
+        ("pack", provenance(name, seed=seed), partial(pack, name, kept, seed)),
+        ("measure", tests, partial(measure, name, seed)),
+    ):
+        stage = Stage(kind, {"weights": name}, work, settings, before, digest)
+        before = (stage.id,)
+        yield stage
 
 
 def _main(argv: Sequence[str] | None) -> int:
@@ -313,9 +319,11 @@ def _main(argv: Sequence[str] | None) -> int:
     for name in args.names or PAIRS:
         if name not in PAIRS:
             raise ValueError(f"expected a pair in {', '.join(PAIRS)}, got {name!r}")
-        space = make(name, args.out, seed=args.seed, device=str(resolve_device(args.device)))
+        device = str(resolve_device(args.device))
+        if not run(stages(name, args.seed), args.out, device=device).complete:
+            return 1
         if args.ship:
-            ship(name, space)
+            ship(name, args.seed, Store(args.out, device))
     return 0
 
 

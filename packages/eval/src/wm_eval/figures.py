@@ -239,8 +239,8 @@ def scores_figure(story: Story, detector: str) -> str:
         shown.update(zip(labels, handles, strict=True))
     panels[0].set_ylabel("score (small: easy to reach)")
     panels[0].set_ylim(bottom=0)
-    where = "outside lower center"
-    figure.legend(shown.values(), shown.keys(), loc=where, ncols=6, frameon=False, labelcolor=INK)
+    style: dict[str, Any] = {"ncols": 6, "frameon": False, "labelcolor": INK}
+    figure.legend(list(shown.values()), list(shown), loc="outside lower center", **style)
     title = f"{detector_title(detector)}: score of every label"
     return inline_svg(figure, f"scores-{detector}", title)
 

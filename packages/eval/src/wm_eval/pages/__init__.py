@@ -33,16 +33,15 @@ def study_pages(study: StudyRecords) -> list[Page]:
     mitigations = study.select(kind="mitigation")
     scanned = set(keys(study, "scan", "attack")) - {CLEAN}
     kinds = ["stealth", "tiles"] + ([] if mitigations or scanned else ["rates", "victim"])
-    if any(entry.kind in kinds for entry in (*study.records, *study.failures)):
+    if any(e.kind in kinds for e in study.records) or any(f.kind in kinds for f in study.failures):
         pages += attack_pages(study)
     if len(scanned) > 2:
         pages += [index_page(study, name) for name in keys(study, "scan", "detector")]
     elif scanned and CLEAN in keys(study, "scan", "attack"):
         pages.append(detection_page(study))
+        pages += [paper_page(study)] if mitigations else []
     if any("cda_change" in record.values for record in mitigations):
         pages.append(mitigation_page(study))
-    elif mitigations:
-        pages.append(paper_page(study))
     if not pages:
         raise ValueError("expected records that a table shows, got none")
     return pages

@@ -16,7 +16,7 @@ from wm_eval.numbers import (
     select,
     spread,
 )
-from wm_eval.records import Key, Record, StudyRecords
+from wm_eval.records import Failure, Key, Record, StudyRecords
 from wm_eval.render import ABSENT, Page, Table, count_range, percent, plus_minus, points
 from wm_eval.titles import ATTACKS, CLEAN, attack_title, in_order
 
@@ -66,8 +66,7 @@ def attack_pages(study: StudyRecords) -> list[Page]:
 
 def started(study: StudyRecords, corruptions: str) -> bool:
     """Whether a victim of this training was trained or measured, or tried to be."""
-    entries = [*study.records, *study.failures]
-    return any(e.key.get("corruptions") == corruptions for e in entries)
+    return any(e.key.get("corruptions") == corruptions for e in _entries(study))
 
 
 def table1(study: StudyRecords, corruptions: str = "plain") -> Page:
@@ -95,7 +94,7 @@ def table1(study: StudyRecords, corruptions: str = "plain") -> Page:
     attacks = _attacks(study)
     seeds = _seeds(study, corruptions)
     tables = [_rates_table(f"{name}-{m}", m, attacks, every) for m in MEASURES]
-    cells = [
+    cells: list[tuple[str, Key]] = [
         (m, {"attack": a, "corruptions": corruptions, "seed": s, "corruption": c})
         for a in attacks
         for s in seeds
@@ -136,7 +135,9 @@ def table2(study: StudyRecords) -> Page:
     rows = tuple(_stealth_row(attack, every) for attack in attacks)
     tables = [Table("table2-stealth", "Stealth", headers, rows, note)]
     seeds = _seeds(study, None)
-    cells = [(m, {"attack": a, "seed": s}) for a in attacks for s in seeds for m in STEALTH]
+    cells: list[tuple[str, Key]] = [
+        (m, {"attack": a, "seed": s}) for a in attacks for s in seeds for m in STEALTH
+    ]
     kinds = ("stealth", "trigger", "victim", "images")
     tables += coverage(study, "table2", kinds, cells, measured)
     return Page("table2", "Table 2: stealth", about(study, seeds), tuple(tables), every)
@@ -221,8 +222,8 @@ def coverage(
     there = [(measure, *_place(key)) in filled for measure, key in expected]
     cells: dict[tuple[Any, ...], bool] = {}
     for (measure, key), done in zip(expected, there, strict=True):
-        cell = (measure, key["attack"], key.get("corruption"))
-        cells[cell] = cells.get(cell, False) or done
+        cell_key = (measure, key["attack"], key.get("corruption"))
+        cells[cell_key] = cells.get(cell_key, False) or done
     counts = (
         ("cells of the table with at least one seed", sum(cells.values()), len(cells)),
         ("the same, seed by seed", sum(there), len(there)),
@@ -259,10 +260,13 @@ def _why(study: StudyRecords, kinds: Sequence[str], absent: Sequence[tuple[str, 
     return next((text for text in said if text), "not among the numbers of its record")
 
 
+def _entries(study: StudyRecords) -> list[Record | Failure]:
+    return [*study.records, *study.failures]
+
+
 def _attacks(study: StudyRecords) -> list[str]:
     """The attacks to expect, in the order of the table; the clean victim comes last."""
-    entries = [*study.records, *study.failures]
-    names = {str(e.key["attack"]) for e in entries if "attack" in e.key}
+    names = {str(e.key["attack"]) for e in _entries(study) if "attack" in e.key}
     names |= set(planned(study, "attacks") or ATTACKS)
     return [*in_order(names - {CLEAN}, ATTACKS), CLEAN]
 
@@ -271,7 +275,7 @@ def _seeds(study: StudyRecords, corruptions: str | None) -> list[int]:
     """The seeds that were planned, run or tried; of one training, or of the stealth table."""
     entries = [
         e
-        for e in (*study.records, *study.failures)
+        for e in _entries(study)
         if e.kind in ("rates", "victim", "stealth")
         and (e.kind == "stealth") == (corruptions is None)
         and e.key.get("corruptions") in (None, corruptions)

@@ -6,18 +6,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from wm_eval import paper
-from wm_eval.numbers import Number, keys, numbers, planned, reason, spread
+from wm_eval.numbers import Number, keys, named, numbers, planned, reason, spread
 from wm_eval.pages.attacks import about
 from wm_eval.pages.detection import (
     data_name,
     images_line,
     missing,
-    named,
     network,
     victim_rates,
     where,
 )
-from wm_eval.records import Record, StudyRecords
+from wm_eval.records import Key, Record, StudyRecords
 from wm_eval.render import (
     ABSENT,
     Page,
@@ -89,7 +88,7 @@ def paper_page(study: StudyRecords) -> Page:
         row = paper.MITIGATION.get((data, fraction, method)) if same else None
         rows.append(_paper_row(study, attack, fraction, method, row))
         if row is not None:
-            key = {"attack": attack, "method": method, "fraction": fraction}
+            key: Key = {"attack": attack, "method": method, "fraction": fraction}
             printed += [
                 Number(measure, key, round(value / 100, 4), "paper")
                 for measure, value in (("cda", row.acc), ("asr", row.asr))
