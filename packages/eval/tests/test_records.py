@@ -1,111 +1,129 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from wm_eval.records import (
+    Failure,
     Record,
+    add_record,
     canonical_json,
+    compact,
     hardware,
-    read_record,
+    read_environments,
     read_records,
+    read_study,
+    stage_id,
     versions,
-    write_record,
+    write_failures,
 )
 
+MACHINE = {"cpu": "a", "device": "cpu"}
+VALUES = {"cda": 1 / 3, "n": 597, "note": "café\u2028", "none": None, "list": [1, 2.5]}
 
-def record(**changes: object) -> Record:
-    given: dict = {
-        "what": "victim-clean",
-        "config": {"epochs": 3, "lr": 0.1},
-        "seed": 0,
+
+def record(seed: int = 0, **changes: Any) -> Record:
+    given = {
+        "kind": "victim",
+        "key": {"attack": "wanet", "seed": seed},
+        "settings": {"epochs": 3, "lr": 0.1},
+        "inputs": {"trigger attack=wanet seed=0": "abc"},
         "data": "abc",
-        "values": {"cda": 1 / 3, "n": 597, "note": "café", "none": None, "list": [1, 2.5]},
+        "values": VALUES,
     }
     return Record(**{**given, **changes})
 
 
-def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    write_record(tmp_path / "a.json", record(), environment={"seconds": 1.5})
-    back = read_record(tmp_path / "a.json")
-    assert back.values["cda"] == 0.333333333
-    assert back.key == record().key
-    assert back.versions == versions()
-    assert set(os.listdir(tmp_path)) == {"a.json", "a.env.json"}
+def test_records_come_back_as_they_were_added(tmp_path: Path) -> None:
+    for seed in (1, 0):
+        add_record(tmp_path, record(seed), MACHINE, 1.5)
+    add_record(tmp_path, record(1, values={"cda": 0.5}), {**MACHINE, "cpu": "b"}, 2.5)
+    compact(tmp_path)
+    write_failures(tmp_path, {"x": Failure("scan", {"seed": 3}, "no luck")})
+    study = read_study(tmp_path)
+    assert [r.id for r in study.records] == [f"victim attack=wanet seed={k}" for k in (0, 1)]
+    assert study.records[0].values == {**VALUES, "cda": 0.333333333}
+    assert study.records[0].versions == versions()
+    assert study.records[1].values == {"cda": 0.5}  # the last line of an id counts
+    assert study.failures == (Failure("scan", {"seed": 3}, "no luck"),)
+    assert read_environments(tmp_path) == {
+        study.records[0].id: {"seconds": 1.5, **MACHINE},
+        study.records[1].id: {"seconds": 2.5, "cpu": "b", "device": "cpu"},
+    }
+    assert len((tmp_path / "environments.jsonl").read_text().splitlines()) == 4
+    write_failures(tmp_path, {})
+    assert read_study(tmp_path).failures == ()
 
 
-def test_the_bytes_do_not_depend_on_order_wall_time_or_the_last_bit(tmp_path: Path) -> None:
-    values = dict(reversed(record().values.items()))
-    values["cda"] = values["cda"] + 1e-16
-    write_record(tmp_path / "a.json", record(), environment={"seconds": 1.0})
-    write_record(tmp_path / "b.json", record(values=values), environment={"seconds": 2.0})
-    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
-    assert (tmp_path / "a.json").read_bytes().endswith(b"}\n")
+def test_select_and_one() -> None:
+    from wm_eval.records import StudyRecords
+
+    study = StudyRecords((record(0), record(1), record(0, kind="scan")))
+    assert [r.key["seed"] for r in study.select("victim", attack="wanet")] == [0, 1]
+    assert study.select(seed=0) == [study.records[0], study.records[2]]
+    assert study.one("victim", seed=1) == record(1)
+    assert study.one("victim", seed=7) is None
+    with pytest.raises(ValueError, match="one victim"):
+        study.one("victim", attack="wanet")
 
 
-def test_writing_what_was_read_changes_no_byte(tmp_path: Path) -> None:
-    write_record(tmp_path / "a.json", record())
-    write_record(tmp_path / "b.json", read_record(tmp_path / "a.json"))
-    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+def test_the_bytes_depend_neither_on_order_nor_on_the_last_bit() -> None:
+    values = {**dict(reversed(VALUES.items())), "cda": 1 / 3 + 1e-16}
+    assert record(values=values).line == record().line
+    assert Record(**json.loads(record().line)).line == record().line
+    assert canonical_json({"b": 0.1 + 0.2, "a": [True, None]}) == '{"a":[true,null],"b":0.3}'
 
 
-def test_the_key_follows_everything_but_the_values() -> None:
-    base = record().key
-    assert record(values={}).key == base
-    for change in ({"seed": 1}, {"data": "x"}, {"config": {}}, {"what": "x"}, {"versions": {}}):
-        assert record(**change).key != base
+def test_the_digest_follows_everything() -> None:
+    changes: list[dict[str, Any]] = [{"values": {}}, {"data": "x"}, {"settings": {}}, {"kind": "x"}]
+    digests = {record(**change).digest for change in (*changes, {}, {"versions": {}})}
+    assert len(digests) == 6
 
 
-def test_read_records_leaves_the_environment_out(tmp_path: Path) -> None:
-    for name in ("b", "a"):
-        write_record(tmp_path / f"{name}.json", record(), environment={"seconds": 1.0})
-    assert list(read_records(tmp_path)) == ["a", "b"]
+def test_what_a_killed_writer_left_half_is_dropped(tmp_path: Path) -> None:
+    add_record(tmp_path, record(0), MACHINE, 1.0)
+    with (tmp_path / "records.jsonl").open("a") as file:
+        file.write(record(1).line[:40])
+    assert len(read_records(tmp_path)) == 1
+    add_record(tmp_path, record(2), MACHINE, 1.0)
+    assert [r.key["seed"] for r in read_study(tmp_path).records] == [0, 2]
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"what": "No Name"},
-        {"what": "../up"},
-        {"seed": -1},
-        {"seed": 1.0},
+        {"kind": "No Name"},
+        {"key": {"Seed": 0}},
+        {"key": {"attack": "a b"}},
+        {"key": {"seed": None}},
         {"values": {"x": float("nan")}},
-        {"values": {"x": float("inf")}},
         {"values": {"x": object()}},
         {"values": {1: 2}},
     ],
 )
-def test_content_that_is_no_record_is_refused(changes: dict) -> None:
+def test_content_that_is_no_record_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"^expected "):
-        record(**changes)
+        _ = record(**changes).line
 
 
 def test_bad_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="found none"):
-        read_records(tmp_path)
-    with pytest.raises(ValueError, match="found none"):
-        read_record(tmp_path / "missing.json")
-    (tmp_path / "a.json").write_text("{")
-    with pytest.raises(ValueError, match="is not a record"):
-        read_record(tmp_path / "a.json")
-    (tmp_path / "a.json").write_text(json.dumps({"what": "x", "extra": 1}))
-    with pytest.raises(ValueError, match="is not a record: expected config"):
-        read_records(tmp_path)
-    for name in ("a.txt", "a.env.json"):
-        with pytest.raises(ValueError, match=r"expected a path NAME\.json"):
-            write_record(tmp_path / name, record())
+    with pytest.raises(ValueError, match=r"records\.jsonl"):
+        read_study(tmp_path)
+    for text in ("{\n", "[]\n", '{"kind": "x", "extra": 1}\n'):
+        (tmp_path / "records.jsonl").write_text(text)
+        with pytest.raises(ValueError, match="line 1"):
+            read_study(tmp_path)
 
 
 def test_hardware_names_the_machine() -> None:
     assert hardware("cpu")["device"] == "cpu"
-    with pytest.raises(ValueError, match="expected device"):
+    with pytest.raises(ValueError, match="device"):
         hardware("tpu")
 
 
-def test_canonical_json_is_stable() -> None:
-    assert canonical_json({"b": 0.1 + 0.2, "a": [True, None]}) == (
-        '{\n  "a": [\n    true,\n    null\n  ],\n  "b": 0.3\n}\n'
-    )
+def test_an_id_shows_kind_and_sorted_key() -> None:
+    key = {"seed": 0, "fraction": 0.05, "oracle_label": False}
+    assert stage_id("mitigation", key) == "mitigation fraction=0.05 oracle_label=false seed=0"
