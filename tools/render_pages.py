@@ -89,7 +89,7 @@ DETECTOR_PAGES: dict[str, tuple[str, tuple[Settings, ...]]] = {
 }
 METHOD_PAGES = {
     "unlearning": (
-        ("unlearning-nc", "unlearning-reverse", "control"),
+        ("unlearning-nc", "unlearning-reverse", "control", "control-nc"),
         Settings("defense_reverse:Unlearning", ("small", "paper", "nc")),
     ),
     "neuron-pruning": (("neuron-pruning",), Settings("defense_nc:NeuronPruning")),
