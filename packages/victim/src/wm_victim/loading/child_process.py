@@ -1,4 +1,4 @@
-"""Running the risky half of the work in a child that is bound, watched and not believed."""
+"""Run a conversion in a child process: sandboxed, with limits, its results not trusted."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import contextlib
 import json
 import os
 import signal
-import stat
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from wm_victim.loading.opened import Limits, plain
+from wm_victim.loading.contract import Limits, LoadingError, printable
+from wm_victim.loading.regular_files import read_regular_file
 from wm_victim.loading.sandbox import landlock_version
 
 _SANDBOX = Path(__file__).with_name("sandbox.py")
@@ -22,24 +22,19 @@ _MIB = 2**20
 _BUSY = 3  # on a busy machine a child may wait for a processor this many times its limit
 
 
-class ChildFailed(ValueError):
-    """The child refused the file, broke a limit or crashed; says which."""
-
-
 def sandboxed() -> bool:
-    """Whether this kernel can keep a child inside its folder (Landlock)."""
+    """Whether this kernel can restrict a child to its folder (Landlock)."""
     return landlock_version() >= 1
 
 
 def run_child(
-    job: str, folder: Path, name: str, size: int, limits: Limits, options: dict[str, Any]
+    job: str, file: Path, size: int, limits: Limits, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Let a child read ``folder/in/NAME`` and write plain results to ``folder/out``.
+    """Let a child read a file in a folder "in" and write its results to "out" beside that.
 
     Args:
         job: "state", "onnx" or "torchscript".
-        folder: A scratch folder with "in" and "out".
-        name: The file inside "in".
+        file: The file to read.
         size: Its bytes, with its external data: the limits grow with it.
         limits: Memory and time.
         options: JSON types, for the job.
@@ -48,13 +43,13 @@ def run_child(
         What the child reports, as a JSON object of unchecked content.
 
     Raises:
-        ChildFailed: The child refused the file, took too long or too much, or died.
+        LoadingError: The child refused the file, took too long or too much, or died.
     """
-    seconds = limits.seconds_for(size)
+    seconds, folder = limits.seconds_for(size), file.parent.parent
     settings = {
         "job": job,
-        "given": str(folder / "in"),
-        "name": name,
+        "input": str(folder / "in"),
+        "name": file.name,
         "scratch": str(folder / "out"),
         "memory": limits.memory_for(size),
         "seconds": seconds,
@@ -65,40 +60,41 @@ def run_child(
         [sys.executable, "-I", "-B", str(_SANDBOX), json.dumps(settings)], folder, seconds
     )
     if code is None or code == -signal.SIGXCPU:
-        raise ChildFailed(f"it took longer than {seconds:.0f} s to read")
+        raise LoadingError(f"it took longer than {seconds:.0f} s to read")
     if code == -signal.SIGKILL:
-        raise ChildFailed("its reader was killed, most likely for memory")
-    result = _result(folder / "out" / "result.json")
+        raise LoadingError("its reader was killed, most likely for memory")
+    result = _read_result(folder / "out" / "result.json")
     if code < 0 or result is None:
-        died = f"signal {-code}" if code < 0 else f"exit code {code}, {_last_words(folder)}"
-        raise ChildFailed(f"its reader crashed: {died}")
+        cause = f"signal {-code}" if code < 0 else f"exit code {code}, {_last_line(folder)}"
+        raise LoadingError(f"its reader crashed: {cause}")
     if "refused" in result:
-        raise ChildFailed(plain(result["refused"], 600))
+        raise LoadingError(printable(result["refused"], 600))
     return result
 
 
 def _watch(command: list[str], folder: Path, seconds: float) -> int | None:
-    """The exit code of a command that is killed, with its group, when its time is over."""
+    """Run a command; kill its process group and return None when its time is over."""
     environment = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     environment |= {"MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "LANG": "C.UTF-8"}
     environment |= {"HOME": str(folder / "out"), "TMPDIR": str(folder / "out")}
     if "LD_LIBRARY_PATH" in os.environ:
         environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
-    with (folder / "words").open("wb") as words:
+    with (folder / "stderr").open("wb") as stderr:
         child = subprocess.Popen(
             command,
             cwd=folder / "out",
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=words,
+            stderr=stderr,
             start_new_session=True,
         )
         start = time.monotonic()
         try:
-            # Not reaped before its group is killed: until then nobody else can have its number.
+            # Reaped only after its group is killed: until then its PID cannot be reused.
             while not _exited(child.pid):
-                if time.monotonic() - start > seconds + min(_queued(child.pid), _BUSY * seconds):
+                waited = min(_queued_seconds(child.pid), _BUSY * seconds)
+                if time.monotonic() - start > seconds + waited:
                     break
                 time.sleep(0.02)
             late = not _exited(child.pid)
@@ -110,8 +106,8 @@ def _watch(command: list[str], folder: Path, seconds: float) -> int | None:
     return None if late else child.returncode
 
 
-def _queued(pid: int) -> float:
-    """Seconds that a process was ready to run and had no processor; 0 where nobody counts them."""
+def _queued_seconds(pid: int) -> float:
+    """Seconds that a process was runnable without a processor; 0 where the kernel does not say."""
     try:
         return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
     except (OSError, ValueError, IndexError):
@@ -122,31 +118,16 @@ def _exited(pid: int) -> bool:
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def _result(path: Path) -> dict[str, Any] | None:
+def _read_result(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(read_plain(path, _MAX_RESULT))
+        result = json.loads(read_regular_file(path, _MAX_RESULT))
     except (OSError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return result if isinstance(result, dict) else None
 
 
-def read_plain(path: Path, max_bytes: int) -> bytes:
-    """The bytes of a regular file that the child wrote; no link is followed.
-
-    Raises:
-        OSError: No such file, or a link.
-        ValueError: Not a regular file, or a larger one.
-    """
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with os.fdopen(fd, "rb") as file:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or found.st_size > max_bytes:
-            raise ValueError(f"expected a plain file of at most {max_bytes} bytes")
-        return file.read()
-
-
-def _last_words(folder: Path) -> str:
-    with (folder / "words").open("rb") as file:
+def _last_line(folder: Path) -> str:
+    with (folder / "stderr").open("rb") as file:
         file.seek(max(0, file.seek(0, 2) - 400))
         lines = file.read().decode(errors="replace").strip().splitlines()
-    return plain(lines[-1], 200) if lines else "without a word"
+    return printable(lines[-1], 200) if lines else "with no output"

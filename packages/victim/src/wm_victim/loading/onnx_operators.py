@@ -1,11 +1,13 @@
-"""Which ONNX operators are imported, and what is said of the others."""
+"""Which ONNX operators are imported, and why the others are refused."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+from wm_victim.loading.contract import LoadingError
+
 # Plain arithmetic that onnx2pytorch knows by name. It guesses `torch.NAME` for any other, so that
-# a stranger could call whatever torch has: only these reach it.
+# an untrusted file could call whatever torch has: only these reach it.
 _SUPPORTED = """
     Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh Attention AveragePool
     BatchNormalization Cast CastLike Ceil Celu Clip Concat Constant ConstantOfShape Conv
@@ -48,28 +50,22 @@ def refuse_operators(
     ops: Mapping[tuple[str, str], int],
     nested: Mapping[str, int],
     functions: Collection[tuple[str, str]],
-    error: type[ValueError],
 ) -> None:
-    """Refuse operators that cannot be imported, with a list of them.
+    """Raise ``LoadingError``, with a list, for operators that cannot be imported.
 
     Args:
         ops: How often each (domain, operator) stands in the file.
         nested: How often each operator holds a graph.
         functions: Those that the file defines itself.
-        error: What to raise.
-
-    Raises:
-        error: Trees and other operators without gradients, quantised ones, control flow, random
-            numbers, operators of another domain, or ones the importer does not know.
     """
     foreign = sorted({f"{d}.{n}" for d, n in ops if d and (d, n) not in functions})
     if any(name.startswith("ai.onnx.ml.") for name in foreign):
-        raise error(
+        raise LoadingError(
             f"operators without gradients, of classical machine learning: {_list(foreign)}; a scan "
             "needs a differentiable network"
         )
     if foreign:
-        raise error(f"operators that are not standard ONNX: {_list(foreign)}")
+        raise LoadingError(f"operators that are not standard ONNX: {_list(foreign)}")
     plain = {name for domain, name in ops if domain == ""}
     for known, why in (
         (_CONTROL_FLOW, "control flow, whose branches no test can exhaust"),
@@ -77,12 +73,12 @@ def refuse_operators(
         (_RANDOM, "random numbers"),
     ):
         if plain & known:
-            raise error(f"{why}: {_list(sorted(plain & known))}")
+            raise LoadingError(f"{why}: {_list(sorted(plain & known))}")
     if nested:
-        raise error(f"graphs inside the operators {_list(sorted(nested))}")
+        raise LoadingError(f"graphs inside the operators {_list(sorted(nested))}")
     unknown = sorted(plain - SUPPORTED)
     if unknown:
-        raise error(f"unsupported operators: {_list(unknown)}")
+        raise LoadingError(f"unsupported operators: {_list(unknown)}")
 
 
 def _list(names: Collection[str]) -> str:

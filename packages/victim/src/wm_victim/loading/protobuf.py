@@ -1,4 +1,4 @@
-"""Protocol-buffer fields, walked without building a message: what a hostile file cannot inflate.
+"""Protocol-buffer fields, walked without building a message, so that no file can inflate it.
 
 The library that parses ONNX turns a two-byte empty node into an object of a hundred bytes and
 follows nesting wherever it goes. This walker keeps positions only, and counts.
@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 
 
-class BadWire(ValueError):
-    """Bytes that are no protocol buffer, or too many fields; says why."""
+class ProtobufError(ValueError):
+    """Bytes that are no protocol buffer, or too many fields."""
 
 
 class Field(NamedTuple):
@@ -41,13 +41,13 @@ class Walker:
         """The fields of the message between two positions.
 
         Raises:
-            BadWire: A field that is cut short or of an unknown wire type, or too many fields.
+            ProtobufError: A field that is cut short or of an unknown wire type, or too many fields.
         """
         at = start
         while at < stop:
             self.left -= 1
             if self.left < 0:
-                raise BadWire("too many fields")
+                raise ProtobufError("too many fields")
             key, at = self._varint(at, stop)
             number, kind = key >> 3, key & 7
             value = 0
@@ -61,9 +61,9 @@ class Walker:
             elif kind in (FIXED32, FIXED64):
                 length = 4 if kind == FIXED32 else 8
             else:
-                raise BadWire(f"a field of wire type {kind}")
+                raise ProtobufError(f"a field of wire type {kind}")
             if number == 0 or length > stop - at:
-                raise BadWire("a field that is cut short")
+                raise ProtobufError("a field that is cut short")
             yield Field(number, kind, value, at, at + length)
             at += length
 
@@ -71,31 +71,31 @@ class Walker:
         """A field's bytes as text.
 
         Raises:
-            BadWire: Not text, or longer than ``limit`` bytes.
+            ProtobufError: Not text, or longer than ``limit`` bytes.
         """
         if field.kind != BYTES or field.stop - field.start > limit:
-            raise BadWire(f"expected text of at most {limit} bytes")
+            raise ProtobufError(f"expected text of at most {limit} bytes")
         try:
             return bytes(self.data[field.start : field.stop]).decode()
         except UnicodeDecodeError as error:
-            raise BadWire("text that is not UTF-8") from error
+            raise ProtobufError("text that is not UTF-8") from error
 
     def numbers(self, field: Field, limit: int = 64) -> list[int]:
         """A field's varints, packed or single.
 
         Raises:
-            BadWire: More than ``limit`` numbers, or none.
+            ProtobufError: More than ``limit`` numbers, or none.
         """
         if field.kind == VARINT:
             return [field.value]
-        found: list[int] = []
+        values: list[int] = []
         at = field.start
-        while field.kind == BYTES and at < field.stop and len(found) <= limit:
+        while field.kind == BYTES and at < field.stop and len(values) <= limit:
             value, at = self._varint(at, field.stop)
-            found.append(value)
-        if not found or len(found) > limit:
-            raise BadWire(f"expected 1 .. {limit} numbers")
-        return found
+            values.append(value)
+        if not values or len(values) > limit:
+            raise ProtobufError(f"expected 1 .. {limit} numbers")
+        return values
 
     def _varint(self, at: int, stop: int) -> tuple[int, int]:
         value = 0
@@ -107,4 +107,4 @@ class Walker:
             value |= (byte & 0x7F) << shift
             if byte < 0x80:
                 return value & (2**64 - 1), at
-        raise BadWire("a number that is cut short")
+        raise ProtobufError("a number that is cut short")

@@ -1,23 +1,22 @@
-"""An ONNX graph made plain: functions inlined, identities folded, names replaced."""
+"""Simplify an ONNX graph: functions inlined, identities folded, names replaced."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
-from wm_victim.loading.onnx_ops import SIZE_INPUTS
+from wm_victim.loading.onnx_operators import SIZE_INPUTS
 
 _CONSTANTS = ("value", "value_float", "value_floats", "value_int", "value_ints")
-# What gives a size: it depends on an image's shape at most, never on its pixels.
+# Operators that return a size: it depends on an image's shape at most, never on its pixels.
 _SHAPES = ("Shape", "Size")
 
 
-def clean(model: Any, *, image: str, output: str) -> tuple[Any, bool]:
+def simplify(model: Any, *, image: str, output: str) -> tuple[Any, bool]:
     """The part of a graph that leads from the image to one output, in its plainest form.
 
-    Files of torch's older exporter share weights by way of Identity nodes, over which importers
-    stumble. Names become v0, v1, ...: importers turn them into attributes, where a stranger's
-    could collide.
+    Files of torch's older exporter share weights through Identity nodes, which importers do not
+    handle. Names become v0, v1, ...: importers turn them into attributes, which could collide.
 
     Args:
         model: An ONNX model, checked by `scan_onnx`; it is changed.
@@ -38,7 +37,7 @@ def clean(model: Any, *, image: str, output: str) -> tuple[Any, bool]:
 
         model = onnx.inliner.inline_local_functions(model)
     graph = model.graph
-    initial = {one.name: one for one in graph.initializer}
+    initial = {tensor.name: tensor for tensor in graph.initializer}
     nodes = [node for node in graph.node if not _constant(node, initial)]
     nodes, output = _fold(nodes, initial, output)
     nodes = _needed(nodes, output)
@@ -46,24 +45,26 @@ def clean(model: Any, *, image: str, output: str) -> tuple[Any, bool]:
     nodes = _needed(nodes, output)
     refuse_sizes_from_pixels(nodes, image)
     used = {name for node in nodes for name in node.input} | {output}
-    weights = [one for name, one in initial.items() if name in used and name != image]
+    weights = [tensor for name, tensor in initial.items() if name in used and name != image]
     names = _rename(nodes, weights, image)
     if output not in names:
         raise ValueError("an output that nothing in the graph gives")
-    ports = {one.name: one for one in graph.input}
+    ports = {value.name: value for value in graph.input}
     port = onnx.ValueInfoProto()
     port.CopyFrom(ports[image])
     port.name, port.doc_string = names[image], ""
     result = onnx.helper.make_tensor_value_info(names[output], onnx.TensorProto.FLOAT, None)
     plain = onnx.helper.make_graph(nodes, "graph", [port], [result], weights)
     opsets = [onnx.helper.make_opsetid("", _opset(model))]
-    made = onnx.helper.make_model(plain, opset_imports=opsets)
-    made.ir_version = min(max(model.ir_version, 4), 10)
-    return made, softmax
+    simplified = onnx.helper.make_model(plain, opset_imports=opsets)
+    simplified.ir_version = min(max(model.ir_version, 4), 10)
+    return simplified, softmax
 
 
 def _opset(model: Any) -> int:
-    return int(next(one.version for one in model.opset_import if one.domain in ("", "ai.onnx")))
+    return int(
+        next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    )
 
 
 def _constant(node: Any, initial: dict[str, Any]) -> bool:
@@ -89,47 +90,49 @@ def _constant(node: Any, initial: dict[str, Any]) -> bool:
 
 
 def _fold(nodes: list[Any], initial: dict[str, Any], output: str) -> tuple[list[Any], str]:
-    """Take out Identity, and Dropout, which does nothing outside training."""
+    """Remove Identity, and Dropout, which does nothing outside training."""
     alias: dict[str, str] = {}
-    kept = []
+    remaining = []
     for node in nodes:
         node.domain = ""
-        for place, name in enumerate(node.input):
-            node.input[place] = alias.get(name, name)
+        for index, name in enumerate(node.input):
+            node.input[index] = alias.get(name, name)
         _no_training(node)
         dropout = node.op_type == "Dropout" and len(node.input) < 3
         if node.op_type == "Identity" or dropout:
             alias[node.output[0]] = node.input[0]
         else:
-            kept.append(node)
-    return kept, alias.get(output, output)
+            remaining.append(node)
+    return remaining, alias.get(output, output)
 
 
 def _no_training(node: Any) -> None:
-    """Take off the attribute that says "not in training": the importer does not know it."""
-    for place, one in enumerate(node.attribute):
-        if one.name == "training_mode":
-            if one.i:
+    """Remove the attribute that says "not in training", which the importer does not know."""
+    for index, attribute in enumerate(node.attribute):
+        if attribute.name == "training_mode":
+            if attribute.i:
                 raise ValueError(f"{node.op_type} in training mode: export it in evaluation mode")
-            del node.attribute[place]
+            del node.attribute[index]
             return
 
 
 def _needed(nodes: list[Any], output: str) -> list[Any]:
     """The nodes on which the output depends, in their order."""
-    wanted, kept = {output}, []
+    values, used = {output}, []
     for node in reversed(nodes):
-        if wanted & set(node.output):
-            wanted |= set(node.input)
-            kept.append(node)
-    return kept[::-1]
+        if values & set(node.output):
+            values |= set(node.input)
+            used.append(node)
+    return used[::-1]
 
 
 def _without_softmax(nodes: list[Any], output: str, opset: int) -> tuple[list[Any], str, bool]:
     last = next((node for node in nodes if output in node.output), None)
     if last is None or last.op_type != "Softmax":
         return nodes, output, False
-    axis = next((one.i for one in last.attribute if one.name == "axis"), -1 if opset >= 13 else 1)
+    axis = next(
+        (entry.i for entry in last.attribute if entry.name == "axis"), -1 if opset >= 13 else 1
+    )
     if axis not in (-1, 1):
         return nodes, output, False
     return [node for node in nodes if node is not last], last.input[0], True
@@ -138,20 +141,15 @@ def _without_softmax(nodes: list[Any], output: str, opset: int) -> tuple[list[An
 def refuse_sizes_from_pixels(nodes: Iterable[Any], image: str) -> None:
     """Refuse sizes that pixels decide: one image in a million could ask for all memory.
 
-    Args:
-        nodes: In an order in which they can be computed.
-        image: The name of the input that takes the images.
-
-    Raises:
-        ValueError: There is one, with the operator's name.
+    ``nodes`` come in an order in which they can be computed; ``image`` is the name of the input.
     """
     pixels = {image}
     for node in nodes:
         if node.op_type in _SHAPES:
             continue
         sizes = SIZE_INPUTS.get(node.op_type, ())
-        for place, name in enumerate(node.input):
-            if place in sizes and name in pixels:
+        for index, name in enumerate(node.input):
+            if index in sizes and name in pixels:
                 raise ValueError(f"a size that depends on the pixels, in {node.op_type}")
         if pixels & set(node.input):
             pixels |= set(node.output)
@@ -165,14 +163,14 @@ def _rename(nodes: Iterable[Any], weights: Iterable[Any], image: str) -> dict[st
         del tensor.external_data[:]
         tensor.ClearField("data_location")
     for count, node in enumerate(nodes):
-        for place, name in enumerate(node.input):
+        for index, name in enumerate(node.input):
             if name and name not in names:
                 raise ValueError("a value that nothing in the graph gives")
-            node.input[place] = names.get(name, "")
-        for place, name in enumerate(node.output):
+            node.input[index] = names.get(name, "")
+        for index, name in enumerate(node.output):
             if name:
                 names[name] = f"v{len(names)}"
-                node.output[place] = names[name]
+                node.output[index] = names[name]
         node.name, node.doc_string = f"n{count}", ""
         del node.metadata_props[:]
     return names

@@ -14,16 +14,16 @@ _TRAINED = ("MatMul", "Gemm", "Conv", "ConvTranspose", "LayerNormalization", "PR
 
 
 @dataclass(frozen=True)
-class Form:
-    """How a graph wants its images and what it gives.
+class IoFormat:
+    """What images a graph takes and what it gives.
 
     Args:
         channels: 1 or 3.
         image_size: H = W, in pixels.
         nhwc: It takes (N, H, W, C).
         pixels: It takes 0 .. 255 (a uint8 input) instead of 0 .. 1.
-        one_by_one: It only computes single images.
-        softmax: A final Softmax was taken off; the logarithm of what it gave is put in its place.
+        one_by_one: It takes single images only.
+        softmax: A final Softmax was removed; a log-softmax takes its place.
     """
 
     channels: int
@@ -38,60 +38,56 @@ class Form:
         return asdict(self)
 
 
-def read_form(told: Any) -> Form:
-    """The form that a child reports.
-
-    Raises:
-        ValueError: Not the fields of a form, or a value outside its range.
-    """
-    if not isinstance(told, dict) or set(told) != set(Form.__dataclass_fields__):
+def read_io_format(report: Any) -> IoFormat:
+    """The format that a child reports; ``ValueError`` if it is none."""
+    if not isinstance(report, dict) or set(report) != set(IoFormat.__dataclass_fields__):
         raise ValueError("its reader gave no description of the graph")
-    sizes = (told["channels"], told["image_size"])
-    flags = [value for name, value in told.items() if name not in ("channels", "image_size")]
+    sizes = (report["channels"], report["image_size"])
+    flags = [value for name, value in report.items() if name not in ("channels", "image_size")]
     if not all(type(value) is bool for value in flags) or not all(type(n) is int for n in sizes):
         raise ValueError("its reader gave a description of other types")
-    form = Form(**told)
-    if form.channels not in (1, 3) or not 4 <= form.image_size <= 1024:
+    io = IoFormat(**report)
+    if io.channels not in (1, 3) or not 4 <= io.image_size <= 1024:
         raise ValueError(
             f"expected images of 1 or 3 channels and 4 .. 1024 pixels, it takes "
-            f"{form.channels} channels and {form.image_size} pixels"
+            f"{io.channels} channels and {io.image_size} pixels"
         )
-    return form
+    return io
 
 
 class OnnxNet(nn.Module):
-    """An imported graph behind the house's image contract.
+    """An imported graph that takes images ``(N, C, H, W)`` in [0, 1].
 
     Args:
-        model: A plain graph, as `clean` makes it.
-        form: How it wants its images.
+        model: A graph from `simplify`.
+        io_format: What images it takes.
 
     Raises:
         ValueError: A node that cannot be imported.
         RuntimeError: onnx2pytorch is not installed.
     """
 
-    def __init__(self, model: Any, form: Form) -> None:
+    def __init__(self, model: Any, io_format: IoFormat) -> None:
         super().__init__()
-        self.form = form
+        self.io_format = io_format
         self.net = _import(model)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) in [0, 1] -> (N, K)."""
-        x = images * 255 if self.form.pixels else images
-        if self.form.nhwc:
+        """Images to outputs ``(N, K)``."""
+        x = images * 255 if self.io_format.pixels else images
+        if self.io_format.nhwc:
             x = x.permute(0, 2, 3, 1)
         with warnings.catch_warnings():
-            # The importer's Gather and Slice index in ways that torch reads as meant, and remarks
-            # on; that they compute what ONNX Runtime computes has been checked.
+            # torch warns of how the importer's Gather and Slice index; that they compute what ONNX
+            # Runtime computes has been checked.
             warnings.filterwarnings("ignore", category=UserWarning, module=r"onnx2pytorch\.")
-            if self.form.one_by_one and len(x) > 1:
-                y: Tensor = torch.cat([self.net(one) for one in x.split(1)])
+            if self.io_format.one_by_one and len(x) > 1:
+                y: Tensor = torch.cat([self.net(image) for image in x.split(1)])
             else:
                 y = self.net(x)
         if y.ndim == 4 and y.shape[2:] == (1, 1):
             y = y.flatten(1)
-        return y.log_softmax(1) if self.form.softmax else y
+        return y.log_softmax(1) if self.io_format.softmax else y
 
 
 def _import(model: Any) -> nn.Module:

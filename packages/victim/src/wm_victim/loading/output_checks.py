@@ -1,40 +1,34 @@
-"""What an opened model must do before anything it says is believed."""
+"""Checks of a model's weights, outputs and gradients before its answers are used."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from wm_victim.loading.contract import LoadingError, first_line
 
 _TOLERANCE = 1e-3  # of the largest logit: what another batch size may change by rounding
 _SUM = 1e-3  # how far rows of probabilities may be from 1
 
 
-class BadNumbers(ValueError):
-    """A model whose weights or answers cannot be worked with; says why."""
-
-
-class Numbers(NamedTuple):
-    """What the checks saw."""
+class Outputs(NamedTuple):
+    """What kind of outputs a model gives."""
 
     num_classes: int
-    outputs: Literal["logits", "probabilities"]
+    probabilities: bool
 
 
 class LogProbabilities(nn.Module):
-    """Turn the probabilities that a model gives into their logarithms.
-
-    Args:
-        model: Images (N, C, H, W) -> probabilities (N, K).
-    """
+    """The logarithms of the probabilities that ``model`` gives."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) in [0, 1] -> logits (N, K)."""
+        """Images to logits."""
         y: Tensor = self.model(images).clamp_min(1e-12).log()
         return y
 
@@ -43,13 +37,13 @@ def check_weights(module: nn.Module) -> None:
     """Refuse weights that are NaN or infinite, and variances below zero.
 
     Raises:
-        BadNumbers: One of these, with the tensor's name.
+        LoadingError: One of these, with the tensor's name.
     """
     for name, tensor in module.state_dict().items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise BadNumbers(f"NaN or infinity in the weights {name!r}")
+            raise LoadingError(f"NaN or infinity in the weights {name!r}")
         if name.endswith("running_var") and bool((tensor < 0).any()):
-            raise BadNumbers(f"a variance below zero in {name!r}")
+            raise LoadingError(f"a variance below zero in {name!r}")
 
 
 def probe_images(count: int, channels: int, size: int) -> Tensor:
@@ -62,7 +56,7 @@ def probe_images(count: int, channels: int, size: int) -> Tensor:
     return images
 
 
-def check_answers(
+def check_outputs(
     module: nn.Module,
     *,
     channels: int,
@@ -70,11 +64,11 @@ def check_answers(
     num_classes: int | None,
     max_classes: int,
     brief: bool = False,
-) -> Numbers:
+) -> Outputs:
     """Run a model on a few images and see whether it behaves as a classifier does.
 
     Args:
-        module: Images (N, C, H, W) in [0, 1] -> (N, K), in eval mode.
+        module: Images to outputs, in eval mode.
         channels: C.
         size: H = W.
         num_classes: The K to expect; any from 2 to ``max_classes`` if None.
@@ -82,7 +76,7 @@ def check_answers(
         brief: Leave out what repeats the run: a child with a time limit has done it.
 
     Raises:
-        BadNumbers: No (N, K) float32 output, NaN or infinity, another K, an answer that changes
+        LoadingError: No (N, K) float32 output, NaN or infinity, another K, an answer that changes
             from run to run or with the batch, or one that does not depend on the image.
     """
     images = torch.cat([probe_images(2, channels, size), torch.zeros(1, channels, size, size)])
@@ -90,39 +84,39 @@ def check_answers(
         logits = _run(module, images)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise BadNumbers(f"expected outputs of shape (N, K), got {got} for N = {len(images)}")
+            raise LoadingError(f"expected outputs of shape (N, K), got {got} for N = {len(images)}")
         if logits.dtype != torch.float32:
-            raise BadNumbers(f"expected float32 outputs, got {logits.dtype}")
+            raise LoadingError(f"expected float32 outputs, got {logits.dtype}")
         if not bool(logits.isfinite().all()):
-            raise BadNumbers("NaN or infinity in its outputs")
+            raise LoadingError("NaN or infinity in its outputs")
         classes = logits.shape[1]
         if not 2 <= classes <= max_classes:
-            raise BadNumbers(f"expected 2 .. {max_classes} classes, got {classes}")
+            raise LoadingError(f"expected 2 .. {max_classes} classes, got {classes}")
         if num_classes is not None and classes != num_classes:
-            raise BadNumbers(f"expected {num_classes} classes, it gives {classes}")
+            raise LoadingError(f"expected {num_classes} classes, it gives {classes}")
         if not brief:
             _check_repeats(module, images, logits)
     _check_gradient(module, images[:2])
     sums = logits.sum(1)
-    sure = bool((logits >= 0).all()) and bool(((sums - 1).abs() < _SUM).all())
-    return Numbers(classes, "probabilities" if sure else "logits")
+    positive = bool((logits >= 0).all())
+    return Outputs(classes, probabilities=positive and bool(((sums - 1).abs() < _SUM).all()))
 
 
 def _check_repeats(module: nn.Module, images: Tensor, logits: Tensor) -> None:
     bound = _TOLERANCE * (float(logits.abs().max()) + 1e-6)
     if float((_run(module, images) - logits).abs().max()) > bound:
-        raise BadNumbers("its answers change from run to run")
+        raise LoadingError("its answers change from run to run")
     alone = torch.cat([_run(module, one[None]) for one in images])
     if alone.shape != logits.shape or float((alone - logits).abs().max()) > bound:
-        raise BadNumbers("the answer for an image changes with the others in its batch")
+        raise LoadingError("the answer for an image changes with the others in its batch")
 
 
 def _run(module: nn.Module, images: Tensor) -> Tensor:
     try:
         y: Tensor = module(images)
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BadNumbers(f"it does not run on images {tuple(images.shape)}: {first}") from error
+        shape = tuple(images.shape)
+        raise LoadingError(f"it does not run on images {shape}: {first_line(error)}") from error
     return y
 
 
@@ -132,12 +126,14 @@ def _check_gradient(module: nn.Module, images: Tensor) -> None:
         logits = _run(module, images)
         weights = torch.linspace(-1, 1, logits.shape[1])
         if not logits.requires_grad:
-            raise BadNumbers("no gradients: its answers do not depend on the image in a smooth way")
+            raise LoadingError(
+                "no gradients: its answers do not depend on the image in a smooth way"
+            )
         try:
             (gradient,) = torch.autograd.grad((logits * weights).sum(), images)
         except RuntimeError as error:
-            raise BadNumbers(f"no gradients: {str(error).splitlines()[0]}") from error
+            raise LoadingError(f"no gradients: {first_line(error)}") from error
     if not bool(gradient.isfinite().all()):
-        raise BadNumbers("gradients that are NaN or infinite")
+        raise LoadingError("gradients that are NaN or infinite")
     if not bool((gradient != 0).any()):
-        raise BadNumbers("gradients that are zero everywhere")
+        raise LoadingError("gradients that are zero everywhere")
