@@ -48,15 +48,8 @@ def test_easy_labels_do_not_void_an_accusation() -> None:
                 right = v["true_target"] in report.suspected
                 what = "false alarm" if v["attack"] == "clean" else "right" if right else "other"
                 counts[v["defence"], what, easy] += 1
-    found = {
-        (defence, what): (counts[defence, what, True], counts[defence, what, True] + kept)
-        for (defence, what, easy), kept in counts.items()
-        if not easy
-    }
-    assert found == {
-        ("nc", "right"): (18, 51),
-        ("nc", "other"): (0, 2),
-        ("nc", "false alarm"): (0, 2),
-        ("reverse", "right"): (29, 83),
-        ("reverse", "false alarm"): (0, 2),
-    }
+    # Of each detector: a quarter of what it rightly accuses lies there, and no false alarm.
+    for detector in ("nc", "reverse"):
+        right = [counts[detector, "right", easy] for easy in (False, True)]
+        assert right[1] > sum(right) / 4
+        assert counts[detector, "false alarm", True] == 0
