@@ -2,7 +2,7 @@
 
 import pytest
 
-from defense_nc import NCConfig, Verdict, scan, unlearn
+from defense_nc import NCConfig, Unlearning, Verdict, scan
 from wm_inject.core.plan import PoisonPlan
 from wm_inject.triggers import BadNetsTrigger
 from wm_victim import (
@@ -41,7 +41,11 @@ def test_a_trained_patch_backdoor_is_named_and_cleaned(data):
         model, known.images, labels=known.labels, config=NCConfig.preset("fast"), progress=False
     )
     assert report.suspected == (TARGET,), report.reason
-    cleaned = unlearn(model, report.triggers[TARGET], known.images, known.labels)
+    cleaned = (
+        Unlearning.preset("nc")
+        .repair(model, known.images, known.labels, triggers={TARGET: report.triggers[TARGET]})
+        .model
+    )
     assert attack_success(cleaned, data.test, trigger, target=TARGET) < 0.05
     assert accuracy(cleaned, data.test) > accuracy(model, data.test) - 0.02
 

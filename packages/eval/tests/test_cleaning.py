@@ -17,9 +17,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from defense_nc import InvertedTrigger, ScanReport, Verdict, judge
+from defense_nc import InvertedTrigger, ScanReport, Unlearning, Verdict, judge
 from defense_nc.mitigator import Repaired
-from defense_reverse.mitigations import Unlearning
 from wm_eval.attacks.config import AttackStudyConfig
 from wm_eval.attacks.run import run_attack_study
 from wm_eval.cleaning import run, stages
@@ -334,7 +333,7 @@ def test_refusals(tmp_path: Path, victims: Path) -> None:
         run_cleaning(CONFIG, tmp_path, device="tpu")
     with pytest.raises(ValueError, match="below 10 classes"):
         run_cleaning(replace(CONFIG, study=replace(STUDY, target=10)), tmp_path)
-    with pytest.raises(ValueError, match="expected settings of nad"):
+    with pytest.raises(ValueError, match="expected settings of NAD"):
         bad = replace(CONFIG, methods=("nad",), settings={"nad": {"soap": 1}})
         run_cleaning(bad, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from defense_nc import InvertedTrigger, NCConfig, UnlearnConfig, judge
+from defense_nc import InvertedTrigger, NCConfig, Repaired, Unlearning, judge
 from defense_reverse import ReverseConfig
 from wm_eval import experiment, stages
 from wm_eval.config import (
@@ -67,8 +67,8 @@ TINY = StudyConfig(
     defence=DefenceConfig(images=64, cleaning_images=64),
     nc=NCConfig(steps=2, batches=1),
     reverse=ReverseConfig(width=4, depth=1, pretrain_steps=2, steps=2),
-    nc_cleaning=UnlearnConfig(epochs=1),
-    reverse_cleaning=UnlearnConfig(epochs=1),
+    nc_cleaning=Unlearning.preset("paper"),
+    reverse_cleaning=Unlearning.preset("paper"),
 )
 
 
@@ -82,8 +82,9 @@ class Fakes:
         self.named, self.kill = named, kill
         monkeypatch.setattr(stages, "train_jointly", self.train_jointly)
         monkeypatch.setattr(stages, "train_classifier", self.train_classifier)
-        fake = {name: Defence(self.scan, self.clean) for name in ("nc", "reverse")}
+        fake = {name: Defence(self.scan) for name in ("nc", "reverse")}
         monkeypatch.setattr(stages, "DEFENCES", fake)
+        monkeypatch.setattr(Unlearning, "repair", self.clean)
         monkeypatch.setattr(experiment, "export_models", lambda _: Made(EXPORTED))
 
     def called(self, name: str) -> None:
@@ -117,10 +118,11 @@ class Fakes:
         triggers = {label: copy.deepcopy(trigger) for label in range(10)}
         return judge("fake", scores, torch.ones(10), floor=0.9, triggers=triggers, seed=seed)
 
-    def clean(self, model, trigger, images, labels, *, config, seed):
+    def clean(self, model, images, labels, *, triggers, seed):
         self.called("cleaning")
+        (trigger,) = triggers.values()
         assert isinstance(trigger, InvertedTrigger | stages.NoTrigger)
-        return copy.deepcopy(model)
+        return Repaired(copy.deepcopy(model), {})
 
 
 def study_bytes(folder: Path) -> dict[str, bytes]:

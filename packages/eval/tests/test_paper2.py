@@ -12,17 +12,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from defense_nc import InvertedTrigger, ScanReport, UnlearnConfig, judge
+from defense_nc import InvertedTrigger, Repaired, ScanReport, Unlearning, judge
 from defense_reverse import Closeness, ReversedTrigger, UNetGenerator, closeness
 from wm_eval.attacks import stages as attack_stages
 from wm_eval.config import DataConfig, VictimConfig
 from wm_eval.detectors import Detector
 from wm_eval.paper2 import run as running
-from wm_eval.paper2 import stages
 from wm_eval.paper2.config import DetectConfig, detect_preset
 from wm_eval.paper2.figures import write_figures
 from wm_eval.paper2.run import PARTS, run_detect
-from wm_eval.paper2.stages import Alternating, steps
+from wm_eval.paper2.stages import Alternating
 from wm_eval.paper2.summary import Cleaning, Scan, read_detection, summarise_detection
 from wm_eval.paper2.tables import write_tables
 from wm_eval.records import read_record, read_records
@@ -42,7 +41,7 @@ TINY = DetectConfig(
     detectors=("nc", "reverse"),
     images=20,
     cleaning_shares=(0.05, 0.2),
-    cleaning=UnlearnConfig.preset("reverse", epochs=1),
+    cleaning=Unlearning.preset("reverse", epochs=1),
     rates=(1e-3, 1e-1),
     tested=50,
     compared=8,
@@ -199,12 +198,13 @@ def test_cleaning_uses_the_named_labels_and_matches_steps(
 ) -> None:
     used: list[tuple[list[int], int, float]] = []
 
-    def unlearn(model: nn.Module, used_trigger: Any, images: Tensor, *_: Any, **more: Any) -> Any:
-        labels = [one.target for one in getattr(used_trigger, "triggers", ())]
-        used.append((labels, len(images), more["config"].lr))
-        return model
+    def repair(settings: Unlearning, model: nn.Module, images: Tensor, *_: Any, **more: Any) -> Any:
+        (trigger,) = more["triggers"].values()
+        labels = [one.target for one in getattr(trigger, "triggers", ())]
+        used.append((labels, len(images), settings.sgd.lr))
+        return Repaired(model, {})
 
-    monkeypatch.setattr(stages, "mitigate", unlearn)
+    monkeypatch.setattr(Unlearning, "repair", repair)
     records = read_records(go(replace(TINY, seeds=(0,)), tmp_path, "cleaning", "rates"))
     # The label that nc names, which is the wrong one, is what nc's cleaning unlearns.
     assert used[:3] == [([], 10, 1e-3), ([7], 10, 1e-3), ([3], 10, 1e-3)]
@@ -276,15 +276,15 @@ def test_several_triggers_take_turns_by_id() -> None:
     ("settings", "images", "expected"),
     [
         ({"epochs": 10, "batch_size": 32, "trigger_share": 1.0, "append": True}, 600, 380),
-        ({"epochs": 1, "batch_size": 32, "trigger_share": 0.2}, 33, 1),
-        ({"epochs": 2, "batch_size": 32, "trigger_share": 0.2}, 34, 4),
+        ({"epochs": 1, "batch_size": 32, "trigger_share": 0.2, "append": False}, 33, 1),
+        ({"epochs": 2, "batch_size": 32, "trigger_share": 0.2, "append": False}, 34, 4),
         ({"epochs": 1, "batch_size": 32, "trigger_share": 0.5, "append": True}, 2, 1),
     ],
 )
 def test_steps_are_those_that_unlearning_takes(
     settings: dict[str, Any], images: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert steps(UnlearnConfig(**settings), images) == expected
+    assert Unlearning.preset(**settings).steps(images) == expected
 
 
 def test_a_failing_detector_stops_nothing_else(tmp_path: Path, looks: Looks) -> None:
@@ -438,7 +438,7 @@ def test_a_patch_is_found_and_unlearned_for_real(tmp_path: Path) -> None:
         detectors=("nc",),
         images=300,
         tested=None,
-        cleaning=UnlearnConfig.preset("reverse", epochs=5, lr=1e-2),
+        cleaning=Unlearning.preset("reverse", epochs=5, lr=1e-2),
         cleaning_shares=(0.2,),
     )
     run_detect(config, tmp_path, parts=("cleaning",), progress=False)

@@ -5,6 +5,7 @@ from defense_nc.batched import invert_triggers
 from defense_nc.config import NCConfig
 from defense_nc.discriminant_filter import DiscriminantFilter
 from defense_nc.filter_export import export_filter
+from defense_nc.fine_tune import Sgd
 from defense_nc.input_detector import CalibratedDetector, InputDetector, auroc, threshold_at
 from defense_nc.input_filter import InputFilter
 from defense_nc.inversion import invert_trigger
@@ -14,7 +15,7 @@ from defense_nc.scan import scan
 from defense_nc.schedule import CostSchedule
 from defense_nc.strip import Strip, strip_entropy
 from defense_nc.trigger import InvertedTrigger
-from defense_nc.unlearn import UnlearnConfig, unlearn
+from defense_nc.unlearning import Unlearning
 from defense_nc.verdict.anomaly import AnomalyIndex, OutlierTest, mad_index, outlier_test
 from defense_nc.verdict.calibrate import clean_model, fit_calibration, refit
 from defense_nc.verdict.calibration import Calibration, CleanModel, load_calibration
@@ -39,9 +40,10 @@ __all__ = [
     "OutlierTest",
     "Repaired",
     "ScanReport",
+    "Sgd",
     "Strip",
     "Subject",
-    "UnlearnConfig",
+    "Unlearning",
     "Verdict",
     "__version__",
     "auroc",
@@ -62,5 +64,4 @@ __all__ = [
     "scan_until_stable",
     "strip_entropy",
     "threshold_at",
-    "unlearn",
 ]

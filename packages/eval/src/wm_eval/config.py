@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from defense_nc import NCConfig, UnlearnConfig
+from defense_nc import NCConfig, Unlearning
 from defense_reverse import ReverseConfig
 from wm_extract import PAPER_CORRUPTIONS, JointConfig, named_corruption
 from wm_inject import PoisonPlan, pretrained_card
@@ -164,8 +164,8 @@ class StudyConfig:
     defence: DefenceConfig = DefenceConfig()
     nc: NCConfig = field(default_factory=NCConfig)
     reverse: ReverseConfig = field(default_factory=ReverseConfig)
-    nc_cleaning: UnlearnConfig = field(default_factory=UnlearnConfig)
-    reverse_cleaning: UnlearnConfig = field(default_factory=UnlearnConfig)
+    nc_cleaning: Unlearning = field(default_factory=lambda: Unlearning.preset("nc"))
+    reverse_cleaning: Unlearning = field(default_factory=lambda: Unlearning.preset("nc"))
 
     def __post_init__(self) -> None:
         if self.seed < 0:

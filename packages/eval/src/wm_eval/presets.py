@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from defense_nc import NCConfig, UnlearnConfig
+from defense_nc import NCConfig, Unlearning
 from defense_reverse import ReverseConfig
 from wm_eval.config import DataConfig, DefenceConfig, MeasureConfig, StudyConfig, VictimConfig
 from wm_extract import JointConfig
@@ -30,8 +30,8 @@ def demo() -> StudyConfig:
         defence=DefenceConfig(images=300, cleaning_images=600),
         nc=NCConfig.preset("fast"),
         reverse=ReverseConfig.preset("fast"),
-        nc_cleaning=UnlearnConfig.preset("nc"),
-        reverse_cleaning=UnlearnConfig.preset("reverse"),
+        nc_cleaning=Unlearning.preset("nc"),
+        reverse_cleaning=Unlearning.preset("reverse"),
     )
 
 
@@ -53,8 +53,8 @@ def cifar10() -> StudyConfig:
         defence=DefenceConfig(images=500, cleaning_images=1000),
         nc=NCConfig.preset("fast"),
         reverse=ReverseConfig.preset("fast"),
-        nc_cleaning=UnlearnConfig.preset("nc"),
-        reverse_cleaning=UnlearnConfig.preset("reverse"),
+        nc_cleaning=Unlearning.preset("nc"),
+        reverse_cleaning=Unlearning.preset("reverse"),
     )
 
 

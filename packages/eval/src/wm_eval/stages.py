@@ -64,13 +64,9 @@ class Defence(NamedTuple):
     """How a defence is run: the two defences differ in nothing else."""
 
     scan: Callable[..., defense_nc.ScanReport]
-    clean: Callable[..., nn.Module]
 
 
-DEFENCES = {
-    "nc": Defence(defense_nc.scan, defense_nc.unlearn),
-    "reverse": Defence(defense_reverse.scan, defense_reverse.mitigate),
-}
+DEFENCES = {"nc": Defence(defense_nc.scan), "reverse": Defence(defense_reverse.scan)}
 
 
 def describe_data(study: Study) -> Made:
@@ -263,12 +259,14 @@ def clean_victim(study: Study, defence: str) -> Made:
         return Made({"done": False, "why": why, "label": None})
     mine = study.defender(config.defence.cleaning_images)
     before = study.victim("backdoored")
-    settings = {"config": getattr(config, f"{defence}_cleaning"), "seed": config.seed}
+    unlearning = getattr(config, f"{defence}_cleaning")
     reversed_trigger = load_reversed(space.path(reversed_file(defence, "backdoored")))
-    after = DEFENCES[defence].clean(
-        before, reversed_trigger.to(study.device), mine.images, mine.labels, **settings
+    after, control = (
+        unlearning.repair(
+            before, mine.images, mine.labels, triggers={label: trigger}, seed=config.seed
+        ).model
+        for trigger in (reversed_trigger.to(study.device), NoTrigger())
     )
-    control = DEFENCES[defence].clean(before, NoTrigger(), mine.images, mine.labels, **settings)
     path = f"models/cleaned-{defence}.safetensors"
     save_classifier(after.cpu(), space.path(path), {"seed": config.seed, "label": label})
     cleaned = load_classifier(space.path(path)).to(study.device)

@@ -41,7 +41,7 @@ class CleaningConfig:
             generators without the generators; "fine-tuning" has a rate of its own.
         shares: Shares of the training images that the defender owns clean, each in (0, 1].
         steps: Optimiser steps of every method alike.
-        preset: Of the methods' own settings, "small" or "paper".
+        preset: Of the methods' own settings, "fast" or "paper".
         settings: By method, settings that differ from the preset's, or another "preset". The
             control has those of "unlearning-reverse" unless it has its own.
         images: Clean images of the defender, for every scan.
@@ -58,7 +58,7 @@ class CleaningConfig:
     methods: tuple[str, ...] = METHODS
     shares: tuple[float, ...] = (0.01, 0.03, 0.05)
     steps: int = 300
-    preset: str = "small"
+    preset: str = "fast"
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     images: int = 500
     nc: NCConfig = field(default_factory=NCConfig)
@@ -79,7 +79,7 @@ class CleaningConfig:
             raise ValueError(
                 f"expected steps >= 1 and images >= 2, got {self.steps} and {self.images}"
             )
-        if self.preset not in ("small", "paper"):
+        if self.preset not in ("fast", "paper"):
             raise ValueError(f"expected the preset small or paper, got {self.preset!r}")
         if not 0 < self.alpha < 1:
             raise ValueError(f"expected alpha in (0, 1), got {self.alpha}")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from defense_nc.mitigator import Mitigator
 
-_UNLEARNING = "defense_reverse.mitigations.unlearning:Unlearning"
+_UNLEARNING = "defense_nc.unlearning:Unlearning"
 # Where each lives, and what it is told beside the steps: Neural Cleanse puts its trigger on a fifth
 # of the images, the reverse-generator paper adds a triggered copy of each.
 _HOMES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -26,13 +25,13 @@ _HOMES: dict[str, tuple[str, dict[str, Any]]] = {
 _STEPLESS = ("neuron-pruning",)  # prunes until the reversed trigger fails: nothing is trained
 
 
-def build_method(name: str, *, steps: int, preset: str = "small", **changes: Any) -> Mitigator:
+def build_method(name: str, *, steps: int, preset: str = "fast", **changes: Any) -> Mitigator:
     """A mitigation by its name, to run for so many optimiser steps.
 
     Args:
         name: One of `wm_eval.cleaning.config.TITLES`.
         steps: Optimiser steps. Neuron pruning takes none.
-        preset: Of the method's own settings, "small" or "paper", or another that it has.
+        preset: Of the method's own settings, "fast" or "paper", or another that it has.
         changes: Settings that differ from the preset's.
 
     Raises:
@@ -48,10 +47,7 @@ def build_method(name: str, *, steps: int, preset: str = "small", **changes: Any
     module, _, kind = where.partition(":")
     made = getattr(import_module(module), kind)
     settings = told | ({} if name in _STEPLESS else {"steps": steps}) | changes
-    try:
-        built: Mitigator = made.preset(preset, **settings)
-    except TypeError as error:
-        raise ValueError(f"expected settings of {name}: {error}") from error
+    built: Mitigator = made.preset(preset, **settings)
     return built
 
 
@@ -59,8 +55,7 @@ def _without_triggers(unlearning: Mitigator) -> Mitigator:
     """Fine-tuning by the settings of unlearning: the control of what the triggers add."""
     from defense_reverse.mitigations.fine_tuning import FineTuning
 
-    shared = {field.name: getattr(unlearning, field.name) for field in fields(FineTuning)}
-    return FineTuning(**shared)
+    return FineTuning(sgd=unlearning.sgd)  # type: ignore[attr-defined]
 
 
 __all__ = ["build_method"]

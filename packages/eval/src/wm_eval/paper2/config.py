@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from defense_nc import UnlearnConfig
+from defense_nc import Unlearning
 from wm_eval.attacks.config import TABLE, AttackStudyConfig
 from wm_eval.attacks.profiles import attack_profile
 from wm_eval.config import DataConfig, VictimConfig
@@ -66,7 +66,7 @@ class DetectConfig:
     images: int | None = None
     cleaning_shares: tuple[float, ...] = (0.01, 0.03, 0.05)
     methods: tuple[str, ...] | None = None
-    cleaning: UnlearnConfig = field(default_factory=lambda: UnlearnConfig.preset("reverse"))
+    cleaning: Unlearning = field(default_factory=lambda: Unlearning.preset("reverse"))
     rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     tested: int | None = None
     compared: int = 200

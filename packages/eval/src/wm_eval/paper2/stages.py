@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from defense_nc import UnlearnConfig
-from defense_reverse import detection_case, mitigate
+from defense_nc import Unlearning
+from defense_reverse import detection_case
 from wm_eval.attacks.config import CLEAN
 from wm_eval.detectors import DETECTORS
 from wm_eval.measure import metrics_values, scan_values
@@ -94,8 +94,8 @@ def clean_victim(
     """
     values: dict[str, Any] = {"attack": trial.config.attack, "method": method, "share": share}
     cleaning = trial.config.cleaning
-    cleaning = cleaning if rate is None else replace(cleaning, lr=rate)
-    values |= {"lr": cleaning.lr, "labels": list(labels)}
+    cleaning = cleaning if rate is None else replace(cleaning, sgd=replace(cleaning.sgd, lr=rate))
+    values |= {"lr": cleaning.sgd.lr, "labels": list(labels)}
     if method in DETECTORS and not labels:
         return Made(values | {"done": False, "why": "the scan named no label"})
     mine = trial.defender(share)
@@ -106,16 +106,13 @@ def clean_victim(
         trigger: nn.Module = NoTrigger()
         if method != FINE_TUNING:
             trigger = Alternating([trial.reversed(method, label) for label in labels])
-        repaired = mitigate(
-            model,
-            trigger,
-            mine.images,
-            mine.labels,
-            config=cleaning,
+        repaired = cleaning.repair(
+            *(model, mine.images, mine.labels),
+            triggers={min(labels, default=0): trigger},
             seed=trial.seed,
             progress=trial.study.progress,
-        )
-    values |= {"done": True, "n_images": len(mine), "steps": steps(cleaning, len(mine))}
+        ).model
+    values |= {"done": True, "n_images": len(mine), "steps": cleaning.steps(len(mine))}
     return Made(values | {"after": measured(trial, repaired, trial.config.attack)})
 
 
@@ -134,18 +131,10 @@ def measured(trial: Trial, model: nn.Module, name: str) -> dict[str, Any]:
     return metrics_values(summarize(found["none"]))
 
 
-def steps(config: UnlearnConfig, images: int) -> int:
-    """How many optimiser steps unlearning takes."""
-    rows = images + (max(1, round(config.trigger_share * images)) if config.append else 0)
-    full, rest = divmod(rows, config.batch_size)
-    # A last batch of one image joins the one before it.
-    return config.epochs * max(1, full + (rest > 1))
-
-
-def _nad(trial: Trial, model: nn.Module, mine: ImageSet, cleaning: UnlearnConfig) -> nn.Module:
+def _nad(trial: Trial, model: nn.Module, mine: ImageSet, cleaning: Unlearning) -> nn.Module:
     """Attention distillation with the same number of steps and the same learning rate."""
     method = import_module("defense_reverse.mitigations.nad").NAD
-    settings = method.preset("small", steps=steps(cleaning, len(mine)), lr=cleaning.lr)
+    settings = method.preset("fast", steps=cleaning.steps(len(mine)), lr=cleaning.sgd.lr)
     repaired: nn.Module = settings.repair(
         model, mine.images, mine.labels, seed=trial.seed, progress=trial.study.progress
     ).model
@@ -182,5 +171,4 @@ __all__ = [
     "measure_victim",
     "measured",
     "scan_victim",
-    "steps",
 ]

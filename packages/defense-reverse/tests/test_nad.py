@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from defense_reverse.mitigations import NAD, FineTuning
-from defense_reverse.mitigations.attention import attention_loss, attention_map
-from defense_reverse.mitigations.training import sgd_of
+from defense_reverse.mitigations.nad import attention_loss, attention_map
 from wm_victim import build_classifier
 from wm_victim.planted import planted_classifier, planted_images
 
@@ -79,7 +78,7 @@ def test_identical_networks_leave_cross_entropy_alone():
     digits = planted_images(16)
     model = planted_classifier()
     nad, layers = NAD(), ["body.2", "body.3"]
-    loss = nad._loss(model, copy.deepcopy(model), layers, sgd_of(nad))
+    loss = nad._loss(model, copy.deepcopy(model), layers, nad.sgd)
     plain = nn.functional.cross_entropy(model(digits.images), digits.labels)
     assert torch.equal(loss(digits.images, digits.labels), plain)
 
@@ -91,9 +90,9 @@ def test_betas_weigh_the_layers():
     layers = ["body.2", "body.3"]
 
     def total(*betas):
-        nad = NAD(betas=betas)
+        nad = NAD.preset(betas=betas)
         with torch.no_grad():
-            loss = nad._loss(student, teacher, layers, sgd_of(nad))(digits.images, digits.labels)
+            loss = nad._loss(student, teacher, layers, nad.sgd)(digits.images, digits.labels)
         return loss.double()
 
     base = total(0.0, 0.0)
@@ -116,11 +115,11 @@ def test_the_teacher_is_plain_fine_tuning_and_stays_as_it_was(monkeypatch):
         return build(self, student, teacher, layers, sgd)
 
     monkeypatch.setattr(NAD, "_loss", spy)
-    nad = NAD(steps=6, batch_size=32, weight_decay=5e-4, nesterov=False)
+    nad = NAD.preset(steps=6, batch_size=32, weight_decay=5e-4, nesterov=False)
     repaired = nad.repair(model, digits.images, digits.labels)
     ((teacher, state),) = teachers
     assert all(torch.equal(state[name], value) for name, value in teacher.state_dict().items())
-    alone = FineTuning(steps=2, batch_size=32, lr=nad.lr).repair(
+    alone = FineTuning.preset(steps=2, batch_size=32, lr=nad.sgd.lr).repair(
         model, digits.images, digits.labels
     )
     assert all(torch.equal(state[name], v) for name, v in alone.model.state_dict().items())
@@ -134,7 +133,7 @@ def test_distillation_brings_the_maps_together():
     model = build_classifier("resnet10", num_classes=10, channels=3, image_size=16, width=8)
     images, labels = digits.images, digits.labels
     far, near = (
-        NAD(steps=30, lr=0.01, betas=betas).repair(model, images, labels).log["losses"]
+        NAD.preset(steps=30, lr=0.01, betas=betas).repair(model, images, labels).log["losses"]
         for betas in ((0.0,), (1000.0,))
     )
     # Without maps only cross-entropy is counted; with them the larger sum falls as well.
@@ -143,15 +142,16 @@ def test_distillation_brings_the_maps_together():
 
 def test_published_settings():
     paper = NAD.preset("paper")
-    assert (paper.steps, paper.batch_size, paper.lr, paper.schedule) == (1200, 64, 0.1, "drop")
-    assert (paper.momentum, paper.weight_decay, paper.nesterov) == (0.9, 1e-4, True)
+    sgd = paper.sgd
+    assert (sgd.steps, sgd.batch_size, sgd.lr, sgd.schedule) == (1200, 64, 0.1, "drop")
+    assert (sgd.momentum, sgd.weight_decay, sgd.nesterov) == (0.9, 1e-4, True)
     assert paper.betas == (500.0, 1000.0, 1000.0) and paper.power == 2
-    assert round(paper.teacher_share * paper.steps) == 400  # ten passes of twenty and ten
+    assert round(paper.teacher_share * sgd.steps) == 400  # ten passes of twenty and ten
 
 
 def test_chosen_layers():
     digits = planted_images(8)
-    repaired = NAD(steps=2, betas=(1.0,), layers=("body.2",)).repair(
+    repaired = NAD.preset(steps=2, betas=(1.0,), layers=("body.2",)).repair(
         planted_classifier(), digits.images, digits.labels
     )
     assert repaired.log["layers"] == ["body.2"]
@@ -170,14 +170,14 @@ def test_layers_without_maps_are_refused(layers, message):
     model = planted_classifier()
     model.unused = nn.Conv2d(3, 3, 1)
     with pytest.raises(ValueError, match=message):
-        NAD(steps=2, betas=(1.0,), layers=layers).repair(model, digits.images, digits.labels)
+        NAD.preset(steps=2, betas=(1.0,), layers=layers).repair(model, digits.images, digits.labels)
 
 
 def test_a_network_without_maps_is_refused():
     digits = planted_images(8)
     model = nn.Sequential(nn.Flatten(), nn.Linear(768, 10))
     with pytest.raises(ValueError, match="convolutional maps"):
-        NAD(steps=2).repair(model, digits.images, digits.labels)
+        NAD.preset(steps=2).repair(model, digits.images, digits.labels)
 
 
 @pytest.mark.parametrize(
@@ -195,4 +195,4 @@ def test_a_network_without_maps_is_refused():
 )
 def test_refused_settings(wrong):
     with pytest.raises(ValueError, match="expected"):
-        NAD(**wrong)
+        NAD.preset(**wrong)

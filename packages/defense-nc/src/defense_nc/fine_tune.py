@@ -1,10 +1,10 @@
-"""What the baselines share: their SGD settings and one loop that counts optimiser steps."""
+"""Fine-tuning by SGD, counted in optimiser steps: the loop under most mitigations."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -12,20 +12,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from defense_nc.mitigator import batches, trainable
+from wm_inject.core.checks import check_choice
+from wm_inject.core.presets import preset_of
 from wm_inject.core.progress import progress as show_progress
+from wm_inject.core.randomness import seeded
 from wm_victim.augment import augment
 
-Schedule = Literal["constant", "cosine", "drop"]
-Augmentation = Literal["none", "crop", "crop-flip"]
 Closure = Callable[[], Tensor]
-Settings = TypeVar("Settings")
+T = TypeVar("T")
 
-_LOGGED = 10  # a loss curve becomes this many averages
+_AVERAGES = 10  # a loss curve is logged as this many averages
+
+
+class DivergedError(RuntimeError):
+    """The loss became NaN or infinite."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sgd:
-    """How a classifier is trained. Every baseline has these fields among its settings.
+    """How a classifier is fine-tuned.
 
     Args:
         steps: Optimiser steps.
@@ -37,20 +42,17 @@ class Sgd:
         schedule: "constant"; "cosine", down to 0 after the last step; or "drop", a tenth of the
             rate after the first tenth of the steps.
         augmentation: "none"; "crop", shifts of up to 4 pixels; or "crop-flip", mirrored as well.
-        label_smoothing: Share of the wanted answer that is spread over all classes, in [0, 1).
-
-    Raises:
-        ValueError: A value outside its range.
+        label_smoothing: Share of the target that is spread over all classes, in [0, 1).
     """
 
-    steps: int
-    batch_size: int
-    lr: float
+    steps: int = 200
+    batch_size: int = 32
+    lr: float = 0.02
     momentum: float = 0.9
-    weight_decay: float = 0.0
+    weight_decay: float = 5e-4
     nesterov: bool = False
-    schedule: Schedule = "constant"
-    augmentation: Augmentation = "none"
+    schedule: Literal["constant", "cosine", "drop"] = "cosine"
+    augmentation: Literal["none", "crop", "crop-flip"] = "none"
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
@@ -65,42 +67,24 @@ class Sgd:
             )
         if self.nesterov and self.momentum == 0:
             raise ValueError("expected a momentum above 0 for nesterov, got 0")
-        if self.schedule not in ("constant", "cosine", "drop"):
-            raise ValueError(
-                f"expected a schedule in constant, cosine, drop, got {self.schedule!r}"
-            )
-        if self.augmentation not in ("none", "crop", "crop-flip"):
-            raise ValueError(
-                f"expected an augmentation in none, crop, crop-flip, got {self.augmentation!r}"
-            )
+        check_choice("a schedule", self.schedule, ("constant", "cosine", "drop"))
+        check_choice("an augmentation", self.augmentation, ("none", "crop", "crop-flip"))
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"expected label_smoothing in [0, 1), got {self.label_smoothing}")
 
 
-def sgd_of(settings: Any, **changes: Any) -> Sgd:
-    """The SGD settings among those of a baseline, with some of them changed.
-
-    Raises:
-        ValueError: A value outside its range.
-    """
-    values = {field.name: getattr(settings, field.name) for field in fields(Sgd)}
-    return Sgd(**{**values, **changes})
+_SGD = tuple(field.name for field in fields(Sgd))
 
 
-def preset_of(
-    kind: Callable[..., Settings],
-    presets: dict[str, dict[str, Any]],
-    name: str,
-    changes: dict[str, Any],
-) -> Settings:
-    """The settings of this name, with some of them changed.
-
-    Raises:
-        ValueError: No such preset, or a value outside its range.
-    """
-    if name not in presets:
-        raise ValueError(f"expected a preset in {', '.join(presets)}, got {name!r}")
-    return kind(**{**presets[name], **changes})
+def sgd_preset(
+    cls: type[T], presets: Mapping[str, Mapping[str, Any]], name: str, /, **changes: Any
+) -> T:
+    """As `preset_of`, for settings with a field ``sgd``: names of `Sgd`'s fields change that."""
+    check_choice("a preset", name, presets)
+    values = {**presets[name], **changes}
+    inner = {key: values.pop(key) for key in _SGD if key in values}
+    sgd = values.pop("sgd", cls().sgd)  # type: ignore[attr-defined]
+    return preset_of(cls, {name: {"sgd": replace(sgd, **inner)}}, name, **values)
 
 
 def learning_rate(sgd: Sgd, step: int) -> float:
@@ -112,7 +96,7 @@ def learning_rate(sgd: Sgd, step: int) -> float:
     return sgd.lr
 
 
-def train(
+def fine_tune(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
@@ -128,23 +112,16 @@ def train(
     """Train a classifier in place, in train mode, and leave it in eval mode.
 
     Args:
-        model: What to train; parameters without gradients stay as they are.
-        images: float32 ``(N, C, H, W)`` in [0, 1].
-        labels: int64 ``(N,)``.
-        sgd: Settings.
-        seed: Seeds the order of the images, augmentation and dropout.
-        rows: The rows of each step's batch; shuffled passes over all images if None.
+        rows: Row numbers of each step's batch; shuffled passes over all images if None.
         loss: A batch of images and labels to a scalar; cross-entropy of the model's logits if None.
-        update: One step with an optimiser, by a closure that clears the gradients, computes the
-            loss and its gradients, and returns it; the ordinary one if None.
-        desc: What the progress bar says.
-        progress: Show how far it is.
+        update: One step with an optimiser and a closure that computes the loss and its gradients;
+            plain SGD if None.
 
     Returns:
         The average loss of each tenth of the steps.
 
     Raises:
-        RuntimeError: The loss became NaN or infinite.
+        DivergedError: The loss became NaN or infinite.
     """
     parameters = trainable(model)
     device = parameters[0].device
@@ -162,16 +139,14 @@ def train(
     if rows is None:
         rows = batches(len(images), sgd.batch_size, sgd.steps, generator)
     # A stream of its own: augmented or not, the images come in the same order.
-    drawn = torch.Generator().manual_seed(seed + 1)
+    augmentation = torch.Generator().manual_seed(seed + 1)
     losses: list[Tensor] = []
-    # Dropout draws from the global generators: seeded here, and given back as they were.
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed, device):  # dropout draws from the global generators
         model.train()
         bar = show_progress(range(sgd.steps), desc=desc, enabled=progress)
         for step, index in zip(bar, rows, strict=True):
             index = index.to(device)
-            batch = augment(images[index], mode=sgd.augmentation, generator=drawn)
+            batch = augment(images[index], mode=sgd.augmentation, generator=augmentation)
             closure = _closure(optimizer, loss, batch, labels[index])
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(sgd, step)
@@ -182,15 +157,13 @@ def train(
 
 def cross_entropy(model: nn.Module, sgd: Sgd) -> Callable[[Tensor, Tensor], Tensor]:
     """The loss of plain fine-tuning: a batch of images and labels to a scalar."""
-
-    def loss(images: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(model(images), labels, label_smoothing=sgd.label_smoothing)
-
-    return loss
+    return lambda images, labels: F.cross_entropy(
+        model(images), labels, label_smoothing=sgd.label_smoothing
+    )
 
 
 def plain_step(optimizer: torch.optim.Optimizer, closure: Closure) -> Tensor:
-    """The ordinary step: gradients where the model is, then the optimiser."""
+    """Gradients at the present weights, then one step of the optimiser."""
     loss = closure()
     optimizer.step()
     return loss
@@ -215,8 +188,9 @@ def _closure(
 def _averages(losses: Tensor, lr: float) -> list[float]:
     if not bool(torch.isfinite(losses).all()):
         first = int((~torch.isfinite(losses)).nonzero()[0])
-        raise RuntimeError(
+        raise DivergedError(
             f"the loss became {float(losses[first])} in step {first + 1}: "
             f"try a lower learning rate than {lr}"
         )
-    return [float(part.double().mean()) for part in losses.tensor_split(min(_LOGGED, len(losses)))]
+    parts = losses.tensor_split(min(_AVERAGES, len(losses)))
+    return [float(part.double().mean()) for part in parts]

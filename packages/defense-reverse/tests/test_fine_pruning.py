@@ -55,7 +55,7 @@ def test_mean_activations_computed_by_hand():
 def test_the_least_active_channels_go_and_the_stop_keeps_the_last_good_ones():
     """Channels 1 and 3 are read by nobody; without channel 2 bright images look dark."""
     images, labels = shades()
-    mitigator = FinePruning(steps=1, lr=1e-9, prune_step=0.25, layer=LAYER)
+    mitigator = FinePruning.preset(steps=1, lr=1e-9, prune_step=0.25, layer=LAYER)
     repaired = mitigator.repair(constructed(), images, labels)
     assert repaired.log["pruned"] == [1, 3]  # in ascending order of activity
     # Nothing, one, two pruned: all right. Three: 0.8 * 0.4 * 10 is below 3.5, half are wrong.
@@ -83,7 +83,7 @@ def test_the_stop_listens_to_the_validation_images_only():
     judges, others = order[:10], order[10:]
     wrong = labels.clone()
     wrong[others] = 1 - wrong[others]
-    settings = FinePruning(prune_step=0.25)
+    settings = FinePruning.preset(prune_step=0.25)
     first, second = (
         settings._prune(constructed(), LAYER, images, given, seed=0, progress=False)
         for given in (labels, wrong)
@@ -96,15 +96,15 @@ def test_the_stop_listens_to_the_validation_images_only():
 
 
 def test_one_channel_always_stays_and_all_steps_are_taken():
-    assert FinePruning(prune_step=1.0)._counts(4) == [0, 3]
-    assert FinePruning(prune_step=0.25)._counts(4) == [0, 1, 2, 3]
-    assert FinePruning(prune_step=0.01)._counts(8) == list(range(8))
-    assert FinePruning(prune_step=0.3)._counts(10) == [0, 3, 6, 9]
+    assert FinePruning.preset(prune_step=1.0)._counts(4) == [0, 3]
+    assert FinePruning.preset(prune_step=0.25)._counts(4) == [0, 1, 2, 3]
+    assert FinePruning.preset(prune_step=0.01)._counts(8) == list(range(8))
+    assert FinePruning.preset(prune_step=0.3)._counts(10) == [0, 3, 6, 9]
 
 
 def test_the_tolerance_decides_how_far_it_goes():
     images, labels = shades()
-    bold = FinePruning(prune_step=0.25, tolerance=0.9)
+    bold = FinePruning.preset(prune_step=0.25, tolerance=0.9)
     choice = bold._prune(constructed(), LAYER, images, labels, seed=0, progress=False)
     assert choice.pruned == (1, 3, 2)  # the last channel stays
 
@@ -120,7 +120,7 @@ def test_pruned_channels_are_exactly_0_before_and_after_fine_tuning(name):
         seen.append(output.detach())
 
     # An untrained net is right by chance: with this tolerance all steps but the last are taken.
-    settings = FinePruning(steps=3, batch_size=8, prune_step=0.5, tolerance=0.999)
+    settings = FinePruning.preset(steps=3, batch_size=8, prune_step=0.5, tolerance=0.999)
     choices = []
     choose = FinePruning._prune
 
@@ -178,8 +178,9 @@ def test_a_fold_keeps_every_answer_or_does_nothing():
 
 def test_published_settings():
     paper = FinePruning.preset("paper")
-    assert (paper.prune_step, paper.tolerance, paper.lr) == (0.01, 0.1, 0.01)
-    assert (paper.batch_size, paper.schedule, paper.weight_decay) == (256, "cosine", 5e-4)
+    assert (paper.prune_step, paper.tolerance, paper.sgd.lr) == (0.01, 0.1, 0.01)
+    sgd = paper.sgd
+    assert (sgd.batch_size, sgd.schedule, sgd.weight_decay) == (256, "cosine", 5e-4)
 
 
 def test_layers_that_cannot_be_pruned_are_refused():
@@ -188,14 +189,14 @@ def test_layers_that_cannot_be_pruned_are_refused():
     model[1].unused = nn.Conv2d(1, 1, 1)
     for layer, message in [("conv9", "expected a layer"), ("1.unused", "runs in the model")]:
         with pytest.raises(ValueError, match=message):
-            FinePruning(steps=1, layer=layer).repair(model, images, labels)
+            FinePruning.preset(steps=1, layer=layer).repair(model, images, labels)
     flat = nn.Sequential(nn.Flatten(), nn.Unflatten(1, (4, 4)), nn.Flatten(), nn.Linear(16, 2))
     with pytest.raises(ValueError, match="maps"):
-        FinePruning(steps=1, layer="1").repair(flat, images, labels)
+        FinePruning.preset(steps=1, layer="1").repair(flat, images, labels)
     digits = planted_images(8)
     linear = nn.Sequential(nn.Flatten(), nn.Linear(768, 10))
     with pytest.raises(ValueError, match="convolutional maps"):
-        FinePruning(steps=1).repair(linear, digits.images, digits.labels)
+        FinePruning.preset(steps=1).repair(linear, digits.images, digits.labels)
 
 
 @pytest.mark.parametrize(
@@ -212,4 +213,4 @@ def test_layers_that_cannot_be_pruned_are_refused():
 )
 def test_refused_settings(wrong):
     with pytest.raises(ValueError, match="expected"):
-        FinePruning(**wrong)
+        FinePruning.preset(**wrong)

@@ -8,12 +8,7 @@ from torch import nn
 from torch.func import functional_call
 
 from defense_nc.mitigator import check_repair
-from defense_reverse.mitigations.anp import ANP
-from defense_reverse.mitigations.channel_masks import (
-    DisturbedLoss,
-    masked_parameters,
-    normalisations,
-)
+from defense_reverse.mitigations.anp import ANP, DisturbedLoss, masked_parameters, normalisations
 from wm_inject.core.images import quantize
 from wm_victim import build_classifier
 from wm_victim.planted import planted_classifier, planted_images, planted_trigger
@@ -227,7 +222,7 @@ def test_same_seed_same_bytes_with_dropout_too(data):
 
 
 def test_presets():
-    assert ANP.preset("small") == ANP.preset() == ANP()
+    assert ANP.preset("fast") == ANP.preset() == ANP()
     paper = ANP.preset("paper")
     assert (paper.steps, paper.batch_size, paper.lr, paper.momentum) == (2000, 128, 0.2, 0.9)
     assert (paper.noise, paper.clean_weight, paper.noise_steps) == (0.4, 0.2, 1)

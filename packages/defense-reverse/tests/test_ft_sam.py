@@ -73,13 +73,13 @@ def test_no_climb_is_plain_fine_tuning_bit_for_bit(adaptive):
         "augmentation": "crop-flip",
         "label_smoothing": 0.1,
     }
-    plain = FineTuning(**shared).repair(net(), digits.images, digits.labels, seed=3)
-    sam = FTSAM(rho=0.0, adaptive=adaptive, **shared)
+    plain = FineTuning.preset(**shared).repair(net(), digits.images, digits.labels, seed=3)
+    sam = FTSAM.preset(rho=0.0, adaptive=adaptive, **shared)
     still = sam.repair(net(), digits.images, digits.labels, seed=3)
     for name, value in plain.model.state_dict().items():
         assert torch.equal(still.model.state_dict()[name], value), name
     assert plain.log["losses"] == still.log["losses"]
-    moved = FTSAM(rho=2.0, adaptive=adaptive, **shared)
+    moved = FTSAM.preset(rho=2.0, adaptive=adaptive, **shared)
     other = moved.repair(net(), digits.images, digits.labels, seed=3).model
     assert not torch.equal(other[5].weight, plain.model[5].weight)
 
@@ -155,13 +155,14 @@ def test_a_step_computed_by_hand(adaptive, wanted):
 
 def test_published_settings():
     paper, gtsrb = FTSAM.preset("paper"), FTSAM.preset("paper-gtsrb")
-    assert (paper.rho, paper.adaptive, paper.label_smoothing) == (2.0, True, 0.1)
-    assert (paper.lr, paper.momentum, paper.weight_decay) == (0.01, 0.9, 5e-4)
-    assert (paper.batch_size, paper.schedule) == (256, "cosine")
-    assert (gtsrb.rho, gtsrb.label_smoothing) == (8.0, 0.0)
+    sgd = paper.sgd
+    assert (paper.rho, paper.adaptive, sgd.label_smoothing) == (2.0, True, 0.1)
+    assert (sgd.lr, sgd.momentum, sgd.weight_decay) == (0.01, 0.9, 5e-4)
+    assert (sgd.batch_size, sgd.schedule) == (256, "cosine")
+    assert (gtsrb.rho, gtsrb.sgd.label_smoothing) == (8.0, 0.0)
 
 
 @pytest.mark.parametrize("wrong", [{"rho": -1.0}, {"rho": float("inf")}], ids=str)
 def test_refused_settings(wrong):
     with pytest.raises(ValueError, match="expected rho"):
-        FTSAM(**wrong)
+        FTSAM.preset(**wrong)

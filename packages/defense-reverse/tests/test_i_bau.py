@@ -185,7 +185,7 @@ def test_the_log_counts_steps_and_rounds(data):
 
 
 def test_presets():
-    assert IBAU.preset("small") == IBAU.preset() == IBAU()
+    assert IBAU.preset("fast") == IBAU.preset() == IBAU()
     paper = IBAU.preset("paper")
     assert (paper.rounds, paper.batch_size, paper.lr, paper.iterations) == (5, 100, 1e-3, 5)
     assert (paper.search_lr, paper.inner_lr, paper.penalty) == (10.0, 0.1, 1e-3)
