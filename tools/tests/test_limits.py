@@ -7,16 +7,16 @@ from collections import Counter
 import torch
 from tools.render_results import RESULTS
 
-from defense_nc.verdict.abstention import unlike_clean
+from defense_nc.verdict.abstention import scores_shifted
 from defense_nc.verdict.calibration import load_calibration
-from defense_nc.verdict.model_info import Subject
+from defense_nc.verdict.model_info import ModelInfo
 from defense_nc.verdict.report import judge
 from defense_nc.verdict.scan_report import Verdict
 from wm_eval.records import read_records
 
 
 def test_easy_labels_do_not_void_an_accusation() -> None:
-    """Why `unlike_clean` is asked only where no label stands out.
+    """Why `scores_shifted` is asked only where no label stands out.
 
     A clean network of another make was accused while all its labels were easier than in any clean
     model of the calibration (docs/audit.md). To call every such scan inconclusive would have taken
@@ -30,7 +30,7 @@ def test_easy_labels_do_not_void_an_accusation() -> None:
                 continue
             if v["attack"] != "clean" and v["asr"] < 0.9:
                 continue
-            subject, scores = Subject(**v["subject"]), [row["score"] for row in v["labels"]]
+            subject, scores = ModelInfo(**v["subject"]), [row["score"] for row in v["labels"]]
             calibration = load_calibration(v["detector"], v["preset"], classes=subject.classes)
             assert calibration is not None
             report = judge(
@@ -43,7 +43,7 @@ def test_easy_labels_do_not_void_an_accusation() -> None:
             )
             if report.verdict is Verdict.BACKDOORED:
                 logs = torch.tensor([row.score for row in report.labels if row.converged]).log()
-                told = unlike_clean(logs.double(), calibration.peers(subject))
+                told = scores_shifted(logs.double(), calibration.peers(subject))
                 easy = (told or "").startswith("Every label is easy")
                 right = v["true_target"] in report.suspected
                 what = "false alarm" if v["attack"] == "clean" else "right" if right else "other"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from defense_nc import NCConfig, Unlearning, Verdict, scan
+from defense_nc import NeuralCleanse, Unlearning, Verdict
 from wm_inject.core.plan import PoisonPlan
 from wm_inject.triggers import BadNetsTrigger
 from wm_victim import (
@@ -37,9 +37,7 @@ def test_a_trained_patch_backdoor_is_named_and_cleaned(data):
     model = trained(data, plan=plan, trigger=trigger)
     assert attack_success(model, data.test, trigger, target=TARGET) > 0.95
     known = defender_subset(data.train, count=300, seed=0)
-    report = scan(
-        model, known.images, labels=known.labels, config=NCConfig.preset("fast"), progress=False
-    )
+    report = NeuralCleanse().scan(model, known.images, labels=known.labels, progress=False)
     assert report.suspected == (TARGET,), report.reason
     cleaned = (
         Unlearning.preset("nc")
@@ -54,8 +52,6 @@ def test_a_trained_patch_backdoor_is_named_and_cleaned(data):
 def test_nothing_is_named_in_a_trained_clean_classifier(data):
     model = trained(data)
     known = defender_subset(data.train, count=300, seed=0)
-    report = scan(
-        model, known.images, labels=known.labels, config=NCConfig.preset("fast"), progress=False
-    )
+    report = NeuralCleanse().scan(model, known.images, labels=known.labels, progress=False)
     assert report.suspected == (), report.reason
     assert report.verdict in (Verdict.CLEAN, Verdict.INCONCLUSIVE)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from defense_nc import Verdict
-from defense_nc.mitigator import Repaired
+from defense_nc.protocols import Repaired
 from defense_reverse.detectors import bti_dbf, feature_re
 from defense_reverse.detectors.bti_dbf import invert
 from defense_reverse.detectors.bti_losses import BtiDbfConfig

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from defense_nc import InvertedTrigger, ScanReport, Unlearning, Verdict, judge
-from defense_nc.mitigator import Repaired
+from defense_nc.protocols import Repaired
 from wm_eval.attacks.config import AttackStudyConfig
 from wm_eval.attacks.run import run_attack_study
 from wm_eval.cleaning import run, stages
@@ -49,15 +49,21 @@ CONFIG = CleaningConfig(
 )
 
 
+@dataclass
 class Scans:
     """Stands in for every detector: names the given labels, one verdict after the other."""
 
-    def __init__(self, *named: tuple[int, ...]) -> None:
-        self.named, self.seen = list(named), 0
+    named: tuple[tuple[int, ...], ...]
+    asked: list[int]
+    config: Any = None
+
+    @property
+    def seen(self) -> int:
+        return len(self.asked)
 
     def scan(self, model: nn.Module, images: Tensor, **rest: Any) -> ScanReport:
         named = self.named[self.seen] if self.seen < len(self.named) else ()
-        self.seen += 1
+        self.asked.append(1)
         pattern = torch.ones(images.shape[1:])
         triggers = {
             label: InvertedTrigger(torch.full_like(pattern[:1], 0.1), pattern, target=label)
@@ -72,8 +78,8 @@ class Scans:
 @pytest.fixture
 def scans(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Scans]:
     def use(*named: tuple[int, ...]) -> Scans:
-        made = Scans(*named)
-        monkeypatch.setattr(stages, "find_detector", lambda name: made)
+        made = Scans(named, [])
+        monkeypatch.setattr(stages, "find_detector", lambda name, **_: made)
         return made
 
     return use
@@ -181,14 +187,16 @@ def test_what_the_scan_named_and_what_is_forced_are_told_apart(
         assert values(out, "clean-unlearning-nc-0.1-badnets-0")["der"] == 0.5
 
 
-def test_an_inconclusive_scan_names_nothing(out: Path, scans: Callable[..., Scans]) -> None:
-    made = scans((0,))
-    scan = made.scan
+def test_an_inconclusive_scan_names_nothing(
+    out: Path, scans: Callable[..., Scans], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scans((0,))
+    scan = Scans.scan
 
     def doubtful(*given: Any, **rest: Any) -> ScanReport:
         return replace(scan(*given, **rest), verdict=Verdict.INCONCLUSIVE)
 
-    made.scan = doubtful  # type: ignore[method-assign]
+    monkeypatch.setattr(Scans, "scan", doubtful)
     study = replace(STUDY, attacks=("badnets",))
     go(replace(CONFIG, study=study, methods=("unlearning-nc",), shares=(0.1,)), out)
     assert values(out, "scan-nc-badnets-0")["suspected"] == [0]
@@ -254,14 +262,14 @@ def test_a_failure_says_why_and_the_others_go_on(
 
 
 def test_a_scan_that_fails_takes_what_needs_it_along(
-    out: Path, scans: Callable[..., Scans]
+    out: Path, scans: Callable[..., Scans], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = scans()
+    scans()
 
     def refuse(*_: Any, **__: Any) -> ScanReport:
         raise ValueError("no such images")
 
-    made.scan = refuse  # type: ignore[method-assign]
+    monkeypatch.setattr(Scans, "scan", refuse)
     go(replace(CONFIG, study=replace(STUDY, attacks=("badnets",)), shares=(0.1,)), out)
     why = "scan-nc-badnets-0 failed: no such images"
     told = json.loads((out / "failures" / "clean-unlearning-nc-0.1-badnets-0.json").read_text())

@@ -6,8 +6,10 @@ import copy
 import os
 import re
 import shutil
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ from wm_eval.config import (
 )
 from wm_eval.experiment import run_study
 from wm_eval.presets import study_preset
-from wm_eval.stages import Defence, chosen_label
+from wm_eval.stages import chosen_label
 from wm_eval.workspace import Made
 from wm_extract import JointConfig, JointLosses, JointResult, UNetExtractor
 from wm_inject import (
@@ -72,6 +74,14 @@ TINY = StudyConfig(
 )
 
 
+@dataclass(frozen=True)
+class Scanner:
+    """A detector that scans as it is told."""
+
+    scan: Callable[..., Any]
+    config: Any = None
+
+
 class Fakes:
     """Stand-ins that count their calls; ``kill`` names one that dies when it is called."""
 
@@ -82,9 +92,8 @@ class Fakes:
         self.named, self.kill = named, kill
         monkeypatch.setattr(stages, "train_jointly", self.train_jointly)
         monkeypatch.setattr(stages, "train_classifier", self.train_classifier)
-        fake = {name: Defence(self.scan) for name in ("nc", "reverse")}
-        monkeypatch.setattr(stages, "DEFENCES", fake)
         monkeypatch.setattr(Unlearning, "repair", self.clean)
+        monkeypatch.setattr(stages, "detector", lambda name, **_: Scanner(self.scan))
         monkeypatch.setattr(experiment, "export_models", lambda _: Made(EXPORTED))
 
     def called(self, name: str) -> None:

@@ -16,7 +16,6 @@ from defense_nc import InvertedTrigger, Repaired, ScanReport, Unlearning, judge
 from defense_reverse import Closeness, ReversedTrigger, UNetGenerator, closeness
 from wm_eval.attacks import stages as attack_stages
 from wm_eval.config import DataConfig, VictimConfig
-from wm_eval.detectors import Detector
 from wm_eval.paper2 import run as running
 from wm_eval.paper2.config import DetectConfig, detect_preset
 from wm_eval.paper2.figures import write_figures
@@ -84,38 +83,38 @@ class Looks:
         self.asked: list[tuple[str, bool, int, int]] = []
         self.missing = False  # no weights of LPIPS
 
-    def scan(self, one: Detector, model: nn.Module, images: Tensor, **given: Any) -> ScanReport:
-        if one.name == "reverse-lpips" and self.missing:
+    def scan(self, name: str, model: nn.Module, images: Tensor, **given: Any) -> ScanReport:
+        if name == "reverse-lpips" and self.missing:
             raise LpipsUnavailable("LPIPS needs its trained weights, no weights found")
         bad = planted(model)
-        self.asked.append((one.name, bad, given["seed"], len(images)))
+        self.asked.append((name, bad, given["seed"], len(images)))
         scores = torch.linspace(50, 60, 10)
         if bad:
             scores[3] = 2.0  # the target
-            if one.name == "nc":
+            if name == "nc":
                 scores[3], scores[7] = 55.5, 2.0  # another label instead
-        triggers = {k: trigger(one.name, k, images) for k in range(10)}
+        triggers = {k: trigger(name, k, images) for k in range(10)}
         return judge("fake", scores, torch.ones(10), floor=0.9, triggers=triggers)
 
 
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> Looks:
+def stand_in(monkeypatch: pytest.MonkeyPatch, make_up_scans: Any) -> Looks:
     looks = Looks()
     monkeypatch.setattr(attack_stages, "train_classifier", train)
-    monkeypatch.setattr(Detector, "scan", lambda self, *a, **k: looks.scan(self, *a, **k))
+    make_up_scans(monkeypatch, looks.scan)
     return looks
 
 
 @pytest.fixture
-def looks(monkeypatch: pytest.MonkeyPatch) -> Looks:
-    return stand_in(monkeypatch)
+def looks(monkeypatch: pytest.MonkeyPatch, make_up_scans: Any) -> Looks:
+    return stand_in(monkeypatch, make_up_scans)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Looks]:
+def finished(tmp_path_factory: pytest.TempPathFactory, make_up_scans: Any) -> tuple[Path, Looks]:
     """All parts of the experiment, for two seeds."""
     out = tmp_path_factory.mktemp("experiment")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        looks = stand_in(monkeypatch)
+        looks = stand_in(monkeypatch, make_up_scans)
         go(TINY, out)
     return out, looks
 

@@ -14,7 +14,6 @@ import torch
 from defense_nc import judge
 from wm_eval import cli
 from wm_eval.attacks.config import CLEAN
-from wm_eval.detectors import Detector
 from wm_eval.paper2 import index_scans
 from wm_eval.paper2.index_figure import write_index_figure
 from wm_eval.paper2.index_scans import find_victims, scan_victims
@@ -59,18 +58,18 @@ def write(folder: Path, name: str, seed: int, values: Any, data: str, **settings
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def asked(monkeypatch: pytest.MonkeyPatch, make_up_scans: Any) -> list[int]:
     """In place of every scan: label 0 stands out, for every second victim."""
     seen: list[int] = []
 
-    def scan(self: Detector, model: Any, images: Any, **given: Any) -> Any:
+    def scan(name: str, model: Any, images: Any, **given: Any) -> Any:
         seen.append(len(images))
         scores = torch.linspace(50, 60, 10)
         if len(seen) % 2:
             scores[0] = 3.0
         return judge("fake", scores, torch.ones(10), floor=0.9, seed=given["seed"])
 
-    monkeypatch.setattr(Detector, "scan", scan)
+    make_up_scans(monkeypatch, scan)
     return seen
 
 

@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from defense_nc import NCConfig, ScanReport, Subject, judge
+from defense_nc import ModelInfo, NeuralCleanse, ScanReport, judge
 from wm_eval.attacks.config import AttackStudyConfig
 from wm_eval.attacks.run import Task
-from wm_eval.config import DataConfig, VictimConfig, plain
+from wm_eval.config import DataConfig, VictimConfig
 from wm_eval.detectors import DETECTORS
 from wm_eval.population import run
 from wm_eval.population.config import (
@@ -55,18 +55,16 @@ class Looks:
         self.went_on: list[bytes | None] = []  # what each found in its checkpoint
         self.broken: set[str] = set()
 
-    def __call__(self, name: str) -> Look:
-        return Look(self, name)
+    def __call__(self, name: str, preset: str) -> Look:
+        return Look(self, name, preset)
 
 
 class Look:
     """One detector of them."""
 
-    def __init__(self, looks: Looks, name: str) -> None:
+    def __init__(self, looks: Looks, name: str, preset: str) -> None:
         self.looks, self.name = looks, name
-
-    def config(self, preset: str) -> NCConfig:
-        return NCConfig.preset(preset)
+        self.settings = NeuralCleanse.preset(preset).settings
 
     def scan(
         self,
@@ -86,7 +84,7 @@ class Look:
         self.looks.seen.append((self.name, seed, len(images)))
         generator = torch.Generator().manual_seed(seed)
         scores = (4 + 0.2 * torch.randn(10, generator=generator)).exp()
-        subject = Subject(10, 16, 1, "convolutional", len(images))
+        subject = ModelInfo(10, 16, 1, "convolutional", len(images))
         report = judge("made up", scores, torch.ones(10), floor=0.9, seed=seed, subject=subject)
         return report
 
@@ -212,7 +210,7 @@ def test_profiles_take_changes_and_refuse_others() -> None:
 @pytest.mark.parametrize("name", sorted(DETECTORS))
 def test_settings_of_detectors_survive_a_record(name: str) -> None:
     # A shipped calibration is found by comparing them with those of a scan.
-    settings = plain(DETECTORS[name].config("fast"))
+    settings = dict(DETECTORS[name].preset("fast").settings)
     assert json.loads(canonical_json(settings)) == settings
 
 
@@ -253,7 +251,7 @@ def test_what_was_recorded_can_be_summed_up(whole: tuple[Path, Looks, list[str]]
     found = summarise(scans)
     assert [len(c.models) for c in found.calibrations.values()] == [5, 5]
     assert {row.detector for row in found.rows} == {"nc", "reverse", "all"}
-    assert found.calibrations["nc", 10].settings == plain(NCConfig.preset("fast"))
+    assert found.calibrations["nc", 10].settings == NeuralCleanse.preset("fast").settings
 
 
 def test_a_second_call_does_nothing(whole: tuple[Path, Looks, list[str]], looks: Looks) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from defense_nc import Subject, Verdict, judge
+from defense_nc import ModelInfo, Verdict, judge
 from defense_nc.verdict.calibration import read_calibrations
 from wm_eval.cli import main
 from wm_eval.detectors import HOUSE
@@ -64,7 +64,7 @@ def scan(
     for label, factor in (low or {}).items():
         scores[label] *= factor
     rates = (torch.arange(len(scores)) < reached).double()
-    subject = Subject(len(scores), 16, 1, "convolutional", 100)
+    subject = ModelInfo(len(scores), 16, 1, "convolutional", 100)
     report = judge(f"long-{detector}", scores, rates, floor=0.9, seed=seed, subject=subject)
     values = scan_values(report) | {
         "attack": attack,

@@ -37,7 +37,7 @@ def invert_all(bad: Tensor = IMAGES, targets: Any = None, **more: Any) -> object
 
 
 def scan(bad: Tensor = IMAGES, model: nn.Module = MODEL, **more: Any) -> object:
-    return nc.scan(model, bad, config=CONFIG, progress=False, **more)
+    return nc.NeuralCleanse(CONFIG).scan(model, bad, progress=False, **more)
 
 
 def unlearn(bad: Tensor = IMAGES, truth: Tensor = LABELS, trigger: Any = TRIGGER) -> object:
@@ -127,11 +127,11 @@ TABLE = Table(
             "no model": lambda _: nc.invert_triggers(print, IMAGES),  # type: ignore[arg-type]
             "checkpoint": lambda tmp: invert_all(checkpoint=write(tmp / "run")),
         },
-        "scan": {
+        "NeuralCleanse": {
             **images(scan),
             **labels(lambda bad: scan(labels=bad)),
-            "alpha": lambda _: scan(alpha=0.0),
-            "max_ratio": lambda _: scan(max_ratio=2.0),
+            "alpha": lambda _: nc.NeuralCleanse(alpha=0.0),
+            "max_ratio": lambda _: nc.NeuralCleanse(max_ratio=2.0),
             "no logits": lambda _: scan(model=FLAT),
             "no model": lambda _: scan(model=print),  # type: ignore[arg-type]
         },
@@ -171,6 +171,9 @@ TABLE = Table(
     },
     nothing={
         **nc_calibration.NOTHING,
+        "Detector": "a protocol",
+        "ScanInputs": "a result: open_scan fills it in",
+        "open_scan": "NeuralCleanse refuses through it",
         "AnomalyIndex": "a result: mad_index fills it in",
         "LabelScore": "a result: judge fills it in from scores that it has checked",
         "ScanReport": "a result: judge fills it in from scores that it has checked",

@@ -125,17 +125,11 @@ def _report(
     known: ImageSet,
     checkpoint: Path | None = None,
 ) -> ScanReport:
-    from defense_nc.scan import scan
+    from defense_nc.neural_cleanse import NeuralCleanse
 
-    return scan(
-        model,
-        known.images,
-        labels=known.labels,
-        config=args.scan,
-        alpha=args.alpha,
-        max_ratio=args.max_ratio,
-        seed=args.seed,
-        checkpoint=checkpoint,
+    detector = NeuralCleanse(args.scan, args.alpha, args.max_ratio)
+    return detector.scan(
+        model, known.images, labels=known.labels, seed=args.seed, checkpoint=checkpoint
     )
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from defense_nc.mitigator import Repaired, check_repair
+from defense_nc.mitigator import check_repair
 from defense_nc.neurons import put_trigger
+from defense_nc.protocols import Repaired
 from wm_inject.core.images import quantize
 from wm_inject.core.plan import Trigger
 from wm_victim.activations import last_linear, penultimate

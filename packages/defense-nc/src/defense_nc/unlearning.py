@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from defense_nc.fine_tune import Sgd, fine_tune, sgd_preset
-from defense_nc.mitigator import Repaired, check_repair, trainable
+from defense_nc.mitigator import check_repair, trainable
 from defense_nc.neurons import put_trigger
+from defense_nc.protocols import Repaired
 from wm_inject.core.images import quantize
 from wm_inject.core.plan import Trigger
 

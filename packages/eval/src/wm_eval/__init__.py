@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from wm_eval.config import StudyConfig as StudyConfig
     from wm_eval.config import VictimConfig as VictimConfig
     from wm_eval.config import load_study as load_study
-    from wm_eval.detectors import Detector as Detector
+    from wm_eval.detectors import DETECTORS as DETECTORS
     from wm_eval.detectors import detector as detector
     from wm_eval.experiment import StudyResult as StudyResult
     from wm_eval.experiment import run_study as run_study
@@ -77,7 +77,7 @@ _MODULES = {
     "cleaning.run": "run_cleaning",
     "cleaning.tables": "write_cleaning_tables",
     "config": "DataConfig DefenceConfig MeasureConfig StudyConfig VictimConfig load_study",
-    "detectors": "Detector detector",
+    "detectors": "DETECTORS detector",
     "experiment": "StudyResult run_study",
     "intervals": "Difference Interval exact_interval exact_lower exact_upper paired_difference"
     " wilson",

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
-import defense_nc
-import defense_reverse
 from wm_eval.config import StudyConfig, plain
+from wm_eval.detectors import detector
 from wm_eval.measure import (
     mark_values,
     metrics_values,
@@ -60,13 +59,7 @@ class NoTrigger(nn.Module):
         return images
 
 
-class Defence(NamedTuple):
-    """How a defence is run: the two defences differ in nothing else."""
-
-    scan: Callable[..., defense_nc.ScanReport]
-
-
-DEFENCES = {"nc": Defence(defense_nc.scan), "reverse": Defence(defense_reverse.scan)}
+DEFENCES = ("nc", "reverse")
 
 
 def describe_data(study: Study) -> Made:
@@ -217,12 +210,11 @@ def scan_victim(study: Study, defence: str, victim: str) -> Made:
     """Run one defence on one victim; keep what it found, and a picture for every label."""
     config, space = study.config, study.space
     mine = study.defender(config.defence.images)
-    report = DEFENCES[defence].scan(
+    rule = config.defence
+    scanner: Any = detector(defence, alpha=rule.alpha, max_ratio=rule.max_ratio)
+    report = replace(scanner, config=getattr(config, defence)).scan(
         study.victim(victim),
         mine.images,
-        config=getattr(config, defence),
-        alpha=config.defence.alpha,
-        max_ratio=config.defence.max_ratio,
         labels=mine.labels,
         seed=config.seed,
         progress=study.progress,

@@ -1,4 +1,4 @@
-"""Mitigations of others, each a `defense_nc.mitigator.Mitigator`."""
+"""Mitigations of others, each a `defense_nc.Mitigator`."""
 
 from defense_reverse.mitigations.anp import ANP
 from defense_reverse.mitigations.fine_pruning import FinePruning

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from defense_nc.mitigator import Repaired, batches, check_repair
+from defense_nc.mitigator import batches, check_repair
+from defense_nc.protocols import Repaired
 from wm_inject.core.plan import Trigger
 from wm_inject.core.presets import preset_of
 from wm_inject.core.progress import progress as show_progress

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from defense_nc.fine_tune import Sgd, fine_tune, sgd_preset
-from defense_nc.mitigator import Repaired, check_repair, trainable
+from defense_nc.mitigator import check_repair, trainable
+from defense_nc.protocols import Repaired
 from defense_reverse.mitigations.channels import ChannelMask, fold, mean_activations
 from wm_inject.core.plan import Trigger
 from wm_inject.core.progress import progress as show_progress

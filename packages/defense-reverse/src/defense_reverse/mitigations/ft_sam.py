@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from defense_nc.fine_tune import Closure, Sgd, fine_tune, sgd_preset
-from defense_nc.mitigator import Repaired, check_repair, trainable
+from defense_nc.mitigator import check_repair, trainable
+from defense_nc.protocols import Repaired
 from wm_inject.core.plan import Trigger
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

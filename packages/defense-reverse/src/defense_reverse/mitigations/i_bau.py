@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from defense_nc.mitigator import Repaired, batches, check_repair, trainable
+from defense_nc.mitigator import batches, check_repair, trainable
+from defense_nc.protocols import Repaired
 from defense_reverse.mitigations.hypergradient import hypergradient
 from wm_inject.core.plan import Trigger
 from wm_inject.core.presets import preset_of

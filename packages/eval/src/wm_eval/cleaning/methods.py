@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from defense_nc.mitigator import Mitigator
+    from defense_nc.protocols import Mitigator
 
 _UNLEARNING = "defense_nc.unlearning:Unlearning"
 # Where each lives, and what it is told beside the steps: Neural Cleanse puts its trigger on a fifth

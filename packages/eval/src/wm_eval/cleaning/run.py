@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from defense_nc.mitigator import Mitigator
+from defense_nc.protocols import Mitigator
 from wm_eval.attacks.config import CLEAN
 from wm_eval.attacks.run import SEARCHES, Task, planted
 from wm_eval.attacks.study import AttackStudy

@@ -7,13 +7,14 @@ unlearning leaves are files as well, so that every stage can be repeated from th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from defense_nc import ScanReport, Verdict
-from defense_nc.mitigator import Mitigator
+from defense_nc.protocols import Mitigator
 from wm_eval.attacks.config import CLEAN
 from wm_eval.attacks.study import AttackStudy
 from wm_eval.cleaning.config import RESCANNED, SCANNED_BY, CleaningConfig
@@ -227,16 +228,16 @@ def _scan(
     train = study.data.train
     mine = defender_subset(train, count=min(config.images, len(train)), seed=study.seed)
     mine = mine.to(study.device)
-    return find_detector(detector).scan(
+    settings: Any = find_detector(detector, alpha=config.alpha)
+    report: ScanReport = replace(settings, config=getattr(config, detector)).scan(
         model,
         mine.images,
-        config=getattr(config, detector),
-        alpha=config.alpha,
         labels=mine.labels,
         seed=study.seed,
         progress=study.progress,
         checkpoint=checkpoint,
     )
+    return report
 
 
 def _defender(study: AttackStudy, share: float) -> ImageSet:

@@ -78,7 +78,7 @@ class DetectConfig:
             raise ValueError(f"expected an attack in {', '.join(TABLE)}, got {self.attack!r}")
         _check_names("detectors", self.detectors, tuple(DETECTORS))
         for name in self.detectors:
-            DETECTORS[name].config(self.preset)
+            DETECTORS[name].preset(self.preset)
         inverting = (name for name in self.detectors if DETECTORS[name].inverts)
         _check_names("methods", self.cleaners, (FINE_TUNING, *inverting, NAD))
         for name, shares in (("share", (self.share,)), ("cleaning_shares", self.cleaning_shares)):

@@ -11,7 +11,7 @@ from wm_eval.attacks.config import CLEAN
 from wm_eval.attacks.gather import TITLES, Number
 from wm_eval.attacks.render import Page, write_page
 from wm_eval.attacks.spread import plus_minus
-from wm_eval.detectors import HOUSE
+from wm_eval.detectors import CALIBRATED
 from wm_eval.paper2.cells import detector_title, spread
 from wm_eval.paper2.plots import BLUE, INK, RED, new_figure, save_svg
 from wm_eval.paper2.summary import Scan, named
@@ -62,7 +62,7 @@ def index_page(out: str | Path) -> Page:
     headers = ("attack", "index", "index, lower median", "verdict", "named right", "ASR", "n")
     rows = tuple(_row(attack, mine) for attack, mine in _by_attack(scans).items())
     first = next(iter(scans.values()))
-    note = _NOTE.format(rule=_CALIBRATED if first["defence"] in HOUSE else _OWN)
+    note = _NOTE.format(rule=_CALIBRATED if first["defence"] in CALIBRATED else _OWN)
     table = Table("figure3", "Anomaly index by attack", headers, rows, note)
     about = f"{first['data']}; a defender with {first['n_images']} clean images."
     title = f"{detector_title(first['defence'])}: index by attack (watermark paper, figure 3)"

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from wm_eval.attacks.config import CLEAN
 from wm_eval.attacks.gather import TITLES
-from wm_eval.config import plain
 from wm_eval.detectors import detector
 from wm_eval.executors import HERE, Executor, Outcome, Turn, Unit, run_units
 from wm_eval.measure import scan_values
@@ -75,7 +74,7 @@ def scan_victims(
     if victims.resolve() == out.resolve():
         raise ValueError(f"expected another folder than that of the victims, got {out}")
     hardware(device)
-    settings = plain(detector(name).config(preset))
+    settings = dict(detector(name, preset).settings)
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     found = find_victims(victims)
     _loaded.cache_clear()
@@ -163,11 +162,10 @@ def _scan(
 ) -> Made:
     count = min(images, len(data.train))
     mine = defender_subset(data.train, count=count, seed=victim.seed).to(space.device)
-    report = detector(name).scan(
+    report = detector(name, preset).scan(
         load_classifier(victim.path).to(space.device).eval(),
         mine.images,
         labels=mine.labels,
-        preset=preset,
         seed=victim.seed,
         progress=progress,
         checkpoint=checkpoint,

@@ -245,7 +245,7 @@ def _scan(trial: Trial, name: str, detector: str) -> Iterator[Task]:
         "images": config.images,
         "share": config.share if config.images is None else None,
         "preset": config.preset,
-        "settings": plain(DETECTORS[detector].config(config.preset)),
+        "settings": dict(DETECTORS[detector].preset(config.preset).settings),
         "target": None if name == CLEAN else config.target,
     }
     yield Task(

@@ -53,14 +53,17 @@ def measure_victim(trial: Trial, name: str, _: Path) -> Made:
 def scan_victim(trial: Trial, name: str, detector: str, checkpoint: Path) -> Made:
     """One detector's look at one victim; the triggers it reversed are kept of the attacked one."""
     config, mine = trial.config, trial.defender()
-    report = DETECTORS[detector].scan(
-        trial.victim(name),
-        mine.images,
-        labels=mine.labels,
-        preset=config.preset,
-        seed=trial.seed,
-        progress=trial.study.progress,
-        checkpoint=checkpoint,
+    report = (
+        DETECTORS[detector]
+        .preset(config.preset)
+        .scan(
+            trial.victim(name),
+            mine.images,
+            labels=mine.labels,
+            seed=trial.seed,
+            progress=trial.study.progress,
+            checkpoint=checkpoint,
+        )
     )
     target = None if name == CLEAN else config.target
     values = scan_values(report) | {

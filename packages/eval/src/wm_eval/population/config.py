@@ -108,7 +108,7 @@ class PopulationConfig:
             if not _WORLD.fullmatch(name) or name == EVERYWHERE:
                 raise ValueError(f"expected lower-case names of worlds, got {name!r}")
         for name, preset in self.detectors.items():
-            detector(name).config(preset)
+            detector(name, preset)
         if self.images < 2:
             raise ValueError(f"expected at least 2 images, got {self.images}")
         check_rates(floor=self.floor, alpha=self.alpha)

@@ -15,7 +15,6 @@ from pathlib import Path
 from wm_eval.attacks.config import CLEAN
 from wm_eval.attacks.run import SEARCHES, Task, planted
 from wm_eval.attacks.study import AttackStudy, victim_file
-from wm_eval.config import plain
 from wm_eval.datasets import study_images
 from wm_eval.detectors import detector
 from wm_eval.executors import HERE, Executor, Outcome, Turn, Unit, run_units
@@ -147,7 +146,7 @@ class _World:
             settings = {
                 "images": self.config.images,
                 "half": half,
-                "detector": plain(detector(name).config(preset)),
+                "detector": dict(detector(name, preset).settings),
             }
             yield Task(
                 f"scan-{name}-{attack}-{seed}",
@@ -183,10 +182,9 @@ def scan_victim(
     data: Dataset = study.data
     model = load_classifier(study.space.path(victim_file("plain", attack, study.seed)))
     mine = defender_subset(data.train, count=images, seed=study.seed).to(study.device)
-    report = detector(name).scan(
+    report = detector(name, preset).scan(
         model.to(study.device),
         mine.images,
-        preset=preset,
         labels=mine.labels,
         seed=study.seed,
         progress=study.progress,

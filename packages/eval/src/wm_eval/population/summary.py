@@ -16,14 +16,14 @@ import torch
 from defense_nc import (
     Calibration,
     CleanModel,
-    Subject,
+    ModelInfo,
     Verdict,
     clean_model,
     fit_calibration,
     judge,
 )
 from wm_eval.attacks.config import CLEAN, TABLE
-from wm_eval.detectors import HOUSE
+from wm_eval.detectors import CALIBRATED
 from wm_eval.population.config import check_rates
 from wm_eval.population.counts import Judged, Row, Scan, count_rows
 from wm_eval.records import Record, read_records
@@ -125,11 +125,11 @@ def summarise(scans: Sequence[Scan], *, floor: float = 0.9, alpha: float = 0.05)
             judged[detector] = (*judged.get(detector, ()), *now)
     if not judged:
         raise _too_few(max(left_out.values()))
-    if judged.keys() >= set(HOUSE):
-        ours = {detector: judged[detector] for detector in HOUSE}
+    if judged.keys() >= set(CALIBRATED):
+        ours = {detector: judged[detector] for detector in CALIBRATED}
         shares = [
             [
-                _judge(j.scan, calibrations[detector, _classes(j.scan)], alpha / len(HOUSE))
+                _judge(j.scan, calibrations[detector, _classes(j.scan)], alpha / len(CALIBRATED))
                 for j in group
             ]
             for detector, group in ours.items()
@@ -146,7 +146,7 @@ def summarise(scans: Sequence[Scan], *, floor: float = 0.9, alpha: float = 0.05)
 
 def house_first(detectors: Iterable[str]) -> list[str]:
     """Different names of detectors, those of this house before all others."""
-    return sorted(set(detectors), key=lambda name: (name not in HOUSE, name))
+    return sorted(set(detectors), key=lambda name: (name not in CALIBRATED, name))
 
 
 def _too_few(count: int) -> ValueError:
@@ -179,7 +179,7 @@ def _clean(scan: Scan) -> CleanModel | None:
         _column(scan, "score"),
         _column(scan, "success_rate"),
         floor=values["floor"],
-        subject=Subject(**values["subject"]),
+        subject=ModelInfo(**values["subject"]),
         dataset=values["data"],
         arch=values["model"],
         name=f"{scan.world}/{scan.name}",
@@ -194,7 +194,7 @@ def _judge(scan: Scan, calibration: Calibration, alpha: float) -> Judged:
         floor=scan.values["floor"],
         alpha=alpha,
         calibration=calibration,
-        subject=Subject(**scan.values["subject"]),
+        subject=ModelInfo(**scan.values["subject"]),
         seed=scan.values["seed"],
     )
     return Judged(

@@ -10,7 +10,7 @@ from typing import Any
 
 from wm_eval.attacks.config import CLEAN
 from wm_eval.attacks.gather import TITLES
-from wm_eval.detectors import DETECTORS, HOUSE
+from wm_eval.detectors import CALIBRATED, DETECTORS
 from wm_eval.population.config import EVERYWHERE
 from wm_eval.population.counts import Rate, Row
 from wm_eval.population.plan import coverage_table
@@ -186,15 +186,15 @@ def _group(found: Population, name: str, classes: int) -> str:
 
 def _titles(found: Population) -> dict[str, str]:
     """What detectors are called. All together are those of this house, whoever else is there."""
-    names = (*HOUSE, *found.judged, *(name for name, _ in found.left_out))
+    names = (*CALIBRATED, *found.judged, *(name for name, _ in found.left_out))
     titles = {name: DETECTORS[name].title if name in DETECTORS else name for name in names}
-    pair = " + ".join(titles[name] for name in HOUSE)
+    pair = " + ".join(titles[name] for name in CALIBRATED)
     return titles | {TOGETHER: f"{pair if _rivals(found) else 'all detectors'} (Bonferroni)"}
 
 
 def _rivals(found: Population) -> set[str]:
     """Detectors that are not of this house, judged or not."""
-    return {*found.judged, *(name for name, _ in found.left_out)} - {*HOUSE, TOGETHER}
+    return {*found.judged, *(name for name, _ in found.left_out)} - {*CALIBRATED, TOGETHER}
 
 
 def _attack(name: str) -> str:
