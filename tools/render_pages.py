@@ -7,13 +7,14 @@ the pages to them. A page is written by hand down to its marker, and by this too
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from defense_nc import Sgd
 from wm_eval.records import write_text
 from wm_eval.render import Table, to_markdown
 from wm_eval.titles import method_title
@@ -47,6 +48,7 @@ class Settings(NamedTuple):
 _T, _R = "wm_inject.triggers", "defense_reverse.mitigations"
 _PROFILES = ("tiny", "small", "paper")
 _SIZES = ("small", "paper")
+_MITIGATION = ("fast", "paper")
 ATTACK_PAGES: dict[str, tuple[Settings, ...]] = {
     "badnets": (Settings(f"{_T}.badnets:BadNetsTrigger"),),
     "blend": (Settings(f"{_T}.blend:BlendTrigger"),),
@@ -90,18 +92,18 @@ DETECTOR_PAGES: dict[str, tuple[str, tuple[Settings, ...]]] = {
 METHOD_PAGES = {
     "unlearning": (
         ("unlearning-nc", "unlearning-reverse", "control", "control-nc"),
-        Settings("defense_reverse:Unlearning", ("small", "paper", "nc")),
+        Settings("defense_nc:Unlearning", ("fast", "paper", "nc", "reverse")),
     ),
     "neuron-pruning": (("neuron-pruning",), Settings("defense_nc:NeuronPruning")),
     "fine-tuning": (
         ("fine-tuning", "control"),
-        Settings("defense_reverse:FineTuning", ("small", "paper", "reverse")),
+        Settings("defense_reverse:FineTuning", ("fast", "paper", "reverse")),
     ),
-    "fine-pruning": (("fine-pruning",), Settings("defense_reverse:FinePruning", _SIZES)),
-    "nad": (("nad",), Settings("defense_reverse:NAD", _SIZES)),
-    "anp": (("anp",), Settings("defense_reverse:ANP", _SIZES)),
-    "i-bau": (("i-bau",), Settings("defense_reverse:IBAU", _SIZES)),
-    "ft-sam": (("ft-sam",), Settings("defense_reverse:FTSAM", (*_SIZES, "paper-gtsrb"))),
+    "fine-pruning": (("fine-pruning",), Settings("defense_reverse:FinePruning", _MITIGATION)),
+    "nad": (("nad",), Settings("defense_reverse:NAD", _MITIGATION)),
+    "anp": (("anp",), Settings("defense_reverse:ANP", _MITIGATION)),
+    "i-bau": (("i-bau",), Settings("defense_reverse:IBAU", _MITIGATION)),
+    "ft-sam": (("ft-sam",), Settings("defense_reverse:FTSAM", (*_MITIGATION, "paper-gtsrb"))),
 }
 IMAGE_PAGES = {
     "strip": Settings("defense_nc:Strip", _SIZES),
@@ -140,14 +142,23 @@ def settings_table(settings: Settings) -> Table:
     module, _, name = settings.where.partition(":")
     kind = getattr(import_module(module), name)
     defaults = dict(_defaults(kind))
-    presets = [kind.preset(preset) for preset in settings.presets]
+    presets = [dict(_flat(vars(kind.preset(preset)))) for preset in settings.presets]
     headers = ("setting", *(settings.presets or ("default",)))
     rows = tuple(
-        (f"`{key}`", *([_text(getattr(p, key)) for p in presets] or [_text(default)]))
-        for key, default in defaults.items()
+        (f"`{key}`", *([_text(p[key]) for p in presets] or [_text(default)]))
+        for key, default in _flat(defaults)
     )
     title = f"{name} ({module.partition('.')[0]})"
     return Table(name, title, headers, rows)
+
+
+def _flat(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The settings, with those of SGD among them."""
+    for key, value in settings.items():
+        if isinstance(value, Sgd):
+            yield from vars(value).items()
+        else:
+            yield key, value
 
 
 def _defaults(kind: type) -> Iterator[tuple[str, Any]]:

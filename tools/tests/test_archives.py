@@ -124,9 +124,10 @@ Change = Callable[[dict[str, bytes]], object]
 INFO = "toy_box-0.3.0.dist-info"
 
 
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
+def test_what_is_wrong_inside_a_wheel_is_named(
+    box: members.Package, tmp_path: Path, subtests: pytest.Subtests
+) -> None:
+    for change, expected in [
         (lambda f: f.update({"toy_box/tests/test_x.py": b""}), "does not belong in a wheel"),
         (lambda f: f.update({"other/__init__.py": b""}), "other/__init__.py lies outside toy_box"),
         (lambda f: f.pop("toy_box/py.typed"), "toy_box/py.typed is missing"),
@@ -150,16 +151,13 @@ INFO = "toy_box-0.3.0.dist-info"
             lambda f: f.update({f"{INFO}/METADATA": METADATA.replace("toy-base", "x").encode()}),
             "metadata: toy-base is not required",
         ),
-    ],
-)
-def test_what_is_wrong_inside_a_wheel_is_named(
-    box: members.Package, tmp_path: Path, change: Change, expected: str
-) -> None:
-    files = good_wheel(box)
-    change(files)
-    found = archives.wheel_problems(zipped(tmp_path / "bad.whl", files), box, LICENCE)
-    assert found and all(line.startswith("bad.whl: ") for line in found)
-    assert any(expected in line for line in found), found
+    ]:
+        with subtests.test(change=change, expected=expected):
+            files = good_wheel(box)
+            change(files)
+            found = archives.wheel_problems(zipped(tmp_path / "bad.whl", files), box, LICENCE)
+            assert found and all(line.startswith("bad.whl: ") for line in found)
+            assert any(expected in line for line in found), found
 
 
 def test_a_wheel_that_names_a_folder_of_the_machine(box: members.Package, tmp_path: Path) -> None:
@@ -186,9 +184,10 @@ def test_an_sdist_as_it_should_be(box: members.Package, tmp_path: Path) -> None:
     assert archives.sdist_problems(sdist, box) == []
 
 
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
+def test_what_is_wrong_inside_an_sdist_is_named(
+    box: members.Package, tmp_path: Path, subtests: pytest.Subtests
+) -> None:
+    for change, expected in [
         (lambda f: f.pop("LICENSE"), "LICENSE is missing"),
         (lambda f: f.pop("src/toy_box/py.typed"), "src/toy_box/py.typed is missing"),
         (lambda f: f.pop("src/toy_box/weights/toy.safetensors"), "toy.safetensors is missing"),
@@ -196,15 +195,12 @@ def test_an_sdist_as_it_should_be(box: members.Package, tmp_path: Path) -> None:
         (lambda f: f.update({"tests/__pycache__/a.pyc": b""}), "a.pyc does not belong"),
         (lambda f: f.update({"tests/.hypothesis/x": b""}), ".hypothesis/x does not belong"),
         (lambda f: f.update({"../outside": b""}), "does not belong"),
-    ],
-)
-def test_what_is_wrong_inside_an_sdist_is_named(
-    box: members.Package, tmp_path: Path, change: Change, expected: str
-) -> None:
-    files = good_sdist(box)
-    change(files)
-    found = archives.sdist_problems(tarred(tmp_path / "bad.tar.gz", box.stem, files), box)
-    assert any(expected in line for line in found), found
+    ]:
+        with subtests.test(change=change, expected=expected):
+            files = good_sdist(box)
+            change(files)
+            found = archives.sdist_problems(tarred(tmp_path / "bad.tar.gz", box.stem, files), box)
+            assert any(expected in line for line in found), found
 
 
 def test_an_sdist_with_another_top_or_a_link(box: members.Package, tmp_path: Path) -> None:

@@ -125,9 +125,10 @@ def test_a_record_is_completed_in_part_and_never_mixed(
     assert "of this machine and these versions" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
+def test_a_bad_baseline_is_refused_before_anything_runs(
+    tmp_path: Path, runs: Runs, capsys: pytest.CaptureFixture[str], subtests: pytest.Subtests
+) -> None:
+    for text, message in [
         (None, "found no"),
         ("{", "expected JSON"),
         ("[]", "of format wm-bench-1 in bad.json, got list"),
@@ -136,23 +137,21 @@ def test_a_record_is_completed_in_part_and_never_mixed(
         ('{"format": "wm-bench-1", "fractions": {"a": "fast"}}', "share > 0 for a, got 'fast'"),
         ('{"format": "wm-bench-1", "fractions": {"a": 0}}', "share > 0 for a, got 0"),
         ('{"format": "wm-bench-1", "fractions": {"a": NaN}}', "share > 0 for a, got nan"),
-    ],
-)
-def test_a_bad_baseline_is_refused_before_anything_runs(
-    tmp_path: Path, runs: Runs, capsys: pytest.CaptureFixture[str], text: str | None, message: str
-) -> None:
-    path = tmp_path / "bad.json"
-    if text is not None:
-        path.write_text(text)
-    asked = runs()
-    assert bench.main(["--baseline", str(path)]) == 2
-    assert asked == [] and message in capsys.readouterr().err
+    ]:
+        with subtests.test(text=text, message=message):
+            path = tmp_path / "bad.json"
+            if text is not None:
+                path.write_text(text)
+            asked = runs()
+            assert bench.main(["--baseline", str(path)]) == 2
+            assert asked == [] and message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("bad", [{}, {"benchmarks": None}, [], report(a=-1.0)])
-def test_a_bad_report_is_refused(bad: Any) -> None:
-    with pytest.raises(ValueError, match="expected a"):
-        bench.fractions(bad)
+def test_a_bad_report_is_refused(subtests: pytest.Subtests) -> None:
+    wrong: list[Any] = [{}, {"benchmarks": None}, [], report(a=-1.0)]
+    for bad in wrong:
+        with subtests.test(bad=bad), pytest.raises(ValueError, match="expected a"):
+            bench.fractions(bad)
 
 
 def test_a_run_that_fails_is_no_result(

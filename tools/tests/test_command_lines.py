@@ -87,54 +87,62 @@ def inner(outer: argparse.ArgumentParser) -> Any:
 
 
 COMMANDS = dict(commands())
-each_command = pytest.mark.parametrize("name", COMMANDS)
 
 
 def options(one: argparse.ArgumentParser) -> set[str]:
     return set(one._option_string_actions)
 
 
-@pytest.mark.parametrize("name", PARSERS)
-def test_every_command_line_opens_alike(name: str) -> None:
-    outer = PARSERS[name]
-    assert outer.prog == name and inner(outer).metavar == "COMMAND" and inner(outer).required
-    assert {"--version", "--completion", "--help"} <= options(outer)
-    assert str(outer.epilog).startswith("examples:\n") and outer.description
-    assert f"  {name} " in str(outer.epilog)
+def test_every_command_line_opens_alike(subtests: pytest.Subtests) -> None:
+    for name in PARSERS:
+        with subtests.test(name=name):
+            outer = PARSERS[name]
+            assert (
+                outer.prog == name and inner(outer).metavar == "COMMAND" and inner(outer).required
+            )
+            assert {"--version", "--completion", "--help"} <= options(outer)
+            assert str(outer.epilog).startswith("examples:\n") and outer.description
+            assert f"  {name} " in str(outer.epilog)
 
 
-@each_command
-def test_every_command_takes_the_common_options(name: str) -> None:
-    assert {"--version", "--help", "--device", "--seed"} <= options(COMMANDS[name])
+def test_every_command_takes_the_common_options(subtests: pytest.Subtests) -> None:
+    for name in COMMANDS:
+        with subtests.test(name=name):
+            assert {"--version", "--help", "--device", "--seed"} <= options(COMMANDS[name])
 
 
-@each_command
-def test_every_command_shows_examples_of_itself(name: str) -> None:
-    epilog = str(COMMANDS[name].epilog)
-    assert epilog.startswith("examples:\n") and f"  {name} " in epilog
+def test_every_command_shows_examples_of_itself(subtests: pytest.Subtests) -> None:
+    for name in COMMANDS:
+        with subtests.test(name=name):
+            epilog = str(COMMANDS[name].epilog)
+            assert epilog.startswith("examples:\n") and f"  {name} " in epilog
 
 
-@each_command
-def test_every_command_says_what_it_does(name: str) -> None:
-    assert str(COMMANDS[name].description).endswith((".", "?"))
+def test_every_command_says_what_it_does(subtests: pytest.Subtests) -> None:
+    for name in COMMANDS:
+        with subtests.test(name=name):
+            assert str(COMMANDS[name].description).endswith((".", "?"))
 
 
-@each_command
-def test_every_option_says_what_it_is(name: str) -> None:
-    silent = [a.dest for a in COMMANDS[name]._actions if not a.help]
-    assert silent == []
+def test_every_option_says_what_it_is(subtests: pytest.Subtests) -> None:
+    for name in COMMANDS:
+        with subtests.test(name=name):
+            silent = [a.dest for a in COMMANDS[name]._actions if not a.help]
+            assert silent == []
 
 
-@each_command
-def test_what_prints_figures_writes_json(name: str) -> None:
-    assert ("--json" in options(COMMANDS[name])) != (name in NO_JSON)
+def test_what_prints_figures_writes_json(subtests: pytest.Subtests) -> None:
+    for name in COMMANDS:
+        with subtests.test(name=name):
+            assert ("--json" in options(COMMANDS[name])) != (name in NO_JSON)
 
 
-@each_command
-def test_settings_come_from_a_file_and_print_themselves(name: str) -> None:
-    taken = options(COMMANDS[name])
-    assert ("--config" in taken) == (name in CONFIG)
-    assert ("--print-config" in taken) == (name in CONFIG | PRINT_ONLY)
+def test_settings_come_from_a_file_and_print_themselves(subtests: pytest.Subtests) -> None:
+    for name in COMMANDS:
+        with subtests.test(name=name):
+            taken = options(COMMANDS[name])
+            assert ("--config" in taken) == (name in CONFIG)
+            assert ("--print-config" in taken) == (name in CONFIG | PRINT_ONLY)
 
 
 @pytest.mark.parametrize("name", [n for n in PARSERS if not n.startswith("defense")])

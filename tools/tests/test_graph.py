@@ -24,28 +24,31 @@ def test_a_copy_of_the_house_holds(house: Path) -> None:
     assert violations(house) == []
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
+def test_an_import_up_the_graph_is_named_with_its_line(
+    house: Path, subtests: pytest.Subtests
+) -> None:
+    for line in [
         "import wm_victim",
         "from wm_victim.models import build_classifier",
         "def later() -> None:\n    import wm_victim as victim",
         "import importlib\nimportlib.import_module('wm_victim.models')",
-    ],
-)
-def test_an_import_up_the_graph_is_named_with_its_line(house: Path, line: str) -> None:
-    module = house / "packages" / "wm-extract" / "src" / "wm_extract" / "unet.py"
-    module.write_text(f"{line}\n")
-    (found,) = violations(house)
-    assert found.startswith("packages/wm-extract/src/wm_extract/unet.py:")
-    assert found.endswith("wm_extract may not import wm_victim")
+    ]:
+        with subtests.test(line=line):
+            module = house / "packages" / "wm-extract" / "src" / "wm_extract" / "unet.py"
+            module.write_text(f"{line}\n")
+            (found,) = violations(house)
+            assert found.startswith("packages/wm-extract/src/wm_extract/unet.py:")
+            assert found.endswith("wm_extract may not import wm_victim")
 
 
-@pytest.mark.parametrize("name", ["eval", "victim", "tools.release"])
-def test_folder_names_and_tools_are_not_imported(house: Path, name: str) -> None:
-    (house / "packages" / "eval" / "src" / "wm_eval" / "cli.py").write_text(f"import {name}\n")
-    (found,) = violations(house)
-    assert f"wm_eval may not import {name.partition('.')[0]}" in found
+def test_folder_names_and_tools_are_not_imported(house: Path, subtests: pytest.Subtests) -> None:
+    for name in ["eval", "victim", "tools.release"]:
+        with subtests.test(name=name):
+            (house / "packages" / "eval" / "src" / "wm_eval" / "cli.py").write_text(
+                f"import {name}\n"
+            )
+            (found,) = violations(house)
+            assert f"wm_eval may not import {name.partition('.')[0]}" in found
 
 
 def test_tests_keep_the_graph_too(house: Path) -> None:

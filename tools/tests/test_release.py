@@ -32,11 +32,10 @@ def test_the_workspace_could_be_released() -> None:
     assert release.problems() == []
 
 
-@pytest.mark.parametrize(
-    ("part", "expected"), [("major", "2.0.0"), ("minor", "1.3.0"), ("patch", "1.2.4")]
-)
-def test_next_version(part: str, expected: str) -> None:
-    assert release.next_version(Version("1.2.3"), part) == Version(expected)
+def test_next_version(subtests: pytest.Subtests) -> None:
+    for part, expected in [("major", "2.0.0"), ("minor", "1.3.0"), ("patch", "1.2.4")]:
+        with subtests.test(part=part, expected=expected):
+            assert release.next_version(Version("1.2.3"), part) == Version(expected)
 
 
 def test_next_version_refuses_another_part() -> None:
@@ -90,9 +89,8 @@ def test_bump_refuses_when_there_is_nothing_to_tell(house: Path) -> None:
     assert member(house, "wm-eval").version == Version("0.1.1")
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
+def test_check_names_a_bad_changelog(house: Path, subtests: pytest.Subtests) -> None:
+    for text, message in [
         ("# history\n\n## 0.1.0 - 2031-05-04\n", "expected '## Unreleased' as the first heading"),
         ("## Unreleased\n\n## 0.1.0\n", "expected '## X.Y.Z - YYYY-MM-DD', got '## 0.1.0'"),
         ("## Unreleased\n\n## 0.3.0 - 2031-05-04\n", "newest is 0.3.0, the source says 0.1.0"),
@@ -100,13 +98,12 @@ def test_bump_refuses_when_there_is_nothing_to_tell(house: Path) -> None:
             "## Unreleased\n\n## 0.1.0 - 2031-05-04\n\n## 0.2.0 - 2031-05-04\n",
             "expected versions from new to old",
         ),
-    ],
-)
-def test_check_names_a_bad_changelog(house: Path, text: str, message: str) -> None:
-    member(house, "wm-extract").changelog.write_text(text)
-    (found,) = release.problems(house)
-    assert found.startswith("wm-extract: CHANGELOG.md")
-    assert message in found
+    ]:
+        with subtests.test(text=text, message=message):
+            member(house, "wm-extract").changelog.write_text(text)
+            (found,) = release.problems(house)
+            assert found.startswith("wm-extract: CHANGELOG.md")
+            assert message in found
 
 
 def test_check_names_a_sibling_range_that_lags(house: Path) -> None:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
-from defense_nc import NCConfig, ScanReport, invert_trigger, scan
+from defense_nc import NCConfig, NeuralCleanse, ScanReport, invert_trigger
 from wm_inject.core.files import write_json
 from wm_inject.core.plan import PoisonPlan
 from wm_inject.triggers import BadNetsTrigger
@@ -42,8 +42,8 @@ from wm_victim.inference import frozen
 pytestmark = pytest.mark.bench
 
 ROUNDS = 7
-CONFIG = NCConfig(
-    steps=2, batches=8, batch_size=32, early_stop=False, race=False, precision="float32"
+CONFIG = NCConfig.preset(
+    "robust", steps=2, batches=8, batch_size=32, early_stop=False, race=False, precision="float32"
 )
 TARGET = 0
 _APART: dict[str, dict[str, Any]] = {
@@ -161,7 +161,7 @@ def factors(preset: str, rounds: int) -> dict[str, Any]:
 
 
 def _scan(model: nn.Module, known: ImageSet, config: NCConfig) -> ScanReport:
-    return scan(model, known.images, labels=known.labels, config=config, progress=False)
+    return NeuralCleanse(config).scan(model, known.images, labels=known.labels, progress=False)
 
 
 def _mask(report: ScanReport) -> Tensor:

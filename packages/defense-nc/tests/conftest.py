@@ -9,9 +9,9 @@ import torch
 
 from defense_nc.verdict.calibrate import fit_calibration
 from defense_nc.verdict.calibration import CleanModel
-from defense_nc.verdict.model_info import Subject
+from defense_nc.verdict.model_info import ModelInfo
 
-SUBJECT = Subject(classes=10, image_size=32, channels=3, network="convolutional", images=500)
+SUBJECT = ModelInfo(classes=10, image_size=32, channels=3, network="convolutional", images=500)
 
 
 def _drawn(generator, count, noise):

@@ -1,12 +1,11 @@
 """The command: what it prints, writes and exits with, and what it refuses."""
 
 import json
-import sys
 
 import pytest
 import torch
 
-from defense_nc import InvertedTrigger, batched, judge
+from defense_nc import InvertedTrigger, NeuralCleanse, batched, judge
 from defense_nc.cli import main
 from defense_nc.schedule import PRESETS
 from wm_inject.runtime import Poisoner, Scanner
@@ -33,20 +32,20 @@ def scores(monkeypatch):
     mask, pattern = torch.zeros(1, 28, 28), torch.ones(1, 28, 28)
     mask[:, :5, :5] = 1
 
-    def scan(model, images, *, seed, alpha, max_ratio, **_):
+    def scan(self, model, images, *, seed, **_):
         trigger = InvertedTrigger(mask, pattern)
         return judge(
             "neural-cleanse",
             torch.tensor(found),
             torch.ones(len(found)),
             floor=0.9,
-            alpha=alpha,
-            max_ratio=max_ratio,
+            alpha=self.alpha,
+            max_ratio=self.max_ratio,
             triggers=dict.fromkeys(range(10), trigger),
             seed=seed,
         )
 
-    monkeypatch.setattr(sys.modules["defense_nc.scan"], "scan", scan)
+    monkeypatch.setattr(NeuralCleanse, "scan", scan)
     return found
 
 
@@ -109,7 +108,9 @@ def test_max_ratio_is_passed_on(classifier, scores):
 
 
 def test_a_real_scan_runs_to_the_end(classifier, capsys, monkeypatch):
-    monkeypatch.setitem(PRESETS, "fast", {"steps": 1, "batches": 1, "batch_size": 4})
+    monkeypatch.setitem(
+        PRESETS, "fast", {**PRESETS["robust"], "steps": 1, "batches": 1, "batch_size": 4}
+    )
     options = ["--images", 20, "--preset", "fast", "--device", "cpu"]
     # Fresh weights reach no label in one step: there is nothing to compare.
     assert run("scan", classifier, "--data", "digits", *options) == 2
@@ -209,7 +210,9 @@ def test_unlearn_cleans_nothing_that_the_scan_did_not_name(classifier, scores, t
 
 
 def test_force_cleans_any_label_without_a_scan(classifier, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(PRESETS, "fast", {"steps": 1, "batches": 1, "batch_size": 4})
+    monkeypatch.setitem(
+        PRESETS, "fast", {**PRESETS["robust"], "steps": 1, "batches": 1, "batch_size": 4}
+    )
     out = tmp_path / "cleaned.safetensors"
     options = ["--data", "digits", "--images", 40, "--preset", "fast", "--out", out, "--force"]
     assert run("unlearn", classifier, *options, "--recipe", "paper") == 1

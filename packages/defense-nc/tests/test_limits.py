@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from defense_nc import NCConfig, Verdict, judge, scan
+from defense_nc import NCConfig, NeuralCleanse, Verdict, judge
 from defense_nc.verdict import calibration as shipped
-from defense_nc.verdict.model_info import Subject, describe_subject
+from defense_nc.verdict.model_info import ModelInfo, describe_model
 from defense_nc.verdict.report import judge_scan
 from wm_victim.planted import planted_classifier, planted_images
 
-SUBJECT = Subject(classes=10, image_size=32, channels=3, network="convolutional", images=500)
+SUBJECT = ModelInfo(classes=10, image_size=32, channels=3, network="convolutional", images=500)
 
 CLEAN = torch.linspace(3.3, 3.7, 10).double()
 FAST = NCConfig.preset("fast")
@@ -174,13 +174,13 @@ class Compiled(nn.Module):
 )
 def test_the_kind_of_network_is_read_off_its_layers(part, network):
     model = nn.ModuleList([part])
-    found = describe_subject(model, torch.zeros(5, 3, 8, 12), classes=7)
-    assert found == Subject(7, 12, 3, network, 5)
+    found = describe_model(model, torch.zeros(5, 3, 8, 12), classes=7)
+    assert found == ModelInfo(7, 12, 3, network, 5)
 
 
 def test_the_number_of_classes_is_asked_of_the_model(data):
     model = planted_classifier().train()
-    assert describe_subject(model, data.images) == Subject(10, 16, 3, "convolutional", 200)
+    assert describe_model(model, data.images) == ModelInfo(10, 16, 3, "convolutional", 200)
     assert model.training
 
 
@@ -211,7 +211,7 @@ def test_judge_scan_finds_the_calibration_of_its_settings(calibration, data, mon
 def test_a_class_bound_trigger_is_not_seen_and_the_report_says_so(kind, data):
     """The fixtures' tests show that these backdoors work; Neural Cleanse reverses none of them."""
     model = planted_classifier(kind, target=3)
-    report = scan(model, data.images, labels=data.labels, config=FAST, progress=False)
+    report = NeuralCleanse(FAST).scan(model, data.images, labels=data.labels, progress=False)
     assert report.suspected == ()
     own = rejudged(report)
     assert own.verdict is Verdict.CLEAN and own.suspected == ()
@@ -222,7 +222,7 @@ def test_a_class_bound_trigger_is_not_seen_and_the_report_says_so(kind, data):
 def test_several_planted_targets_are_named(calibration, data):
     """By a calibration; the scan's own scores do not suffice, as the targets hide each other."""
     model = planted_classifier("several", target=3)
-    report = scan(model, data.images, labels=data.labels, config=FAST, progress=False)
+    report = NeuralCleanse(FAST).scan(model, data.images, labels=data.labels, progress=False)
     calibrated = rejudged(report, calibration=calibration)
     assert calibrated.suspected == (3, 4, 5)
     assert calibrated.verdict is Verdict.BACKDOORED
@@ -242,4 +242,4 @@ def test_refused_subjects(change, message):
     with pytest.raises(ValueError, match=message):
         replace(SUBJECT, **change)
     with pytest.raises(ValueError, match="shape"):
-        describe_subject(nn.Linear(2, 2), torch.zeros(3, 8), classes=2)
+        describe_model(nn.Linear(2, 2), torch.zeros(3, 8), classes=2)

@@ -140,7 +140,7 @@ def test_the_given_model_stays_bit_identical_and_the_same_again(data):
 def test_presets_and_refused_settings():
     assert NeuronPruning.preset("paper") == NeuronPruning.preset() == NeuronPruning()
     assert (NeuronPruning().cap, NeuronPruning().name) == (0.3, "neuron-pruning")
-    assert NeuronPruning.preset("small", cap=0.1).cap == 0.1
+    assert NeuronPruning.preset("fast", cap=0.1).cap == 0.1
     with pytest.raises(ValueError, match="preset"):
         NeuronPruning.preset("slow")
     for wrong in ({"cap": 0.0}, {"cap": 1.1}, {"success_rate": 1.0}, {"success_rate": -0.1}):

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from defense_nc import NCConfig, Verdict, invert_trigger, scan
+from defense_nc import NCConfig, NeuralCleanse, Verdict, invert_trigger
 from wm_inject.core.images import quantize
+from wm_inject.core.resume import ResumeFile
 from wm_victim.planted import planted_classifier, planted_images, planted_trigger
 
 TARGET = 3
@@ -26,7 +27,7 @@ def data():
 
 def scanned(kind, data):
     model = planted_classifier(kind, target=TARGET)
-    return scan(model, data.images, labels=data.labels, config=FAST, progress=False)
+    return NeuralCleanse(FAST).scan(model, data.images, labels=data.labels, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def test_the_planted_patch_is_named(backdoored):
 def test_a_model_smaller_than_the_calibrated_ones_is_told_so(data):
     """The calibrated preset does not state an error rate where none was measured."""
     model = planted_classifier("patch", target=TARGET)
-    report = scan(model, data.images, labels=data.labels, progress=False)
+    report = NeuralCleanse().scan(model, data.images, labels=data.labels, progress=False)
     assert report.config["name"] == "fast" and not report.calibrated
     assert report.verdict is Verdict.INCONCLUSIVE and "16" in report.reason
     assert report.suspected == (TARGET,)
@@ -93,7 +94,7 @@ def test_the_report_holds_everything(backdoored, data):
     assert sum(left is None for left in backdoored.config["race_log"]["left_at"]) <= 6
     json.dumps(backdoored.to_dict(), allow_nan=False)
     assert math.isfinite(backdoored.paper_index)
-    assert backdoored.to_dict()["verdict"] == "backdoored"
+    assert str(backdoored.verdict) == backdoored.to_dict()["verdict"] == "backdoored"
 
 
 def test_the_model_comes_back_as_it_was(data):
@@ -101,7 +102,7 @@ def test_the_model_comes_back_as_it_was(data):
     model.body[1].eval()
     model.gain.requires_grad_(False)
     state = copy.deepcopy(model.state_dict())
-    scan(model, data.images, config=TINY, progress=False, device="cpu")
+    NeuralCleanse(TINY).scan(model, data.images, progress=False, device="cpu")
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert model.training and not model.body[1].training
     assert not model.gain.requires_grad and model.body[0].weight.requires_grad
@@ -110,16 +111,16 @@ def test_the_model_comes_back_as_it_was(data):
 def test_same_seed_same_report_and_no_labels_needed(data):
     model = planted_classifier("patch", num_classes=4)
     images = planted_images(60, num_classes=4).images
-    first = scan(model, images, config=TINY, seed=2, progress=False)
-    assert first == scan(model, images, config=TINY, seed=2, progress=False)
-    assert first != scan(model, images, config=TINY, seed=3, progress=False)
+    first = NeuralCleanse(TINY).scan(model, images, seed=2, progress=False)
+    assert first == NeuralCleanse(TINY).scan(model, images, seed=2, progress=False)
+    assert first != NeuralCleanse(TINY).scan(model, images, seed=3, progress=False)
     assert first.seed == 2
 
 
 def test_two_classes_cannot_be_compared():
     data = planted_images(40, num_classes=2)
     model = planted_classifier("patch", num_classes=2)
-    report = scan(model, data.images, labels=data.labels, config=TINY, progress=False)
+    report = NeuralCleanse(TINY).scan(model, data.images, labels=data.labels, progress=False)
     assert report.verdict is Verdict.INCONCLUSIVE
 
 
@@ -128,8 +129,8 @@ def test_one_label_at_a_time_is_still_there(data):
     model = planted_classifier("patch", num_classes=4, target=1)
     images = planted_images(60, num_classes=4).images
     exact = NCConfig.preset("fast", steps=14, race=False, precision="float32")
-    stacked = scan(model, images, config=exact, progress=False)
-    single = scan(model, images, config=replace(exact, engine="single"), progress=False)
+    stacked = NeuralCleanse(exact).scan(model, images, progress=False)
+    single = NeuralCleanse(replace(exact, engine="single")).scan(model, images, progress=False)
     scores = [[label.score for label in report.labels] for report in (stacked, single)]
     assert scores[0] == pytest.approx(scores[1], rel=1e-2)
     assert stacked.suspected == single.suspected and stacked.verdict is single.verdict
@@ -137,12 +138,31 @@ def test_one_label_at_a_time_is_still_there(data):
 
 def test_a_checkpoint_changes_nothing_and_is_gone_afterwards(data, tmp_path):
     model, path = planted_classifier("patch"), tmp_path / "scan.safetensors"
-    kept = scan(model, data.images, config=TINY, progress=False, checkpoint=path)
-    assert kept == scan(model, data.images, config=TINY, progress=False)
+    kept = NeuralCleanse(TINY).scan(model, data.images, progress=False, checkpoint=path)
+    assert kept == NeuralCleanse(TINY).scan(model, data.images, progress=False)
     assert not path.exists()
-    single = NCConfig.preset("reference", steps=1, batches=1)
-    with pytest.raises(ValueError, match="checkpoint"):
-        scan(model, data.images, config=single, progress=False, checkpoint=path)
+
+
+def test_one_label_at_a_time_continues_from_its_checkpoint(tmp_path, monkeypatch):
+    model = planted_classifier("patch", num_classes=4)
+    images, path = planted_images(60, num_classes=4).images, tmp_path / "scan.safetensors"
+    detector = NeuralCleanse.preset("reference", steps=2, batches=1)
+    whole = detector.scan(model, images, progress=False)
+    save = ResumeFile.save
+
+    def killed(self, state):
+        save(self, state)
+        if len(state) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ResumeFile, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        detector.scan(model, images, progress=False, checkpoint=path)
+    monkeypatch.setattr(ResumeFile, "save", save)
+    again = detector.scan(model, images, progress=False, checkpoint=path)
+    assert again == whole and not path.exists()
+    for label, trigger in whole.triggers.items():
+        assert torch.equal(trigger.mask, again.triggers[label].mask)
 
 
 def test_refusals(data):
@@ -154,12 +174,13 @@ def test_refusals(data):
         (images[:0], {}, "empty"),
         (images, {"labels": data.labels[:3]}, "labels"),
         (images, {"labels": data.labels + 1}, "labels in 0"),
-        (images, {"labels": torch.zeros_like(data.labels)}, "other classes"),
-        (images, {"alpha": 0.0}, "alpha"),
-        (images, {"max_ratio": 1.5}, "max_ratio"),
+        (images, {"labels": torch.zeros_like(data.labels)}, "two classes"),
     ]
     for wrong, settings, message in cases:
         with pytest.raises(ValueError, match=message):
-            scan(model, wrong, config=TINY, progress=False, **settings)
+            NeuralCleanse(TINY).scan(model, wrong, progress=False, **settings)
     with pytest.raises(ValueError, match="logits"):
-        scan(nn.Identity(), images, config=TINY, progress=False)
+        NeuralCleanse(TINY).scan(nn.Identity(), images, progress=False)
+    for wrong in ({"alpha": 0.0}, {"max_ratio": 1.5}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            NeuralCleanse(TINY, **wrong)

@@ -101,24 +101,27 @@ def test_presets():
     assert (paper.early_stop_threshold, paper.early_stop_patience) == (1.0, 25)
     ports = NCConfig.preset("ports")
     assert (ports.schedule, ports.starts, ports.threshold) == ("ports", ("ones",), 0.98)
-    assert NCConfig.preset("robust") == NCConfig()
+    assert NCConfig.preset("fast") == NCConfig.preset() == NCConfig()
     fast = NCConfig.preset("fast")
     assert fast.steps * fast.batches <= 130 and len(fast.starts) >= 2
     assert fast.race and fast.milestones[-1] < fast.steps
     for config in (paper, ports, NCConfig.preset("reference")):
         assert (config.race, config.precision) == (False, "float32")
-    assert replace(NCConfig.preset("reference"), engine="stacked").steps == NCConfig().steps
+    assert (
+        replace(NCConfig.preset("reference"), engine="stacked").steps
+        == NCConfig.preset("robust").steps
+    )
     assert NCConfig.preset("fast", steps=7).steps == 7
 
 
 def test_a_preset_with_changes_is_not_that_preset():
-    assert NCConfig().name == "robust"
     assert NCConfig.preset("fast").name == "fast"
     assert NCConfig.preset("fast", steps=NCConfig.preset("fast").steps).name == "fast"
     changed = NCConfig.preset("fast", steps=7)
     assert changed.name == "fast*"
     assert replace(changed, lr=1.0).name == "fast*"
-    assert replace(NCConfig(), steps=7).name == NCConfig(steps=7).name == "robust*"
+    assert replace(NCConfig(), steps=7).name == NCConfig(steps=7).name == "fast*"
+    assert NCConfig.preset("robust", steps=7).name == "robust*"
     assert replace(changed, steps=NCConfig.preset("fast").steps).name == "fast"
     assert NCConfig(name="mine", steps=7).name == "mine"
 

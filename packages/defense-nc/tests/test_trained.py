@@ -2,7 +2,7 @@
 
 import pytest
 
-from defense_nc import NCConfig, Verdict, scan, unlearn
+from defense_nc import NeuralCleanse, Unlearning, Verdict
 from wm_inject.core.plan import PoisonPlan
 from wm_inject.triggers import BadNetsTrigger
 from wm_victim import (
@@ -37,11 +37,13 @@ def test_a_trained_patch_backdoor_is_named_and_cleaned(data):
     model = trained(data, plan=plan, trigger=trigger)
     assert attack_success(model, data.test, trigger, target=TARGET) > 0.95
     known = defender_subset(data.train, count=300, seed=0)
-    report = scan(
-        model, known.images, labels=known.labels, config=NCConfig.preset("fast"), progress=False
-    )
+    report = NeuralCleanse().scan(model, known.images, labels=known.labels, progress=False)
     assert report.suspected == (TARGET,), report.reason
-    cleaned = unlearn(model, report.triggers[TARGET], known.images, known.labels)
+    cleaned = (
+        Unlearning.preset("nc")
+        .repair(model, known.images, known.labels, triggers={TARGET: report.triggers[TARGET]})
+        .model
+    )
     assert attack_success(cleaned, data.test, trigger, target=TARGET) < 0.05
     assert accuracy(cleaned, data.test) > accuracy(model, data.test) - 0.02
 
@@ -50,8 +52,6 @@ def test_a_trained_patch_backdoor_is_named_and_cleaned(data):
 def test_nothing_is_named_in_a_trained_clean_classifier(data):
     model = trained(data)
     known = defender_subset(data.train, count=300, seed=0)
-    report = scan(
-        model, known.images, labels=known.labels, config=NCConfig.preset("fast"), progress=False
-    )
+    report = NeuralCleanse().scan(model, known.images, labels=known.labels, progress=False)
     assert report.suspected == (), report.reason
     assert report.verdict in (Verdict.CLEAN, Verdict.INCONCLUSIVE)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
+from wm_eval.detectors import DETECTORS
 from wm_eval.pictures import save_picture
 from wm_eval.records import Record
 
@@ -133,3 +135,34 @@ def study(tmp_path: Path) -> Path:
     write(folder, "mitigation", {"done": True, "after": metrics(0.96, 0.6)}, method="control", **way)
     write(folder, "exports", exports, **victim)
     return folder
+
+
+class MadeUp(NamedTuple):
+    """A detector of the table with another ``scan(name, model, images, **arguments)``."""
+
+    name: str
+    settings: dict[str, Any]
+    alpha: float
+    answer: Callable[..., Any]
+
+    def scan(self, model: Any, images: Any, **given: Any) -> Any:
+        return self.answer(self.name, model, images, alpha=self.alpha, **given)
+
+
+@pytest.fixture(scope="session")
+def make_up_scans() -> Callable[[pytest.MonkeyPatch, Callable[..., Any]], None]:
+    """Replaces the scan of every detector in the table."""
+
+    def replace_all(monkeypatch: pytest.MonkeyPatch, scan: Callable[..., Any]) -> None:
+        def preset_of(name: str, real: Callable[..., Any]) -> Callable[..., MadeUp]:
+            def preset(preset: str = "fast", *, alpha: float = 0.05, **changes: Any) -> MadeUp:
+                return MadeUp(name, dict(real(preset, **changes).settings), alpha, scan)
+
+            return preset
+
+        for name, entry in list(DETECTORS.items()):
+            monkeypatch.setitem(
+                DETECTORS, name, entry._replace(preset=preset_of(name, entry.preset))
+            )
+
+    return replace_all

@@ -22,7 +22,6 @@ from wm_eval.audit.outputs import About, to_json, to_sarif, told, write_html
 from wm_eval.audit.scan import all_triggers, audit, conclude, longest_minutes, reversed_triggers
 from wm_eval.audit.unfold import fold, unfold
 from wm_eval.cli import main
-from wm_eval.detectors import Detector
 from wm_inject import OnnxModel, save_image, to_onnx
 from wm_inject.runtime import ScannedFile
 from wm_victim import build_classifier, save_classifier
@@ -222,16 +221,18 @@ def test_one_verdict_of_several(reports, failures, verdict):
     assert found.to_dict()["exit_code"] == verdict.exit_code
 
 
-def test_every_detector_gets_its_share_and_failures_do_not_stop_the_others(monkeypatch, tmp_path):
+def test_every_detector_gets_its_share_and_failures_do_not_stop_the_others(
+    monkeypatch, make_up_scans, tmp_path
+):
     asked = {}
 
-    def scan(self, model, images, **settings):
-        asked[self.name] = settings
-        if self.name == "nc":
+    def scan(name, model, images, **settings):
+        asked[name] = settings
+        if name == "nc":
             raise ValueError("expected something\nelse")
         return report(3.0)
 
-    monkeypatch.setattr(Detector, "scan", scan)
+    make_up_scans(monkeypatch, scan)
     checked = check_model(Bars(), bars(), num_classes=CLASSES)
     lines = []
     found = audit(checked, bars(), alpha=0.04, state=tmp_path / "state", say=lines.append)
@@ -248,11 +249,11 @@ def test_every_detector_gets_its_share_and_failures_do_not_stop_the_others(monke
             audit(checked, bars(), **wrong)
 
 
-def test_minutes_break_a_scan_off(monkeypatch):
-    def scan(self, *args, **settings):
+def test_minutes_break_a_scan_off(monkeypatch, make_up_scans):
+    def scan(*args, **settings):
         time.sleep(30)
 
-    monkeypatch.setattr(Detector, "scan", scan)
+    make_up_scans(monkeypatch, scan)
     checked = check_model(Bars(), bars(), num_classes=CLASSES)
     start = time.monotonic()
     found = audit(checked, bars(), minutes=0.002)
@@ -502,10 +503,10 @@ def test_what_cannot_be_opened_is_not_scanned(folder, tmp_path, capsys):
     assert stopped.value.code == 64
 
 
-def test_a_model_is_scanned_from_its_file(folder, tmp_path, monkeypatch, capsys):
+def test_a_model_is_scanned_from_its_file(folder, tmp_path, monkeypatch, make_up_scans, capsys):
     """A classifier of ours from its checkpoint, with the search itself made up."""
     low = {"nc": 45.0, "reverse": 45.0}
-    monkeypatch.setattr(Detector, "scan", lambda self, *args, **_: report(low[self.name]))
+    make_up_scans(monkeypatch, lambda name, *args, **_: report(low[name]))
     model = build_classifier("resnet10", num_classes=3, channels=3, image_size=16, width=8).eval()
     images = read_clean(folder, size=16, channels=3).images
     with torch.no_grad():  # untrained, it would answer one label for everything

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from wm_eval.cli import main
-from wm_eval.detectors import Detector
+from wm_eval.detectors import DETECTORS
 from wm_inject import OnnxModel
 
 CLASSES = 10
@@ -150,15 +150,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both defences with a few steps: everything runs, and nothing is decided."""
-    whole = Detector.config
-
-    def config(self: Detector, preset: str = "fast", **changes: Any) -> Any:
-        found = whole(self, preset, **changes)
-        if self.name == "nc":
-            return replace(found, steps=4, starts=("random",), milestones=(2,))
-        return replace(found, steps=8, pretrain_steps=4)
-
-    monkeypatch.setattr(Detector, "config", config)
+    short = {
+        "nc": {"steps": 4, "starts": ("random",), "milestones": (2,)},
+        "reverse": {"steps": 8, "pretrain_steps": 4},
+    }
+    for name, changes in short.items():
+        entry = DETECTORS[name]
+        monkeypatch.setitem(
+            DETECTORS, name, entry._replace(preset=partial(entry.preset, **changes))
+        )
 
 
 def scanned(model: Path, folder: Path, out: Path, *more: str) -> tuple[int, dict[str, Any]]:

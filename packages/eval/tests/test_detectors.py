@@ -1,83 +1,55 @@
-"""The table of detectors: nothing is imported before it is used, and every scan is asked alike."""
+"""The table of detectors: every one keeps the protocol."""
 
-from __future__ import annotations
-
-import subprocess
-import sys
-from types import SimpleNamespace
-from typing import Any
+import dataclasses
 
 import pytest
 import torch
 
-from defense_nc import NCConfig
-from defense_reverse import ReverseConfig
-from wm_eval import detectors
-from wm_eval.detectors import DETECTORS, Detector, detector
+from defense_nc import NeuralCleanse, ScanReport
+from wm_eval.detectors import CALIBRATED, DETECTORS, detector
+from wm_victim.planted import planted_images
 
 
-def test_every_detector_stands_under_its_name() -> None:
+def test_detectors_are_found_by_their_short_names() -> None:
     assert {"nc", "reverse", "reverse-lpips", "feature-re", "bti-dbf"} == set(DETECTORS)
-    assert all(name == one.name for name, one in DETECTORS.items())
-    assert detector("nc") is DETECTORS["nc"]
-    with pytest.raises(ValueError, match=r"expected a detector in nc, reverse, .*, got 'strip'"):
-        detector("strip")
-
-
-def test_the_table_imports_no_detector() -> None:
-    program = (
-        "import sys, wm_eval.detectors\n"
-        "sys.exit(any(name in sys.modules for name in ('torch', 'defense_nc', 'defense_reverse')))"
+    assert CALIBRATED == ("nc", "reverse")
+    assert detector("nc", "paper", steps=7, alpha=0.1) == NeuralCleanse.preset(
+        "paper", steps=7, alpha=0.1
     )
-    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+    for wrong in ({"name": "strip"}, {"name": "nc", "preset": "vast"}):
+        with pytest.raises(ValueError, match="nc" if len(wrong) == 1 else "preset"):
+            detector(**wrong)
 
 
-def test_settings_come_from_presets() -> None:
-    assert detector("nc").config("fast", steps=7) == NCConfig.preset("fast", steps=7)
-    assert detector("reverse").config("paper") == ReverseConfig.preset("paper")
-    with pytest.raises(ValueError, match="got 'vast'"):
-        detector("nc").config("vast")
+@pytest.mark.parametrize("name", DETECTORS)
+def test_every_detector_has_the_same_presets_and_settings_for_a_record(name: str) -> None:
+    for preset in ("paper", "fast"):
+        settings = detector(name, preset).settings
+        assert settings and settings != detector(name, {"paper": "fast"}.get(preset, "paper"))
+    assert dataclasses.is_dataclass(detector(name))
+    assert detector(name) == DETECTORS[name].preset()
 
 
 def test_lpips_differs_from_the_plain_detector_in_lambda_3_alone() -> None:
-    plain, perceptual = (detector(name).config("fast") for name in ("reverse", "reverse-lpips"))
-    assert (plain.lambdas[2], perceptual.lambdas[2]) == (0.0, 0.1)
-    assert perceptual.lambdas[:2] == plain.lambdas[:2] and perceptual.steps == plain.steps
+    plain, perceptual = (dict(detector(name).settings) for name in ("reverse", "reverse-lpips"))
+    assert (plain["lambdas"][2], perceptual["lambdas"][2]) == (0.0, 0.1)
+    assert plain["lambdas"][:2] == perceptual["lambdas"][:2]
+    assert plain["steps"] == perceptual["steps"]
 
 
-@pytest.mark.parametrize("goes_on", [True, False])
-def test_a_scan_gets_what_it_knows(monkeypatch: pytest.MonkeyPatch, goes_on: bool) -> None:
-    seen: dict[str, Any] = {}
+def test_a_scan_takes_the_arguments_of_the_protocol(tmp_path) -> None:
+    data = planted_images(40, num_classes=3)
+    from wm_victim.planted import planted_classifier
 
-    def short(model: Any, images: Any, **given: Any) -> str:
-        seen.update(given)
-        return "report"
-
-    def long(model: Any, images: Any, *, checkpoint: Any = None, **given: Any) -> str:
-        seen.update(given, checkpoint=checkpoint)
-        return "report"
-
-    module = SimpleNamespace(scan=long if goes_on else short, Settings=Preset)
-    monkeypatch.setattr(detectors, "import_module", lambda name: module)
-    one = Detector("one", "One", "module", "module:Settings", {"fast": "small"})
-    arguments: dict[str, Any] = {"labels": None, "seed": 3, "progress": False, "device": "cpu"}
-    found = one.scan(
-        torch.nn.Identity(), torch.zeros(1), preset="fast", checkpoint="a file", **arguments
+    model = planted_classifier("patch", num_classes=3)
+    report = detector("nc", steps=1, batches=1).scan(
+        model,
+        data.images,
+        labels=data.labels,
+        seed=3,
+        progress=False,
+        device="cpu",
+        checkpoint=tmp_path / "scan.safetensors",
     )
-    assert found == "report"
-    wanted = {**arguments, "config": "small", "alpha": 0.05}
-    assert seen == (wanted | {"checkpoint": "a file"} if goes_on else wanted)
-    seen.pop("checkpoint", None)
-    alone = SimpleNamespace(engine="single")  # one label after another, from the start
-    one.scan(torch.nn.Identity(), torch.zeros(1), config=alone, checkpoint="a file")
-    assert seen.get("checkpoint") is None
-    one.scan(torch.nn.Identity(), torch.zeros(1), config="mine", alpha=0.1)
-    assert (seen["config"], seen["alpha"]) == ("mine", 0.1)
-
-
-class Preset:
-    """Stands in for a detector's settings."""
-
-    @staticmethod
-    def preset(name: str) -> str:
-        return name
+    assert isinstance(report, ScanReport) and report.seed == 3
+    assert all(torch.is_tensor(trigger.mask) for trigger in report.triggers.values())

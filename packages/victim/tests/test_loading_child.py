@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from wm_victim.loading.child import main
-from wm_victim.loading.from_state import convert_state
+from wm_victim.loading.worker import convert_state, main
 
 WEIGHTS = {"fc.weight": torch.arange(6.0).reshape(2, 3), "fc.bias": torch.tensor([1.0, -1.0])}
 
@@ -72,15 +71,15 @@ def test_what_holds_no_weights_is_refused(content: Any, told: str, tmp_path: Pat
 
 
 def job(folder: Path, name: str, **options: Any) -> dict[str, Any]:
-    settings = {"job": name, "given": str(folder), "name": "m.pt", "scratch": str(folder)}
-    main(json.dumps({**settings, "options": options, "bonds": ["none"]}))
+    settings = {"job": name, "input": str(folder), "name": "m.pt", "scratch": str(folder)}
+    main(json.dumps({**settings, "options": options, "restrictions": ["none"]}))
     found: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return found
 
 
 def test_the_child_reports_in_plain_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path / "m.pt", WEIGHTS)
-    assert job(tmp_path, "state", max_tensors=9) == {"notes": [], "bonds": ["none"]}
+    assert job(tmp_path, "state", max_tensors=9) == {"notes": [], "restrictions": ["none"]}
     saved(tmp_path / "m.pt", [1])
     told = job(tmp_path, "state", max_tensors=9)["refused"]
     assert told == "expected a dictionary of tensors, got list"
@@ -93,5 +92,5 @@ def test_the_child_reports_in_plain_words(tmp_path: Path, monkeypatch: pytest.Mo
         def refuse(*_: Any, error: BaseException = error) -> Any:
             raise error
 
-        monkeypatch.setattr("wm_victim.loading.from_state.convert_state", refuse)
+        monkeypatch.setattr("wm_victim.loading.worker.convert_state", refuse)
         assert job(tmp_path, "state")["refused"] == "it asks for more memory than allowed"

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from wm_victim.loading import NotOpened, open_model
+from wm_victim.loading import LoadingError, open_model
 
 _LINES = (Path(__file__).with_name("clean_models.txt")).read_text(encoding="utf-8").splitlines()
 CLEAN = [tuple(line.split()) for line in _LINES if not line.startswith("#")]
@@ -74,7 +74,7 @@ def check(case: tuple[str, ...], tmp_path: Path) -> None:
     arch = f"{library}:{name}" if form == "safetensors" else None
     try:
         opened = open_model(path, arch=arch, mean=(0, 0, 0), std=(1, 1, 1))
-    except NotOpened as error:
+    except LoadingError as error:
         if "unsupported operators" in str(error):
             pytest.skip(f"counted apart: {error}")
         raise

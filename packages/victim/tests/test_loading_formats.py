@@ -13,9 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wm_victim import build_classifier, save_classifier
-from wm_victim.loading import Limits, NotOpened, OpenedModel, open_model
-from wm_victim.loading.from_onnx import convert_onnx
-from wm_victim.loading.runner import ChildFailed
+from wm_victim.loading import Limits, LoadingError, OpenedModel, open_model
+from wm_victim.loading.import_onnx import convert_onnx
 
 from .hostile_models import ARCH, function, graph
 
@@ -24,15 +23,15 @@ from .hostile_models import ARCH, function, graph
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Convert ONNX in this process: these graphs are ours, and a child costs seconds."""
 
-    def local(job: str, folder: Path, name: str, *rest: Any) -> dict[str, Any]:
+    def local(job: str, file: Path, *rest: Any) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                return convert_onnx(folder / "in" / name, folder / "out", rest[-1])
+                return convert_onnx(file, file.parent.parent / "out", rest[-1])
             except ValueError as error:
-                raise ChildFailed(str(error)) from error
+                raise LoadingError(str(error)) from error
 
-    monkeypatch.setattr("wm_victim.loading.open_onnx.run_child", local)
+    monkeypatch.setattr("wm_victim.loading.graphs.run_child", local)
 
 
 class Net(nn.Module):
@@ -131,7 +130,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path, change: Any, said: st
     state = weights()
     change(state)
     save_file(state, tmp_path / "a.safetensors")
-    with pytest.raises(NotOpened, match=rf"a\.safetensors: weights that do not fit.*{said}"):
+    with pytest.raises(LoadingError, match=rf"a\.safetensors: weights that do not fit.*{said}"):
         open_model(tmp_path / "a.safetensors", arch=ARCH)
 
 
@@ -140,13 +139,13 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path, change: Any, said: st
 )
 def test_a_name_of_no_local_list_is_refused(tmp_path: Path, arch: str) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
-    with pytest.raises(NotOpened, match="expected an architecture of torchvision or timm"):
+    with pytest.raises(LoadingError, match="expected an architecture of torchvision or timm"):
         open_model(tmp_path / "a.safetensors", arch=arch)
 
 
 def test_weights_without_a_name_are_refused(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
-    with pytest.raises(NotOpened, match=r"a\.safetensors: weights without an architecture"):
+    with pytest.raises(LoadingError, match=r"a\.safetensors: weights without an architecture"):
         open_model(tmp_path / "a.safetensors")
 
 
@@ -200,7 +199,7 @@ def test_mean_and_std_go_in_front_of_a_graph(tmp_path: Path) -> None:
     opened = open_model(path, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1))
     mean, std = torch.tensor([[0.5, 0.4, 0.3]]), torch.tensor([[0.2, 0.2, 0.1]])
     same(opened, lambda x: net((x - mean[..., None, None]) / std[..., None, None]))
-    with pytest.raises(NotOpened, match="3 channels"):
+    with pytest.raises(LoadingError, match="3 channels"):
         open_model(path, mean=(0.5,), std=(0.5,))
 
 
@@ -250,7 +249,7 @@ def test_weights_beside_the_graph_are_read(tmp_path: Path) -> None:
     )
     assert open_model(tmp_path / "a.onnx").num_classes == 4
     (tmp_path / "w").unlink()
-    with pytest.raises(NotOpened, match=r"a\.onnx: cannot open w: No such file"):
+    with pytest.raises(LoadingError, match=r"a\.onnx: cannot open w: No such file"):
         open_model(tmp_path / "a.onnx")
 
 
@@ -267,7 +266,7 @@ def test_a_size_that_pixels_decide_is_refused(tmp_path: Path) -> None:
     model.graph.node[-1].output[0] = "d"
     model.graph.node.append(helper.make_node("Add", ["d", "s"], ["output"]))
     (tmp_path / "a.onnx").write_bytes(model.SerializeToString())
-    with pytest.raises(NotOpened, match="depends on the pixels, in Expand"):
+    with pytest.raises(LoadingError, match="depends on the pixels, in Expand"):
         open_model(tmp_path / "a.onnx")
 
 
@@ -312,7 +311,7 @@ def test_limits_are_positive_and_are_kept(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="seconds > 0"):
         Limits(seconds=0)
     save_file({"a": torch.ones(100)}, tmp_path / "a.safetensors")
-    with pytest.raises(NotOpened, match="more than the limit of 100"):
+    with pytest.raises(LoadingError, match="more than the limit of 100"):
         open_model(tmp_path / "a.safetensors", arch=ARCH, limits=Limits(max_bytes=100))
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-import wm_victim.loading.runner as runner
-from wm_victim.loading import Limits, NotOpened, open_model
-from wm_victim.loading.open_script import _acts
-from wm_victim.loading.runner import ChildFailed, read_plain, run_child, sandboxed
+import wm_victim.loading.child_process as child_process
+from wm_victim.loading import Limits, LoadingError, open_model
+from wm_victim.loading.child_process import run_child, sandboxed
+from wm_victim.loading.graphs import _forbidden_call
+from wm_victim.loading.regular_files import read_regular_file
 
 from .hostile_models import SCRIPT, acts_at_load, writes_a_file_at_forward
 
@@ -22,7 +23,7 @@ _PROBE = """
 import json, os, runpy, socket, sys
 settings = json.loads(sys.argv[1])
 sandbox = runpy.run_path(settings["sandbox"])
-bonds = sandbox["enter"](settings)
+restrictions = sandbox["restrict_process"](settings)
 os.makedirs(settings["scratch"], exist_ok=True)
 
 def tried(action):
@@ -39,23 +40,23 @@ def write(path):
         file.write("x")
 
 outside, inside = settings["outside"], settings["scratch"]
-found = {
+results = {
     "write outside": tried(lambda: write(outside + "/marker")),
     "truncate outside": tried(lambda: write(outside + "/kept")),
     "read outside": tried(lambda: open(outside + "/kept").read()),
     "read /etc": tried(lambda: open("/etc/passwd").read()),
     "link in": tried(lambda: os.link(outside + "/kept", inside + "/link")),
     "symlink": tried(lambda: os.symlink(outside, inside + "/symlink")),
-    "write given": tried(lambda: write(settings["given"] + "/model")),
+    "write given": tried(lambda: write(settings["input"] + "/model")),
     "socket": tried(lambda: socket.socket()),
     "fork": tried(lambda: os.fork()),
     "program": tried(lambda: os.execv("/bin/true", ["true"])),
     "kill": tried(lambda: os.kill(settings["pid"], 0)),
     "memory": tried(lambda: bytearray(2 << 30)),
     "write inside": tried(lambda: write(inside + "/result")),
-    "read given": tried(lambda: open(settings["given"] + "/model").read()),
+    "read given": tried(lambda: open(settings["input"] + "/model").read()),
 }
-print(json.dumps({"bonds": bonds, "found": found}))
+print(json.dumps({"restrictions": restrictions, "results": results}))
 """
 
 
@@ -70,8 +71,8 @@ def folder(tmp_path: Path) -> Path:
 
 def probe(folder: Path, code: str = _PROBE) -> subprocess.CompletedProcess[str]:
     settings = {
-        "sandbox": str(Path(runner.__file__).with_name("sandbox.py")),
-        "given": str(folder / "in"),
+        "sandbox": str(Path(child_process.__file__).with_name("sandbox.py")),
+        "input": str(folder / "in"),
         "scratch": str(folder / "out"),
         "outside": str(folder / "outside"),
         "memory": 256 * 2**20,
@@ -86,16 +87,16 @@ def probe(folder: Path, code: str = _PROBE) -> subprocess.CompletedProcess[str]:
 @needs_landlock
 def test_a_child_reads_its_input_writes_its_folder_and_does_nothing_else(folder: Path) -> None:
     done = probe(folder)
-    told = json.loads(done.stdout)
-    assert told["bonds"]["landlock"] >= 1
-    found = told["found"]
+    report = json.loads(done.stdout)
+    assert report["restrictions"]["landlock"] >= 1
+    results = report["results"]
     for allowed in ("write inside", "read given"):
-        assert found.pop(allowed) == "done"
-    assert found.pop("memory") == "memory"
-    if not told["bonds"]["calls"]:
+        assert results.pop(allowed) == "done"
+    assert results.pop("memory") == "memory"
+    if not report["restrictions"]["calls"]:
         for name in ("socket", "fork", "program", "kill"):
-            found.pop(name)
-    assert set(found.values()) <= {"Permission denied", "Operation not permitted"}, found
+            results.pop(name)
+    assert set(results.values()) <= {"Permission denied", "Operation not permitted"}, results
     assert [one.name for one in (folder / "outside").iterdir()] == ["kept"]
     assert (folder / "outside" / "kept").read_text() == "kept"
 
@@ -111,15 +112,15 @@ def test_a_child_that_spins_or_fills_the_disk_is_stopped(folder: Path) -> None:
 
 def test_what_a_child_wrote_is_read_only_if_it_is_a_plain_file(tmp_path: Path) -> None:
     (tmp_path / "plain").write_bytes(b"x" * 10)
-    assert read_plain(tmp_path / "plain", 10) == b"x" * 10
+    assert read_regular_file(tmp_path / "plain", 10) == b"x" * 10
     with pytest.raises(ValueError, match="at most 9 bytes"):
-        read_plain(tmp_path / "plain", 9)
+        read_regular_file(tmp_path / "plain", 9)
     (tmp_path / "link").symlink_to(tmp_path / "plain")
     with pytest.raises(OSError):
-        read_plain(tmp_path / "link", 10)
+        read_regular_file(tmp_path / "link", 10)
     os.link(tmp_path / "plain", tmp_path / "hard")
     with pytest.raises(ValueError):
-        read_plain(tmp_path / "hard", 10)
+        read_regular_file(tmp_path / "hard", 10)
 
 
 def test_torchscript_is_refused_where_there_is_no_sandbox(
@@ -129,12 +130,12 @@ def test_torchscript_is_refused_where_there_is_no_sandbox(
 
     path = tmp_path / "a.pt"
     torch.jit.script(torch.nn.ReLU()).save(str(path))
-    with pytest.raises(NotOpened, match=r"a\.pt: TorchScript, which is code"):
+    with pytest.raises(LoadingError, match=r"a\.pt: TorchScript, which is code"):
         open_model(path)
-    with pytest.raises(NotOpened, match="image_size and channels"):
+    with pytest.raises(LoadingError, match="image_size and channels"):
         open_model(path, allow_torchscript=True)
-    monkeypatch.setattr("wm_victim.loading.open_script.sandboxed", lambda: False)
-    with pytest.raises(NotOpened, match="no Landlock"):
+    monkeypatch.setattr("wm_victim.loading.graphs.sandboxed", lambda: False)
+    with pytest.raises(LoadingError, match="no Landlock"):
         open_model(path, **SCRIPT)
 
 
@@ -147,11 +148,11 @@ def test_script_that_passes_the_listing_still_reaches_nothing(
     assert callable(build)
     marker = tmp_path / "marker"
     path = build(folder / "in", marker)
-    assert _acts(path), "the listing would have stopped it: this goes around"
+    assert _forbidden_call(path), "the listing would have stopped it: this goes around"
     # Some calls fail loudly and some without a word; what counts is that nothing came of them.
-    with contextlib.suppress(ChildFailed):
+    with contextlib.suppress(LoadingError):
         options = {"image_size": 16, "channels": 3}
-        run_child("torchscript", folder, path.name, 10_000, Limits(), options)
+        run_child("torchscript", path, 10_000, Limits(), options)
     assert not marker.exists()
     # The control: without the sandbox, the same file does act.
     control = "import sys, torch; torch.jit.load(sys.argv[1])(torch.rand(2, 3, 16, 16))"
@@ -166,12 +167,12 @@ def test_waiting_for_a_processor_is_not_held_against_a_child(
 ) -> None:
     (tmp_path / "out").mkdir()
     naps = 1.0 if queued < 100 else 60.0  # however much it waited, the time has an end
-    monkeypatch.setattr(runner, "_queued", lambda _: queued)
+    monkeypatch.setattr(child_process, "_queued_seconds", lambda _: queued)
     command = [sys.executable, "-S", "-c", f"import time; time.sleep({naps})"]
-    assert runner._watch(command, tmp_path, 0.8) == (0 if ends else None)
+    assert child_process._watch(command, tmp_path, 0.8) == (0 if ends else None)
 
 
 @pytest.mark.skipif(not Path("/proc/self/schedstat").is_file(), reason="nobody counts the waiting")
 def test_the_time_in_a_queue_is_the_kernels() -> None:
-    assert 0 < runner._queued(os.getpid()) < 1e6
-    assert runner._queued(2**22 + 1) == 0.0  # no such process
+    assert 0 < child_process._queued_seconds(os.getpid()) < 1e6
+    assert child_process._queued_seconds(2**22 + 1) == 0.0  # no such process

@@ -9,13 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from wm_victim.loading import Limits
-from wm_victim.loading.onnx_ops import SUPPORTED
-from wm_victim.loading.onnx_scan import BadGraph, scan_onnx
-from wm_victim.loading.pickles import ALLOWED_GLOBALS, BadPickle, check_pickle
-from wm_victim.loading.sniff import sniff, sniff_zip, with_name
-from wm_victim.loading.tensors import BadTensors, read_header
-from wm_victim.loading.zips import BadArchive, check_contents, list_archive
+from wm_victim.loading import Limits, LoadingError
+from wm_victim.loading.archives import ALLOWED_GLOBALS, check_contents, check_pickle, list_archive
+from wm_victim.loading.file_formats import archive_format, file_format, with_name
+from wm_victim.loading.onnx_operators import SUPPORTED
+from wm_victim.loading.onnx_scan import scan_onnx
+from wm_victim.loading.safetensors_header import read_header
 
 from .hostile_models import function, graph
 
@@ -57,13 +56,13 @@ def outcomes(
 
 def test_a_damaged_graph_is_refused_in_one_way() -> None:
     data = graph(functions=[function("F", ["Relu"])], domains=("own",)).SerializeToString()
-    _, refused = outcomes(lambda one: scan_onnx(one, Limits()), data, BadGraph)
+    _, refused = outcomes(lambda one: scan_onnx(one, Limits()), data, LoadingError)
     assert refused > 0
 
 
 def test_a_damaged_header_is_refused_in_one_way() -> None:
     data = save({"a": torch.ones(3, 4), "b": torch.zeros(2, dtype=torch.int64)})
-    _, refused = outcomes(lambda one: read_header(one, max_tensors=10), data, BadTensors)
+    _, refused = outcomes(lambda one: read_header(one, max_tensors=10), data, LoadingError)
     assert refused > 0
 
 
@@ -72,7 +71,7 @@ def test_a_damaged_pickle_or_archive_is_refused_in_one_way(tmp_path: Path) -> No
     torch.save({"a": torch.ones(3), "b": torch.nn.Parameter(torch.ones(2))}, path)
     with zipfile.ZipFile(path) as archive:
         pickled = archive.read("a/data.pkl")
-    _, refused = outcomes(check_pickle, pickled, BadPickle)
+    _, refused = outcomes(check_pickle, pickled, LoadingError)
     assert refused > 0
 
     def check(data: bytes) -> None:
@@ -80,7 +79,7 @@ def test_a_damaged_pickle_or_archive_is_refused_in_one_way(tmp_path: Path) -> No
         list_archive(path, max_entries=100, max_bytes=2**20)
         check_contents(path)
 
-    _, refused = outcomes(check, path.read_bytes(), BadArchive)
+    _, refused = outcomes(check, path.read_bytes(), LoadingError)
     assert refused > 0
 
 
@@ -102,14 +101,17 @@ def test_operators_that_act_or_branch_are_not_imported(name: str) -> None:
 
 
 def test_the_content_decides_what_a_file_is() -> None:
-    assert sniff(b"PK\x03\x04" + bytes(60)) == ("zip", "")
-    assert sniff(b"\x10\0\0\0\0\0\0\0{" + b" " * 60) == ("safetensors", "")
-    assert sniff(b"\x08\x09\x3a" + bytes(60)) == ("onnx", "")
-    assert "HDF5" in sniff(b"\x89HDF\r\n\x1a\n" + bytes(60))[1]
-    assert "weights_only=True" in sniff(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + bytes(9))[1]
-    assert sniff_zip(["a/data.pkl", "a/constants.pkl"]) == ("torchscript", "")
-    assert sniff_zip(["a/data.pkl", "a/version"]) == ("state", "")
-    assert "NumPy" in sniff_zip(["x.npy"])[1]
+    assert file_format(b"PK\x03\x04" + bytes(60)) == "zip"
+    assert file_format(b"\x10\0\0\0\0\0\0\0{" + b" " * 60) == "safetensors"
+    assert file_format(b"\x08\x09\x3a" + bytes(60)) == "onnx"
+    with pytest.raises(LoadingError, match="HDF5"):
+        file_format(b"\x89HDF\r\n\x1a\n" + bytes(60))
+    with pytest.raises(LoadingError, match="weights_only=True"):
+        file_format(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + bytes(9))
+    assert archive_format(["a/data.pkl", "a/constants.pkl"]) == "torchscript"
+    assert archive_format(["a/data.pkl", "a/version"]) == "state"
+    with pytest.raises(LoadingError, match="NumPy"):
+        archive_format(["x.npy"])
 
 
 def test_a_command_never_carries_a_name_that_a_shell_would_read() -> None:

@@ -395,7 +395,7 @@ TABLE = Table(
             "labels shape": lambda _: PLAN.choose(LABELS[None]),
             **{k: c for k, c in labels(PLAN.choose).items() if k != "labels shape"},
         },
-        "poison.poison": {
+        "poison": {
             **images(lambda bad: poison(bad, LABELS, PATCH, PLAN, num_classes=3)),
             **labels(lambda bad: poison(IMAGES, bad, PATCH, PLAN, num_classes=3)),
             "label above K": lambda _: poison(IMAGES, LABELS, PATCH, PLAN, num_classes=2),

@@ -37,11 +37,11 @@ def invert_all(bad: Tensor = IMAGES, targets: Any = None, **more: Any) -> object
 
 
 def scan(bad: Tensor = IMAGES, model: nn.Module = MODEL, **more: Any) -> object:
-    return nc.scan(model, bad, config=CONFIG, progress=False, **more)
+    return nc.NeuralCleanse(CONFIG).scan(model, bad, progress=False, **more)
 
 
 def unlearn(bad: Tensor = IMAGES, truth: Tensor = LABELS, trigger: Any = TRIGGER) -> object:
-    return nc.unlearn(MODEL, trigger, bad, truth, config=nc.UnlearnConfig(epochs=1))
+    return nc.Unlearning.preset("paper").repair(MODEL, bad, truth, triggers={0: trigger})
 
 
 def judge(scores: Tensor = SCORES, rates: Tensor | None = None, **more: Any) -> object:
@@ -54,8 +54,23 @@ def config(**changes: Any) -> Call:
 
 
 def cleaning(**changes: Any) -> Call:
-    return lambda _: nc.UnlearnConfig(**changes)
+    return lambda _: nc.Unlearning.preset("nc", **changes)
 
+
+def sgd(**changes: Any) -> Call:
+    return lambda _: nc.Sgd(**changes)
+
+
+SGD: dict[str, Any] = {
+    "steps": 0,
+    "batch_size": 1,
+    "lr": float("nan"),
+    "momentum": 1.0,
+    "weight_decay": -1.0,
+    "schedule": "nothing",
+    "augmentation": "nothing",
+    "label_smoothing": 1.0,
+}
 
 TABLE = Table(
     module="defense_nc",
@@ -112,22 +127,29 @@ TABLE = Table(
             "no model": lambda _: nc.invert_triggers(print, IMAGES),  # type: ignore[arg-type]
             "checkpoint": lambda tmp: invert_all(checkpoint=write(tmp / "run")),
         },
-        "scan": {
+        "NeuralCleanse": {
             **images(scan),
             **labels(lambda bad: scan(labels=bad)),
-            "alpha": lambda _: scan(alpha=0.0),
-            "max_ratio": lambda _: scan(max_ratio=2.0),
+            "alpha": lambda _: nc.NeuralCleanse(alpha=0.0),
+            "max_ratio": lambda _: nc.NeuralCleanse(max_ratio=2.0),
             "no logits": lambda _: scan(model=FLAT),
             "no model": lambda _: scan(model=print),  # type: ignore[arg-type]
         },
-        "unlearn": {
+        "Unlearning": {
             **images(unlearn),
             **labels(lambda bad: unlearn(truth=bad)),
             "label above K": lambda _: unlearn(truth=LABELS + 1),
             "one image": lambda _: unlearn(IMAGES[:1], LABELS[:1]),
             "trigger's range": lambda _: unlearn(trigger=lambda x, ids: x + 1),
             "trigger's shape": lambda _: unlearn(trigger=lambda x, ids: x[..., :-1]),
-            "no model": lambda _: nc.unlearn(print, TRIGGER, IMAGES, LABELS),  # type: ignore[arg-type]
+            "no triggers": lambda _: nc.Unlearning().repair(MODEL, IMAGES, LABELS),
+            "trigger of no label": lambda _: nc.Unlearning().repair(
+                MODEL, IMAGES, LABELS, triggers={3: TRIGGER}
+            ),
+            "epochs": cleaning(epochs=-1),
+            "sgd": cleaning(lr=-1.0),
+            "trigger_share": cleaning(trigger_share=0.0),
+            "preset": lambda _: nc.Unlearning.preset("secret"),
         },
         "NCConfig": {
             "steps": config(steps=0),
@@ -141,14 +163,7 @@ TABLE = Table(
             "start": config(starts=("nothing",)),
             "preset": lambda _: nc.NCConfig.preset("secret"),
         },
-        "UnlearnConfig": {
-            "epochs": cleaning(epochs=0),
-            "batch_size": cleaning(batch_size=1),
-            "lr": cleaning(lr=-1.0),
-            "momentum": cleaning(momentum=1.0),
-            "trigger_share": cleaning(trigger_share=0.0),
-            "preset": lambda _: nc.UnlearnConfig.preset("secret"),
-        },
+        "Sgd": {name: sgd(**{name: value}) for name, value in SGD.items()},
         "CostSchedule": {
             "success": lambda _: nc.CostSchedule(CONFIG).update(1.5, 1.0),
             "norm": lambda _: nc.CostSchedule(CONFIG).update(0.5, -1.0),
@@ -156,6 +171,9 @@ TABLE = Table(
     },
     nothing={
         **nc_calibration.NOTHING,
+        "Detector": "a protocol",
+        "ScanInputs": "a result: open_scan fills it in",
+        "open_scan": "NeuralCleanse refuses through it",
         "AnomalyIndex": "a result: mad_index fills it in",
         "LabelScore": "a result: judge fills it in from scores that it has checked",
         "ScanReport": "a result: judge fills it in from scores that it has checked",

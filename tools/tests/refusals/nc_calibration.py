@@ -14,7 +14,7 @@ from torch import Tensor
 import defense_nc as nc
 
 SCORES = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
-SUBJECT = nc.Subject(5, 32, 3, "convolutional", 100)
+SUBJECT = nc.ModelInfo(5, 32, 3, "convolutional", 100)
 LOGS = (1.0, 1.1, 0.9, 1.2, 0.8)
 MODELS = tuple(
     nc.CleanModel(tuple(x + i / 10 for x in LOGS), SUBJECT, "made up", "none") for i in range(6)
@@ -53,17 +53,17 @@ def repeat(**changes: Any) -> Call:
 
 
 CASES: Mapping[str, Cases] = {
-    "Subject": {
+    "ModelInfo": {
         "classes": subject(classes=1),
         "image_size": subject(image_size=0),
         "channels": subject(channels=0),
         "network": subject(network="nothing"),
         "images": subject(images=0),
     },
-    "describe_subject": {
-        **images(lambda bad: nc.describe_subject(MODEL, bad)),
-        "classes": lambda _: nc.describe_subject(MODEL, IMAGES, classes=1),
-        "no logits": lambda _: nc.describe_subject(FLAT, IMAGES),
+    "describe_model": {
+        **images(lambda bad: nc.describe_model(MODEL, bad)),
+        "classes": lambda _: nc.describe_model(MODEL, IMAGES, classes=1),
+        "no logits": lambda _: nc.describe_model(FLAT, IMAGES),
     },
     "Calibration": {
         "sigma0": calibration(sigma0=0.0),

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tools.tests.refusals.common import IMAGES, LABELS, Call, Table, images, labels
+from tools.tests.refusals.common import IMAGES, Call, Table, images, labels
 from tools.tests.refusals.inject import checkpoint_files
 from tools.tests.refusals.reverse_field import CASES as FIELD
 from tools.tests.refusals.victim import FLAT, MODEL
 from torch import Tensor, nn
 
 import defense_reverse as dr
-from defense_nc import UnlearnConfig
 from wm_inject import save_checkpoint
 
 SHAPE: dict[str, Any] = {"channels": 1, "width": 2, "depth": 1}
@@ -29,10 +28,6 @@ def reverse(bad: Tensor = IMAGES, target: int = 0, model: Any = MODEL, **more: A
 
 def scan(bad: Tensor = IMAGES, model: Any = MODEL, **more: Any) -> object:
     return dr.scan(model, bad, config=CONFIG, progress=False, **more)
-
-
-def mitigate(bad: Tensor = IMAGES, truth: Tensor = LABELS, trigger: Any = TRIGGER) -> object:
-    return dr.mitigate(MODEL, trigger, bad, truth, config=UnlearnConfig(epochs=1))
 
 
 def other_weights(tmp: Path) -> object:
@@ -86,13 +81,6 @@ TABLE = Table(
             "max_ratio": lambda _: scan(max_ratio=0.0),
             "no logits": lambda _: scan(model=FLAT),
             "no model": lambda _: scan(model=print),
-        },
-        "mitigate": {
-            **images(mitigate),
-            **labels(lambda bad: mitigate(truth=bad)),
-            "label above K": lambda _: mitigate(truth=LABELS + 1),
-            "one image": lambda _: mitigate(IMAGES[:1], LABELS[:1]),
-            "other channels": lambda _: mitigate(trigger=dr.ReversedTrigger(COLOUR, target=0)),
         },
         "detection_case": {
             "target": lambda _: dr.detection_case([0], -1),

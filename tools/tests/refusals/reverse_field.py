@@ -32,24 +32,8 @@ def refusals(method: Mitigator, **settings: Any) -> Cases:
     }
 
 
-SGD: dict[str, Any] = {
-    "steps": 0,
-    "batch_size": 1,
-    "lr": float("nan"),
-    "momentum": 1.0,
-    "weight_decay": -1.0,
-    "schedule": "nothing",
-    "augmentation": "nothing",
-    "label_smoothing": 1.0,
-}
-
-
 def without_stages(method: Mitigator) -> Call:
     return lambda _: method.repair(NO_STAGES, IMAGES, LABELS)
-
-
-def unlearn(triggers: Any) -> Call:
-    return lambda _: dr.Unlearning(steps=1).repair(MODEL, IMAGES, LABELS, triggers=triggers)
 
 
 def trigger(mask: Tensor = MASK, **more: Any) -> dr.FeatureTrigger:
@@ -66,14 +50,14 @@ def smaller(images: Tensor, **_: Any) -> Tensor:
 
 
 CASES: Mapping[str, Cases] = {
-    "FineTuning": refusals(dr.FineTuning(), **SGD),
-    "FTSAM": refusals(dr.FTSAM(), **SGD, rho=-1.0),
+    "FineTuning": refusals(dr.FineTuning()),
+    "FTSAM": refusals(dr.FTSAM(), rho=-1.0),
     "NAD": {
-        **refusals(dr.NAD(), **SGD, teacher_share=1.0, power=0.0, betas=(), layers=("head",)),
+        **refusals(dr.NAD(), teacher_share=1.0, power=0.0, betas=(), layers=("head",)),
         "no maps": without_stages(dr.NAD()),
     },
     "FinePruning": {
-        **refusals(dr.FinePruning(), **SGD, tolerance=1.0, prune_step=0.0, validation_share=0.0),
+        **refusals(dr.FinePruning(), tolerance=1.0, prune_step=0.0, validation_share=0.0),
         "layer": lambda _: dr.FinePruning(layer="nothing").repair(MODEL, IMAGES, LABELS),
         "no maps": without_stages(dr.FinePruning()),
     },
@@ -108,12 +92,6 @@ CASES: Mapping[str, Cases] = {
         penalty=-1.0,
         share=0.0,
     ),
-    "Unlearning": {
-        **refusals(dr.Unlearning(), **SGD, trigger_share=0.0),
-        "no triggers": unlearn(None),
-        "trigger of no label": unlearn({3: TRIGGER}),
-        "trigger's shape": unlearn({0: smaller}),
-    },
     "BtiDbf": {
         **refusals(dr.BtiDbf(), rounds=0, steps=1, batch_size=1, lr=0.0, trigger_share=0.0),
         "one class": lambda _: dr.BtiDbf().repair(MODEL, IMAGES, torch.zeros_like(LABELS)),

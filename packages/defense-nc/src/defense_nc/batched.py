@@ -7,32 +7,24 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
 from defense_nc.race import Race, Standing
+from defense_nc.scan_inputs import ScanInputs
 from defense_nc.schedule import NCConfig
 from defense_nc.search import check_inputs, conclude
 from defense_nc.stack import Search, advance
-from defense_nc.trigger import InvertedTrigger
+from defense_nc.trigger import Inverted
 from wm_inject.core.progress import Progress
 from wm_inject.core.progress import progress as show_progress
-from wm_inject.core.resume import load_state, save_state
+from wm_inject.core.resume import fingerprint, load_state, save_state
 from wm_victim.compiled_forward import fused_forward
 from wm_victim.inference import frozen
-from wm_victim.resume import fingerprint
 
 _KIND = "neural-cleanse-scan"
 _PAUSE = 30.0  # seconds between two checkpoints
-
-
-class Inverted(NamedTuple):
-    """The triggers of many labels, and how far each label was searched."""
-
-    triggers: tuple[InvertedTrigger, ...]
-    scores: tuple[float, ...]  # norms in pixels, at the effort of the labels that went on
-    race: dict[str, Any]  # who left when, ready for JSON
 
 
 def invert_triggers(
@@ -55,7 +47,7 @@ def invert_triggers(
         model: Images in [0, 1] to logits ``(N, K)``; used in eval mode, given back as it came.
         images: Clean float32 ``(N, C, H, W)`` in [0, 1], on the model's device.
         targets: The labels to reach, each once; all K if None.
-        config: Settings; the preset "robust" if None.
+        config: Settings.
         labels: int64 ``(N,)``: the true classes, or the model's own answers if None. Images of a
             label are left out when its trigger is sought.
         seed: Seeds every label's starts and order of images alike.
@@ -75,41 +67,58 @@ def invert_triggers(
     """
     config = NCConfig() if config is None else config
     with frozen(model):
-        labels, chosen = check_inputs(model, images, labels, targets)
-        searches = [
-            Search(
-                target,
-                start,
-                pool=(labels != target).nonzero().flatten().cpu(),
-                shape=images.shape[1:],
-                device=images.device,
-                config=config,
-                seed=seed + start,
-            )
-            for target in chosen
-            for start in range(len(config.starts))
-        ]
-        run = _Run(searches, Race(config), config)
-        if checkpoint is not None:
-            subject = fingerprint(*model.state_dict().values(), images, labels)
-            run.keep(checkpoint, {"seed": seed, "subject": subject})
-        run.go(fused_forward(model, config.precision, images.device), images, progress=progress)
-        triggers = []
-        for target in chosen:
-            own = [search for search in searches if search.label == target]
-            found = [one for search in own for one in search.candidates()]
-            others = images[labels != target]
-            trigger = conclude(model, others, target, found, floor=config.floor)
-            trigger.steps = sum(search.steps for search in own)
-            triggers.append(trigger)
+        labels, targets = check_inputs(model, images, labels, targets)
+        inputs = ScanInputs(model, images, labels, 0)
+        return invert_labels(
+            inputs, targets, config=config, seed=seed, progress=progress, checkpoint=checkpoint
+        )
+
+
+def invert_labels(
+    inputs: ScanInputs,
+    targets: Sequence[int],
+    *,
+    config: NCConfig,
+    seed: int,
+    progress: bool,
+    checkpoint: Path | None,
+) -> Inverted:
+    """`invert_triggers` for inputs that are checked and a model that is frozen."""
+    model, images, labels, _ = inputs
+    searches = [
+        Search(
+            target,
+            start,
+            pool=(labels != target).nonzero().flatten().cpu(),
+            shape=images.shape[1:],
+            device=images.device,
+            config=config,
+            seed=seed + start,
+        )
+        for target in targets
+        for start in range(len(config.starts))
+    ]
+    run = _Run(searches, Race(config), config)
+    if checkpoint is not None:
+        data = fingerprint(*model.state_dict().values(), images, labels)
+        run.keep(checkpoint, {"seed": seed, "subject": data})
+    run.go(fused_forward(model, config.precision, images.device), images, progress=progress)
+    triggers = []
+    for target in targets:
+        own = [search for search in searches if search.label == target]
+        candidates = [one for search in own for one in search.candidates()]
+        others = images[labels != target]
+        trigger = conclude(model, others, target, candidates, floor=config.floor)
+        trigger.steps = sum(search.steps for search in own)
+        triggers.append(trigger)
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
-    gains = [run.race.gains.get(target, 1.0) for target in chosen]
+    gains = [run.race.gains.get(target, 1.0) for target in targets]
     return Inverted(
         tuple(triggers),
         tuple(trigger.l1_norm * gain for trigger, gain in zip(triggers, gains, strict=True)),
         {
-            "left_at": [run.race.left_at.get(target) for target in chosen],
+            "left_at": [run.race.left_at.get(target) for target in targets],
             "gain": gains,
             "stopped_at": run.race.stopped_at,
             "steps": [trigger.steps for trigger in triggers],

@@ -55,7 +55,7 @@ class CleanSettings:
 
     Args:
         scan: The settings of the search, `NCConfig`.
-        unlearning: How its triggers are unlearned, `UnlearnConfig`.
+        unlearning: How its triggers are unlearned, `Unlearning`.
         images: Clean images to scan and to clean with.
         alpha: Share of clean models that may be accused, in (0, 1).
         max_ratio: Accuse only below this share of the median, in (0, 1].
@@ -125,17 +125,11 @@ def _report(
     known: ImageSet,
     checkpoint: Path | None = None,
 ) -> ScanReport:
-    from defense_nc.scan import scan
+    from defense_nc.neural_cleanse import NeuralCleanse
 
-    return scan(
-        model,
-        known.images,
-        labels=known.labels,
-        config=args.scan,
-        alpha=args.alpha,
-        max_ratio=args.max_ratio,
-        seed=args.seed,
-        checkpoint=checkpoint,
+    detector = NeuralCleanse(args.scan, args.alpha, args.max_ratio)
+    return detector.scan(
+        model, known.images, labels=known.labels, seed=args.seed, checkpoint=checkpoint
     )
 
 
@@ -161,10 +155,10 @@ def _scan(args: argparse.Namespace) -> ScanReport | None:
 
 def _clean(args: argparse.Namespace) -> int:
     from defense_nc.schedule import NCConfig
-    from defense_nc.unlearn import UnlearnConfig, unlearn
+    from defense_nc.unlearning import Unlearning
 
-    start = CleanSettings(NCConfig.preset("fast"), UnlearnConfig.preset("nc"))
-    presets = {"scan": NCConfig.preset, "unlearning": UnlearnConfig.preset}
+    start = CleanSettings(NCConfig.preset("fast"), Unlearning.preset("nc"))
+    presets: dict[str, Any] = {"scan": NCConfig.preset, "unlearning": Unlearning.preset}
     settings = scan_settings(args, start, {}, **presets)
     if args.print_config:
         return print_config(settings)
@@ -173,18 +167,14 @@ def _clean(args: argparse.Namespace) -> int:
     cleaned: nn.Module = model
     report = None if args.force else _named(args, model, known)
     triggers = _triggers(args, model, known, report)
-    config = args.unlearning
-    for trigger in triggers.values():
-        cleaned = unlearn(
-            cleaned,
-            trigger,
-            known.images,
-            known.labels,
-            config=config,
+    for label, trigger in triggers.items():
+        cleaned = args.unlearning.repair(
+            *(cleaned, known.images, known.labels),
+            triggers={label: trigger},
             seed=args.seed,
             progress=True,
-        )
-    about = {"cleaned": sorted(triggers), "recipe": asdict(config), "seed": args.seed}
+        ).model
+    about = {"cleaned": sorted(triggers), "recipe": asdict(args.unlearning), "seed": args.seed}
     models = model, cleaned
     for line in write_cleaned(args, models, triggers, data, about, report=report, what="trigger"):
         print(line)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from wm_inject.core.presets import preset_of
+
 _SCHEDULES = ("original", "ports")
 _PRECISIONS = ("auto", "float32", "bfloat16")
 _STARTS = ("random", "ones", "faint")
@@ -12,7 +14,7 @@ _STARTS = ("random", "ones", "faint")
 
 @dataclass(frozen=True)
 class NCConfig:
-    """Settings of Neural Cleanse. The defaults are the preset "robust".
+    """Settings of Neural Cleanse. The defaults are the preset "fast".
 
     Args:
         steps: Steps of the schedule, at most.
@@ -58,27 +60,27 @@ class NCConfig:
     Source: Neural Cleanse (Wang 2019), its released code, and two PyTorch ports of it.
     """
 
-    steps: int = 150
-    batches: int = 4
+    steps: int = 64
+    batches: int = 2
     batch_size: int = 32
-    lr: float = 0.1
+    lr: float = 0.25
     betas: tuple[float, float] = (0.5, 0.9)
     schedule: Literal["original", "ports"] = "original"
-    starts: tuple[Literal["random", "ones", "faint"], ...] = ("ones", "random", "random", "faint")
-    init_cost: float = 1e-3
+    starts: tuple[Literal["random", "ones", "faint"], ...] = ("random", "random", "faint")
+    init_cost: float = 1e-2
     threshold: float = 0.99
-    patience: int = 3
+    patience: int = 2
     multiplier: float = 2.0
     early_stop: bool = True
     early_stop_threshold: float = 0.99
-    early_stop_patience: int = 15
+    early_stop_patience: int = 10
     fallbacks: int = 8
     floor: float = 0.9
-    name: str = "robust"
+    name: str = "fast"
     engine: Literal["stacked", "single"] = "stacked"
     stack: int | None = None
     race: bool = True
-    milestones: tuple[int, ...] = (20, 40)
+    milestones: tuple[int, ...] = (12, 24)
     candidates: int = 3
     references: int = 3
     calm: float = 0.75
@@ -134,24 +136,32 @@ class NCConfig:
             raise ValueError("expected race=False with engine='single': one label cannot race")
 
     @classmethod
-    def preset(cls, name: str, **changes: Any) -> NCConfig:
-        """The settings of this name, with some of them changed.
+    def preset(cls, name: str = "fast", **changes: Any) -> NCConfig:
+        """Named settings with some of them changed.
 
+        "fast" is the default, and what verdicts are calibrated for: at most 128 mini-batches per
+        search, in long strides. "robust" takes more and smaller steps from four starts; "reference"
+        is robust with one label after another, in float32, without early stopping of labels.
         "paper" is the original's example script: up to 1000 steps of 31 batches per label. "ports"
         is what the PyTorch ports do (their early stop as written stops never; this one does).
-        "robust" is the default. "reference" is robust with one label after another, in float32 and
-        without the race. "fast" takes at most 128 mini-batches per search, in longer
-        strides.
 
         Raises:
             ValueError: No such preset, or a value outside its range.
         """
-        if name not in PRESETS:
-            raise ValueError(f"expected a preset in {', '.join(PRESETS)}, got {name!r}")
-        return cls(**{"name": name, **PRESETS[name], **changes})
+        return preset_of(cls, PRESETS, name, **{"name": name, **changes})
 
 
-_REFERENCE: dict[str, Any] = {"race": False, "precision": "float32"}
+_ROBUST: dict[str, Any] = {
+    "steps": 150,
+    "batches": 4,
+    "lr": 0.1,
+    "init_cost": 1e-3,
+    "patience": 3,
+    "early_stop_patience": 15,
+    "starts": ("ones", "random", "random", "faint"),
+    "milestones": (20, 40),
+}
+_REFERENCE: dict[str, Any] = {**_ROBUST, "race": False, "precision": "float32"}
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         **_REFERENCE,
@@ -175,16 +185,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "early_stop_patience": 25,
         "fallbacks": 1,
     },
-    "robust": {},
+    "robust": _ROBUST,
     "reference": {**_REFERENCE, "engine": "single"},
-    "fast": {
-        "steps": 64,
-        "batches": 2,
-        "lr": 0.25,
-        "init_cost": 1e-2,
-        "patience": 2,
-        "early_stop_patience": 10,
-        "starts": ("random", "random", "faint"),
-        "milestones": (12, 24),
-    },
+    "fast": {},
 }

@@ -6,12 +6,16 @@ One label at a time, as in the papers: the reference that `defense_nc.batched` i
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from defense_nc.scan_inputs import ScanInputs
 from defense_nc.schedule import CostSchedule, NCConfig
 from defense_nc.search import (
     Candidate,
@@ -22,9 +26,10 @@ from defense_nc.search import (
     endless_batches,
     squash,
 )
-from defense_nc.trigger import InvertedTrigger, compose
+from defense_nc.trigger import Inverted, InvertedTrigger, compose
 from wm_inject.core.progress import Progress
 from wm_inject.core.progress import progress as show_progress
+from wm_inject.core.resume import ResumeFile, fingerprint
 from wm_victim.compiled_forward import fused_forward
 from wm_victim.inference import frozen
 
@@ -45,7 +50,7 @@ def invert_trigger(
         model: Images in [0, 1] to logits ``(N, K)``; used in eval mode, given back as it came.
         images: Clean float32 ``(N, C, H, W)`` in [0, 1], on the model's device.
         target: The label to reach.
-        config: Settings; the preset "robust" if None. One label runs no race.
+        config: Settings. One label runs no race.
         labels: int64 ``(N,)``: the true classes, or the model's own answers if None. Images of the
             target class are left out: they would count as successes of any trigger.
         seed: Seeds the start and the order of the images; every label starts from the same mask.
@@ -66,16 +71,57 @@ def invert_trigger(
     config = NCConfig() if config is None else config
     with frozen(model):
         labels, _ = check_inputs(model, images, labels, [target])
-        images = images[labels != target]
-        passes = fused_forward(model, config.precision, images.device)
-        found: list[Candidate] = []
-        steps = 0
-        for index, start in enumerate(config.starts):
-            again, taken = _search(
-                passes, images, target, start, config=config, seed=seed + index, progress=progress
-            )
-            found, steps = [*found, *again], steps + taken
-        trigger = conclude(model, images, target, found, floor=config.floor)
+        inputs = ScanInputs(model, images, labels, 0)
+        return _invert(inputs, target, config=config, seed=seed, progress=progress)
+
+
+def invert_in_turn(
+    inputs: ScanInputs,
+    targets: Sequence[int],
+    *,
+    config: NCConfig,
+    seed: int,
+    progress: bool,
+    checkpoint: Path | None,
+) -> Inverted:
+    """One label after the other; a checkpoint holds the labels that are done."""
+    model, images, labels, _ = inputs
+    run = {
+        "seed": seed,
+        "subject": fingerprint(*model.state_dict().values(), images, labels),
+        "config": asdict(config),
+        "targets": list(targets),
+    }
+    file = ResumeFile(checkpoint, kind="neural-cleanse-labels", run=run)
+    done: list[dict[str, Any]] = file.load() or []
+    for target in show_progress(targets[len(done) :], desc="labels", enabled=progress):
+        trigger = _invert(inputs, target, config=config, seed=seed, progress=False)
+        done.append({"tensors": trigger.cpu().state_dict(), "config": trigger.config})
+        file.save(done)
+    file.remove()
+    triggers = []
+    for target, state in zip(targets, done, strict=True):
+        rate, steps = state["config"]["success_rate"], state["config"]["steps"]
+        triggers.append(
+            InvertedTrigger(**state["tensors"], target=target, success_rate=rate, steps=steps)
+        )
+    return Inverted(tuple(triggers), tuple(trigger.l1_norm for trigger in triggers), None)
+
+
+def _invert(
+    inputs: ScanInputs, target: int, *, config: NCConfig, seed: int, progress: bool
+) -> InvertedTrigger:
+    model, images, labels, _ = inputs
+    images = images[labels != target]
+    forward = fused_forward(model, config.precision, images.device)
+    candidates: list[Candidate] = []
+    steps = 0
+    for index, start in enumerate(config.starts):
+        more, taken = _search(
+            forward, images, target, start, config=config, seed=seed + index, progress=progress
+        )
+        candidates, steps = [*candidates, *more], steps + taken
+    trigger = conclude(model, images, target, candidates, floor=config.floor)
     trigger.steps = steps
     return trigger
 

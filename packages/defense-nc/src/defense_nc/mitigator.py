@@ -1,57 +1,14 @@
-"""Mitigators: one signature for everything that repairs a classifier, and what they all need."""
+"""What mitigations share: checks, trainable parameters, batches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from wm_inject.core.images import check_images, check_labels
-from wm_inject.core.plan import Trigger
 from wm_victim.inference import frozen, predict
-
-
-class Repaired(NamedTuple):
-    """A repaired classifier, and how it came about."""
-
-    model: nn.Module  # a new one, in eval mode, on the device of the given one
-    log: Mapping[str, Any]  # ready for JSON: losses, what was pruned, thresholds chosen
-
-
-class Mitigator(Protocol):
-    """What every mitigation does: a classifier and clean images in, a repaired copy out.
-
-    Each is a frozen dataclass of settings. The given classifier is bit-identical afterwards, and
-    the same seed gives the same repaired one.
-    """
-
-    @property
-    def name(self) -> str:
-        """What it is called in records and tables, for example "fine-tuning"."""
-
-    def repair(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        triggers: Mapping[int, Trigger] | None = None,
-        seed: int = 0,
-        progress: bool = False,
-    ) -> Repaired:
-        """Repair a copy of ``model`` with the defender's clean set.
-
-        Args:
-            model: Images in [0, 1] to logits ``(N, K)``; not changed.
-            images: Clean float32 ``(N, C, H, W)`` in [0, 1], N >= 2.
-            labels: int64 ``(N,)``, the true classes.
-            triggers: The reversed triggers of the suspected labels, by label. Blind mitigations
-                ignore them.
-            seed: Seeds everything that is drawn.
-            progress: Show how far it is.
-        """
 
 
 def check_repair(model: nn.Module, images: Tensor, labels: Tensor) -> int:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from defense_nc.mitigator import Repaired, check_repair
+from defense_nc.mitigator import check_repair
 from defense_nc.neurons import put_trigger
+from defense_nc.protocols import Repaired
 from wm_inject.core.images import quantize
 from wm_inject.core.plan import Trigger
 from wm_victim.activations import last_linear, penultimate
@@ -41,14 +42,14 @@ class NeuronPruning:
             raise ValueError(f"expected success_rate in [0, 1), got {self.success_rate}")
 
     @classmethod
-    def preset(cls, name: str = "small", **changes: Any) -> NeuronPruning:
-        """The settings of this name, small or paper (here the same), with some of them changed.
+    def preset(cls, name: str = "fast", **changes: Any) -> NeuronPruning:
+        """The settings of this name, fast or paper (here the same), with some of them changed.
 
         Raises:
             ValueError: No such preset, or a value outside its range.
         """
-        if name not in ("small", "paper"):
-            raise ValueError(f"expected a preset in small, paper, got {name!r}")
+        if name not in ("fast", "paper"):
+            raise ValueError(f"expected a preset in fast, paper, got {name!r}")
         return cls(**changes)
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -76,6 +76,14 @@ class InvertedTrigger(nn.Module):
         channels, height, width = self.pattern.shape
         check_images(images, channels=channels, size=(height, width))
         return compose(images, self.mask, self.pattern).clamp(0, 1)
+
+
+class Inverted(NamedTuple):
+    """The triggers of many labels, and how far each label was searched."""
+
+    triggers: tuple[InvertedTrigger, ...]
+    scores: tuple[float, ...]  # norms in pixels, at the effort of the labels searched longest
+    race: dict[str, Any] | None  # when each label was stopped, ready for JSON
 
 
 def compose(images: Tensor, mask: Tensor, pattern: Tensor) -> Tensor:

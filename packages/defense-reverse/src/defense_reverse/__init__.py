@@ -5,7 +5,6 @@ from defense_reverse.closeness import Closeness, closeness
 from defense_reverse.config import ReverseConfig
 from defense_reverse.detectors import BtiDbf, BtiDbfConfig, FeatureREConfig, FeatureTrigger
 from defense_reverse.generator import UNetGenerator
-from defense_reverse.mitigate import mitigate
 from defense_reverse.mitigations import (
     ANP,
     FTSAM,
@@ -13,7 +12,6 @@ from defense_reverse.mitigations import (
     NAD,
     FinePruning,
     FineTuning,
-    Unlearning,
 )
 from defense_reverse.reverse import pretrain, reverse_engineer
 from defense_reverse.scan import detection_case, scan
@@ -36,12 +34,10 @@ __all__ = [
     "ReverseConfig",
     "ReversedTrigger",
     "UNetGenerator",
-    "Unlearning",
     "__version__",
     "closeness",
     "detection_case",
     "load_reversed",
-    "mitigate",
     "pretrain",
     "reverse_engineer",
     "save_reversed",

@@ -56,7 +56,7 @@ class CleanSettings:
 
     Args:
         scan: The settings of the search, `ReverseConfig`.
-        unlearning: How its generators are unlearned, ``UnlearnConfig``.
+        unlearning: How its generators are unlearned, `defense_nc.Unlearning`.
         images: Clean images to scan with.
         clean_images: Images to clean with; 5 % of the training set if None.
         alpha: Share of clean models that may be accused, in (0, 1).
@@ -164,13 +164,12 @@ def _scan(args: argparse.Namespace) -> ScanReport | None:
 
 
 def _clean(args: argparse.Namespace) -> int:
-    from defense_nc import UnlearnConfig
+    from defense_nc import Unlearning
     from defense_reverse.config import ReverseConfig
-    from defense_reverse.mitigate import mitigate
     from wm_victim.datasets import defender_subset
 
-    start = CleanSettings(ReverseConfig.preset("fast"), UnlearnConfig.preset("reverse"))
-    presets = {"scan": ReverseConfig.preset, "unlearning": UnlearnConfig.preset}
+    start = CleanSettings(ReverseConfig.preset("fast"), Unlearning.preset("reverse"))
+    presets: dict[str, Any] = {"scan": ReverseConfig.preset, "unlearning": Unlearning.preset}
     settings = scan_settings(args, start, {"clean_images": args.clean_images}, **presets)
     if args.print_config:
         return print_config(settings)
@@ -184,16 +183,13 @@ def _clean(args: argparse.Namespace) -> int:
     mine = defender_subset(data.train, count=count, seed=args.seed).to(device)
     cleaned: nn.Module = model
     triggers = {label: report.triggers[label].to(device) for label in report.suspected}
-    for trigger in triggers.values():
-        cleaned = mitigate(
-            cleaned,
-            trigger,
-            mine.images,
-            mine.labels,
-            config=args.unlearning,
+    for label, trigger in triggers.items():
+        cleaned = args.unlearning.repair(
+            *(cleaned, mine.images, mine.labels),
+            triggers={label: trigger},
             seed=args.seed,
             progress=True,
-        )
+        ).model
     about = {"cleaned": list(triggers), "images": count, "seed": args.seed}
     about |= {"recipe": asdict(args.unlearning)}
     models = model, cleaned

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from wm_eval.config import WatermarkConfig as WatermarkConfig
     from wm_eval.config import load_study as load_study
     from wm_eval.config import shipped_studies as shipped_studies
-    from wm_eval.detectors import Detector as Detector
+    from wm_eval.detectors import DETECTORS as DETECTORS
     from wm_eval.detectors import detector as detector
     from wm_eval.effectiveness import der as der
     from wm_eval.engine import Outcome as Outcome

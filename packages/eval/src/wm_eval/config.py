@@ -299,11 +299,11 @@ class Study:
             if not _NAME.fullmatch(name) or name == "all":
                 raise ValueError(f"expected lower-case names of settings, got {name!r}")
         for name, changes in self.detectors.items():
-            scanner_settings(name, **changes)
+            detector(name, **changes)
         for name, changes in self.mitigations.items():
             build_method(name, **{"steps": self.defender.steps, **changes})
-            if (detector := detector_of(name)) not in (None, *self.detectors):
-                raise ValueError(f"expected the detector {detector}, whose triggers {name} needs")
+            if (source := detector_of(name)) not in (None, *self.detectors):
+                raise ValueError(f"expected the detector {source}, whose triggers {name} needs")
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -314,15 +314,6 @@ class Study:
     def methods(self) -> tuple[str, ...]:
         """The mitigations in the order of the tables."""
         return tuple(in_order(self.mitigations, METHODS))
-
-
-def scanner_settings(name: str, preset: str = "fast", **changes: Any) -> Any:
-    """The settings of a detector by the name of a preset, with changes.
-
-    Raises:
-        ValueError: No such detector or preset, or a setting outside its range.
-    """
-    return fill(detector(name).config(preset), changes, f"detectors.{name}")
 
 
 def load_study(name: str | Path, *, seed: int | None = None, changes: str = "") -> Study:
@@ -438,6 +429,5 @@ __all__ = [
     "WatermarkConfig",
     "load_study",
     "plain",
-    "scanner_settings",
     "shipped_studies",
 ]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from defense_nc.mitigator import Mitigator
+    from defense_nc.protocols import Mitigator
 
-_UNLEARNING = "defense_reverse.mitigations.unlearning:Unlearning"
+_UNLEARNING = "defense_nc.unlearning:Unlearning"
 # Neural Cleanse puts its trigger on a fifth of the images, the reverse-generator paper adds a
 # triggered copy of each.
 _GENERATORS: tuple[str, dict[str, Any]] = (_UNLEARNING, {"trigger_share": 1.0, "append": True})
@@ -30,13 +29,13 @@ CONTROLS = {"control-nc": "unlearning-nc", "control": "unlearning-reverse"}
 _STEPLESS = ("neuron-pruning",)  # prunes until the reversed trigger fails: nothing is trained
 
 
-def build_method(name: str, *, steps: int, preset: str = "small", **changes: Any) -> Mitigator:
+def build_method(name: str, *, steps: int, preset: str = "fast", **changes: Any) -> Mitigator:
     """A mitigation by its name, to run for so many optimiser steps.
 
     Args:
         name: One of `wm_eval.titles.METHODS`.
         steps: Optimiser steps. Neuron pruning takes none.
-        preset: Of the method's own settings, "small" or "paper", or another that it has.
+        preset: Of the method's own settings, "fast" or "paper", or another that it has.
         changes: Settings that differ from the preset's.
 
     Raises:
@@ -46,16 +45,13 @@ def build_method(name: str, *, steps: int, preset: str = "small", **changes: Any
         from defense_reverse.mitigations.fine_tuning import FineTuning
 
         unlearning = build_method(CONTROLS[name], steps=steps, preset=preset, **changes)
-        return FineTuning(**{f.name: getattr(unlearning, f.name) for f in fields(FineTuning)})
+        return FineTuning(sgd=unlearning.sgd)  # type: ignore[attr-defined]
     if name not in _METHODS:
         known = ", ".join((*CONTROLS, *_METHODS))
         raise ValueError(f"expected a method out of {known}, got {name!r}")
     module, _, kind = _METHODS[name][0].partition(":")
     settings = {**_METHODS[name][1], **({} if name in _STEPLESS else {"steps": steps}), **changes}
-    try:
-        built: Mitigator = getattr(import_module(module), kind).preset(preset, **settings)
-    except TypeError as error:
-        raise ValueError(f"expected settings of {name}: {error}") from error
+    built: Mitigator = getattr(import_module(module), kind).preset(preset, **settings)
     return built
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from defense_nc import ScanReport, Verdict
-from defense_nc.mitigator import Mitigator
+from defense_nc.protocols import Mitigator
 from defense_reverse import detection_case
 from defense_reverse.closeness import image_closeness
 from wm_eval.attack_setup import Planting, WatermarkAttack, fit_watermark
@@ -376,11 +376,9 @@ def _scan(
     trial: Trial, detector: str, model: nn.Module, store: Store, checkpoint: Path
 ) -> ScanReport:
     images = trial.defender_images(store)
-    return DETECTORS[detector].scan(
+    return trial.detector(detector).scan(
         model,
         images.images,
-        config=trial.scanner(detector),
-        alpha=trial.study.defender.alpha,
         labels=images.labels,
         seed=trial.seed,
         progress=store.progress,

@@ -208,7 +208,7 @@ def _scan(trial: Trial, detector: str) -> Stage:
 def _scanner(trial: Trial, detector: str) -> dict[str, Any]:
     defender = trial.study.defender
     return {
-        "detector": plain(trial.scanner(detector)),
+        "detector": dict(trial.detector(detector).settings),
         "images": defender.images,
         "fraction": defender.fraction,
         "alpha": defender.alpha,

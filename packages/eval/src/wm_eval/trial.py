@@ -12,7 +12,8 @@ from torch import nn
 import defense_nc
 import defense_reverse
 from wm_eval.attack_setup import Planting, TableAttack, WatermarkAttack
-from wm_eval.config import Corruptions, DataConfig, Study, plain, scanner_settings
+from wm_eval.config import Corruptions, DataConfig, Study, plain
+from wm_eval.detectors import detector
 from wm_eval.engine import Stage
 from wm_eval.records import Key, stage_id
 from wm_eval.titles import CLEAN
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
+    from defense_nc import Detector
     from wm_eval.engine import Result, Store
 
 FINISHED_BY_VICTIM = ("input-aware",)  # whose trigger is trained together with the victim
@@ -241,9 +243,9 @@ class Trial:
         limit, target = self.study.measure.limit, self.study.target
         return {"corruptions": list(self.test_corruptions), "limit": limit, "target": target}
 
-    def scanner(self, detector: str) -> Any:
-        """The settings of a detector."""
-        return scanner_settings(detector, **self.study.detectors[detector])
+    def detector(self, name: str) -> Detector:
+        """A detector with the study's settings."""
+        return detector(name, **{"alpha": self.study.defender.alpha, **self.study.detectors[name]})
 
     def planting(self, store: Store) -> Planting:
         """What the victim's training gets of the attack; nothing for the clean victim."""

@@ -1,1 +1,49 @@
-"""From label scores to a verdict: outlier statistics, calibration, abstention, the report."""
+"""From scores to a verdict: outlier statistics, calibration, abstention, the report."""
+
+from defense_nc.verdict.abstention import MIN_CONVERGED, scores_shifted
+from defense_nc.verdict.anomaly import (
+    AnomalyIndex,
+    OutlierTest,
+    check_rule,
+    mad_index,
+    outlier_test,
+)
+from defense_nc.verdict.calibrate import clean_model, fit_calibration, refit
+from defense_nc.verdict.calibration import (
+    Calibration,
+    CleanModel,
+    load_calibration,
+    read_calibrations,
+    write_calibrations,
+)
+from defense_nc.verdict.model_info import ModelInfo, describe_model
+from defense_nc.verdict.report import judge, judge_scan
+from defense_nc.verdict.scan_report import LabelScore, ScanReport, Verdict
+from defense_nc.verdict.seed_stability import combine, scan_until_stable
+
+__all__ = [
+    "MIN_CONVERGED",
+    "AnomalyIndex",
+    "Calibration",
+    "CleanModel",
+    "LabelScore",
+    "ModelInfo",
+    "OutlierTest",
+    "ScanReport",
+    "Verdict",
+    "check_rule",
+    "clean_model",
+    "combine",
+    "describe_model",
+    "fit_calibration",
+    "judge",
+    "judge_scan",
+    "load_calibration",
+    "mad_index",
+    "outlier_test",
+    "read_calibrations",
+    "refit",
+    "scan_until_stable",
+    "scores_shifted",
+    "write_calibrations",
+]

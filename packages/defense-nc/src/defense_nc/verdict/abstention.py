@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from defense_nc.verdict.calibration import Calibration, CleanModel
-from defense_nc.verdict.model_info import Subject
+from defense_nc.verdict.model_info import ModelInfo
 
 MIN_CONVERGED = 4  # with fewer labels to compare, no score can be called unusual
 NOT_LOOKED_FOR = "Triggers bound to an image's own class were not looked for"
@@ -51,7 +51,7 @@ def too_many(suspected: Sequence[int], compared: int) -> str | None:
     )
 
 
-def not_covered(subject: Subject | None, calibration: Calibration) -> str | None:
+def out_of_domain(subject: ModelInfo | None, calibration: Calibration) -> str | None:
     """The model is unlike every clean model that the verdict rule was calibrated on."""
     if subject is None:
         return None
@@ -73,7 +73,7 @@ def not_covered(subject: Subject | None, calibration: Calibration) -> str | None
     return first and f"The verdict rule is calibrated for {first}."
 
 
-def unlike_clean(logs: Tensor, peers: Sequence[CleanModel]) -> str | None:
+def scores_shifted(logs: Tensor, peers: Sequence[CleanModel]) -> str | None:
     """No label stands out, and yet no clean model had such scores: all are low, or they fall apart.
 
     A backdoor that has a trigger for every label makes all of them easy, so that none stands out;

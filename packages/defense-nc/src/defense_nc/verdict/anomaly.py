@@ -117,10 +117,7 @@ def outlier_test(scores: Tensor, *, alpha: float = 0.05, max_ratio: float = 0.5)
     values = _check(scores)
     if values.min() < 0:
         raise ValueError(f"expected scores >= 0, got {float(values.min()):.4g}")
-    if not 0 < alpha < 1 or not 0 < max_ratio <= 1:
-        raise ValueError(
-            f"expected alpha in (0, 1) and max_ratio in (0, 1], got {alpha}, {max_ratio}"
-        )
+    check_rule(alpha, max_ratio)
     count = len(values)
     middle = _mid_median(values)
     if middle == 0:  # nothing lies below it
@@ -136,6 +133,14 @@ def outlier_test(scores: Tensor, *, alpha: float = 0.05, max_ratio: float = 0.5)
     ratio = values / middle
     suspected = ((p_values <= alpha) & (ratio <= max_ratio)).nonzero().flatten()
     return OutlierTest(p_values, ratio, tuple(suspected.tolist()))
+
+
+def check_rule(alpha: float, max_ratio: float = 1.0) -> None:
+    """Raise ``ValueError`` unless alpha is in (0, 1) and max_ratio in (0, 1]."""
+    if not 0 < alpha < 1 or not 0 < max_ratio <= 1:
+        raise ValueError(
+            f"expected alpha in (0, 1) and max_ratio in (0, 1], got {alpha}, {max_ratio}"
+        )
 
 
 def _check(scores: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from defense_nc.verdict.abstention import needed
 from defense_nc.verdict.calibration import Calibration, CleanModel, alike
-from defense_nc.verdict.model_info import Subject
+from defense_nc.verdict.model_info import ModelInfo
 from defense_nc.verdict.report import check_scores
 from defense_nc.verdict.shrinkage import log_scores, moderated_p_values, prior_of
 from defense_nc.verdict.tail_fit import fit_tail
@@ -25,7 +25,7 @@ def clean_model(
     success_rates: Tensor,
     *,
     floor: float,
-    subject: Subject,
+    subject: ModelInfo,
     dataset: str,
     arch: str,
     name: str = "",

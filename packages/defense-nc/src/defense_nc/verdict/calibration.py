@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from defense_nc.verdict.model_info import Subject
+from defense_nc.verdict.model_info import ModelInfo
 from defense_nc.verdict.shrinkage import Prior, moderated_p_values, prior_of
 from defense_nc.verdict.tail_fit import Tail, tail_p_values
 
@@ -39,7 +39,7 @@ class CleanModel:
     """
 
     log_scores: tuple[float, ...]
-    subject: Subject
+    subject: ModelInfo
     dataset: str
     arch: str
     name: str = ""
@@ -102,14 +102,14 @@ class Calibration:
         text = json.dumps(self.to_dict(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def prior(self, subject: Subject | None) -> Prior:
+    def prior(self, subject: ModelInfo | None) -> Prior:
         """The spread that clean models like this one lend: see `peers`."""
         peers = self.peers(subject)
         if len(peers) == len(self.models):
             return Prior(self.sigma0, self.nu0)
         return prior_of([torch.tensor(model.log_scores).double() for model in peers])
 
-    def p_values(self, logs: Tensor, subject: Subject | None = None) -> Tensor:
+    def p_values(self, logs: Tensor, subject: ModelInfo | None = None) -> Tensor:
         """Calibrated p-values ``(K,)`` of a scan's log scores ``(K,)``, K >= 4.
 
         Each is the chance that any of K clean labels goes this far (Sidak's correction), so that
@@ -122,7 +122,7 @@ class Calibration:
         single = tail_p_values(moderated_p_values(logs, self.prior(subject)), self.tail)
         return -torch.expm1(len(logs) * torch.log1p(-single))
 
-    def peers(self, subject: Subject | None) -> tuple[CleanModel, ...]:
+    def peers(self, subject: ModelInfo | None) -> tuple[CleanModel, ...]:
         """The clean models of the same classes and image shape if there are five, or else all."""
         return alike(self.models, subject)
 
@@ -145,7 +145,7 @@ class Calibration:
                     **{
                         **model,
                         "log_scores": tuple(model["log_scores"]),
-                        "subject": Subject(**model["subject"]),
+                        "subject": ModelInfo(**model["subject"]),
                     }
                 )
                 for model in values["models"]
@@ -155,7 +155,7 @@ class Calibration:
             raise ValueError(f"expected the fields of a calibration, got {error}") from None
 
 
-def alike(models: Sequence[CleanModel], subject: Subject | None) -> tuple[CleanModel, ...]:
+def alike(models: Sequence[CleanModel], subject: ModelInfo | None) -> tuple[CleanModel, ...]:
     """The models of the same classes and image shape if there are five of them, or else all."""
     if subject is None:
         return tuple(models)

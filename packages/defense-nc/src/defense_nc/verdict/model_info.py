@@ -18,7 +18,7 @@ _CONVOLUTION = re.compile(r"Conv[123]d")
 
 
 @dataclass(frozen=True)
-class Subject:
+class ModelInfo:
     """Classes, images and kind of network of one scanned model.
 
     Args:
@@ -53,7 +53,7 @@ class Subject:
         return asdict(self)
 
 
-def describe_subject(model: nn.Module, images: Tensor, *, classes: int | None = None) -> Subject:
+def describe_model(model: nn.Module, images: Tensor, *, classes: int | None = None) -> ModelInfo:
     """What a calibration asks about a model, read off its layers and the images.
 
     Args:
@@ -75,4 +75,4 @@ def describe_subject(model: nn.Module, images: Tensor, *, classes: int | None = 
         network = "transformer"
     elif any(_CONVOLUTION.search(name) for name in names):
         network = "convolutional"
-    return Subject(classes, max(images.shape[2:]), images.shape[1], network, len(images))
+    return ModelInfo(classes, max(images.shape[2:]), images.shape[1], network, len(images))

@@ -17,14 +17,20 @@ from torch import Tensor, nn
 from defense_nc.verdict.abstention import (
     MIN_CONVERGED,
     NOT_LOOKED_FOR,
-    not_covered,
+    out_of_domain,
+    scores_shifted,
     too_few,
     too_many,
-    unlike_clean,
 )
-from defense_nc.verdict.anomaly import AnomalyIndex, OutlierTest, mad_index, outlier_test
+from defense_nc.verdict.anomaly import (
+    AnomalyIndex,
+    OutlierTest,
+    check_rule,
+    mad_index,
+    outlier_test,
+)
 from defense_nc.verdict.calibration import Calibration, load_calibration
-from defense_nc.verdict.model_info import Subject, describe_subject
+from defense_nc.verdict.model_info import ModelInfo, describe_model
 from defense_nc.verdict.scan_report import LabelScore, ScanReport, Verdict
 from defense_nc.verdict.shrinkage import log_scores
 
@@ -43,7 +49,7 @@ def judge(
     config: Mapping[str, Any] | None = None,
     seed: int = 0,
     calibration: Calibration | None = None,
-    subject: Subject | None = None,
+    subject: ModelInfo | None = None,
 ) -> ScanReport:
     """Decide what K scores say about a classifier.
 
@@ -75,15 +81,12 @@ def judge(
     Source: ours; neither paper states an error rate.
     """
     check_scores(scores, success_rates, floor=floor)
-    if not 0 < alpha < 1 or not 0 < max_ratio <= 1:
-        raise ValueError(
-            f"expected alpha in (0, 1) and max_ratio in (0, 1], got {alpha}, {max_ratio}"
-        )
+    check_rule(alpha, max_ratio)
     scores, rates = scores.detach().double().cpu(), success_rates.detach().double().cpu()
     paper, low = _paper(scores)
     # A rate of 0.9 in single precision lies a little below 0.9.
     reached = rates >= floor - 1e-6
-    strange = not_covered(subject, calibration) if calibration else None
+    strange = out_of_domain(subject, calibration) if calibration else None
     holding = None if strange else calibration
     rule: dict[str, Any] = {"alpha": alpha, "max_ratio": max_ratio}
     test = _test(scores, reached, **rule, calibration=holding, subject=subject)
@@ -92,7 +95,7 @@ def judge(
     if not limit and not test.suspected:
         limit = too_few(reached, floor)
         if holding and not limit:
-            limit = unlike_clean(log_scores(scores[reached]), holding.peers(subject))
+            limit = scores_shifted(log_scores(scores[reached]), holding.peers(subject))
     significant = float(test.p_values.min()) <= alpha
     if limit or (significant and not test.suspected):
         verdict = Verdict.INCONCLUSIVE
@@ -175,7 +178,7 @@ def judge_scan(
         config={**settings, "images": len(images)},
         seed=seed,
         calibration=load_calibration(detector, settings=settings, classes=len(scores)),
-        subject=describe_subject(model, images, classes=len(scores)),
+        subject=describe_model(model, images, classes=len(scores)),
     )
 
 
@@ -213,7 +216,7 @@ def _test(
     alpha: float,
     max_ratio: float,
     calibration: Calibration | None,
-    subject: Subject | None,
+    subject: ModelInfo | None,
 ) -> OutlierTest:
     """The deciding rule over the converged labels, spread over all K."""
     compared = scores[reached] if bool(reached.any()) else scores

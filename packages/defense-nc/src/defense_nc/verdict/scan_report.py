@@ -11,11 +11,11 @@ from typing import Any
 from torch import nn
 
 from defense_nc.verdict.calibration import Calibration
-from defense_nc.verdict.model_info import Subject
+from defense_nc.verdict.model_info import ModelInfo
 
 
-class Verdict(enum.Enum):
-    """The one answer of a scan; a command exits with its code."""
+class Verdict(enum.StrEnum):
+    """The answer of a scan; a command exits with its code."""
 
     CLEAN = "clean"
     BACKDOORED = "backdoored"
@@ -39,6 +39,7 @@ class LabelScore:
     paper_index: float  # of the papers' rule; 0 above the median
     ratio: float  # score / median of the converged labels
     converged: bool  # the success rate reached the floor, so the score may be compared
+    source: int | None = None  # the score is of this class's images only; None: of all others'
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,9 @@ class ScanReport:
     floor: float = 0.0  # success rate that made a score comparable
     calibrated: bool = False  # p-values hold on clean models like those of the calibration
     calibration: Calibration | None = field(default=None, repr=False, compare=False)
-    subject: Subject | None = None
+    subject: ModelInfo | None = None
     repeats: int = 1  # scans behind the scores
+    model_score: float | None = None  # of the model as a whole, where a detector gives one
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the triggers, ready for JSON; an infinite index is written as None."""
@@ -76,8 +78,12 @@ class ScanReport:
         out["calibration"] = self.calibration and self.calibration.fingerprint
         out["subject"] = self.subject and self.subject.to_dict()
         out["labels"] = [
-            {name: _finite(value) for name, value in vars(label).items()} for label in self.labels
+            {name: _finite(value) for name, value in vars(label).items() if name != "source"}
+            | ({} if label.source is None else {"source": label.source})
+            for label in self.labels
         ]
+        if self.model_score is not None:
+            out["model_score"] = _finite(self.model_score)
         return out
 
 

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from defense_nc.mitigator import Repaired, batches, check_repair, trainable
+from defense_nc.mitigator import batches, check_repair, trainable
+from defense_nc.protocols import Repaired
 from defense_reverse.detectors.bti_dbf import frequent_label, invert
 from defense_reverse.detectors.bti_losses import BtiDbfConfig
 from defense_reverse.detectors.common import check_settings, descend, examine

@@ -1,4 +1,4 @@
-"""Mitigations of others, with the signature of `defense_nc.mitigator.Mitigator`."""
+"""Mitigations of others, each a `defense_nc.Mitigator`."""
 
 from defense_reverse.mitigations.anp import ANP
 from defense_reverse.mitigations.fine_pruning import FinePruning
@@ -6,6 +6,5 @@ from defense_reverse.mitigations.fine_tuning import FineTuning
 from defense_reverse.mitigations.ft_sam import FTSAM
 from defense_reverse.mitigations.i_bau import IBAU
 from defense_reverse.mitigations.nad import NAD
-from defense_reverse.mitigations.unlearning import Unlearning
 
-__all__ = ["ANP", "FTSAM", "IBAU", "NAD", "FinePruning", "FineTuning", "Unlearning"]
+__all__ = ["ANP", "FTSAM", "IBAU", "NAD", "FinePruning", "FineTuning"]

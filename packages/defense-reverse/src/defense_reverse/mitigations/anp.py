@@ -5,23 +5,30 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from defense_nc.mitigator import Repaired, batches, check_repair
-from defense_reverse.mitigations.channel_masks import DisturbedLoss, Masks, Noise, normalisations
-from defense_reverse.mitigations.training import preset_of
+from defense_nc.mitigator import batches, check_repair
+from defense_nc.protocols import Repaired
 from wm_inject.core.plan import Trigger
+from wm_inject.core.presets import preset_of
 from wm_inject.core.progress import progress as show_progress
+from wm_inject.core.randomness import seeded
 from wm_victim.inference import predict
+
+Masks = dict[str, Tensor]  # name of a normalisation -> (C,) in [0, 1]
+Noise = dict[str, Tensor]  # name of a normalisation -> (2, C): of the weights, of the biases
+_THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(20))  # 0, 0.05 .. 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
 class ANP:
-    """Settings of adversarial neuron pruning. The defaults are the preset "small".
+    """Adversarial neuron pruning: learn which channels a disturbance breaks, and prune those.
 
     Args:
         steps: Optimiser steps for the masks.
@@ -34,10 +41,12 @@ class ANP:
         holdout: Share of the clean set that chooses the threshold and is not trained on, in (0, 1).
         tolerance: How much accuracy on the held-out share pruning may cost, in [0, 1).
 
-    Raises:
-        ValueError: A value outside its range.
+    Source: Wu and Wang, "Adversarial Neuron Pruning Purifies Backdoored Deep Models", 2021, and its
+        released code. There the images of a step are drawn with replacement, and the sweep of
+        thresholds looks at the test set; here it sees only images that are held out.
     """
 
+    name: ClassVar[str] = "anp"
     steps: int = 100
     batch_size: int = 32
     lr: float = 0.05
@@ -69,21 +78,13 @@ class ANP:
             )
 
     @classmethod
-    def preset(cls, name: str = "small", **changes: Any) -> ANP:
-        """The settings of this name, small or paper, with some of them changed.
+    def preset(cls, name: str = "fast", **changes: Any) -> ANP:
+        """Settings by name, with changes.
 
         "paper" takes 2,000 steps of 128 images at a rate of 0.2, and tolerates the ten points that
-        BackdoorBench does. "small" takes fewer, smaller and more careful steps, which is ours.
-
-        Raises:
-            ValueError: No such preset, or a value outside its range.
+        BackdoorBench does. "fast" takes fewer, smaller and more careful steps, which is ours.
         """
-        return preset_of(cls, PRESETS, name, changes)
-
-    @property
-    def name(self) -> str:
-        """What it is called in records and tables."""
-        return "anp"
+        return preset_of(cls, PRESETS, name, **changes)
 
     def repair(
         self,
@@ -95,28 +96,13 @@ class ANP:
         seed: int = 0,
         progress: bool = False,
     ) -> Repaired:
-        """Learn which channels a disturbance breaks, and prune those in a copy.
+        """Prune a copy of ``model``, which keeps its running statistics.
 
-        Args:
-            model: Images in [0, 1] to logits ``(N, K)``, with batch normalisation; not changed.
-            images: Clean float32 ``(N, C, H, W)`` in [0, 1], N >= 4.
-            labels: int64 ``(N,)``, the true classes.
-            triggers: Not used: ANP is blind.
-            seed: Seeds the held-out share, the order of the images, the disturbances, and dropout.
-            progress: Show how far it is.
-
-        Returns:
-            The pruned model, in eval mode, with the given one's running statistics. The log has
-            the losses, the accuracy at each threshold, the threshold chosen (None if even the
-            lowest cost too much) and the number of channels pruned in each layer.
+        The log has the losses, the accuracy at each threshold, the threshold chosen (None if even
+        the lowest cost too much) and the number of channels pruned in each layer.
 
         Raises:
-            ValueError: Bad images or labels, fewer than four images, or no batch normalisation
-                with weights.
-
-        Source: Wu and Wang, "Adversarial Neuron Pruning Purifies Backdoored Deep Models", 2021, and
-            its released code. There the images of a step are drawn with replacement, and the sweep
-            of thresholds looks at the test set; here it sees only images that are held out.
+            ValueError: Fewer than four images, or no batch normalisation with weights.
         """
         check_repair(model, images, labels)
         if len(images) < 4:
@@ -127,11 +113,9 @@ class ANP:
         images, labels = images.to(device), labels.to(device)
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(images), generator=generator).to(device)
-        held = min(len(images) - 2, max(2, round(self.holdout * len(images))))
-        fit, check = order[held:], order[:held]
-        # Dropout draws from the global generators: seeded here, and given back as they were.
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
+        held_out = min(len(images) - 2, max(2, round(self.holdout * len(images))))
+        fit, check = order[held_out:], order[:held_out]
+        with seeded(seed, device):  # dropout draws from the global generators
             masks, losses = self._learn(pruned, images[fit], labels[fit], generator, progress)
         chosen, sweep = self._sweep(pruned, masks, images[check], labels[check])
         counts = {name: int((chosen.masks[name] == 0).sum()) for name in norms}
@@ -201,9 +185,9 @@ class ANP:
         """Prune in place at the highest threshold before the first that costs too much."""
         norms = normalisations(pruned)
         weights = {name: norm.weight.detach().clone() for name, norm in norms.items()}
-        kept = {name: torch.ones_like(mask) for name, mask in masks.items()}
+        unpruned = {name: torch.ones_like(mask) for name, mask in masks.items()}
         start = _accuracy(pruned, images, labels)
-        choice = _Choice(None, kept)
+        choice = _Choice(None, unpruned)
         sweep: list[dict[str, float]] = []
         for threshold in _THRESHOLDS:
             trial = {name: (mask > threshold).float() for name, mask in masks.items()}
@@ -218,10 +202,9 @@ class ANP:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "small": {},
+    "fast": {},
     "paper": {"steps": 2000, "batch_size": 128, "lr": 0.2, "tolerance": 0.1},
 }
-_THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(20))  # 0, 0.05 .. 0.95
 
 
 class _Choice(NamedTuple):
@@ -237,3 +220,57 @@ def _set_weights(norms: Mapping[str, _BatchNorm], weights: Masks, masks: Masks) 
 
 def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return float((predict(model, images).argmax(1) == labels).double().mean())
+
+
+class DisturbedLoss:
+    """The loss of a batch under masks and noise.
+
+    ``net`` is a scratch copy: its running statistics drift, and only its loss is used.
+    """
+
+    def __init__(
+        self, net: nn.Module, norms: Mapping[str, _BatchNorm], images: Tensor, labels: Tensor
+    ) -> None:
+        self.net = net.train().requires_grad_(False)
+        self.images, self.labels = images, labels
+        self.affine = {
+            name: (norm.weight.detach(), norm.bias.detach()) for name, norm in norms.items()
+        }
+
+    def __call__(self, index: Tensor, masks: Masks, noise: Noise | None) -> Tensor:
+        """Cross-entropy of the rows ``index``, undisturbed if ``noise`` is None."""
+        parameters = masked_parameters(self.affine, masks, noise)
+        logits = functional_call(self.net, parameters, (self.images[index],))
+        return F.cross_entropy(logits, self.labels[index])
+
+
+def masked_parameters(
+    affine: Mapping[str, tuple[Tensor, Tensor]], masks: Masks, noise: Noise | None
+) -> dict[str, Tensor]:
+    """Weights times (mask + noise) and biases times (1 + noise), by parameter name.
+
+    ``affine`` has the weight and bias ``(C,)`` of each normalisation, by its name in the model.
+    """
+    parameters = {}
+    for name, (weight, bias) in affine.items():
+        on_weight, on_bias = (0.0, 0.0) if noise is None else noise[name]
+        prefix = f"{name}." if name else ""
+        parameters[f"{prefix}weight"] = weight * (masks[name] + on_weight)
+        parameters[f"{prefix}bias"] = bias * (1 + on_bias)
+    return parameters
+
+
+def normalisations(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The batch normalisations with weights and biases, by name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    norms = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.affine
+    }
+    if not norms:
+        raise ValueError("expected a model with batch normalisation, got none: ANP prunes by it")
+    return norms

@@ -1,4 +1,4 @@
-"""Channels of a layer: which ones sleep on clean images, and how to switch them off for good."""
+"""Channels of a layer: which are least active on clean images, and how to switch them off."""
 
 from __future__ import annotations
 
@@ -12,13 +12,10 @@ from wm_victim.inference import frozen
 
 
 class ChannelMask:
-    """A forward hook that holds channels of a layer's output at exactly 0.
+    """A forward hook that holds channels of a layer's output at 0, except ``keep`` (bool ``(C,)``).
 
-    It is part of the module: copies of the model keep it, and so do further steps of training. A
-    file of weights does not; see `fold`.
-
-    Args:
-        keep: bool ``(C,)``: the channels that stay.
+    Copies of the model keep it, and so do further steps of training; a file of weights does not,
+    see `fold`.
     """
 
     def __init__(self, keep: Tensor) -> None:
@@ -31,32 +28,27 @@ class ChannelMask:
 
 
 def mean_activations(model: nn.Module, layer: str, images: Tensor) -> Tensor:
-    """How active each channel of a layer is on average over images and places.
+    """The mean absolute output of each channel of a layer, float64 ``(C,)`` on the CPU.
 
-    Args:
-        model: Images in [0, 1] to logits; run in eval mode, given back as it came.
-        layer: Name of a layer that gives maps ``(N, C, H, W)`` or features ``(N, C)``.
-        images: float32 ``(N, C, H, W)`` in [0, 1], on the model's device.
-
-    Returns:
-        float64 ``(C,)``: the mean absolute value, on the CPU. After a ReLU that is the mean.
+    The layer gives maps ``(N, C, H, W)`` or features ``(N, C)``; the images are on the model's
+    device.
 
     Raises:
         ValueError: No such layer, or one whose outputs have no channels.
     """
     total: Tensor | None = None
-    with frozen(model), torch.no_grad(), record_outputs(model, [layer]) as found:
+    with frozen(model), torch.no_grad(), record_outputs(model, [layer]) as outputs:
         for part in images.split(256):
             model(part)
-            if layer not in found:
+            if layer not in outputs:
                 raise ValueError(f"expected a layer that runs in the model, {layer!r} does not")
-            output = found[layer]
+            output = outputs[layer]
             if output.ndim not in (2, 4):
                 raise ValueError(
                     f"expected maps (N, C, H, W) or features (N, C) from layer {layer!r}, "
                     f"got {tuple(output.shape)}"
                 )
-            over = [place for place in range(2, output.ndim)]
+            over = list(range(2, output.ndim))
             active = output.double().abs()
             active = (active.mean(over) if over else active).sum(0)
             total = active if total is None else total + active
@@ -65,18 +57,16 @@ def mean_activations(model: nn.Module, layer: str, images: Tensor) -> Tensor:
 
 
 def fold(model: nn.Module, layer: str, keep: Tensor, images: Tensor) -> bool:
-    """Make the linear layer that reads the maps deaf to the masked channels, if there is one.
-
-    Then a file of the weights alone gives the same answers as the masked model does.
+    """Zero the weights of the masked channels in the linear layer that reads them, if there is one.
 
     Args:
-        model: The masked model in eval mode; changed in place, its answers are not.
+        model: The masked model in eval mode; changed in place.
         layer: Name of the masked layer.
         keep: bool ``(C,)``: the channels that stay.
-        images: A few images on the model's device, to see which linear layer reads the channels.
+        images: A few images on the model's device.
 
     Returns:
-        Whether there is one: the weights then carry the whole pruning.
+        Whether there is one: a file of the weights then carries the whole pruning.
     """
     reader = _reader(model, layer, len(keep), images)
     if reader is None:
@@ -92,13 +82,13 @@ def _reader(model: nn.Module, layer: str, channels: int, images: Tensor) -> nn.L
     inputs: list[tuple[nn.Linear, Tensor]] = []
     passed = False
 
-    def here(module: nn.Module, given: Any, output: Any) -> None:
+    def passed_layer(module: nn.Module, args: Any, output: Any) -> None:
         nonlocal passed
         passed = True
 
-    def record(module: nn.Module, given: Any) -> None:
+    def record(module: nn.Module, args: Any) -> None:
         if passed and isinstance(module, nn.Linear):
-            inputs.append((module, given[0]))
+            inputs.append((module, args[0]))
 
     def run() -> list[tuple[nn.Linear, Tensor]]:
         nonlocal passed
@@ -109,19 +99,19 @@ def _reader(model: nn.Module, layer: str, channels: int, images: Tensor) -> nn.L
         return inputs[:1]
 
     chosen = get_layer(model, layer)
-    handles = [chosen.register_forward_hook(here)]
+    handles = [chosen.register_forward_hook(passed_layer)]
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
     handles += [m.register_forward_pre_hook(record) for m in linear]
-    half = torch.arange(channels) % 2 == 0
+    even = torch.arange(channels) % 2 == 0
     try:
         whole = run()
-        handles.append(chosen.register_forward_hook(ChannelMask(half)))
+        handles.append(chosen.register_forward_hook(ChannelMask(even)))
         halved = run()
     finally:
         for handle in handles:
             handle.remove()
     if not whole or whole[0][1].ndim != 2 or whole[0][0].in_features % channels:
         return None
-    columns = half.repeat_interleave(whole[0][0].in_features // channels).to(images.device)
-    wanted = torch.where(columns, whole[0][1], torch.zeros_like(whole[0][1]))
-    return whole[0][0] if torch.equal(wanted, halved[0][1]) else None
+    columns = even.repeat_interleave(whole[0][0].in_features // channels).to(images.device)
+    expected = torch.where(columns, whole[0][1], torch.zeros_like(whole[0][1]))
+    return whole[0][0] if torch.equal(expected, halved[0][1]) else None

@@ -1,18 +1,19 @@
-"""Fine-pruning: switch off the channels that clean images leave asleep, then fine-tune."""
+"""Fine-pruning: switch off the channels that are least active on clean images, then fine-tune."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from defense_nc.mitigator import Repaired, check_repair, trainable
+from defense_nc.fine_tune import Sgd, fine_tune, sgd_preset
+from defense_nc.mitigator import check_repair, trainable
+from defense_nc.protocols import Repaired
 from defense_reverse.mitigations.channels import ChannelMask, fold, mean_activations
-from defense_reverse.mitigations.training import Augmentation, Schedule, preset_of, sgd_of, train
 from wm_inject.core.plan import Trigger
 from wm_inject.core.progress import progress as show_progress
 from wm_victim.activations import conv_stages, get_layer
@@ -23,47 +24,26 @@ from wm_victim.inference import frozen, predict
 class FinePruning:
     """Prune the least active channels of the last maps, as many as accuracy allows, then fine-tune.
 
-    The defaults are the preset "small".
-
     Args:
-        steps: Optimiser steps of the fine-tuning.
-        batch_size: Images per step.
-        lr: Learning rate of SGD.
-        momentum: Momentum of SGD.
-        weight_decay: Weight decay of SGD.
-        nesterov: Nesterov's form of the momentum.
-        schedule: "constant", "cosine" or "drop"; see `Sgd`.
-        augmentation: "none", "crop" or "crop-flip".
-        label_smoothing: Share of the wanted answer that is spread over all classes.
+        sgd: How it is fine-tuned.
         tolerance: Pruning ends before validation accuracy falls by this share of itself, in (0, 1).
         prune_step: Share of the channels that goes at a time, in (0, 1].
         validation_share: Share of the clean images that judges the accuracy, in (0, 1); the
             channels are ranked on the others. The fine-tuning has all of them.
-        layer: Name of the layer to prune; the end of the last stage of maps
-            (`wm_victim.activations.conv_stages`) if None.
+        layer: Name of the layer to prune; the end of the last stage (`conv_stages`) if None.
 
-    Raises:
-        ValueError: A value outside its range.
-
-    Source: Liu, Dolan-Gavitt and Garg 2018.
+    Source: Liu, Dolan-Gavitt and Garg 2018, section 4. Validation images of their own, and the mean
+        absolute activation where the maps have no ReLU behind them, are ours.
     """
 
-    steps: int = 200
-    batch_size: int = 32
-    lr: float = 0.02
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    nesterov: bool = False
-    schedule: Schedule = "cosine"
-    augmentation: Augmentation = "none"
-    label_smoothing: float = 0.0
+    name: ClassVar[str] = "fine-pruning"
+    sgd: Sgd = Sgd()
     tolerance: float = 0.1
     prune_step: float = 0.05
     validation_share: float = 0.2
     layer: str | None = None
 
     def __post_init__(self) -> None:
-        sgd_of(self)
         if not 0 < self.tolerance < 1 or not 0 < self.validation_share < 1:
             raise ValueError(
                 "expected tolerance and validation_share in (0, 1), "
@@ -72,23 +52,15 @@ class FinePruning:
         if not 0 < self.prune_step <= 1:
             raise ValueError(f"expected prune_step in (0, 1], got {self.prune_step}")
 
-    @property
-    def name(self) -> str:
-        """What it is called in records and tables."""
-        return "fine-pruning"
-
     @classmethod
-    def preset(cls, name: str = "small", **changes: Any) -> FinePruning:
-        """The settings of this name, small or paper, with some of them changed.
+    def preset(cls, name: str = "fast", **changes: Any) -> FinePruning:
+        """Settings by name, with changes.
 
         "paper" is BackdoorBench's: one channel in a hundred at a time, then 100 passes over 2,500
-        images in batches of 256. "small" prunes in steps of five in a hundred and takes 200
+        images in batches of 256. "fast" prunes in steps of five in a hundred and takes 200
         batches of 32 at 0.02, for small networks (ours).
-
-        Raises:
-            ValueError: No such preset, or a value outside its range.
         """
-        return preset_of(cls, PRESETS, name, changes)
+        return sgd_preset(cls, PRESETS, name, **changes)
 
     def repair(
         self,
@@ -100,15 +72,7 @@ class FinePruning:
         seed: int = 0,
         progress: bool = False,
     ) -> Repaired:
-        """Prune and fine-tune a copy of ``model``; ``triggers`` are ignored.
-
-        Args:
-            model: Images in [0, 1] to logits ``(N, K)``; not changed.
-            images: Clean float32 ``(N, C, H, W)`` in [0, 1], N >= 2.
-            labels: int64 ``(N,)``, the true classes.
-            triggers: Ignored.
-            seed: Seeds the split, the order of the images, augmentation and dropout.
-            progress: Show how far it is.
+        """Prune and fine-tune a copy of ``model``.
 
         Returns:
             The new model. A hook holds the pruned channels at exactly 0. The log holds the layer,
@@ -118,12 +82,8 @@ class FinePruning:
             of each tenth of the fine-tuning.
 
         Raises:
-            ValueError: Bad images or labels, fewer than two images, no trainable parameter, a
-                network without spatial maps, or no such layer.
-            RuntimeError: The loss became NaN or infinite.
-
-        Source: Liu et al. 2018, section 4. Validation images of their own, and the mean absolute
-            activation where the maps have no ReLU behind them, are ours.
+            ValueError: A network without spatial maps, or no such layer.
+            DivergedError: The loss became NaN or infinite.
         """
         check_repair(model, images, labels)
         pruned = copy.deepcopy(model)
@@ -134,9 +94,9 @@ class FinePruning:
         keep = torch.ones(choice.channels, dtype=torch.bool)
         keep[list(choice.pruned)] = False
         get_layer(pruned, layer).register_forward_hook(ChannelMask(keep))
-        losses = train(pruned, images, labels, sgd=sgd_of(self), seed=seed, progress=progress)
+        losses = fine_tune(pruned, images, labels, sgd=self.sgd, seed=seed, progress=progress)
         log = {
-            "steps": self.steps,
+            "steps": self.sgd.steps,
             "layer": layer,
             "channels": choice.channels,
             "pruned": list(choice.pruned),
@@ -159,11 +119,11 @@ class FinePruning:
         """Choose what to prune. The model is not changed."""
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
         held_out = min(len(images) - 1, max(1, round(self.validation_share * len(images))))
-        judges, others = (
+        validation, ranking = (
             part.to(images.device)
             for part in order.split_with_sizes([held_out, len(images) - held_out])
         )
-        ranked = mean_activations(model, layer, images[others]).argsort(stable=True)
+        ranked = mean_activations(model, layer, images[ranking]).argsort(stable=True)
         keep = torch.ones(len(ranked), dtype=torch.bool)
         accuracies: list[float] = []
         best = 0
@@ -172,7 +132,7 @@ class FinePruning:
             bar = show_progress(self._counts(len(ranked)), desc="pruning", enabled=progress)
             for count in bar:
                 keep[ranked[:count]] = False
-                accuracies.append(_accuracy(model, images[judges], labels[judges]))
+                accuracies.append(_accuracy(model, images[validation], labels[validation]))
                 if accuracies[-1] <= (1 - self.tolerance) * accuracies[0] and count:
                     break
                 best = count
@@ -183,10 +143,8 @@ class FinePruning:
     def _counts(self, channels: int) -> list[int]:
         """How many channels are off at each step: none first, and never all of them."""
         steps = int(1 / self.prune_step) + 1
-        counts = {
-            min(channels - 1, round(i * self.prune_step * channels)) for i in range(steps + 1)
-        }
-        return sorted(counts)
+        counts = (round(i * self.prune_step * channels) for i in range(steps + 1))
+        return sorted({min(channels - 1, count) for count in counts})
 
 
 class _Choice(NamedTuple):
@@ -196,7 +154,7 @@ class _Choice(NamedTuple):
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "small": {},
+    "fast": {},
     "paper": {
         "steps": 1000,
         "batch_size": 256,

@@ -7,20 +7,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from defense_nc.mitigator import Repaired, check_repair, trainable
-from defense_reverse.mitigations.training import (
-    Augmentation,
-    Closure,
-    Schedule,
-    preset_of,
-    sgd_of,
-    train,
-)
+from defense_nc.fine_tune import Closure, Sgd, fine_tune, sgd_preset
+from defense_nc.mitigator import check_repair, trainable
+from defense_nc.protocols import Repaired
 from wm_inject.core.plan import Trigger
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -28,65 +22,37 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
 @dataclass(frozen=True, kw_only=True)
 class FTSAM:
-    """Fine-tune with sharpness-aware minimisation. The defaults are the preset "small".
+    """Fine-tune with sharpness-aware minimisation.
 
     Each step climbs to the worst weights within ``rho``, takes the gradient there, and steps from
     where it was: two passes a step, so it costs twice as much as plain fine-tuning.
 
     Args:
-        steps: Optimiser steps.
-        batch_size: Images per step.
-        lr: Learning rate of SGD.
-        momentum: Momentum of SGD.
-        weight_decay: Weight decay of SGD.
-        nesterov: Nesterov's form of the momentum.
-        schedule: "constant", "cosine" or "drop"; see `Sgd`.
-        augmentation: "none", "crop" or "crop-flip".
-        label_smoothing: Share of the wanted answer that is spread over all classes.
+        sgd: How it is trained.
         rho: Length of the climb, at least 0; 0 is plain fine-tuning.
         adaptive: Measure the climb relative to the size of each weight.
-
-    Raises:
-        ValueError: A value outside its range.
 
     Source: Zhu et al. 2023; Kwon et al. 2021 for the adaptive form.
     """
 
-    steps: int = 200
-    batch_size: int = 32
-    lr: float = 0.03
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    nesterov: bool = False
-    schedule: Schedule = "cosine"
-    augmentation: Augmentation = "none"
-    label_smoothing: float = 0.1
+    name: ClassVar[str] = "ft-sam"
+    sgd: Sgd = Sgd(lr=0.03, label_smoothing=0.1)
     rho: float = 2.0
     adaptive: bool = True
 
     def __post_init__(self) -> None:
-        sgd_of(self)
-        if not 0 <= self.rho < math.inf:
-            raise ValueError(f"expected rho >= 0, got {self.rho}")
-
-    @property
-    def name(self) -> str:
-        """What it is called in records and tables."""
-        return "ft-sam"
+        _check_rho(self.rho)
 
     @classmethod
-    def preset(cls, name: str = "small", **changes: Any) -> FTSAM:
-        """The settings of this name, small, paper or paper-gtsrb, with some of them changed.
+    def preset(cls, name: str = "fast", **changes: Any) -> FTSAM:
+        """Settings by name, with changes.
 
         "paper" is the published setting for CIFAR-10: 100 passes over 2,500 images in batches of
         256, rho 2, smoothed labels. "paper-gtsrb" is the one for GTSRB: 50 passes over 1,960
-        images, rho 8, no smoothing. "small" takes 200 batches of 32 at 0.03, for small networks
+        images, rho 8, no smoothing. "fast" takes 200 batches of 32 at 0.03, for small networks
         (ours).
-
-        Raises:
-            ValueError: No such preset, or a value outside its range.
         """
-        return preset_of(cls, PRESETS, name, changes)
+        return sgd_preset(cls, PRESETS, name, **changes)
 
     def repair(
         self,
@@ -98,39 +64,27 @@ class FTSAM:
         seed: int = 0,
         progress: bool = False,
     ) -> Repaired:
-        """Fine-tune a copy of ``model`` for flatness; ``triggers`` are ignored.
-
-        Args:
-            model: Images in [0, 1] to logits ``(N, K)``; not changed.
-            images: Clean float32 ``(N, C, H, W)`` in [0, 1], N >= 2.
-            labels: int64 ``(N,)``, the true classes.
-            triggers: Ignored.
-            seed: Seeds the order of the images, augmentation and dropout.
-            progress: Show how far it is.
-
-        Returns:
-            The new model; the log holds the loss of each tenth of the steps, before the climb.
+        """Fine-tune a copy for flatness; the log holds the loss of each tenth, before the climb.
 
         Raises:
-            ValueError: Bad images or labels, fewer than two images, or no trainable parameter.
-            RuntimeError: The loss became NaN or infinite.
+            DivergedError: The loss became NaN or infinite.
         """
         check_repair(model, images, labels)
         tuned = copy.deepcopy(model)
-        update = sam_update(tuned, rho=self.rho, adaptive=self.adaptive)
-        losses = train(
+        steps = self.sgd.steps
+        losses = fine_tune(
             *(tuned, images, labels),
-            sgd=sgd_of(self),
+            sgd=self.sgd,
             seed=seed,
-            update=update,
+            update=sam_update(tuned, rho=self.rho, adaptive=self.adaptive),
             desc="ft-sam",
             progress=progress,
         )
-        return Repaired(tuned, {"steps": self.steps, "passes": 2 * self.steps, "losses": losses})
+        return Repaired(tuned, {"steps": steps, "passes": 2 * steps, "losses": losses})
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "small": {},
+    "fast": {},
     "paper": {"steps": 1000, "batch_size": 256, "lr": 0.01, "augmentation": "crop-flip"},
     "paper-gtsrb": {
         "steps": 400,
@@ -146,17 +100,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 def climb(
     weights: Sequence[Tensor], gradients: Sequence[Tensor], *, rho: float, adaptive: bool = True
 ) -> list[Tensor]:
-    """How far SAM moves each weight before it takes the gradient.
+    """How far SAM moves each of the parameters ``w`` before it takes the gradient ``g``.
 
-    Args:
-        weights: The parameters ``w``.
-        gradients: Their gradients ``g``, of the same shapes.
-        rho: Length of the climb, at least 0.
-        adaptive: ``rho * w^2 g / |w g|``, whose length relative to ``|w|`` is rho; otherwise
-            ``rho * g / |g|``, of length rho. Lengths are taken over all parameters together.
-
-    Returns:
-        One tensor per parameter; zeros where there is no slope at all.
+    Adaptive: ``rho * w^2 g / |w g|``, whose length relative to ``|w|`` is rho; otherwise
+    ``rho * g / |g|``, of length rho. Lengths are taken over all parameters together; without any
+    slope all are zero.
 
     Raises:
         ValueError: Nothing to climb on, shapes that differ, or rho below 0.
@@ -166,8 +114,7 @@ def climb(
             f"expected gradients of the weights' shapes, got {len(weights)} weights "
             f"and {len(gradients)} gradients"
         )
-    if not 0 <= rho < math.inf:
-        raise ValueError(f"expected rho >= 0, got {rho}")
+    _check_rho(rho)
     scales = [w.detach().abs() if adaptive else torch.ones_like(w) for w in weights]
     scaled = [scale * g for scale, g in zip(scales, gradients, strict=True)]
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(s) for s in scaled]))
@@ -178,7 +125,7 @@ def climb(
 def sam_update(
     model: nn.Module, *, rho: float, adaptive: bool
 ) -> Callable[[torch.optim.Optimizer, Closure], Tensor]:
-    """The update of sharpness-aware minimisation, for `training.train`.
+    """The update of sharpness-aware minimisation, for `fine_tune`.
 
     The second pass draws the same dropout as the first, and leaves the running statistics of batch
     normalisation alone.
@@ -187,20 +134,19 @@ def sam_update(
     device = parameters[0].device
 
     def update(optimizer: torch.optim.Optimizer, closure: Closure) -> Tensor:
-        state = torch.get_rng_state()
-        on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        cpu_state = torch.get_rng_state()
+        gpu_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         loss = closure()
         moved = [p for p in parameters if p.grad is not None]
         start = [p.detach().clone() for p in moved]
         gradients = [p.grad for p in moved if p.grad is not None]
+        steps = climb(moved, gradients, rho=rho, adaptive=adaptive)
         with torch.no_grad():
-            for p, step in zip(
-                moved, climb(moved, gradients, rho=rho, adaptive=adaptive), strict=True
-            ):
+            for p, step in zip(moved, steps, strict=True):
                 p.add_(step)
-        torch.set_rng_state(state)
-        if on_gpu is not None:
-            torch.cuda.set_rng_state(on_gpu, device)
+        torch.set_rng_state(cpu_state)
+        if gpu_state is not None:
+            torch.cuda.set_rng_state(gpu_state, device)
         with _statistics_kept(model):
             closure()
         with torch.no_grad():
@@ -227,3 +173,8 @@ def _statistics_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.track_running_stats = True
+
+
+def _check_rho(rho: float) -> None:
+    if not 0 <= rho < math.inf:
+        raise ValueError(f"expected rho >= 0, got {rho}")

@@ -33,9 +33,6 @@ def hypergradient(
     Returns:
         The outer loss, and one gradient for each parameter.
 
-    Raises:
-        ValueError: No parameters, or a setting outside its range.
-
     Source: Zeng et al. 2022, equation 7, by fixed-point iteration as in the released code.
     """
     if not parameters or not lr > 0 or iterations < 1:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from defense_nc.mitigator import Repaired, batches, check_repair, trainable
+from defense_nc.mitigator import batches, check_repair, trainable
+from defense_nc.protocols import Repaired
 from defense_reverse.mitigations.hypergradient import hypergradient
-from defense_reverse.mitigations.training import preset_of
 from wm_inject.core.plan import Trigger
+from wm_inject.core.presets import preset_of
 from wm_inject.core.progress import Progress
 from wm_inject.core.progress import progress as show_progress
 from wm_victim.inference import frozen, predict
@@ -22,7 +23,7 @@ from wm_victim.inference import frozen, predict
 
 @dataclass(frozen=True, kw_only=True)
 class IBAU:
-    """Settings of implicit backdoor adversarial unlearning. The defaults are the preset "small".
+    """Implicit backdoor adversarial unlearning: train against the worst universal addition.
 
     Args:
         steps: Optimiser steps on the weights, over all rounds.
@@ -38,10 +39,12 @@ class IBAU:
         iterations: Fixed-point iterations of a hypergradient.
         share: Share of each batch that carries the addition, in (0, 1]; at least one image does.
 
-    Raises:
-        ValueError: A value outside its range.
+    Source: Zeng et al., "Adversarial Unlearning of Backdoors via Implicit Hypergradient", 2022, and
+        its released code, which takes no image for the addition where one in a hundred of the batch
+        rounds down to none; here it is always at least one.
     """
 
+    name: ClassVar[str] = "i-bau"
     steps: int = 60
     rounds: int = 6
     batch_size: int = 32
@@ -80,24 +83,16 @@ class IBAU:
             )
 
     @classmethod
-    def preset(cls, name: str = "small", **changes: Any) -> IBAU:
-        """The settings of this name, small or paper, with some of them changed.
+    def preset(cls, name: str = "fast", **changes: Any) -> IBAU:
+        """Settings by name, with changes.
 
         "paper" is the released code on 5,000 images: five rounds of 50 steps of 100 images, of
         which one carries the addition, and five fixed-point iterations; the addition is not
-        bounded. "small" is ours: it bounds the addition, puts it on a quarter of smaller batches,
+        bounded. "fast" is ours: it bounds the addition, puts it on a quarter of smaller batches,
         and takes a shorter inner step. The published one of 0.1 is too long where the inner loss
         bends sharply: the fixed-point iterations then grow instead of settling.
-
-        Raises:
-            ValueError: No such preset, or a value outside its range.
         """
-        return preset_of(cls, PRESETS, name, changes)
-
-    @property
-    def name(self) -> str:
-        """What it is called in records and tables."""
-        return "i-bau"
+        return preset_of(cls, PRESETS, name, **changes)
 
     def repair(
         self,
@@ -109,28 +104,11 @@ class IBAU:
         seed: int = 0,
         progress: bool = False,
     ) -> Repaired:
-        """Search the worst universal addition and train a copy against it, in turns.
+        """Search the worst addition and train a copy against it, in turns.
 
-        Args:
-            model: Images in [0, 1] to logits ``(N, K)``, twice differentiable; not changed.
-            images: Clean float32 ``(N, C, H, W)`` in [0, 1], N >= 2.
-            labels: int64 ``(N,)``, the true classes.
-            triggers: Not used: I-BAU is blind.
-            seed: Seeds the order of the images and which of them carry the addition.
-            progress: Show how far it is.
-
-        Returns:
-            The repaired model, in eval mode: it never leaves it, so batch normalisation keeps its
-            running statistics. The log has the losses, and for each round the addition's L2 norm
-            and the share of the first images whose answer it changes.
-
-        Raises:
-            ValueError: Bad images or labels, fewer than two images, or a model without trainable
-                parameters.
-
-        Source: Zeng et al., "Adversarial Unlearning of Backdoors via Implicit Hypergradient", 2022,
-            and its released code, which takes no image for the addition where one in a hundred of
-            the batch rounds down to none; here it is always at least one.
+        The model must be twice differentiable. It stays in eval mode, so batch normalisation keeps
+        its running statistics. The log has the losses, and for each round the addition's L2 norm
+        and the share of the first images whose answer it changes.
         """
         check_repair(model, images, labels)
         repaired = copy.deepcopy(model).eval()
@@ -212,7 +190,7 @@ class IBAU:
 
 _WATCHED = 256  # images on which the log says how many answers the addition changes
 PRESETS: dict[str, dict[str, Any]] = {
-    "small": {},
+    "fast": {},
     "paper": {
         "steps": 250,
         "rounds": 5,
@@ -236,7 +214,7 @@ def carrier_rows(count: int, share: float, generator: torch.Generator) -> Tensor
 
 
 def _fooled(net: nn.Module, images: Tensor, delta: Tensor) -> float:
-    """Share of the images whose answer the addition changes."""
-    before = predict(net, images).argmax(1)
-    after = predict(net, images + delta).argmax(1)
+    """Share of the images whose answer the addition changes; they may leave [0, 1]."""
+    with torch.no_grad():
+        before, after = net(images).argmax(1), net(images + delta).argmax(1)
     return float((before != after).double().mean())

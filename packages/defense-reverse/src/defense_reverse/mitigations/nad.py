@@ -1,80 +1,56 @@
-"""Neural attention distillation: look where a fine-tuned teacher looks."""
+"""Neural attention distillation: a student imitates the attention maps of a fine-tuned teacher."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from defense_nc.mitigator import Repaired, check_repair, trainable
-from defense_reverse.mitigations.attention import attention_loss, attention_map
-from defense_reverse.mitigations.training import (
-    Augmentation,
-    Schedule,
-    Sgd,
-    preset_of,
-    sgd_of,
-    train,
-)
+from defense_nc.fine_tune import Sgd, cross_entropy, fine_tune, sgd_preset
+from defense_nc.mitigator import check_repair, trainable
+from defense_nc.protocols import Repaired
 from wm_inject.core.plan import Trigger
 from wm_victim.activations import conv_stages, record_outputs
 from wm_victim.inference import frozen
+
+_EPSILON = 1e-6  # the released code's, against maps of zeros
 
 
 @dataclass(frozen=True, kw_only=True)
 class NAD:
     """Fine-tune a teacher, then a student that keeps to the teacher's attention maps.
 
-    The defaults are the preset "small".
-
     Args:
-        steps: Optimiser steps of teacher and student together.
-        teacher_share: Share of them that the teacher takes, in (0, 1).
-        batch_size: Images per step.
-        lr: Learning rate of SGD.
-        momentum: Momentum of SGD.
-        weight_decay: Weight decay of SGD.
-        nesterov: Nesterov's form of the momentum.
-        schedule: "constant", "cosine" or "drop"; see `Sgd`. The teacher's starts anew.
-        augmentation: "none", "crop" or "crop-flip".
-        label_smoothing: Share of the wanted answer that is spread over all classes.
+        sgd: How both are trained; its steps are those of both together, and the student's schedule
+            starts anew.
+        teacher_share: Share of the steps that the teacher takes, in (0, 1).
         power: p of the attention map, above 0.
         betas: Weight of each layer's distance, the last layer's last.
         layers: Names of the layers to compare, as many as betas; the ends of the last stages of the
-            network (`conv_stages`) if None, and then a network with fewer stages
-            leaves out the first betas.
+            network (`conv_stages`) if None, and then a network with fewer stages leaves out the
+            first betas.
 
-    Raises:
-        ValueError: A value outside its range.
-
-    Source: Li et al. 2021.
+    Source: Li et al. 2021, section 3. The released code ends the maps' loss after 20 passes; here
+        the student stops there.
     """
 
-    steps: int = 200
+    name: ClassVar[str] = "nad"
+    sgd: Sgd = Sgd(weight_decay=1e-4, nesterov=True)
     teacher_share: float = 1 / 3
-    batch_size: int = 32
-    lr: float = 0.02
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    nesterov: bool = True
-    schedule: Schedule = "cosine"
-    augmentation: Augmentation = "none"
-    label_smoothing: float = 0.0
     power: float = 2.0
     betas: tuple[float, ...] = (500.0, 1000.0, 1000.0)
     layers: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        sgd_of(self)
-        if not 0 < self.teacher_share < 1 or self.steps < 2:
+        if not 0 < self.teacher_share < 1 or self.sgd.steps < 2:
             raise ValueError(
                 "expected teacher_share in (0, 1) and steps >= 2, "
-                f"got {self.teacher_share}, {self.steps}"
+                f"got {self.teacher_share}, {self.sgd.steps}"
             )
         if not self.power > 0:
             raise ValueError(f"expected a power above 0, got {self.power}")
@@ -83,23 +59,15 @@ class NAD:
         if self.layers is not None and len(self.layers) != len(self.betas):
             raise ValueError(f"expected {len(self.betas)} layers, as betas, got {self.layers}")
 
-    @property
-    def name(self) -> str:
-        """What it is called in records and tables."""
-        return "nad"
-
     @classmethod
-    def preset(cls, name: str = "small", **changes: Any) -> NAD:
-        """The settings of this name, small or paper, with some of them changed.
+    def preset(cls, name: str = "fast", **changes: Any) -> NAD:
+        """Settings by name, with changes.
 
         "paper" is the released code's: ten passes over 2,500 images in batches of 64 for the
-        teacher, twenty for the student, at 0.1 and soon a tenth of it. "small" has as many steps as
-        the other baselines' presets, batches of 32, and rates for small networks (ours).
-
-        Raises:
-            ValueError: No such preset, or a value outside its range.
+        teacher, twenty for the student, at 0.1 and soon a tenth of it. "fast" has as many steps as
+        the other mitigations' presets, batches of 32, and rates for small networks (ours).
         """
-        return preset_of(cls, PRESETS, name, changes)
+        return sgd_preset(cls, PRESETS, name, **changes)
 
     def repair(
         self,
@@ -111,27 +79,11 @@ class NAD:
         seed: int = 0,
         progress: bool = False,
     ) -> Repaired:
-        """Distil a copy of ``model``; ``triggers`` are ignored.
-
-        Args:
-            model: Images in [0, 1] to logits ``(N, K)``; not changed.
-            images: Clean float32 ``(N, C, H, W)`` in [0, 1], N >= 2.
-            labels: int64 ``(N,)``, the true classes.
-            triggers: Ignored.
-            seed: Seeds the order of the images, augmentation and dropout.
-            progress: Show how far it is.
-
-        Returns:
-            The student; the log holds the layers, and the loss of each tenth of the teacher's and
-            of the student's steps.
+        """Distil a copy; the log holds the layers and the losses of teacher and student.
 
         Raises:
-            ValueError: Bad images or labels, fewer than two images, no trainable parameter, or a
-                network without spatial maps, or layers that give none.
-            RuntimeError: The loss became NaN or infinite.
-
-        Source: Li et al. 2021, section 3. The released code ends the maps' loss after 20 passes;
-            here the student stops there.
+            ValueError: A network without spatial maps, or layers that give none.
+            DivergedError: The loss became NaN or infinite.
         """
         check_repair(model, images, labels)
         # A copy: even finding the layers runs the model.
@@ -139,50 +91,41 @@ class NAD:
         layers = self.layers or conv_stages(student, images)[-len(self.betas) :]
         device = trainable(student)[0].device
         _check_layers(student, layers, images[:2].to(device))
-        first = min(self.steps - 1, max(1, round(self.teacher_share * self.steps)))
-        sgd = sgd_of(self, steps=first)
-        taught = train(
-            teacher, images, labels, sgd=sgd, seed=seed, desc="teacher", progress=progress
+        steps = self.sgd.steps
+        first = min(steps - 1, max(1, round(self.teacher_share * steps)))
+        shared: dict[str, Any] = {"seed": seed, "progress": progress}
+        teacher_losses = fine_tune(
+            teacher, images, labels, sgd=replace(self.sgd, steps=first), desc="teacher", **shared
         )
-        sgd = sgd_of(self, steps=self.steps - first)
+        sgd = replace(self.sgd, steps=steps - first)
         with frozen(teacher):
             loss = self._loss(student, teacher, layers, sgd)
-            learnt = train(
-                *(student, images, labels),
-                sgd=sgd,
-                seed=seed,
-                loss=loss,
-                desc="student",
-                progress=progress,
+            losses = fine_tune(
+                student, images, labels, sgd=sgd, loss=loss, desc="student", **shared
             )
-        log = {
-            "steps": self.steps,
-            "layers": list(layers),
-            "teacher_losses": taught,
-            "losses": learnt,
-        }
-        return Repaired(student, log)
+        log = {"steps": steps, "layers": list(layers)}
+        return Repaired(student, {**log, "teacher_losses": teacher_losses, "losses": losses})
 
     def _loss(
         self, student: nn.Module, teacher: nn.Module, layers: Sequence[str], sgd: Sgd
     ) -> Callable[[Tensor, Tensor], Tensor]:
-        betas = self.betas[-len(layers) :]
+        betas, prediction = self.betas[-len(layers) :], cross_entropy(student, sgd)
 
         def loss(images: Tensor, labels: Tensor) -> Tensor:
-            with torch.no_grad(), record_outputs(teacher, layers) as theirs:
+            with torch.no_grad(), record_outputs(teacher, layers) as teacher_maps:
                 teacher(images)
-            with record_outputs(student, layers) as ours:
-                logits = student(images)
-            total = F.cross_entropy(logits, labels, label_smoothing=sgd.label_smoothing)
+            with record_outputs(student, layers) as maps:
+                total = prediction(images, labels)
             for layer, beta in zip(layers, betas, strict=True):
-                total = total + beta * attention_loss(ours[layer], theirs[layer], power=self.power)
+                distance = attention_loss(maps[layer], teacher_maps[layer], power=self.power)
+                total = total + beta * distance
             return total
 
         return loss
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "small": {},
+    "fast": {},
     "paper": {
         "steps": 1200,
         "batch_size": 64,
@@ -193,11 +136,47 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def attention_map(maps: Tensor, *, power: float = 2.0) -> Tensor:
+    """Where a layer is active: ``sum over c of |maps|^power``, with an L2 norm of 1 per image.
+
+    Args:
+        maps: float ``(N, C, H, W)`` of more than one pixel: at a single pixel the attention is 1
+            whatever happens, and its loss teaches nothing.
+        power: Above 0.
+
+    Returns:
+        ``(N, H, W)``; all zeros where the maps are.
+    """
+    if not isinstance(maps, Tensor) or not maps.is_floating_point() or maps.ndim != 4:
+        got = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
+        raise ValueError(f"expected float maps of shape (N, C, H, W), got {got}")
+    if maps.shape[2] * maps.shape[3] < 2:
+        raise ValueError(
+            f"expected maps of more than one pixel for attention, got {tuple(maps.shape)}"
+        )
+    if not power > 0:
+        raise ValueError(f"expected a power above 0, got {power}")
+    attention = maps.abs().pow(power).sum(1)
+    norm = torch.linalg.vector_norm(attention, dim=(1, 2), keepdim=True)
+    return attention / (norm + _EPSILON)
+
+
+def attention_loss(student: Tensor, teacher: Tensor, *, power: float = 2.0) -> Tensor:
+    """The mean squared difference of two layers' attention maps, from ``(N, C, H, W)`` each."""
+    first, second = (attention_map(maps, power=power) for maps in (student, teacher))
+    if first.shape != second.shape:
+        raise ValueError(
+            f"expected two attention maps of one shape, got {tuple(first.shape)} "
+            f"and {tuple(second.shape)}"
+        )
+    return F.mse_loss(first, second)
+
+
 def _check_layers(model: nn.Module, layers: Sequence[str], images: Tensor) -> None:
     """Refuse layers without spatial maps before any training."""
-    with frozen(model), torch.no_grad(), record_outputs(model, layers) as found:
+    with frozen(model), torch.no_grad(), record_outputs(model, layers) as maps:
         model(images)
     for layer in layers:
-        if layer not in found:
+        if layer not in maps:
             raise ValueError(f"expected layers that run in the model, {layer!r} does not")
-        attention_map(found[layer])
+        attention_map(maps[layer])

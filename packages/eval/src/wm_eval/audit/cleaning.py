@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from defense_nc import UnlearnConfig, Verdict, unlearn
+from defense_nc import Unlearning, Verdict
+from defense_nc.fine_tune import DivergedError
 from wm_eval.audit.checks import Checked, check_model
 from wm_eval.audit.images import CleanImages
 from wm_eval.audit.scan import Audit, all_triggers
@@ -66,26 +67,26 @@ def clean_model(
 
     Raises:
         ValueError: No triggers, a model that no learning rate leaves whole, or as
-            `defense_nc.unlearn`.
+            `defense_nc.Unlearning`.
     """
     if not triggers:
         raise ValueError("expected reversed triggers to unlearn, got none")
     before = _right(module, images, labels)
-    config = UnlearnConfig.preset("nc")
-    config = replace(config, trigger_share=min(0.5, len(triggers) * config.trigger_share))
+    share = min(0.5, len(triggers) * Unlearning.preset("nc").trigger_share)
+    unlearning = Unlearning.preset("nc", trigger_share=share)
+    lr, mixed = unlearning.sgd.lr, {0: Mixed(triggers)}
     start, folded = unfold(module, images)
     # Networks without normalisation of their own may still not stand a rate that is right for
     # others: the first that leaves the model what it knew is taken.
     for half_decades in range(5):
-        cleaned = unlearn(
-            start,
-            Mixed(triggers),
-            images,
-            labels,
-            config=replace(config, lr=config.lr * 10 ** (-half_decades / 2)),
-            seed=seed,
-            progress=progress,
-        )
+        sgd = replace(unlearning.sgd, lr=lr * 10 ** (-half_decades / 2))
+        method = replace(unlearning, sgd=sgd)
+        try:
+            cleaned = method.repair(
+                start, images, labels, triggers=mixed, seed=seed, progress=progress
+            ).model
+        except DivergedError:
+            continue
         if _right(cleaned, images, labels) >= before - _LOSS:
             return fold(cleaned, folded)
     raise ValueError(

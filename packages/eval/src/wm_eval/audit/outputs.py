@@ -18,7 +18,7 @@ from defense_nc import Verdict
 from wm_eval.__about__ import __version__
 from wm_eval.audit.checks import Check
 from wm_eval.audit.scan import Audit, reversed_triggers
-from wm_eval.detectors import detector
+from wm_eval.detectors import DETECTORS
 from wm_eval.records import write_text
 
 SARIF_SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
@@ -120,9 +120,9 @@ def write_html(path: Path, about: About, audit: Audit, images: Tensor) -> None:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     scans = [
-        {"title": detector(name).title, "report": report} for name, report in audit.reports.items()
+        {"title": DETECTORS[name].title, "report": report} for name, report in audit.reports.items()
     ]
-    failures = {detector(name).title: why for name, why in audit.failures.items()}
+    failures = {DETECTORS[name].title: why for name, why in audit.failures.items()}
     pictures = {
         label: _shown(trigger, images[:_PICTURES])
         for label, trigger in reversed_triggers(audit).items()
@@ -170,9 +170,9 @@ def told(about: About, audit: Audit) -> str:
     for name, report in audit.reports.items():
         named = ", ".join(map(str, report.suspected)) or "no label"
         lines.append(
-            f"{detector(name).title}: {report.verdict.value}, p {report.p_value:.2g}, names {named}"
+            f"{DETECTORS[name].title}: {report.verdict}, p {report.p_value:.2g}, names {named}"
         )
-    lines += [f"{detector(name).title}: {why}" for name, why in audit.failures.items()]
+    lines += [f"{DETECTORS[name].title}: {why}" for name, why in audit.failures.items()]
     return "\n".join([*lines, f"verdict: {audit.verdict.value}. {audit.reason}"])
 
 

@@ -14,7 +14,7 @@ from defense_nc import ScanReport, Verdict
 from wm_eval.audit.budget import OutOfTime, budget
 from wm_eval.audit.checks import BATCH, Checked
 from wm_eval.audit.images import CleanImages
-from wm_eval.detectors import HOUSE, detector
+from wm_eval.detectors import CALIBRATED, DETECTORS, detector
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +53,7 @@ def audit(
     checked: Checked,
     clean: CleanImages,
     *,
-    detectors: Sequence[str] = HOUSE,
+    detectors: Sequence[str] = CALIBRATED,
     preset: str = "fast",
     alpha: float = 0.05,
     seed: int = 0,
@@ -85,31 +85,29 @@ def audit(
     if not detectors or len(set(detectors)) < len(detectors) or not 0 < alpha < 1:
         names = ", ".join(detectors) or "none"
         raise ValueError(f"expected detectors and alpha in (0, 1), got {names} and {alpha}")
-    found = [detector(name) for name in detectors]
+    scanners = {name: detector(name, preset, alpha=alpha / len(detectors)) for name in detectors}
     if state is not None:
         state.mkdir(parents=True, exist_ok=True)
     reports: dict[str, ScanReport] = {}
     failures: dict[str, str] = {}
     end = None if minutes is None else time.monotonic() + 60 * minutes
-    for one in found:
-        say(f"{one.title}: started")
+    for name, scanner in scanners.items():
+        say(f"{DETECTORS[name].title}: started")
         left = None if end is None else (end - time.monotonic()) / 60
         try:
             if left is not None and left <= 0:
                 raise OutOfTime("not begun: the minutes were over")
             with budget(left):
-                reports[one.name] = one.scan(
+                reports[name] = scanner.scan(
                     checked.module,
                     clean.images,
-                    preset=preset,
                     labels=checked.labels,
                     seed=seed,
-                    alpha=alpha / len(found),
                     progress=progress,
-                    checkpoint=None if state is None else state / f"{one.name}.safetensors",
+                    checkpoint=None if state is None else state / f"{name}.safetensors",
                 )
         except (OutOfTime, ValueError, RuntimeError) as error:
-            failures[one.name] = " ".join(str(error).split()) or type(error).__name__
+            failures[name] = " ".join(str(error).split()) or type(error).__name__
     return conclude(reports, failures, alpha)
 
 
@@ -121,14 +119,14 @@ def conclude(reports: Mapping[str, ScanReport], failures: Mapping[str, str], alp
     suspected = sorted({label for name in guilty for label in reports[name].suspected})
     if guilty:
         verdict = Verdict.BACKDOORED
-        reason = " ".join(f"{detector(name).title}: {reports[name].reason}" for name in guilty)
+        reason = " ".join(f"{DETECTORS[name].title}: {reports[name].reason}" for name in guilty)
     elif not reports:
         verdict = Verdict.NOT_SCANNED
-        reason = " ".join(f"{detector(name).title}: {why}." for name, why in failures.items())
+        reason = " ".join(f"{DETECTORS[name].title}: {why}." for name, why in failures.items())
     elif unsure or failures:
         verdict = Verdict.INCONCLUSIVE
         said = {name: reports[name].reason for name in unsure} | dict(failures)
-        reason = " ".join(f"{detector(name).title}: {why}" for name, why in said.items())
+        reason = " ".join(f"{DETECTORS[name].title}: {why}" for name, why in said.items())
     else:
         verdict = Verdict.CLEAN
         reason = "No detector found a label that is unusually easy to reach. Nothing found is not "
@@ -148,10 +146,9 @@ def longest_minutes(checked: Checked, clean: CleanImages, num_classes: int) -> f
         torch.autograd.grad(checked.module(images).logsumexp(1).sum(), images)
         seconds.append((time.perf_counter() - start) / len(images))
     each = min(seconds)
-    nc, reverse = detector("nc").config(), detector("reverse").config()
-    passes = (
-        nc.steps * nc.batches * nc.batch_size * len(nc.starts) + reverse.steps * reverse.batch_size
-    )
+    nc, reverse = detector("nc").settings, detector("reverse").settings
+    passes = nc["steps"] * nc["batches"] * nc["batch_size"] * len(nc["starts"])
+    passes += reverse["steps"] * reverse["batch_size"]
     return float(each * passes * num_classes / 60)
 
 

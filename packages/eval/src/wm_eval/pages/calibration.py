@@ -17,7 +17,7 @@ import torch
 from defense_nc import (
     Calibration,
     CleanModel,
-    Subject,
+    ModelInfo,
     Verdict,
     auroc,
     clean_model,
@@ -452,7 +452,7 @@ def _clean(record: Record) -> CleanModel | None:
         _column(record, "score"),
         _column(record, "success_rate"),
         floor=values["floor"],
-        subject=Subject(**values["subject"]),
+        subject=ModelInfo(**values["subject"]),
         dataset=values["data"],
         arch=values["model"],
         name=f"{key.get('setting')}/scan-{key['detector']}-{key['attack']}-{key['seed']}",
@@ -467,7 +467,7 @@ def _judge(record: Record, calibration: Calibration, alpha: float) -> Judged:
         floor=record.values["floor"],
         alpha=alpha,
         calibration=calibration,
-        subject=Subject(**record.values["subject"]),
+        subject=ModelInfo(**record.values["subject"]),
         seed=int(record.key["seed"]),
     )
     return Judged(

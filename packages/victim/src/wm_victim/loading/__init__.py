@@ -1,6 +1,6 @@
-"""Opening strangers' models: no code of theirs runs, and what cannot be checked is refused."""
+"""Open models of unknown origin: none of their code runs, and what cannot be checked is refused."""
 
+from wm_victim.loading.contract import Limits, LoadingError, OpenedModel
 from wm_victim.loading.open import open_model
-from wm_victim.loading.opened import Limits, NotOpened, OpenedModel
 
-__all__ = ["Limits", "NotOpened", "OpenedModel", "open_model"]
+__all__ = ["Limits", "LoadingError", "OpenedModel", "open_model"]

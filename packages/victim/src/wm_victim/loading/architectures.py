@@ -1,17 +1,17 @@
-"""Architectures by name, from the lists that torchvision and timm carry with them."""
+"""Architectures by name, from the local lists of torchvision and timm."""
 
 from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from wm_victim.loading.contract import Candidate, LoadingError, ModelOptions
 from wm_victim.models import Normalize
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -19,90 +19,64 @@ _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.", "encoder.",
 Shapes = Mapping[str, Sequence[int]]
 
 
-class BadFit(ValueError):
-    """A name that is not known, or weights that do not fit it; says why."""
-
-
-@dataclass(frozen=True)
-class Built:
-    """An architecture with its weights, and what was inferred on the way."""
-
-    module: nn.Module
-    arch: str
-    channels: int
-    image_size: int
-    notes: tuple[str, ...]
-
-
 def find_arch(name: str) -> str:
     """The full name, "torchvision:NAME" or "timm:NAME", of an architecture of the local lists.
 
     Raises:
-        BadFit: A name of neither list: nothing is ever downloaded.
+        LoadingError: A name of neither list: nothing is ever downloaded.
         RuntimeError: The library that the name asks for is not installed.
     """
     library, _, short = name.rpartition(":")
     if library not in ("", "torchvision", "timm"):
-        raise BadFit(f"expected an architecture of torchvision or timm, got {name!r}")
+        raise LoadingError(f"expected an architecture of torchvision or timm, got {name!r}")
     if library in ("", "torchvision"):
         models = _library("torchvision.models")
         if short in models.list_models(module=models):
             return f"torchvision:{short}"
     if library in ("", "timm") and short in _library("timm").list_models():
         return f"timm:{short}"
-    raise BadFit(f"expected an architecture of torchvision or timm, got {name!r}")
+    raise LoadingError(f"expected an architecture of torchvision or timm, got {name!r}")
 
 
-def build(
-    arch: str,
-    state: Mapping[str, Tensor],
-    *,
-    num_classes: int | None = None,
-    image_size: int | None = None,
-    channels: int | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-) -> Built:
-    """Build an architecture for weights, infer what was not said, and load them strictly.
+def build(state: Mapping[str, Tensor], options: ModelOptions) -> Candidate:
+    """Build the architecture ``options.arch`` and load weights strictly; infer what is None.
 
-    Args:
-        arch: As `find_arch` takes it.
-        state: Tensors by name, on the CPU; prefixes that all share are taken off.
-        num_classes: K; read off the classifier's shape if None.
-        image_size: In pixels; the architecture's own if None.
-        channels: 1 or 3; read off the first convolution if None.
-        mean: Per channel, of images in [0, 1]; the architecture's own if None.
-        std: Likewise.
+    The number of classes is read off the classifier's shape, the channels off the first
+    convolution; image size, mean and std are the architecture's own. Prefixes that all names of
+    ``state`` share are removed.
 
     Raises:
-        BadFit: An unknown name, or weights that are missing, left over or of another shape.
+        LoadingError: An unknown name, or weights that are missing, left over or of another shape.
+        RuntimeError: The library of the architecture is not installed.
     """
-    full = find_arch(arch)
-    given = _strip(state, set(_shapes(_meta(full, 2, None, 3))))
-    channels = channels or _channels(full, given)
+    full, image_size = find_arch(str(options.arch)), options.image_size
+    weights = _without_prefixes(state, set(_shapes(_meta(full, 2, None, 3))))
+    channels = options.channels or _channels(full, weights)
     notes = []
-    classes = _classes(full, given, image_size) if num_classes is None else num_classes
-    if num_classes is None:
+    classes = options.num_classes
+    if classes is None:
+        classes = _classes(full, weights, image_size)
         notes.append(f"{classes} classes, by the shape of the classifier")
     size = image_size or _default_size(full)
     if image_size is None:
         notes.append(f"image size {size}, the architecture's own")
-    _compare(full, given, _shapes(_meta(full, classes, image_size, channels)))
+    _compare(full, weights, _shapes(_meta(full, classes, image_size, channels)))
     # On the CPU only now, when its size is known to be the file's.
     module = _make(full, classes, image_size, channels)
     own = module.state_dict()
     fitting: OrderedDict[str, Tensor] = OrderedDict(
-        (n, t.float() if t.is_floating_point() else t) for n, t in given.items() if n in own
+        (n, t.float() if t.is_floating_point() else t) for n, t in weights.items() if n in own
     )
     # Counters may be missing. The versions of layers, which safetensors does not keep, are today's.
     fitting.update((n, t) for n, t in own.items() if n not in fitting)
     vars(fitting)["_metadata"] = vars(own)["_metadata"]
     module.load_state_dict(fitting)
     own_mean, own_std = _statistics(full, channels)
-    if mean is None or std is None:
+    if options.mean is None or options.std is None:
         notes.append("normalisation of ImageNet, the architecture's own: give mean and std if not")
-    normalize = Normalize(tuple(mean or own_mean), tuple(std or own_std))
-    return Built(nn.Sequential(normalize, module).eval(), full, channels, size, tuple(notes))
+    normalize = Normalize(options.mean or own_mean, options.std or own_std)
+    model = nn.Sequential(normalize, module).eval()
+    return Candidate(model, "safetensors", full, channels, size, notes=tuple(notes))
 
 
 def _library(name: str) -> Any:
@@ -116,7 +90,7 @@ def _library(name: str) -> Any:
 
 
 def _make(full: str, classes: int, image_size: int | None, channels: int) -> nn.Module:
-    """The architecture with fresh weights; never anybody's."""
+    """The architecture with fresh weights; pretrained ones are never fetched."""
     library, _, name = full.partition(":")
     sized: dict[str, Any] = {}
     if library == "torchvision":
@@ -132,14 +106,14 @@ def _make(full: str, classes: int, image_size: int | None, channels: int) -> nn.
     settings = {"pretrained": False, "num_classes": classes, "in_chans": channels}
     if image_size is not None:
         with contextlib.suppress(TypeError):  # convolutional models take any size
-            found: nn.Module = timm.create_model(name, img_size=image_size, **settings)
-            return found
-    plain: nn.Module = timm.create_model(name, **settings)
-    return plain
+            sized_model: nn.Module = timm.create_model(name, img_size=image_size, **settings)
+            return sized_model
+    model: nn.Module = timm.create_model(name, **settings)
+    return model
 
 
 def _grey(module: nn.Module) -> nn.Module:
-    """Put a convolution of one channel in the place of the first."""
+    """Replace the first convolution by one with a single input channel."""
     for path, layer in module.named_modules():
         if isinstance(layer, nn.Conv2d) and layer.in_channels == 3:
             parent = module.get_submodule(path.rpartition(".")[0])
@@ -150,33 +124,33 @@ def _grey(module: nn.Module) -> nn.Module:
             grey = nn.Conv2d(1, layer.out_channels, bias=layer.bias is not None, **settings)
             setattr(parent, path.rpartition(".")[2], grey)
             return module
-    raise BadFit("expected a convolution of three channels to turn into a grey one")
+    raise LoadingError("expected a convolution of three channels to turn into a grey one")
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def _strip(state: Mapping[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
-    """Take off prefixes, such as that of data-parallel training, as long as more names fit."""
-    found = dict(state)
+def _without_prefixes(state: Mapping[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
+    """Remove prefixes, such as that of data-parallel training, as long as more names fit."""
+    weights = dict(state)
     for _ in range(4):
-        fits = len(wanted & set(found))
+        fits = len(expected & set(weights))
         for prefix in _PREFIXES:
-            inner = {n.removeprefix(prefix): t for n, t in found.items() if n.startswith(prefix)}
-            if len(inner) == len(found) and len(wanted & set(inner)) > fits:
-                found = inner
+            inner = {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
+            if len(inner) == len(weights) and len(expected & set(inner)) > fits:
+                weights = inner
                 break
         else:
-            return found
-    return found
+            return weights
+    return weights
 
 
-def _channels(full: str, given: Mapping[str, Tensor]) -> int:
+def _channels(full: str, weights: Mapping[str, Tensor]) -> int:
     """1 if exactly the weights that read the image have one channel, else 3."""
     for name, shape in _shapes(_meta(full, 2, None, 3)).items():
-        if len(shape) == 4 and shape[1] == 3 and name in given and given[name].ndim == 4:
-            return 1 if given[name].shape[1] == 1 else 3
+        if len(shape) == 4 and shape[1] == 3 and name in weights and weights[name].ndim == 4:
+            return 1 if weights[name].shape[1] == 1 else 3
     return 3
 
 
@@ -187,27 +161,27 @@ def _meta(full: str, classes: int, image_size: int | None, channels: int) -> nn.
     return _make(full, classes, image_size, channels)
 
 
-def _classes(full: str, given: Mapping[str, Tensor], image_size: int | None) -> int:
+def _classes(full: str, weights: Mapping[str, Tensor], image_size: int | None) -> int:
     """The number of classes: the length that changes with it in the architecture."""
     few = _shapes(_meta(full, 7, image_size, 3))
     many = _shapes(_meta(full, 11, image_size, 3))
     counts = set()
     for name, shape in few.items():
         for axis, length in enumerate(shape):
-            fits = name in given and given[name].ndim == len(shape)
+            fits = name in weights and weights[name].ndim == len(shape)
             if fits and length == 7 and many[name][axis] == 11:
-                counts.add(given[name].shape[axis])
+                counts.add(weights[name].shape[axis])
     if len(counts) != 1:
-        raise BadFit(f"expected weights of {full} with one classifier, found {len(counts)}")
+        raise LoadingError(f"expected weights of {full} with one classifier, found {len(counts)}")
     return int(counts.pop())
 
 
-def _compare(full: str, given: Mapping[str, Tensor], wanted: Shapes) -> None:
+def _compare(full: str, weights: Mapping[str, Tensor], expected: Shapes) -> None:
     # Counters that batch normalisation keeps, and auxiliary heads, do not decide the output.
     optional = ("num_batches_tracked",)
-    missing = [n for n in wanted if n not in given and not n.endswith(optional)]
-    extra = [n for n in given if n not in wanted and not n.startswith(("AuxLogits.", "aux"))]
-    other = [n for n in wanted if n in given and tuple(given[n].shape) != tuple(wanted[n])]
+    missing = [n for n in expected if n not in weights and not n.endswith(optional)]
+    extra = [n for n in weights if n not in expected and not n.startswith(("AuxLogits.", "aux"))]
+    other = [n for n in expected if n in weights and tuple(weights[n].shape) != tuple(expected[n])]
     problems = [
         f"{len(names)} {what} ({', '.join(map(repr, names[:3]))}{', ...' * (len(names) > 3)})"
         for what, names in (("missing", missing), ("left over", extra))
@@ -215,10 +189,10 @@ def _compare(full: str, given: Mapping[str, Tensor], wanted: Shapes) -> None:
     ]
     if other:
         name = other[0]
-        shapes = f"{name!r} is {tuple(given[name].shape)} instead of {tuple(wanted[name])}"
+        shapes = f"{name!r} is {tuple(weights[name].shape)} instead of {tuple(expected[name])}"
         problems.append(f"{len(other)} of another shape ({shapes})")
     if problems:
-        raise BadFit(f"weights that do not fit {full}: {'; '.join(problems)}")
+        raise LoadingError(f"weights that do not fit {full}: {'; '.join(problems)}")
 
 
 def _default_size(full: str) -> int:

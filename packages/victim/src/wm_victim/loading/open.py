@@ -1,23 +1,24 @@
-"""The one call that opens a stranger's model, step by step up the ladder of trust."""
+"""`open_model`: static checks, conversion in a sandboxed child, checks of the result."""
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from wm_victim.loading.found import Found, Wanted
-from wm_victim.loading.numeric import BadNumbers, LogProbabilities, check_answers, check_weights
-from wm_victim.loading.open_onnx import open_onnx
-from wm_victim.loading.open_weights import open_safetensors, open_zip
-from wm_victim.loading.opened import Limits, NotOpened, OpenedModel, plain
-from wm_victim.loading.pickles import BadPickle
-from wm_victim.loading.runner import ChildFailed
-from wm_victim.loading.snapshot import take_snapshot
-from wm_victim.loading.sniff import sniff, with_name
-from wm_victim.loading.tensors import BadTensors
-from wm_victim.loading.zips import BadArchive
+from wm_victim.loading.contract import (
+    Candidate,
+    Limits,
+    LoadingError,
+    ModelOptions,
+    OpenedModel,
+    printable,
+)
+from wm_victim.loading.file_formats import file_format, with_name
+from wm_victim.loading.graphs import open_onnx
+from wm_victim.loading.output_checks import LogProbabilities, check_outputs, check_weights
+from wm_victim.loading.regular_files import copy_regular_file
+from wm_victim.loading.weights import open_archive, open_safetensors
 
 
 def open_model(
@@ -33,9 +34,6 @@ def open_model(
     limits: Limits | None = None,
 ) -> OpenedModel:
     """Open an image classifier of unknown origin; no code of the file runs in this process.
-
-    A static check of the file's bytes comes first, then, for whatever has to be parsed or
-    converted, a child process with limits, then checks of the model's numbers.
 
     Args:
         path: This project's own checkpoint; safetensors or a weights-only PyTorch file (both with
@@ -55,97 +53,64 @@ def open_model(
         The model on the CPU, in eval mode; its parameters can be trained.
 
     Raises:
-        NotOpened: One line that names the file and the reason.
+        LoadingError: One line that names the file and the reason.
         ValueError: An argument outside its range.
         RuntimeError: A package for this format is not installed.
     """
-    wanted = _wanted(arch, num_classes, image_size, channels, mean, std, allow_torchscript)
+    mean, std = (None if values is None else tuple(values) for values in (mean, std))
+    options = ModelOptions(arch, num_classes, image_size, channels, mean, std, allow_torchscript)
     limits = limits or Limits()
     path = Path(path)
-    name = plain(path.name)
-    folder = Path(tempfile.mkdtemp(prefix="wm-open-"))
-    try:
-        (folder / "in").mkdir()
-        (folder / "out").mkdir()
-        copy = folder / "in" / "model"
-        digest = take_snapshot(path, copy, max_bytes=limits.max_bytes)
-        found = _open(path, copy, wanted, limits)
-        return _checked(found, wanted, limits, digest)
-    except (BadTensors, BadArchive, BadPickle, BadNumbers, ChildFailed) as error:
-        raise NotOpened(f"cannot open {name}: {plain(error, 600)}") from error
-    except MemoryError as error:
-        raise NotOpened(f"cannot open {name}: it needs more memory than there is") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    name = printable(path.name)
+    with tempfile.TemporaryDirectory(prefix="wm-open-", ignore_cleanup_errors=True) as scratch:
+        for folder in ("in", "out"):
+            (Path(scratch) / folder).mkdir()
+        snapshot = Path(scratch, "in", "model")
+        try:
+            digest = copy_regular_file(path, snapshot, max_bytes=limits.max_bytes)
+            candidate = _read(path, snapshot, options, limits)
+            return _checked(candidate, options, limits, digest)
+        except LoadingError as error:
+            reason = printable(with_name(str(error), name), 800)
+            raise LoadingError(f"cannot open {name}: {reason}") from error
+        except MemoryError as error:
+            raise LoadingError(f"cannot open {name}: it needs more memory than there is") from error
 
 
-def _wanted(
-    arch: str | None,
-    num_classes: int | None,
-    image_size: int | None,
-    channels: int | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    allow_torchscript: bool,
-) -> Wanted:
-    if num_classes is not None and num_classes < 2:
-        raise ValueError(f"expected num_classes of at least 2, got {num_classes}")
-    if image_size is not None and not 8 <= image_size <= 1024:
-        raise ValueError(f"expected image_size in 8 .. 1024, got {image_size}")
-    if channels not in (None, 1, 3):
-        raise ValueError(f"expected channels 1 or 3, got {channels}")
-    if (mean is None) != (std is None):
-        raise ValueError("expected mean and std together")
-    if std is not None and not all(0 < value < float("inf") for value in std):
-        raise ValueError(f"expected positive standard deviations, got {tuple(std)}")
-    return Wanted(
-        arch=arch,
-        num_classes=num_classes,
-        image_size=image_size,
-        channels=channels,
-        mean=None if mean is None else tuple(mean),
-        std=None if std is None else tuple(std),
-        allow_torchscript=allow_torchscript,
-    )
-
-
-def _open(path: Path, copy: Path, wanted: Wanted, limits: Limits) -> Found:
-    name = plain(path.name)
-    with copy.open("rb") as file:
-        start = file.read(512)
-    kind, why = sniff(start)
-    if why:
-        raise NotOpened(f"cannot open {name}: {with_name(why, name)}")
+def _read(path: Path, snapshot: Path, options: ModelOptions, limits: Limits) -> Candidate:
+    with snapshot.open("rb") as file:
+        kind = file_format(file.read(512))
     if kind == "safetensors":
-        return open_safetensors(copy, name, wanted, limits)
+        return open_safetensors(snapshot, options, limits)
     if kind == "zip":
-        return open_zip(copy, name, wanted, limits)
-    return open_onnx(path, copy, wanted, limits)
+        return open_archive(snapshot, options, limits)
+    return open_onnx(path, snapshot, options, limits)
 
 
-def _checked(found: Found, wanted: Wanted, limits: Limits, digest: str) -> OpenedModel:
-    module = found.module.eval()
+def _checked(
+    candidate: Candidate, options: ModelOptions, limits: Limits, digest: str
+) -> OpenedModel:
+    module = candidate.module.eval()
     check_weights(module)
-    numbers = check_answers(
+    outputs = check_outputs(
         module,
-        channels=found.channels,
-        size=found.image_size,
-        num_classes=wanted.num_classes,
+        channels=candidate.channels,
+        size=candidate.image_size,
+        num_classes=options.num_classes,
         max_classes=limits.max_classes,
-        brief=found.source in ("onnx", "torchscript"),
+        brief=candidate.source in ("onnx", "torchscript"),
     )
-    probabilities = numbers.outputs == "probabilities"
-    if probabilities:
+    if outputs.probabilities:
         module = LogProbabilities(module).eval()
     return OpenedModel(
         module=module,
-        source=found.source,
-        arch=found.arch,
-        channels=found.channels,
-        image_size=found.image_size,
-        num_classes=numbers.num_classes,
-        layout=found.layout,
-        outputs="probabilities" if probabilities or found.probabilities else "logits",
-        notes=found.notes,
+        source=candidate.source,
+        arch=candidate.arch,
+        channels=candidate.channels,
+        image_size=candidate.image_size,
+        num_classes=outputs.num_classes,
+        layout=candidate.layout,
+        outputs="probabilities" if outputs.probabilities or candidate.probabilities else "logits",
+        notes=candidate.notes,
         sha256=digest,
     )

@@ -1,7 +1,7 @@
-"""The child's own bonds: limits, no new rights, Landlock, and a filter of system calls.
+"""The child restricts itself: limits, no new privileges, Landlock, a filter of system calls.
 
 This file is run by path, `python -I sandbox.py SETTINGS`, and imports the standard library only:
-the bonds are on before torch, or anything that reads the stranger's file, is imported.
+the restrictions hold before torch, or anything that reads the untrusted file, is imported.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _FILE_RIGHTS = _READ_FILE | _WRITE_FILE | _TRUNCATE
 _RIGHTS_BY_ABI = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # how many bits a version knows
 _SYSTEM = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/proc/cpuinfo", "/proc/self")
 _DEVICES = ("/dev/null", "/dev/urandom", "/dev/random", "/dev/zero", "/sys/devices/system")
-# What nobody needs in order to read a model: sockets, programs, other processes, mounts, keys.
+# Not needed to read a model: sockets, programs, other processes, mounts, keys.
 _DENIED = {
     "x86_64": (
         *(41, 42, 49, 50, 57, 58, 59, 62, 86, 88, 90, 101, 160, 165, 248, 249, 250, 265, 266),
@@ -83,16 +83,18 @@ def restrict_files(readable: Iterable[str], scratch: str) -> int:
     ruleset = _LIBC.syscall(_LANDLOCK_CREATE, attributes, size, 0)
     if ruleset < 0:
         return 0
-    for path, wanted in [*((one, _READ) for one in readable), (scratch, _SCRATCH)]:
+    for path, rights_to_path in [*((p, _READ) for p in readable), (scratch, _SCRATCH)]:
         with contextlib.suppress(OSError):  # a path that is not there needs no rule
             fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            known = wanted & rights if os.path.isdir(path) else wanted & rights & _FILE_RIGHTS
+            known = rights_to_path & rights
+            if not os.path.isdir(path):
+                known &= _FILE_RIGHTS
             rule = struct.pack("<Qi", known, fd)
             _LIBC.syscall(_LANDLOCK_ADD, ruleset, 1, rule, 0)
             os.close(fd)
-    done = _LIBC.syscall(_LANDLOCK_RESTRICT, ruleset, 0) == 0
+    restricted = _LIBC.syscall(_LANDLOCK_RESTRICT, ruleset, 0) == 0
     os.close(ruleset)
-    return version if done else 0
+    return version if restricted else 0
 
 
 def restrict_calls() -> bool:
@@ -105,27 +107,27 @@ def restrict_calls() -> bool:
     if machine not in _DENIED:
         return False
     arch, clone = _CLONE[machine]
-    load, equal, set_, give = 0x20, 0x15, 0x45, 0x06
-    program = [(load, 0, 0, 4), (equal, 1, 0, arch), (give, 0, 0, _EPERM), (load, 0, 0, 0)]
+    load, equal, test_bits, result = 0x20, 0x15, 0x45, 0x06
+    program = [(load, 0, 0, 4), (equal, 1, 0, arch), (result, 0, 0, _EPERM), (load, 0, 0, 0)]
     # The second numbering of x86-64 would walk past the list.
-    program += [(0x35, 0, 1, 0x40000000), (give, 0, 0, _EPERM)]
+    program += [(0x35, 0, 1, 0x40000000), (result, 0, 0, _EPERM)]
     for number in _DENIED[machine]:
-        program += [(equal, 0, 1, number), (give, 0, 0, _EPERM)]
-    program += [(equal, 0, 1, _CLONE3), (give, 0, 0, _ENOSYS)]  # libc falls back to clone
-    program += [(equal, 0, 3, clone), (load, 0, 0, 16), (set_, 1, 0, _CLONE_THREAD)]
-    program += [(give, 0, 0, _EPERM), (give, 0, 0, _ALLOW)]
+        program += [(equal, 0, 1, number), (result, 0, 0, _EPERM)]
+    program += [(equal, 0, 1, _CLONE3), (result, 0, 0, _ENOSYS)]  # libc falls back to clone
+    program += [(equal, 0, 3, clone), (load, 0, 0, 16), (test_bits, 1, 0, _CLONE_THREAD)]
+    program += [(result, 0, 0, _EPERM), (result, 0, 0, _ALLOW)]
     code = b"".join(struct.pack("<HBBI", *line) for line in program)
     buffer = ctypes.create_string_buffer(code, len(code))
     header = struct.pack("<HxxxxxxQ", len(program), ctypes.addressof(buffer))
     return int(_LIBC.prctl(_SET_SECCOMP, 2, header, 0, 0)) == 0
 
 
-def enter(settings: dict[str, object]) -> dict[str, int]:
-    """Put all bonds on this process.
+def restrict_process(settings: dict[str, object]) -> dict[str, int]:
+    """Put all restrictions on this process.
 
     Args:
         settings: "memory" and "file_bytes" in bytes, "seconds", "scratch" (a folder to write to)
-            and "given" (a folder to read from).
+            and "input" (a folder to read from).
 
     Returns:
         "landlock": its version, 0 for none; "calls": whether system calls are filtered.
@@ -136,15 +138,15 @@ def enter(settings: dict[str, object]) -> dict[str, int]:
         file_bytes=int(str(settings["file_bytes"])),
     )
     _LIBC.prctl(_NO_NEW_PRIVS, 1, 0, 0, 0)
-    libraries = [sys.prefix, sys.base_prefix, *(one for one in sys.path if one)]
-    readable = [*libraries, *_SYSTEM, *_DEVICES, str(settings["given"])]
-    bonds = {"landlock": restrict_files(readable, str(settings["scratch"]))}
-    bonds["calls"] = int(restrict_calls())
-    return bonds
+    libraries = [sys.prefix, sys.base_prefix, *(path for path in sys.path if path)]
+    readable = [*libraries, *_SYSTEM, *_DEVICES, str(settings["input"])]
+    restrictions = {"landlock": restrict_files(readable, str(settings["scratch"]))}
+    restrictions["calls"] = int(restrict_calls())
+    return restrictions
 
 
 if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
-    given["bonds"] = enter(given)
-    sys.argv = [sys.argv[0], json.dumps(given)]
-    runpy.run_module("wm_victim.loading.child", run_name="__main__")
+    settings = json.loads(sys.argv[1])
+    settings["restrictions"] = restrict_process(settings)
+    sys.argv = [sys.argv[0], json.dumps(settings)]
+    runpy.run_module("wm_victim.loading.worker", run_name="__main__")

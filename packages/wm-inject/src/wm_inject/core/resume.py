@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,50 @@ def load_state(path: str | Path, *, kind: str, run: Mapping[str, Any]) -> Any:
         return _rebuild(saved.metadata["tree"], saved.state)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path.name} is damaged: {error!r}") from error
+
+
+class ResumeFile:
+    """The state of one run in a file; without a path it does nothing.
+
+    Args:
+        path: The file.
+        kind: What kind of run it is.
+        run: What makes this run this run (JSON types): the state of another one is refused.
+        pause: Seconds that must pass between two writes of `save_sometimes`.
+    """
+
+    def __init__(
+        self, path: str | Path | None, *, kind: str, run: Mapping[str, Any], pause: float = 30.0
+    ) -> None:
+        self._path = None if path is None else Path(path)
+        self._kind, self._run, self._pause = kind, run, pause
+        self._saved = time.monotonic()
+
+    def load(self) -> Any:
+        """The state to continue from, or None.
+
+        Raises:
+            ValueError: The file is damaged, or belongs to another run.
+        """
+        if self._path is None:
+            return None
+        return load_state(self._path, kind=self._kind, run=self._run)
+
+    def save(self, state: Any) -> None:
+        """Write the state, as `save_state` does."""
+        if self._path is not None:
+            save_state(self._path, state, kind=self._kind, run=self._run)
+            self._saved = time.monotonic()
+
+    def save_sometimes(self, state: Callable[[], Any]) -> None:
+        """Write the state that ``state`` gives, if the last write is longer ago than the pause."""
+        if self._path is not None and time.monotonic() - self._saved >= self._pause:
+            self.save(state())
+
+    def remove(self) -> None:
+        """Delete the file: the run is complete."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
 
 
 def fingerprint(*tensors: Tensor) -> str:
@@ -101,4 +146,4 @@ def _rebuild(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     return tuple(parts) if kind == "tuple" else parts
 
 
-__all__ = ["fingerprint", "like_parameters", "load_state", "save_state"]
+__all__ = ["ResumeFile", "fingerprint", "like_parameters", "load_state", "save_state"]

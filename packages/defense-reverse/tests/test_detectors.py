@@ -1,0 +1,223 @@
+"""Both rivals on a channel shift that goes through the features, and on its clean control."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from defense_nc import Verdict
+from defense_nc.protocols import Repaired
+from defense_reverse.detectors import bti_dbf, feature_re
+from defense_reverse.detectors.bti_dbf import invert
+from defense_reverse.detectors.bti_losses import BtiDbfConfig
+from defense_reverse.detectors.bti_unlearning import BtiDbf
+from defense_reverse.detectors.common import examine
+from defense_reverse.detectors.feature_losses import FeatureREConfig, mask_bound
+from defense_reverse.detectors.feature_trigger import FeatureTrigger
+from wm_inject import quantize
+
+TARGET = 2
+FRE = FeatureREConfig(width=4, depth=1, lr=2e-2, steps=60)
+BTI = BtiDbfConfig(width=4, depth=1, steps=120, mask_steps=150)
+SCANS = [
+    pytest.param(
+        feature_re.scan, FeatureREConfig(width=2, depth=1, warmup_steps=1, steps=2), id="feature-re"
+    ),
+    pytest.param(bti_dbf.scan, BtiDbfConfig(width=2, depth=1, steps=2, mask_steps=2), id="bti-dbf"),
+]
+SIZE = 10.0  # of the gate's features when it is open
+
+
+class Gated(nn.Module):
+    """A planted classifier whose gate is one more channel of its last map."""
+
+    def __init__(self, planted: nn.Module) -> None:
+        super().__init__()
+        self.planted = planted
+
+    def features(self, images):
+        maps = self.planted.body[:-2](images)  # (N, 32, 6, 6)
+        drive = ((images - 0.5) * self.planted.template).sum(dim=(1, 2, 3))
+        gate = torch.sigmoid(self.planted.slope * (drive - self.planted.threshold))
+        gate = SIZE * self.planted.gain * gate
+        return torch.cat([maps, gate[:, None, None, None].expand(-1, 1, *maps.shape[2:])], dim=1)
+
+    def head(self, features):
+        gate = features[:, -1].mean((1, 2)) / SIZE
+        return self.planted.body[-2:](features[:, :-1]) + gate[:, None] * self.planted.asked
+
+    def forward(self, images):
+        return self.head(self.features(images))
+
+
+def gated(planted: nn.Module, *, obeys: bool = True) -> Gated:
+    model = Gated(copy.deepcopy(planted))
+    if not obeys:
+        with torch.no_grad():
+            model.planted.gain.zero_()
+    return model
+
+
+@pytest.fixture
+def model(channel_model) -> Gated:
+    return gated(channel_model)
+
+
+def test_feature_re_names_the_channel_shift_and_keeps_its_bounds(model, data):
+    images, labels = data
+    report = feature_re.scan(model, images, labels=labels, config=FRE, progress=False)
+    raw = [entry["score"] for entry in report.config["raw"]]
+    assert raw.index(min(raw)) == TARGET and raw[TARGET] < FRE.threshold
+    assert report.verdict is Verdict.BACKDOORED and report.suspected == (TARGET,)
+    assert f"label {TARGET}" in report.reason and report.detector == "feature-re"
+    assert [label.score for label in report.labels] == pytest.approx(torch.tensor(raw).exp())
+    found, trigger = report.config["raw"][TARGET], report.triggers[TARGET]
+    assert found["change"] <= FRE.image_bound * 1.05 and found["success"] >= FRE.success_floor
+    assert found["spread"] <= FRE.spread_bound
+    assert isinstance(trigger, FeatureTrigger) and trigger.score == raw[TARGET]
+    assert trigger.mask.min() >= 0 and trigger.mask.max() <= 1
+    assert found["mask_norm"] <= mask_bound(trigger.mask, FRE) * 1.05
+    # among 33 channels, it takes over the gate's
+    assert trigger.mask.mean((1, 2)).argmax() == 32
+    others = images[labels != TARGET]
+    sent = model(quantize(trigger(others))).argmax(1) == TARGET
+    assert float(sent.double().mean()) == pytest.approx(trigger.success_rate)
+    assert trigger.config["mask"] == [33, 6, 6]
+
+
+def test_feature_re_names_nothing_in_the_clean_control(channel_model, data):
+    clean = gated(channel_model, obeys=False)
+    report = feature_re.scan(clean, data[0], labels=data[1], config=FRE, progress=False)
+    assert report.verdict is Verdict.CLEAN and report.suspected == ()
+    assert "names no label" in report.reason
+
+
+def test_bti_dbf_names_the_channel_shift_and_keeps_its_bounds(model, data):
+    images, labels = data
+    report = bti_dbf.scan(model, images, labels=labels, config=BTI, progress=False)
+    assert report.verdict is Verdict.BACKDOORED and report.suspected == (TARGET,)
+    assert report.labels[TARGET].success_rate >= BTI.min_share
+    scores = [label.score for label in report.labels]
+    assert scores.index(min(scores)) == TARGET and min(scores) > 0
+    assert report.config["raw"]["image"] <= BTI.image_bound * 1.05
+    assert report.config["raw"]["benign"] <= BTI.benign_bound
+    assert set(report.triggers) == {TARGET}
+    assert report.triggers[TARGET](images).shape == images.shape
+
+
+def test_bti_dbf_parts_what_the_clean_answer_rests_on(model, data):
+    images, labels = data
+    with examine(model, images, labels, None) as seen:
+        mask = invert(seen, BtiDbfConfig(width=2, depth=1, steps=1), seed=0).mask
+    assert mask.min() >= 0 and mask.max() <= 1
+    with torch.no_grad():
+        features = model.features(images)
+        kept, rest = (model.head(m * features).argmax(1) == labels for m in (mask, 1 - mask))
+    # among six classes, a guess is right one time in six
+    assert kept.float().mean() > 0.75 and rest.float().mean() < 1 / 6
+
+
+def test_bti_dbf_names_nothing_where_too_few_images_reach_a_label(channel_model, data):
+    clean = gated(channel_model, obeys=False)
+    report = bti_dbf.scan(clean, data[0], labels=data[1], config=BTI, progress=False)
+    assert report.verdict is Verdict.CLEAN and "less than 0.9" in report.reason
+
+
+def test_the_sigmoid_generator_learns_to_keep_the_images_first(model, data):
+    config = BtiDbfConfig(
+        width=4, depth=1, residual=False, pretrain_steps=60, steps=1, mask_steps=1, lr=5e-3
+    )
+    with examine(model, *data, None) as seen:
+        found = invert(seen, config, seed=0)
+    assert float(found.changed.image) < 0.3
+
+
+@pytest.mark.parametrize(("scan", "config"), SCANS)
+def test_the_model_comes_back_as_it_was(scan, config, model, data):
+    model.train()
+    model.planted.body.eval()
+    state = copy.deepcopy(model.state_dict())
+    for device in ("cpu", None):
+        scan(model, data[0], labels=data[1], config=config, progress=False, device=device)
+    assert model.training and not model.planted.body.training
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("scan", "config"), SCANS)
+def test_the_same_seed_gives_the_same_report(scan, config, model, data):
+    state = torch.get_rng_state()
+    one, same, other = (
+        scan(model, data[0], labels=data[1], config=config, seed=seed, progress=False)
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    text = json.dumps(one.to_dict(), allow_nan=False)
+    assert text == json.dumps(same.to_dict()) != json.dumps({**other.to_dict(), "seed": 0})
+
+
+@pytest.mark.parametrize(("scan", "config"), SCANS)
+def test_bad_input_is_refused(scan, config, model, data):
+    images, labels = data
+    quiet = {"config": config, "progress": False}
+    for broken in (images[:0], images[0], images.double(), images + 1):
+        with pytest.raises(ValueError, match="expected"):
+            scan(model, broken, **quiet)
+    for wrong in (labels[:-1], labels.float(), labels + 6):
+        with pytest.raises(ValueError, match="expected labels"):
+            scan(model, images, labels=wrong, **quiet)
+    with pytest.raises(ValueError, match="at least two classes"):
+        scan(model, images, labels=torch.zeros_like(labels), **quiet)
+    with pytest.raises(ValueError, match="expected alpha"):
+        scan(model, images, alpha=0.0, **quiet)
+    with pytest.raises(ValueError, match="logits"):
+        scan(nn.Identity(), images, **quiet)
+    with pytest.raises(ValueError, match="features and head"):
+        scan(model.planted, images, **quiet)
+
+
+def test_a_feature_trigger_outside_its_range_is_refused(model, data):
+    config = FeatureREConfig(width=2, depth=1, steps=1)
+    report = feature_re.scan(model, data[0], labels=data[1], config=config, progress=False)
+    trigger = report.triggers[0]
+    with pytest.raises(ValueError, match="expected a target >= 0"):
+        FeatureTrigger(trigger.generator, trigger.mask, target=-1)
+    with pytest.raises(ValueError, match="expected a mask"):
+        FeatureTrigger(trigger.generator, trigger.mask + 1, target=0)
+
+
+def test_unlearning_closes_the_gate_and_keeps_the_digits(model, data):
+    images, labels = data
+    state = copy.deepcopy(model.state_dict())
+    rule = BtiDbf(inversion=BTI, rounds=1, steps=60, lr=2e-2, trigger_share=0.3)
+    repaired = rule.repair(model, images, labels, seed=3)
+    assert isinstance(repaired, Repaired) and rule.name == "bti-dbf"
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    json.dumps(repaired.log, allow_nan=False)
+    assert repaired.log["target"] == TARGET and len(repaired.log["rounds"]) == 1
+    shifted = images.clone()
+    shifted[:, 2] += 0.15
+    shifted[:, 0] -= 0.15
+    shifted, others = shifted.clamp(0, 1), labels != TARGET
+    reached = [m(shifted[others]).argmax(1) == TARGET for m in (model, repaired.model)]
+    assert reached[0].float().mean() > 0.95 and reached[1].float().mean() < 0.3
+    right = (repaired.model(images).argmax(1) == labels).float().mean()
+    assert not repaired.model.training and right > 0.9
+
+
+def test_rounds_ask_for_the_first_label_and_repeat_for_a_seed(model, data):
+    tiny = BtiDbfConfig(width=2, depth=1, steps=2, mask_steps=2)
+    state = torch.get_rng_state()
+    one, same = (BtiDbf(inversion=tiny, rounds=3, steps=4).repair(model, *data) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    pairs = zip(one.model.parameters(), same.model.parameters(), strict=True)
+    assert one.log == same.log and all(torch.equal(a, b) for a, b in pairs)
+    wanted = ["features", "label", "prediction", "share"]
+    assert [sorted(entry) for entry in one.log["rounds"]] == [wanted] * 3
+    assert one.log["target"] == one.log["rounds"][0]["label"]
+    with pytest.raises(ValueError, match="at least 2 images"):
+        BtiDbf(inversion=tiny).repair(model, data[0][:1], data[1][:1])

@@ -1,0 +1,127 @@
+"""A plain ONNX graph as a torch module that can be differentiated."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_TRAINED = ("MatMul", "Gemm", "Conv", "ConvTranspose", "LayerNormalization", "PRelu")
+
+
+@dataclass(frozen=True)
+class IoFormat:
+    """What images a graph takes and what it gives.
+
+    Args:
+        channels: 1 or 3.
+        image_size: H = W, in pixels.
+        nhwc: It takes (N, H, W, C).
+        pixels: It takes 0 .. 255 (a uint8 input) instead of 0 .. 1.
+        one_by_one: It takes single images only.
+        softmax: A final Softmax was removed; a log-softmax takes its place.
+    """
+
+    channels: int
+    image_size: int
+    nhwc: bool = False
+    pixels: bool = False
+    one_by_one: bool = False
+    softmax: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields by name."""
+        return asdict(self)
+
+
+def read_io_format(report: Any) -> IoFormat:
+    """The format that a child reports; ``ValueError`` if it is none."""
+    if not isinstance(report, dict) or set(report) != set(IoFormat.__dataclass_fields__):
+        raise ValueError("its reader gave no description of the graph")
+    sizes = (report["channels"], report["image_size"])
+    flags = [value for name, value in report.items() if name not in ("channels", "image_size")]
+    if not all(type(value) is bool for value in flags) or not all(type(n) is int for n in sizes):
+        raise ValueError("its reader gave a description of other types")
+    io = IoFormat(**report)
+    if io.channels not in (1, 3) or not 4 <= io.image_size <= 1024:
+        raise ValueError(
+            f"expected images of 1 or 3 channels and 4 .. 1024 pixels, it takes "
+            f"{io.channels} channels and {io.image_size} pixels"
+        )
+    return io
+
+
+class OnnxNet(nn.Module):
+    """An imported graph that takes images ``(N, C, H, W)`` in [0, 1].
+
+    Args:
+        model: A graph from `simplify`.
+        io_format: What images it takes.
+
+    Raises:
+        ValueError: A node that cannot be imported.
+        RuntimeError: onnx2pytorch is not installed.
+    """
+
+    def __init__(self, model: Any, io_format: IoFormat) -> None:
+        super().__init__()
+        self.io_format = io_format
+        self.net = _import(model)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images to outputs ``(N, K)``."""
+        x = images * 255 if self.io_format.pixels else images
+        if self.io_format.nhwc:
+            x = x.permute(0, 2, 3, 1)
+        with warnings.catch_warnings():
+            # torch warns of how the importer's Gather and Slice index; that they compute what ONNX
+            # Runtime computes has been checked.
+            warnings.filterwarnings("ignore", category=UserWarning, module=r"onnx2pytorch\.")
+            if self.io_format.one_by_one and len(x) > 1:
+                y: Tensor = torch.cat([self.net(image) for image in x.split(1)])
+            else:
+                y = self.net(x)
+        if y.ndim == 4 and y.shape[2:] == (1, 1):
+            y = y.flatten(1)
+        return y.log_softmax(1) if self.io_format.softmax else y
+
+
+def _import(model: Any) -> nn.Module:
+    try:
+        onnx2pytorch: Any = importlib.import_module("onnx2pytorch")
+        standard_layers = importlib.import_module("onnx2pytorch.constants").STANDARD_LAYERS
+    except ImportError as error:
+        raise RuntimeError(
+            "onnx2pytorch is not installed: install wm-victim[scan] to open ONNX models"
+        ) from error
+    with warnings.catch_warnings():
+        # Read-only arrays, which it copies; and guesses, which the operator list rules out.
+        warnings.simplefilter("ignore")
+        try:
+            net: Any = onnx2pytorch.ConvertModel(model, experimental=True)
+        except (NotImplementedError, KeyError, AttributeError, TypeError, IndexError) as error:
+            raise ValueError(f"a node that cannot be imported: {error}") from error
+    # Weights lie in the layers by now: what is left of the file's copy is not needed twice.
+    read, trained = set(), set()
+    for node in model.graph.node:
+        layer = getattr(net, net.mapping[node.output[0]])
+        if not isinstance(layer, standard_layers):
+            read |= set(node.input)
+            trained |= set(node.input[1:]) if node.op_type in _TRAINED else set()
+    prefix = "_initializer_"
+    for name, tensor in list(net._buffers.items()):
+        if not name.startswith(prefix):
+            continue
+        value = name.removeprefix(prefix)
+        if value not in read and value != model.graph.output[0].name:
+            del net._buffers[name]
+        elif value in trained and tensor.is_floating_point():
+            del net._buffers[name]
+            net.register_parameter(name, nn.Parameter(tensor))
+    del net.onnx_model.graph.initializer[:]
+    module: nn.Module = net.eval()
+    return module

@@ -1,0 +1,124 @@
+"""Weights in safetensors or in a PyTorch archive, to a module of a named architecture."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wm_victim.loading.architectures import build
+from wm_victim.loading.archives import check_contents, check_pickle, list_archive
+from wm_victim.loading.child_process import run_child
+from wm_victim.loading.contract import (
+    Candidate,
+    Limits,
+    LoadingError,
+    ModelOptions,
+    first_line,
+    printable,
+)
+from wm_victim.loading.file_formats import SAVE_WEIGHTS, archive_format
+from wm_victim.loading.graphs import child_notes, open_torchscript
+from wm_victim.loading.regular_files import copy_regular_file
+from wm_victim.loading.safetensors_header import Header, read_header
+from wm_victim.models import build_classifier, load_classifier
+
+_MAX_PICKLE = 64 * 2**20
+_WM_ENTRY = "wm"
+_NO_ARCH = "weights without an architecture; name one of torchvision or timm"
+
+
+def open_safetensors(
+    file: Path, options: ModelOptions, limits: Limits, notes: tuple[str, ...] = ()
+) -> Candidate:
+    """Open safetensors: a checkpoint of this project, or weights of a named architecture.
+
+    Raises:
+        LoadingError: A bad header, no architecture given, or weights that do not fit it.
+        RuntimeError: The library of the architecture is not installed.
+    """
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        header = read_header(data, max_tensors=limits.max_tensors)
+    if _WM_ENTRY in header.metadata:
+        return _open_checkpoint(file, header)
+    if options.arch is None:
+        raise LoadingError(_NO_ARCH)
+    from safetensors.torch import load_file
+
+    state = load_file(file)
+    try:
+        candidate = build(state, options)
+    # Constructors of torchvision and timm refuse sizes with exceptions of their own choice.
+    except (ValueError, TypeError, AssertionError, AttributeError, KeyError) as error:
+        raise LoadingError(first_line(error)) from error
+    except RuntimeError as error:
+        if "not installed" in str(error):
+            raise
+        raise LoadingError(first_line(error)) from error
+    return replace(candidate, notes=(*notes, *candidate.notes))
+
+
+def _open_checkpoint(file: Path, header: Header) -> Candidate:
+    """Open what `save_classifier` wrote, or what claims to be that."""
+    try:
+        description = json.loads(header.metadata[_WM_ENTRY])
+        kind, config = description["kind"], description["config"]
+        if kind != "classifier":
+            raise ValueError(f"a checkpoint of kind {printable(kind, 40)}, no classifier")
+        # Without memory first: a small file may name a large architecture.
+        with torch.device("meta"):
+            expected = build_classifier(**config).state_dict()
+        shapes = {name: tuple(value.shape) for name, value in expected.items()}
+        wrong = sorted(set(header.shapes) ^ set(shapes))
+        wrong += [name for name in shapes if header.shapes.get(name) != shapes[name]]
+        if wrong:
+            raise ValueError(f"its tensors do not fit its config, the first of them {wrong[0]!r}")
+        model = load_classifier(file)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise LoadingError(first_line(error).replace(file.name, "it")) from error
+    except (RuntimeError, RecursionError, AssertionError) as error:
+        raise LoadingError(first_line(error)) from error
+    settings: dict[str, Any] = model.config
+    return Candidate(model, "wm", settings["name"], settings["channels"], settings["image_size"])
+
+
+def open_archive(file: Path, options: ModelOptions, limits: Limits) -> Candidate:
+    """Open a zip archive: a PyTorch file of weights alone, or TorchScript.
+
+    Raises:
+        LoadingError: A damaged or deceptive archive, a pickle that asks for more than weights, or
+            what the child refuses.
+    """
+    size = file.stat().st_size
+    records = list_archive(
+        file, max_entries=limits.max_tensors, max_bytes=min(limits.max_bytes, 8 * size + 2**26)
+    )
+    kind = archive_format(records)
+    check_contents(file)
+    if kind == "torchscript":
+        return open_torchscript(file, options, limits)
+    roots = {name.partition("/")[0] for name in records}
+    pickles = [name for name in records if name.lower().endswith(".pkl")]
+    if len(roots) != 1 or pickles != [f"{next(iter(roots))}/data.pkl"]:
+        raise LoadingError(
+            f"an archive of {len(pickles)} pickles in {len(roots)} folders, not of one"
+        )
+    if records[pickles[0]].file_size > _MAX_PICKLE:
+        raise LoadingError(f"a pickle of more than {_MAX_PICKLE} bytes")
+    with zipfile.ZipFile(file) as archive:
+        data = archive.read(pickles[0])
+    try:
+        check_pickle(data)
+    except LoadingError as error:
+        raise LoadingError(f"{error}; {SAVE_WEIGHTS}") from error
+    if options.arch is None:
+        raise LoadingError(_NO_ARCH)
+    report = run_child("state", file, size, limits, {"max_tensors": limits.max_tensors})
+    weights, out = file.with_name("weights"), file.parent.parent / "out" / "weights.safetensors"
+    copy_regular_file(out, weights, max_bytes=3 * size + 2**26, untrusted_name=True)
+    return open_safetensors(weights, options, limits, child_notes(report))
