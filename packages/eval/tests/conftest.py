@@ -132,7 +132,8 @@ def study(tmp_path: Path) -> Path:
     not_done = {"done": False, "why": "the scan named no label", "labels": []}
     write(folder, "mitigation", not_done, method="unlearning-nc", **way)
     write(folder, "mitigation", done, method="unlearning-reverse", **way)
-    write(folder, "mitigation", {"done": True, "after": metrics(0.96, 0.6)}, method="control", **way)
+    control = {"done": True, "after": metrics(0.96, 0.6)}
+    write(folder, "mitigation", control, method="control", **way)
     write(folder, "exports", exports, **victim)
     return folder
 

@@ -69,7 +69,7 @@ def test_a_file_changes_what_it_names_and_nothing_else(tmp_path: Path) -> None:
         ('[train]\nepochs = "many"', "study.train.epochs"),
         ("[train]\nepochs = 0", "study.train"),
         ("train = 1", "study.train"),
-        ("[train]\nseed = 3", "one seed at the top"),
+        ("[train]\nseed = 3", "seeds at the top"),
         ('base = "imagenet"', "base"),
         ('[measure]\ncorruptions = ["fire"]', "corruption"),
         ('attacks = ["soap"]', "attacks"),

@@ -14,61 +14,46 @@ from pathlib import Path
 import pytest
 import torch
 
-from wm_eval.attacks.config import AttackStudyConfig
-from wm_eval.attacks.run import run_attack_study
-from wm_eval.config import DataConfig, MeasureConfig, VictimConfig
-from wm_eval.records import read_records
+from wm_eval.config import DataConfig, MeasureConfig, Study, VictimConfig
+from wm_eval.engine import run
+from wm_eval.records import read_study
+from wm_eval.study import study_stages
+from wm_inject.core.config import to_toml
 from wm_victim import TrainConfig
 
 pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
-STUDY = AttackStudyConfig(
+STUDY = Study(
     profile="tiny",
     data=DataConfig("digits", image_size=16, limit=400),
     victim=VictimConfig("resnet10", 8),
     train=TrainConfig.preset("fast", epochs=3, precision="float32"),
-    attacks=("badnets", "lf"),
-    measure=MeasureConfig(corruptions=("mask", "rotation"), limit=100, pictures=1),
-    stealth_images=50,
-    watched_images=50,
+    attacks=("clean", "badnets", "lf"),
+    parts=("rates", "stealth"),
+    measure=MeasureConfig(("mask", "rotation"), limit=100, stealth=50, watched=50),
 )
-COMMAND = """
-import sys
-from wm_eval.attacks.run import run_attack_study
-from wm_eval.executors import HERE
-from wm_eval.local_processes import LocalProcesses
-from wm_eval.config import DataConfig, MeasureConfig, VictimConfig
-from wm_eval.attacks.config import AttackStudyConfig
-from wm_extract import JointConfig
-from wm_victim import TrainConfig
-
-if __name__ == "__main__":
-    workers = int(sys.argv[2])
-    executor = HERE if workers == 1 else LocalProcesses(workers)
-    run_attack_study({study}, sys.argv[1], executor=executor)
-"""
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, bytes]]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[bytes]:
     """The records of a run that was left alone."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("whole")
-    run_attack_study(STUDY, out, progress=False)
+    assert run(study_stages(STUDY), out, progress=False).complete
     torch.set_num_threads(before)
     yield records(out)
 
 
-def records(out: Path) -> dict[str, bytes]:
-    found = out.glob("records/[!.]*.json")
-    return {path.name: path.read_bytes() for path in found if ".env." not in path.name}
+def records(out: Path) -> bytes:
+    return (out / "records.jsonl").read_bytes()
 
 
 def start(folder: Path, workers: int) -> subprocess.Popen[str]:
-    script = folder / "study.py"
-    script.write_text(COMMAND.format(study=repr(STUDY)))
+    (folder / "study.toml").write_text(to_toml(STUDY))
+    command = [sys.executable, "-m", "wm_eval.cli", "run", str(folder / "study.toml")]
     return subprocess.Popen(
-        [sys.executable, str(script), str(folder / "out"), str(workers)],
+        [*command, "--out", str(folder / "out"), "--workers", str(workers), "--device", "cpu"],
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -125,22 +110,16 @@ def kill_and_go_on(folder: Path, workers: int, kills: int, seed: int, longest: f
 
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_study_that_was_killed_ends_with_the_same_records(
-    workers: int, whole: dict[str, bytes], tmp_path: Path
+    workers: int, whole: bytes, tmp_path: Path
 ) -> None:
     assert kill_and_go_on(tmp_path, workers, 1, seed=workers, longest=0.5) == 1
     assert records(tmp_path / "out") == whole
-    assert set(read_records(tmp_path / "out" / "records")) == {Path(n).stem for n in whole}
+    assert len(read_study(tmp_path / "out").records) == len(whole.splitlines())
     assert not list((tmp_path / "out" / "work").iterdir())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
-def test_ten_kills(workers: int, whole: dict[str, bytes], tmp_path: Path) -> None:
+def test_ten_kills(workers: int, whole: bytes, tmp_path: Path) -> None:
     assert kill_and_go_on(tmp_path, workers, 10, seed=10 + workers, longest=0.25) >= 8
     assert records(tmp_path / "out") == whole
-
-
-def test_a_record_that_was_being_written_is_no_record(tmp_path: Path) -> None:
-    (tmp_path / ".data.part1.json").write_text('{"what": ')
-    with pytest.raises(ValueError, match="expected records"):
-        read_records(tmp_path)

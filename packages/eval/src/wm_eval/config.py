@@ -19,7 +19,7 @@ from wm_eval.titles import ATTACKS, CLEAN, METHODS, in_order
 from wm_extract import PAPER_CORRUPTIONS, JointConfig, named_corruption
 from wm_inject import pretrained_card
 from wm_inject.attacks import PROFILES, Profile
-from wm_inject.core.config import fill, load_toml, one_seed
+from wm_inject.core.config import fill, load_toml
 from wm_victim import TrainConfig
 
 Corruptions = Literal["plain", "corrupted"]
@@ -376,7 +376,9 @@ def _laid_over(given: dict[str, Any]) -> Study:
 
 
 def _filled(start: Study, given: dict[str, Any]) -> Study:
-    one_seed(start, given, "study")
+    for name, table in given.items():
+        if isinstance(table, Mapping) and "seed" in table:
+            raise ValueError(f"expected seeds at the top of the study, got one in {name}")
     return fill(start, given, "study")
 
 

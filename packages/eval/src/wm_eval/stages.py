@@ -595,7 +595,9 @@ def export_models(trial: Trial, store: Store, _: Path) -> Result:
         "classifier": trial.load_victim(store).cpu(),
     }
     absent = {}
-    labels, why = _unlearned(trial, "unlearning-reverse", False, store)
+    labels, why = [], "no scan with reverse generators"
+    if "reverse" in trial.study.detectors:
+        labels, why = _unlearned(trial, "unlearning-reverse", False, store)
     if labels:
         models["generator"] = trial.load_reversed(store, "reverse", labels[0]).cpu()
     else:
