@@ -1,6 +1,6 @@
 """What the documentation's generator is told beside mkdocs.yml: pages that lie outside docs/.
 
-README, CONTRIBUTING, SECURITY and the page of results stay where readers of the repository look for
+README, CONTRIBUTING, SECURITY and the pages of results stay where readers of the repository look for
 them; the site has them too. Links are written for the repository. One that leads to a page of the
 site is kept; of one that leads to a file that the site has not, only the text stays.
 """
@@ -14,7 +14,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-OUTSIDE = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "results/README.md")
+RESULTS = ROOT / "results"
+OUTSIDE = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    *(path.relative_to(ROOT).as_posix() for path in sorted(RESULTS.glob("*.md"))),
+    "results/tiny/README.md",
+)
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from tools import train_weights
-from tools.render_weights import PAGE, RECORDS, render
+from tools.render_weights import PAGE, RECORDS, render, values_of
 from tools.train_weights import HOMES, PAIRS, figures, narrowed
 from torch import Tensor
 
-from wm_eval.records import read_records
-from wm_eval.workspace import file_digest
+from wm_eval.engine import file_digest
+from wm_eval.records import read_study
 from wm_extract import JointConfig, MarkDetector
 from wm_inject import PRETRAINED, WatermarkTrigger, pretrained_card, quantize
 from wm_inject.command.common import run_cli
@@ -27,13 +27,13 @@ def test_the_page_says_what_the_records_say() -> None:
 
 @pytest.mark.parametrize("name", PRETRAINED)
 def test_the_files_are_those_that_were_measured(name: str) -> None:
-    records = read_records(RECORDS)
-    packed = records[f"pack-{name}"].values["files"]
+    study = read_study(RECORDS)
+    packed = values_of(study, "pack", name)["files"]
     for half, home in HOMES.items():
         shipped = file_digest(home / f"{name}.safetensors")
         assert shipped == packed[f"packed/{half}/{name}.safetensors"]
     card = pretrained_card(name)
-    assert card["figures"] == figures(records[f"measure-{name}"].values)
+    assert card["figures"] == figures(values_of(study, "measure", name))
     assert card["iterations"] == PAIRS[name].config.iterations
     data = {part["name"]: (part["images"], part["kept_back"]) for part in card["data"]}
     assert data == PAIRS[name].images
