@@ -171,7 +171,12 @@ def _add_run(command: argparse.ArgumentParser) -> None:
         help="change a setting, as train.epochs=4; may be repeated",
     )
     add_print_config(command)
-    group = command.add_argument_group("where stages run")
+    add_executor(command)
+
+
+def add_executor(parser: argparse.ArgumentParser) -> None:
+    """Give a parser ``--workers``, ``--ray`` and ``--gpus-per-task``."""
+    group = parser.add_argument_group("where stages run")
     where = group.add_mutually_exclusive_group()
     where.add_argument(
         "--workers",

@@ -346,8 +346,8 @@ def draw_tiles(trial: Trial, store: Store, _: Path) -> Result:
     return Result(values, _pictures(values))
 
 
-def scan_victim(trial: Trial, detector: str, keep: bool, store: Store, checkpoint: Path) -> Result:
-    """One detector's look at one victim; ``keep`` the triggers that it reversed."""
+def scan_victim(trial: Trial, detector: str, store: Store, checkpoint: Path) -> Result:
+    """One detector's look at one victim; the triggers that it reversed, but for populations."""
     report = _scan(trial, detector, trial.load_victim(store), store, checkpoint)
     values = scan_values(report)
     target = None if trial.attack == CLEAN else trial.study.target
@@ -365,7 +365,7 @@ def scan_victim(trial: Trial, detector: str, keep: bool, store: Store, checkpoin
         values["case"] = detection_case(names, target)
         values["paper_case"] = detection_case(report.paper_flagged, target)
     files = []
-    if keep and DETECTORS[detector].inverts:
+    if not trial.setting and DETECTORS[detector].inverts:
         for label, trigger in sorted(report.triggers.items()):
             files.append(trial.reversed_file(detector, label))
             save_reversed(trigger.cpu(), store.path(files[-1]))

@@ -192,14 +192,12 @@ def _baseline(trial: Trial) -> Stage:
 
 
 def _scan(trial: Trial, detector: str) -> Stage:
-    study = trial.study
-    keep = bool(study.methods) or not {"reversed", "closeness", "exports"}.isdisjoint(study.parts)
-    target = None if trial.attack == CLEAN else study.target
+    target = None if trial.attack == CLEAN else trial.study.target
     stage = trial.stage(
         "scan",
         {**trial.victim_key, "detector": detector},
-        partial(do.scan_victim, trial, detector, keep),
-        {**_scanner(trial, detector), "target": target, "keep": keep},
+        partial(do.scan_victim, trial, detector),
+        {**_scanner(trial, detector), "target": target},
         [("victim", trial.victim_key)],
     )
     return replace(stage, then=partial(_with_oracle_label, trial, detector))
