@@ -9,7 +9,7 @@ import torch
 from wm_inject.attacks import ATTACKS, Attack
 from wm_inject.core.checkpoint import load_checkpoint
 from wm_inject.triggers import load_trigger
-from wm_victim import cli_options, train
+from wm_victim import cli_train, train
 from wm_victim.cli import main
 from wm_victim.planting import plant, remove_parts
 
@@ -34,7 +34,7 @@ def command(attack: str, out: Path, *options: str) -> list[str]:
 
 
 def test_the_command_knows_the_attacks_of_the_table() -> None:
-    assert cli_options.ATTACKS == ATTACKS
+    assert cli_train.ATTACKS == ATTACKS
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wm_inject.core.config import fill, load_toml, one_seed, to_toml
+from wm_inject.core.config import fill, load_toml, to_toml
 
 
 @dataclass(frozen=True)
@@ -155,10 +155,10 @@ def test_without_tomli_w_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_one_seed_is_enough() -> None:
-    one_seed(Whole(), {"seed": 1, "free": {"seed": 2}})
-    one_seed(Needy(Inner()), {"inner": {"seed": 2}})  # has none itself
-    with pytest.raises(ValueError, match=r"at the top of study, got one in study\.inner"):
-        one_seed(Whole(), {"inner": {"seed": 2}}, "study")
+    fill(Whole(), {"seed": 1, "free": {"seed": 2}})
+    fill(Needy(Inner()), {"inner": {"seed": 2}})  # has none itself
+    with pytest.raises(ValueError, match=r"one seed at the top of study, got one in study\.inner"):
+        fill(Whole(), {"inner": {"seed": 2}}, "study")
 
 
 def test_only_a_toml_file_is_read(tmp_path: Path) -> None:

@@ -7,27 +7,15 @@ import sys
 import pytest
 
 from wm_inject import serve
-from wm_inject.command.common import Parser, run_cli
-from wm_inject.command.serve import add_serve
+from wm_inject.cli import main
 from wm_inject.serve import ServeSettings, read_token
 from wm_inject.serve.settings import TOKEN_VARIABLE
 
 TOKEN = "correct-horse-battery"
 
 
-def parse(*options: str):
-    parser = Parser(prog="wm-inject")
-    add_serve(parser.add_subparsers(required=True).add_parser("serve"))
-    return parser.parse_args(["serve", *options])
-
-
 def run(*options: str) -> int:
-    def main(argv):
-        args = parse(*options)
-        args.run(args)
-        return 0
-
-    return run_cli(main)
+    return main(["serve", *options])
 
 
 def test_settings_have_safe_defaults():
@@ -96,7 +84,7 @@ def test_the_token_comes_from_a_file_or_a_variable(tmp_path, monkeypatch):
             read_token(tmp_path / name)
 
 
-def test_options_become_settings(serve_graphs, monkeypatch, tmp_path):
+def test_options_become_settings(serve_graphs, monkeypatch, tmp_path, capsys):
     seen = []
     monkeypatch.setattr(serve, "run_server", seen.append)
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
@@ -104,8 +92,8 @@ def test_options_become_settings(serve_graphs, monkeypatch, tmp_path):
     options = ["--host", "0.0.0.0", "--token-file", str(tmp_path / "token"), "--delay-ms", "2.5"]
     options += ["--max-batch", "8", "--workers", "2", "--queue", "99", "--log", "all"]
     models = [f"--model={name}={serve_graphs[name]}" for name in ("told", "float")]
-    args = parse(*models, *options)
-    assert args.run(args) == "stopped; 2 models served"
+    assert run(*models, *options) == 0
+    assert capsys.readouterr().out == "stopped; 2 models served\n"
     (service,) = seen
     settings = service.settings
     assert list(service.models) == ["told", "float"] and settings.token == TOKEN
@@ -130,8 +118,6 @@ def test_errors_are_one_line(serve_graphs, capsys, monkeypatch):
         port = str(taken.getsockname()[1])
         for options, told_so in (
             (["--model", "a=nowhere.onnx"], "found no file"),
-            (["--model", told, "--host", "0.0.0.0"], "expected a token"),
-            (["--model", told, "--queue", "0"], "expected queue in"),
             (["--model", told, "--port", port], "cannot listen on 127.0.0.1"),
         ):
             assert run(*options) == 1
@@ -139,13 +125,22 @@ def test_errors_are_one_line(serve_graphs, capsys, monkeypatch):
             assert err.startswith("error: ") and err.count("\n") == 1 and told_so in err
 
 
+@pytest.mark.parametrize(("option", "value"), [("--host", "0.0.0.0"), ("--queue", "0")])
+def test_a_setting_out_of_range_is_a_usage_error(option, value, capsys, monkeypatch):
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    with pytest.raises(SystemExit) as caught:
+        run("--model", "a=nowhere.onnx", option, value)
+    err = capsys.readouterr().err
+    assert caught.value.code == 64 and err.count("\n") == 1 and f"argument {option}: " in err
+
+
 def test_help_has_examples(capsys):
     with pytest.raises(SystemExit):
-        parse("--help")
+        run("--help")
     out = capsys.readouterr().out
     assert "wm-inject serve --model wanet=wanet.onnx" in out and "--token-file" in out
     with pytest.raises(SystemExit):
-        parse("--model", "a=b", "--token", TOKEN)  # a token in the arguments is for all to see
+        run("--model", "a=b", "--token", TOKEN)  # a token in the arguments is for all to see
 
 
 def test_every_public_name_is_there():

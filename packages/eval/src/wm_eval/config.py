@@ -16,7 +16,7 @@ from defense_reverse import ReverseConfig
 from wm_extract import PAPER_CORRUPTIONS, JointConfig, named_corruption
 from wm_inject import PoisonPlan, pretrained_card
 from wm_inject.core.config import fill as fill
-from wm_inject.core.config import load_toml, one_seed
+from wm_inject.core.config import load_toml
 from wm_victim import TrainConfig
 
 
@@ -196,7 +196,6 @@ def load_study(path: str | Path, *, seed: int | None = None) -> StudyConfig:
     given = load_toml(path, what="a study")
     try:
         start = study_preset(given.pop("preset")) if "preset" in given else StudyConfig()
-        one_seed(start, given, "study")
         study = fill(start, given, "study")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
