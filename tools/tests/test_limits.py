@@ -50,6 +50,6 @@ def test_easy_labels_do_not_void_an_accusation() -> None:
                 counts[v["defence"], what, easy] += 1
     # Of each detector: a quarter of what it rightly accuses lies there, and no false alarm.
     for detector in ("nc", "reverse"):
-        right = [counts[detector, "right", easy] for easy in (False, True)]
-        assert right[1] > sum(right) / 4
+        found = [counts[detector, "right", easy] for easy in (False, True)]
+        assert found[1] > sum(found) / 4
         assert counts[detector, "false alarm", True] == 0
