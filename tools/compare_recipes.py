@@ -48,7 +48,6 @@ def train_variant(config: TrainConfig, data: Dataset, space: Workspace, at: Path
         model,
         data.train,
         config=replace(config, seed=space.seed),
-        num_classes=data.num_classes,
         device=space.device,
         checkpoint=at,
         watch=partial(watch, data.test),

@@ -49,7 +49,6 @@ def train_variant(
         model,
         train.to(space.device),
         config=replace(config.train, seed=config.seed),
-        num_classes=data.num_classes,
         checkpoint=at,
         device=space.device,
         **attack,

@@ -64,7 +64,7 @@ def test_an_empty_file_is_the_default_study(tmp_path: Path) -> None:
         ('[train]\nepochs = "many"', "expected int for study.train.epochs, got 'many'"),
         ("[train]\nepochs = true", "expected int for study.train.epochs, got True"),
         ("[train]\nepochs = 1.5", "expected int for study.train.epochs"),
-        ("[train]\nepochs = 0", "study.train: expected at least 1 epoch"),
+        ("[train]\nepochs = 0", "study.train: expected epochs"),
         ('[train]\nschedule = "steps"', "for study.train.schedule, got 'steps'"),
         ("train = 1", "expected a table for study.train, got 1"),
         ("[train]\nseed = 3", "expected one seed at the top of study, got one in study.train"),

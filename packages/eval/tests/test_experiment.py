@@ -111,7 +111,7 @@ class Fakes:
         mark = default_watermark(images.shape[2]) if watermark is None else watermark
         return JointResult(injector, extractor, mark, (JointLosses(1, 0.1, 0.2, 0.3),))
 
-    def train_classifier(self, model, data, *, config, num_classes, plan=None, **rest):
+    def train_classifier(self, model, data, *, config, plan=None, **rest):
         self.called("clean" if plan is None else "backdoored")
         assert config.seed == 3 and (plan is None or plan.seed == 3)
         model.eval()

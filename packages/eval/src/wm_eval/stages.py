@@ -178,7 +178,6 @@ def train_victim(study: Study, name: str, checkpoint: Path) -> Made:
         model,
         data.train.to(study.device),
         config=replace(config.train, seed=config.seed),
-        num_classes=data.num_classes,
         checkpoint=checkpoint,
         device=study.device,
         progress=study.progress,

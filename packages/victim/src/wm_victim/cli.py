@@ -139,7 +139,7 @@ def _export(args: argparse.Namespace) -> None:
 def _print_results(
     model: Classifier, data: Dataset, trigger: Any, target: int, device: str
 ) -> dict[str, Any]:
-    from wm_victim.measure import accuracy, attack_success
+    from wm_victim.metrics import accuracy, attack_success
 
     test = data.test.to(resolve_device(device))
     results: dict[str, Any] = {"accuracy": accuracy(model, test), "images": len(test)}

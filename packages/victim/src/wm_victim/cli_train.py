@@ -15,7 +15,7 @@ from wm_inject.command.config import add_options, add_preset, read_settings
 from wm_inject.command.trigger import add_set
 from wm_inject.core.checks import check_choice
 from wm_inject.core.config import load_toml
-from wm_victim.recipe import TrainConfig
+from wm_victim.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -143,8 +143,6 @@ def run_train(
     from wm_inject.triggers import save_trigger
     from wm_victim.models import save_classifier
     from wm_victim.planting import remove_parts
-    from wm_victim.recipe import settings as recipe_settings
-    from wm_victim.resume import remove_run
     from wm_victim.train import train_classifier
 
     config, device = _recipe(args, settings, data), resolve_device(args.device)
@@ -172,7 +170,6 @@ def run_train(
         model,
         data.train.to(device),
         config=config,
-        num_classes=data.num_classes,
         checkpoint=checkpoint,
         device=device,
         **({} if planting is None else planting.arguments),
@@ -181,7 +178,7 @@ def run_train(
         "data": {"name": data.name, "fingerprint": data.fingerprint, "limit": settings.limit},
         "classes": list(data.classes),
         "preset": _preset_name(args),
-        "recipe": recipe_settings(config),
+        "recipe": asdict(config),
         "attack": None if planting is None else _attack_metadata(settings, planting),
         "history": history.to_dict(),
     }
@@ -189,7 +186,7 @@ def run_train(
     if args.save_trigger is not None and planting is not None:
         save_trigger(planting.trigger, args.save_trigger, {"attack": metadata["attack"]})
     if args.checkpoint is None:
-        remove_run(checkpoint)
+        checkpoint.unlink(missing_ok=True)
         remove_parts(checkpoint)
     return model, None if planting is None else planting.trigger.eval()
 
