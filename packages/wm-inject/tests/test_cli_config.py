@@ -110,9 +110,10 @@ def test_printing_asks_for_nothing_and_does_nothing(
     assert done == []
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
+def test_a_file_that_does_not_fit_is_one_line_with_its_name(
+    file: Path, capsys: pytest.CaptureFixture[str], subtests: pytest.Subtests
+) -> None:
+    for text, message in [
         (
             "colour = 1",
             "unknown key 'colour' in settings: expected one of grey, ",
@@ -120,17 +121,14 @@ def test_printing_asks_for_nothing_and_does_nothing(
         ("[recipe]\nstep = 1", "unknown key 'step' in settings.recipe: expected one of kind, rate"),
         ("width = 1.5", "expected int | None for settings.width, got 1.5"),
         ("[recipe]\nseed = 1", "expected one seed at the top of settings"),
-    ],
-)
-def test_a_file_that_does_not_fit_is_one_line_with_its_name(
-    file: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
-) -> None:
-    file.write_text(text)
-    assert main("go", "--print-config", "--config", file) == 1
-    told = capsys.readouterr().err
-    assert told.startswith(f"error: {file}: {message}") and told.count("\n") == 1
-    assert main("go", "--print-config", "--config", file.with_name("none.toml")) == 1
-    assert "found none" in capsys.readouterr().err
+    ]:
+        with subtests.test(text=text, message=message):
+            file.write_text(text)
+            assert main("go", "--print-config", "--config", file) == 1
+            told = capsys.readouterr().err
+            assert told.startswith(f"error: {file}: {message}") and told.count("\n") == 1
+            assert main("go", "--print-config", "--config", file.with_name("none.toml")) == 1
+            assert "found none" in capsys.readouterr().err
 
 
 def test_a_preset_and_its_table_are_not_both_taken(

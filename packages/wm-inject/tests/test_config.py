@@ -113,9 +113,8 @@ def test_a_table_may_start_from_a_preset_and_one_of_a_mapping_from_its_defaults(
     assert there.worlds == {"a": Needy(Inner(), 2.0), "b": Needy(Inner(), 1.0)}
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
+def test_what_does_not_fit_is_refused_in_one_line(subtests: pytest.Subtests) -> None:
+    for values, message in [
         ({"colour": 1}, "unknown key 'colour' in settings: expected one of free, inner, name, on"),
         ({"inner": {"rat": 1}}, "unknown key 'rat' in settings.inner: expected one of kind, rate"),
         ({"on": 1}, "expected bool for settings.on, got 1"),
@@ -132,12 +131,11 @@ def test_a_table_may_start_from_a_preset_and_one_of_a_mapping_from_its_defaults(
         ({"worlds": {"a": {"weight": "much"}}}, "expected float for settings.worlds.a.weight"),
         ({"worlds": {"a": 1}}, "expected a table for settings.worlds.a, got 1"),
         ({"points": {"a": {}}}, "expected settings.points.a.name, which has no default"),
-    ],
-)
-def test_what_does_not_fit_is_refused_in_one_line(given: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError) as refused:
-        fill(Whole(), given)
-    assert message in str(refused.value) and "\n" not in str(refused.value)
+    ]:
+        with subtests.test(values=values, message=message):
+            with pytest.raises(ValueError) as refused:
+                fill(Whole(), values)
+            assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,8 @@ def test_settings_have_safe_defaults():
     assert (settings.host, settings.token, settings.max_body) == ("127.0.0.1", None, 64 * 2**20)
 
 
-@pytest.mark.parametrize(
-    ("change", "told_so"),
-    [
+def test_bad_settings_are_refused(subtests):
+    for change, told_so in [
         ({"port": -1}, r"port in 0 \.\. 65535, got -1"),
         ({"port": 70000}, "port in"),
         ({"port": "80"}, "port in"),
@@ -52,17 +51,17 @@ def test_settings_have_safe_defaults():
         ({"host": "example"}, "a token for a server beyond"),
         ({"host": ""}, "a token for a server beyond"),
         ({"host": "192.168.0.1"}, "a token for a server beyond"),
-    ],
-)
-def test_bad_settings_are_refused(change, told_so):
-    with pytest.raises(ValueError, match=told_so) as caught:
-        ServeSettings(**change)
-    assert "with a space" not in str(caught.value)
+    ]:
+        with subtests.test(change=change, told_so=told_so):
+            with pytest.raises(ValueError, match=told_so) as caught:
+                ServeSettings(**change)
+            assert "with a space" not in str(caught.value)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "localhost"])
-def test_this_machine_needs_no_token(host):
-    assert ServeSettings(host=host).token is None
+def test_this_machine_needs_no_token(subtests):
+    for host in ["127.0.0.1", "127.8.9.1", "::1", "localhost"]:
+        with subtests.test(host=host):
+            assert ServeSettings(host=host).token is None
 
 
 def test_others_need_a_token_or_a_word():
@@ -101,11 +100,12 @@ def test_options_become_settings(serve_graphs, monkeypatch, tmp_path, capsys):
     assert (settings.queue, settings.log, settings.port) == (99, "all", 8000)
 
 
-@pytest.mark.parametrize("given", ["told", "=x", "told=", ""])
-def test_a_model_is_a_name_and_a_path(given, capsys):
-    with pytest.raises(SystemExit) as caught:
-        run("--model", given)
-    assert caught.value.code == 64 and "NAME=PATH" in capsys.readouterr().err
+def test_a_model_is_a_name_and_a_path(capsys, subtests):
+    for given in ["told", "=x", "told=", ""]:
+        with subtests.test(given=given):
+            with pytest.raises(SystemExit) as caught:
+                run("--model", given)
+            assert caught.value.code == 64 and "NAME=PATH" in capsys.readouterr().err
 
 
 def test_errors_are_one_line(serve_graphs, capsys, monkeypatch):
@@ -151,8 +151,15 @@ def test_every_public_name_is_there():
         _ = serve.nothing
 
 
-@pytest.mark.parametrize("missing", ["starlette", "uvicorn", "orjson", "prometheus_client"])
-def test_a_missing_package_names_the_extra(missing):
-    code = f"import sys; sys.modules[{missing!r}] = None; from wm_inject.serve import run_server"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "RuntimeError: the service needs more packages: install wm-inject[serve]" in done.stderr
+def test_a_missing_package_names_the_extra(subtests):
+    for missing in ["starlette", "uvicorn", "orjson", "prometheus_client"]:
+        with subtests.test(missing=missing):
+            block = f"import sys; sys.modules[{missing!r}] = None"
+            code = f"{block}; from wm_inject.serve import run_server"
+            done = subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, check=False
+            )
+            assert (
+                "RuntimeError: the service needs more packages: install wm-inject[serve]"
+                in done.stderr
+            )
