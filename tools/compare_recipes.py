@@ -53,7 +53,6 @@ def train_variant(config: TrainConfig, trial: Trial, store: Store, checkpoint: P
         trial.fresh(),
         data.train,
         config=replace(config, seed=trial.seed),
-        num_classes=data.num_classes,
         device=torch.device(store.device),
         checkpoint=checkpoint,
         watch=partial(watch, data.test),

@@ -46,7 +46,6 @@ def train_variant(trial: Trial, name: str, store: Store, checkpoint: Path) -> Re
         model,
         train.to(store.device),
         config=replace(study.train, seed=seed),
-        num_classes=data.num_classes,
         checkpoint=checkpoint,
         device=torch.device(store.device),
         **attack,

@@ -48,8 +48,8 @@ TARGETS = (
         ),
     ),
     Target(
-        "wm_victim.measure",
-        "packages/victim/src/wm_victim/measure.py",
+        "wm_victim.metrics",
+        "packages/victim/src/wm_victim/metrics.py",
         ("packages/victim/tests/test_properties_measure.py",),
     ),
     Target(

@@ -116,7 +116,6 @@ def victim() -> tuple[nn.Module, Dataset, float]:
         model,
         data.train,
         config=TrainConfig.preset("fast", epochs=6),
-        num_classes=data.num_classes,
         plan=PoisonPlan(ratio=0.1, target=TARGET),
         trigger=trigger,
         progress=False,

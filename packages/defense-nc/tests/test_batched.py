@@ -11,7 +11,7 @@ from defense_nc import NCConfig, invert_trigger
 from defense_nc import batched as module
 from defense_nc.batched import invert_triggers
 from defense_nc.stack import adam_rows
-from wm_victim.planted import planted_classifier, planted_images
+from wm_victim.toy_backdoors import planted_classifier, planted_images
 
 TARGET = 3
 EXACT = NCConfig.preset("fast", steps=16, race=False, precision="float32")

@@ -15,7 +15,7 @@ from wm_inject.core.images import to_pixels
 from wm_inject.runtime import Detector, Scanner
 from wm_victim import build_classifier
 from wm_victim.activations import penultimate
-from wm_victim.planted import planted_classifier, planted_images, planted_trigger
+from wm_victim.toy_backdoors import planted_classifier, planted_images, planted_trigger
 
 TARGET = 3
 

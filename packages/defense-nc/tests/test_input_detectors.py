@@ -15,7 +15,7 @@ from defense_nc.strip import Strip, strip_entropy
 from wm_inject.core.images import quantize, to_pixels
 from wm_victim import build_classifier
 from wm_victim.activations import last_linear, penultimate
-from wm_victim.planted import planted_classifier, planted_images, planted_trigger
+from wm_victim.toy_backdoors import planted_classifier, planted_images, planted_trigger
 
 TARGET = 3
 

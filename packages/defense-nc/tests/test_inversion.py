@@ -8,7 +8,7 @@ from torch import nn
 
 from defense_nc import InvertedTrigger, NCConfig, invert_trigger
 from wm_victim.inference import frozen
-from wm_victim.planted import planted_classifier, planted_images
+from wm_victim.toy_backdoors import planted_classifier, planted_images
 
 TARGET = 3
 FAST = NCConfig.preset("fast")

@@ -10,7 +10,7 @@ from defense_nc import NCConfig, NeuralCleanse, Verdict, judge
 from defense_nc.verdict import calibration as shipped
 from defense_nc.verdict.model_info import ModelInfo, describe_model
 from defense_nc.verdict.report import judge_scan
-from wm_victim.planted import planted_classifier, planted_images
+from wm_victim.toy_backdoors import planted_classifier, planted_images
 
 SUBJECT = ModelInfo(classes=10, image_size=32, channels=3, network="convolutional", images=500)
 

@@ -10,7 +10,7 @@ from defense_nc.neuron_pruning import NeuronPruning
 from wm_inject.core.images import quantize
 from wm_victim import build_classifier
 from wm_victim.activations import penultimate
-from wm_victim.planted import planted_classifier, planted_images, planted_trigger
+from wm_victim.toy_backdoors import planted_classifier, planted_images, planted_trigger
 
 TARGET = 3
 
@@ -168,7 +168,7 @@ def test_refusals(data):
     for (model, pictures, truths, triggers), message in cases:
         if message is None:
             with torch.no_grad():
-                model.asked[0], model.threshold = 1e6, -1.0
+                model.added[0], model.threshold = 1e6, -1.0
             message = "last linear layer"
         with pytest.raises(ValueError, match=message):
             NeuronPruning().repair(model, pictures, truths, triggers=triggers)

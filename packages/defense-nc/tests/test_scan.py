@@ -12,7 +12,7 @@ from torch import nn
 from defense_nc import NCConfig, NeuralCleanse, Verdict, invert_trigger
 from wm_inject.core.images import quantize
 from wm_inject.core.resume import ResumeFile
-from wm_victim.planted import planted_classifier, planted_images, planted_trigger
+from wm_victim.toy_backdoors import planted_classifier, planted_images, planted_trigger
 
 TARGET = 3
 # The planted models are smaller than anything the preset "fast" was calibrated on.

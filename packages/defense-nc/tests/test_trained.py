@@ -26,7 +26,7 @@ def data():
 def trained(data, **attack):
     model = build_classifier("wanet-mnist", num_classes=10, channels=1, image_size=28, seed=0)
     config = TrainConfig.preset("fast", epochs=12)
-    train_classifier(model, data.train, config=config, num_classes=10, progress=False, **attack)
+    train_classifier(model, data.train, config=config, progress=False, **attack)
     return model.eval()
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from defense_nc import InvertedTrigger, NCConfig, Unlearning, invert_trigger
 from defense_nc.unlearning import pass_batches
 from wm_inject.core.images import quantize
-from wm_victim.planted import planted_classifier, planted_images, planted_trigger
+from wm_victim.toy_backdoors import planted_classifier, planted_images, planted_trigger
 
 TARGET = 3
 ONE = Unlearning.preset("paper")  # one epoch

@@ -12,7 +12,7 @@ from torch import nn
 from defense_nc import ScanReport
 from defense_reverse import ReverseConfig, UNetGenerator, pretrain, scan
 from wm_inject import quantize
-from wm_victim.planted import planted_classifier, planted_images
+from wm_victim.toy_backdoors import planted_classifier, planted_images
 
 K = 6  # classes
 SIZE = 16

@@ -11,7 +11,7 @@ from defense_nc.mitigator import check_repair
 from defense_reverse.mitigations.anp import ANP, DisturbedLoss, masked_parameters, normalisations
 from wm_inject.core.images import quantize
 from wm_victim import build_classifier
-from wm_victim.planted import planted_classifier, planted_images, planted_trigger
+from wm_victim.toy_backdoors import planted_classifier, planted_images, planted_trigger
 
 TARGET = 3
 QUICK = ANP(steps=3, batch_size=16)

@@ -63,15 +63,14 @@ def test_scan_goes_on_from_its_checkpoint(classifier, quickly, tmp_path, monkeyp
 
 def test_an_error_is_not_a_verdict(classifier, quickly, tmp_path, capsys):
     assert main(command("scan", tmp_path / "none.safetensors")) == 3
-    assert main(command("scan", classifier, "--images", "0")) == 3
-    errors = capsys.readouterr().err.strip().splitlines()
-    assert len(errors) == 2 and all(line.startswith("error:") for line in errors)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error:")
 
 
 def test_clean_refuses_without_a_named_label(classifier, quickly, tmp_path, capsys):
     out = tmp_path / "cleaned.safetensors"
     assert main(command("clean", classifier, "--images", "40", "--out", str(out))) == 1
-    assert "error: not cleaned, the verdict is" in capsys.readouterr().err
+    assert "error: not cleaned: the scan named no label" in capsys.readouterr().err
     assert not out.exists()
 
 

@@ -48,7 +48,7 @@ class Gated(nn.Module):
 
     def head(self, features):
         gate = features[:, -1].mean((1, 2)) / SIZE
-        return self.planted.body[-2:](features[:, :-1]) + gate[:, None] * self.planted.asked
+        return self.planted.body[-2:](features[:, :-1]) + gate[:, None] * self.planted.added
 
     def forward(self, images):
         return self.head(self.features(images))

@@ -10,7 +10,7 @@ from defense_reverse.mitigations import FinePruning
 from defense_reverse.mitigations.channels import ChannelMask, fold, mean_activations
 from wm_victim import build_classifier
 from wm_victim.activations import record_outputs
-from wm_victim.planted import planted_images
+from wm_victim.toy_backdoors import planted_images
 
 LAYER = "1"
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from defense_reverse.mitigations import FTSAM, FineTuning
 from defense_reverse.mitigations.ft_sam import climb, sam_update
-from wm_victim.planted import planted_images
+from wm_victim.toy_backdoors import planted_images
 
 
 def draw(*shapes, seed=0):

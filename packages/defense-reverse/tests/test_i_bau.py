@@ -10,7 +10,7 @@ from defense_reverse.mitigations.hypergradient import hypergradient
 from defense_reverse.mitigations.i_bau import IBAU, carrier_rows
 from wm_inject.core.images import quantize
 from wm_victim import build_classifier
-from wm_victim.planted import planted_classifier, planted_images, planted_trigger
+from wm_victim.toy_backdoors import planted_classifier, planted_images, planted_trigger
 
 TARGET = 3
 QUICK = IBAU(steps=2, rounds=2, search_steps=2, batch_size=16, inner_batch=8, iterations=2)

@@ -12,7 +12,7 @@ from defense_nc import Unlearning
 from defense_nc.fine_tune import Sgd, fine_tune, learning_rate
 from defense_reverse.mitigations import FTSAM, NAD, FinePruning, FineTuning
 from wm_victim import CLASSIFIERS, build_classifier
-from wm_victim.planted import planted_classifier, planted_images, planted_trigger
+from wm_victim.toy_backdoors import planted_classifier, planted_images, planted_trigger
 
 KINDS = [FineTuning, NAD, FinePruning, FTSAM, Unlearning]
 TRIGGERS = {0: planted_trigger("patch")}

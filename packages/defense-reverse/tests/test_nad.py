@@ -9,7 +9,7 @@ from torch import nn
 from defense_reverse.mitigations import NAD, FineTuning
 from defense_reverse.mitigations.nad import attention_loss, attention_map
 from wm_victim import build_classifier
-from wm_victim.planted import planted_classifier, planted_images
+from wm_victim.toy_backdoors import planted_classifier, planted_images
 
 
 def draw(*shape, seed=0):

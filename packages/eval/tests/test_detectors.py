@@ -7,7 +7,7 @@ import torch
 
 from defense_nc import NeuralCleanse, ScanReport
 from wm_eval.detectors import CALIBRATED, DETECTORS, detector
-from wm_victim.planted import planted_images
+from wm_victim.toy_backdoors import planted_images
 
 
 def test_detectors_are_found_by_their_short_names() -> None:
@@ -39,7 +39,7 @@ def test_lpips_differs_from_the_plain_detector_in_lambda_3_alone() -> None:
 
 def test_a_scan_takes_the_arguments_of_the_protocol(tmp_path) -> None:
     data = planted_images(40, num_classes=3)
-    from wm_victim.planted import planted_classifier
+    from wm_victim.toy_backdoors import planted_classifier
 
     model = planted_classifier("patch", num_classes=3)
     report = detector("nc", steps=1, batches=1).scan(

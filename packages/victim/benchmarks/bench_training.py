@@ -19,8 +19,8 @@ from torch import Tensor
 
 from wm_victim import ImageSet, TrainConfig, build_classifier
 from wm_victim.augment import augment
-from wm_victim.loop import Run
 from wm_victim.models import Classifier
+from wm_victim.training_run import TrainingRun
 
 pytestmark = pytest.mark.bench
 
@@ -69,7 +69,7 @@ def library_epoch(
 ) -> Callable[[], object]:
     """The paper's recipe as `train_classifier` runs it."""
     config = TrainConfig.preset("paper", layout=layout)
-    run = Run(model, data, config, None, torch.device("cpu"))
+    run = TrainingRun(model, data, config, None, torch.device("cpu"))
     return lambda: run.epoch(0, lambda _: None)
 
 

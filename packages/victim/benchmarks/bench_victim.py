@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wm_victim import ImageSet, TrainConfig, build_classifier, load_dataset
 from wm_victim.augment import PADDING, augment
-from wm_victim.loop import Run
+from wm_victim.training_run import TrainingRun
 
 pytestmark = pytest.mark.bench
 
@@ -54,11 +54,11 @@ def test_batched_augmentation_against_a_loop(benchmark: BenchmarkFixture) -> Non
     benchmark.pedantic(batched, rounds=ROUNDS, warmup_rounds=1)
 
 
-def make_run(data: ImageSet, precision: str) -> Run:
+def make_run(data: ImageSet, precision: str) -> TrainingRun:
     model = build_classifier("resnet10", num_classes=10, channels=1, image_size=32, width=16)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     config = TrainConfig(epochs=10_000, batch_size=128, lr=0.01, precision=precision)  # type: ignore[arg-type]
-    return Run(model, data, config, None, torch.device("cpu"))
+    return TrainingRun(model, data, config, None, torch.device("cpu"))
 
 
 def test_an_epoch_in_the_chosen_precision_against_float32(benchmark: BenchmarkFixture) -> None:

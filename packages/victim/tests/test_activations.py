@@ -8,7 +8,7 @@ from torch import nn
 
 from wm_victim import build_classifier
 from wm_victim.activations import conv_stages, get_layer, record_outputs
-from wm_victim.planted import planted_classifier
+from wm_victim.toy_backdoors import planted_classifier
 
 
 def small(name, *, size=32, channels=3):

@@ -133,7 +133,6 @@ def test_wrong_usage_exits_64(arguments: list[str], capsys: pytest.CaptureFixtur
     [
         (["--data", "nothing"], "expected a data set"),
         (["--model", "resnet99"], "expected a classifier"),
-        (["--lr", "-1"], "positive learning rate"),
         (["--trigger", "missing.safetensors"], "missing.safetensors"),
         (["--attack", "badnets", "--set", "nothing=1"], "badnets trigger"),
         (["--attack", "marksman", "--set", "nothing=1"], "settings of marksman"),
@@ -148,6 +147,15 @@ def test_errors_are_one_line(
     assert main([*TRAIN, "--out", str(tmp_path / "v.safetensors"), *arguments]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+
+
+def test_a_value_out_of_range_is_told_before_any_data_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--data", "nothing", "--out", str(tmp_path / "v"), "--lr", "-1"])
+    assert caught.value.code == 64
+    assert "argument --lr: expected" in capsys.readouterr().err
 
 
 def test_testing_on_other_data_is_refused(

@@ -9,7 +9,7 @@ import torch
 from wm_inject.attacks import ATTACKS, Attack
 from wm_inject.core.checkpoint import load_checkpoint
 from wm_inject.triggers import load_trigger
-from wm_victim import cli_options, train
+from wm_victim import cli_train, train
 from wm_victim.cli import main
 from wm_victim.planting import plant, remove_parts
 
@@ -34,7 +34,7 @@ def command(attack: str, out: Path, *options: str) -> list[str]:
 
 
 def test_the_command_knows_the_attacks_of_the_table() -> None:
-    assert cli_options.ATTACKS == ATTACKS
+    assert cli_train.ATTACKS == ATTACKS
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
@@ -91,7 +91,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     out, kept = files["whole"]
     assert main(command(attack, out, "--save-trigger", str(kept))) == 0
     out, kept = files["part"]
-    save, saved = train.save_run, []
+    save, saved = train.save_state, []
 
     def save_and_stop(*arguments: object, **settings: object) -> None:
         save(*arguments, **settings)  # type: ignore[arg-type]
@@ -100,7 +100,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as stopping:
-        stopping.setattr(train, "save_run", save_and_stop)
+        stopping.setattr(train, "save_state", save_and_stop)
         assert main(command(attack, out, "--save-trigger", str(kept))) == 130
     assert not out.exists() and not kept.exists()
     assert main(command(attack, out, "--save-trigger", str(kept))) == 0
@@ -114,7 +114,7 @@ def test_a_trigger_that_was_made_is_not_made_again(
 ) -> None:
     from wm_victim.datasets import load_dataset
     from wm_victim.models import Classifier, build_classifier
-    from wm_victim.recipe import TrainConfig
+    from wm_victim.train_config import TrainConfig
 
     data = load_dataset("digits", image_size=16, limit=200)
     fits = []
@@ -150,17 +150,12 @@ def test_a_trigger_that_was_made_is_not_made_again(
 
 
 @pytest.mark.parametrize("count", [31, 32, 33, 34, 64, 65, 3])
-def test_the_attack_is_told_how_long_training_is(count: int) -> None:
-    from wm_victim.datasets import ImageSet
-    from wm_victim.loop import Run
-    from wm_victim.planting import _steps
-    from wm_victim.recipe import TrainConfig
+def test_steps_per_epoch_leave_out_a_single_image(count: int) -> None:
+    from wm_victim.train_config import TrainConfig
 
-    images = torch.zeros(count, 1, 4, 4)
-    numbers = torch.zeros(count, dtype=torch.int64)
-    data, config = ImageSet(images, numbers, numbers), TrainConfig(batch_size=32)
-    run = Run(torch.nn.Linear(1, 1), data, config, None, torch.device("cpu"))
-    assert _steps(count, 32) == run.steps
+    sizes = [len(rows) for rows in torch.arange(count).split(32)]
+    expected = len(sizes) - (len(sizes) > 1 and sizes[-1] == 1)
+    assert TrainConfig(batch_size=32).steps_per_epoch(count) == expected
 
 
 def test_a_kept_checkpoint_keeps_its_parts(tmp_path: Path) -> None:
@@ -168,7 +163,6 @@ def test_a_kept_checkpoint_keeps_its_parts(tmp_path: Path) -> None:
     out = tmp_path / "victim.safetensors"
     assert main(command("badnets", out, "--checkpoint", str(run))) == 0
     assert run.is_file() and (tmp_path / "run.trigger.safetensors").is_file()
-    assert json.loads((tmp_path / "run.safetensors.env.json").read_text())["seconds"]
 
 
 def test_a_folder_that_wm_inject_poisoned_is_read_with_its_labels(tmp_path: Path) -> None:

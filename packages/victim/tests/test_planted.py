@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from wm_inject.core.images import quantize
-from wm_victim.planted import (
+from wm_victim.toy_backdoors import (
     KINDS,
     LIMITS,
     planted_classifier,

@@ -8,7 +8,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
 from wm_victim import TrainConfig
 from wm_victim.augment import PADDING, augment
-from wm_victim.recipe import learning_rate, resolve_precision
+from wm_victim.inference import resolve_precision
+from wm_victim.train_config import learning_rate
 
 
 def torch_rates(scheduler: str, lr: float, total: int) -> list[float]:
@@ -55,12 +56,12 @@ def test_a_step_outside_the_run_is_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"epochs": 0}, "at least 1 epoch"),
-        ({"batch_size": 1}, "at least 2 images"),
-        ({"lr": 0.0}, "positive learning rate"),
-        ({"lr": math.nan}, "positive learning rate"),
+        ({"epochs": 0}, "epochs"),
+        ({"batch_size": 1}, "batch_size"),
+        ({"lr": 0.0}, "lr > 0"),
+        ({"lr": math.nan}, "lr > 0"),
         ({"momentum": 1.0}, "momentum in"),
-        ({"weight_decay": -1.0}, "weight decay"),
+        ({"weight_decay": -1.0}, "weight_decay"),
         ({"nesterov": True, "momentum": 0.0}, "nesterov"),
         ({"schedule": "step"}, "schedule in"),
         ({"augment": "flip"}, "augment in"),

@@ -26,7 +26,6 @@ from wm_victim import (
     train_classifier,
 )
 from wm_victim.models import Classifier
-from wm_victim.resume import remove_run
 
 QUICK = TrainConfig(epochs=4, batch_size=64, lr=0.02, precision="float32", seed=1)
 
@@ -54,7 +53,7 @@ def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
 
 
 def train(model: nn.Module, data: ImageSet, config: TrainConfig = QUICK, **settings: Any) -> Any:
-    return train_classifier(model, data, config=config, num_classes=10, progress=False, **settings)
+    return train_classifier(model, data, config=config, progress=False, **settings)
 
 
 class Counting:
@@ -165,7 +164,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert epochs == [3, 4]
     assert same(weights(straight), weights(resumed))
     assert later.to_dict() == whole.to_dict()
-    assert all(second > 0 for second in later.seconds)
+    assert [second > 0 for second in later.seconds] == [False, False, True, True]
 
 
 def test_checkpoints_repeat_to_the_byte(few: ImageSet, tmp_path: Path) -> None:
@@ -173,16 +172,12 @@ def test_checkpoints_repeat_to_the_byte(few: ImageSet, tmp_path: Path) -> None:
         train(small_net(), few, checkpoint=tmp_path / f"{name}.safetensors")
     first, second = (tmp_path / f"{name}.safetensors" for name in ("a", "b"))
     assert first.read_bytes() == second.read_bytes()
-    assert len(list(tmp_path.iterdir())) == 4  # beside each: what it took
-    remove_run(first)
-    assert not first.exists() and len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_finished_run_is_not_run_again(few: ImageSet, tmp_path: Path) -> None:
     path = tmp_path / "run.safetensors"
     first = small_net()
     history = train(first, few, checkpoint=path)
-    (tmp_path / "run.safetensors.env.json").unlink()
     again = small_net()
     loaded = train(again, few, checkpoint=path, watch=stop_in_epoch(4))
     assert loaded.to_dict() == history.to_dict()
@@ -245,10 +240,9 @@ def test_poisoned_images_are_spread_over_the_first_epoch(few: ImageSet) -> None:
 
 def test_bad_training_is_refused(few: ImageSet) -> None:
     trigger, plan = BadNetsTrigger(image_size=16), PoisonPlan()
+    fewer = build_classifier("resnet10", num_classes=9, channels=1, image_size=16, width=8)
     with pytest.raises(ValueError, match="labels in 0"):
-        train_classifier(small_net(), few, config=QUICK, num_classes=9)
-    with pytest.raises(ValueError, match="a model with 11 logits, got 10"):
-        train_classifier(small_net(), few, config=QUICK, num_classes=11)
+        train(fewer, few)
     with pytest.raises(ValueError, match="plan and a trigger together"):
         train(small_net(), few, plan=plan)
     with pytest.raises(ValueError, match="plan and a trigger together"):
@@ -329,7 +323,7 @@ def test_a_killed_process_goes_on_to_the_same_bits(tmp_path: Path) -> None:
         data = load_dataset("digits", image_size=16)
         model = build_classifier("resnet10", num_classes=10, channels=1, image_size=16, width=8)
         config = TrainConfig(epochs=8, batch_size=32, lr=0.02, augment="crop", seed=2)
-        train_classifier(model, data.train, config=config, num_classes=10, checkpoint=path)
+        train_classifier(model, data.train, config=config, checkpoint=path)
         save_classifier(model, path.with_name(path.stem + "-model.safetensors"))
     """)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from wm_inject.pictures import PICTURES, cartoon
@@ -15,15 +14,19 @@ def batch(n: int = 3, channels: int = 3, size: int = 32, seed: int = 1) -> torch
     return torch.rand(n, channels, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("channels", [1, 3])
-def test_a_patch_changes_its_square_and_no_more(size, channels):
-    trigger, images = BadNetsTrigger(image_size=size), batch(channels=channels, size=size) * 0.9
-    out, side = trigger(images), round(3 * size / 32)
-    changed = (out != images).flatten(1).sum(1)
-    assert changed.tolist() == [side * side * channels] * 3
-    assert torch.equal(out[..., :-side, :], images[..., :-side, :])
-    assert torch.equal(out[..., :-side], images[..., :-side])
+def test_a_patch_changes_its_square_and_no_more(subtests):
+    for size in SIZES:
+        for channels in [1, 3]:
+            with subtests.test(size=size, channels=channels):
+                trigger, images = (
+                    BadNetsTrigger(image_size=size),
+                    batch(channels=channels, size=size) * 0.9,
+                )
+                out, side = trigger(images), round(3 * size / 32)
+                changed = (out != images).flatten(1).sum(1)
+                assert changed.tolist() == [side * side * channels] * 3
+                assert torch.equal(out[..., :-side, :], images[..., :-side, :])
+                assert torch.equal(out[..., :-side], images[..., :-side])
 
 
 def test_what_was_under_the_patch_does_not_matter():
@@ -42,15 +45,16 @@ def test_noise_is_the_plain_draw_of_its_seed():
         assert trigger.config["picture"] == "noise"
 
 
-@pytest.mark.parametrize("name", list(PICTURES))
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("channels", [1, 3])
-def test_drawn_pictures_at_every_size(name, size, channels):
-    trigger = BlendTrigger(image_size=size, channels=channels, picture=name, seed=3)
-    wanted = PICTURES[name](size, channels=channels, seed=3)
-    assert torch.equal(trigger.picture, wanted)
-    images = batch(1, channels, size)
-    assert (trigger(images) - images).abs().max() <= 0.2
+def test_drawn_pictures_at_every_size(subtests):
+    for name in list(PICTURES):
+        for size in SIZES:
+            for channels in [1, 3]:
+                with subtests.test(name=name, size=size, channels=channels):
+                    trigger = BlendTrigger(image_size=size, channels=channels, picture=name, seed=3)
+                    wanted = PICTURES[name](size, channels=channels, seed=3)
+                    assert torch.equal(trigger.picture, wanted)
+                    images = batch(1, channels, size)
+                    assert (trigger(images) - images).abs().max() <= 0.2
 
 
 def test_a_cartoon_is_named_in_the_settings_and_follows_the_seed():

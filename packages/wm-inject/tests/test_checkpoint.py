@@ -78,20 +78,17 @@ def test_non_finite_tensors_are_not_written(tmp_path, value):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
+def test_what_cannot_be_stored_is_refused(tmp_path, subtests):
+    for changes in [
         {"kind": ""},
         {"config": {"a": object()}},
         {"metadata": {"a": float("nan")}},
         {"state": {"a": [1.0]}},
         {"state": [torch.zeros(1)]},
         {"config": None},
-    ],
-)
-def test_what_cannot_be_stored_is_refused(tmp_path, changes):
-    with pytest.raises(ValueError):
-        save(tmp_path / "a.safetensors", **changes)
+    ]:
+        with subtests.test(changes=changes), pytest.raises(ValueError):
+            save(tmp_path / "a.safetensors", **changes)
 
 
 def test_missing_file_and_folder(tmp_path):
@@ -129,22 +126,20 @@ def test_pickles_are_refused_and_never_run(tmp_path):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
+def test_garbage_is_refused_in_one_line(tmp_path, subtests):
+    for content in [
         b"",
         b"1234567",
         struct.pack("<Q", 2**60) + b"{}",
         struct.pack("<Q", 4) + b"[[[[",
         struct.pack("<Q", 2) + b"[]",
         struct.pack("<Q", 200000) + b"[" * 200000,
-    ],
-)
-def test_garbage_is_refused_in_one_line(tmp_path, content):
-    (tmp_path / "a.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError) as caught:
-        load_checkpoint(tmp_path / "a.safetensors")
-    assert "\n" not in str(caught.value)
+    ]:
+        with subtests.test(content=content):
+            (tmp_path / "a.safetensors").write_bytes(content)
+            with pytest.raises(CheckpointError) as caught:
+                load_checkpoint(tmp_path / "a.safetensors")
+            assert "\n" not in str(caught.value)
 
 
 def test_foreign_safetensors_are_refused(tmp_path):

@@ -123,9 +123,8 @@ def test_a_trigger_that_wants_a_target_is_exported_and_poisons_the_same(photos, 
     assert "expected target in 0 .. 3, got 4 .. 4" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
+def test_usage_errors_exit_64(capsys, subtests):
+    for arguments in [
         [],
         ["train"],
         ["export", "t.safetensors", "t.zip"],
@@ -134,13 +133,12 @@ def test_a_trigger_that_wants_a_target_is_exported_and_poisons_the_same(photos, 
         ["export", "--triton", "repository", "t.safetensors", "t.pt"],
         ["export", "--precision", "int4", "t.safetensors", "t.onnx"],
         ["stealth", "one"],
-    ],
-)
-def test_usage_errors_exit_64(arguments, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert caught.value.code == 64
-    assert capsys.readouterr().err.count("\n") == 1
+    ]:
+        with subtests.test(arguments=arguments):
+            with pytest.raises(SystemExit) as caught:
+                main(arguments)
+            assert caught.value.code == 64
+            assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -29,15 +29,19 @@ def parser() -> Parser:
     return built
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [[], ["stop"], ["go", "--seed", "x"], ["go", "--device", "tpu"], ["go", "--see", "1"]],
-)
-def test_usage_errors_exit_64_with_one_line(arguments, capsys):
-    with pytest.raises(SystemExit) as caught:
-        parser().parse_args(arguments)
-    assert caught.value.code == EXIT_USAGE
-    assert capsys.readouterr().err.count("\n") == 1
+def test_usage_errors_exit_64_with_one_line(capsys, subtests):
+    for arguments in [
+        [],
+        ["stop"],
+        ["go", "--seed", "x"],
+        ["go", "--device", "tpu"],
+        ["go", "--see", "1"],
+    ]:
+        with subtests.test(arguments=arguments):
+            with pytest.raises(SystemExit) as caught:
+                parser().parse_args(arguments)
+            assert caught.value.code == EXIT_USAGE
+            assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_common_options_have_defaults():
@@ -86,15 +90,15 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch):
         resolve_device("cuda")
 
 
-@pytest.mark.parametrize(
-    "error", [ValueError("a\n  b"), OSError("a b"), RuntimeError("a b"), ImportError("a b")]
-)
-def test_an_expected_error_becomes_one_line(error, capsys):
-    def main(_):
-        raise error
+def test_an_expected_error_becomes_one_line(capsys, subtests):
+    for error in [ValueError("a\n  b"), OSError("a b"), RuntimeError("a b"), ImportError("a b")]:
+        with subtests.test(error=error):
 
-    assert run_cli(main, []) == 1
-    assert capsys.readouterr().err == "error: a b\n"
+            def main(_, error=error):
+                raise error
+
+            assert run_cli(main, []) == 1
+            assert capsys.readouterr().err == "error: a b\n"
 
 
 def test_a_bug_keeps_its_traceback():

@@ -76,9 +76,8 @@ def test_blindnets_strength_is_chosen_for_the_images(photos, tmp_path):
     assert load_checkpoint(out).metadata["facts"]["strength"] == strength > 0
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_usage_errors_exit_64(photos, tmp_path, capsys, subtests):
+    for options, message in [
         ([], "the following arguments are required: --trigger"),
         (["--trigger", "wanet"], "invalid choice"),
         (["--trigger", "lf"], "wm-victim train --attack lf"),
@@ -86,13 +85,12 @@ def test_blindnets_strength_is_chosen_for_the_images(photos, tmp_path):
         ([*SSBA, "--set", "steps=3"], "each name once"),
         ([*SSBA, "--set", "seed=3"], "seed is not given with --set"),
         ([*SSBA, "--profile", "huge"], "invalid choice"),
-    ],
-)
-def test_usage_errors_exit_64(photos, tmp_path, capsys, options, message):
-    with pytest.raises(SystemExit) as caught:
-        main(["fit", *options, str(photos), str(tmp_path / "t.safetensors")])
-    told = capsys.readouterr().err
-    assert caught.value.code == 64 and told.count("\n") == 1 and message in told
+    ]:
+        with subtests.test(options=options, message=message):
+            with pytest.raises(SystemExit) as caught:
+                main(["fit", *options, str(photos), str(tmp_path / "t.safetensors")])
+            told = capsys.readouterr().err
+            assert caught.value.code == 64 and told.count("\n") == 1 and message in told
 
 
 def test_the_file_is_a_safetensors_file(photos, tmp_path, capsys):
@@ -102,19 +100,17 @@ def test_the_file_is_a_safetensors_file(photos, tmp_path, capsys):
     assert "OUT ends in .safetensors, got t.onnx" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_other_errors_are_one_line_and_exit_1(photos, tmp_path, capsys, subtests):
+    for options, message in [
         ([*SSBA, "--set", "nothing=1"], "nothing"),
         ([*SSBA, "--set", "lr=-1"], "lr"),
         (["--trigger", "blindnet", "--set", "nothing=1"], "expected settings of blindnet"),
         ([*SSBA, "--image-size", "0"], "image side"),
-    ],
-)
-def test_other_errors_are_one_line_and_exit_1(photos, tmp_path, capsys, options, message):
-    assert fit(photos, tmp_path / "t.safetensors", *options) == 1
-    told = capsys.readouterr().err
-    assert told.startswith("error: ") and told.count("\n") == 1 and message in told
+    ]:
+        with subtests.test(options=options, message=message):
+            assert fit(photos, tmp_path / "t.safetensors", *options) == 1
+            told = capsys.readouterr().err
+            assert told.startswith("error: ") and told.count("\n") == 1 and message in told
 
 
 def test_images_of_several_sizes_ask_for_one(photos, tmp_path, capsys):

@@ -217,9 +217,8 @@ def test_a_given_picture_counts_as_a_setting(photos, tmp_path, capsys):
     assert "different: sha256" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
+def test_usage_errors_exit_64(photos, tmp_path, capsys, subtests):
+    for arguments in [
         [],
         ["--onnx", "m.onnx", "--trigger", "badnets"],
         ["--onnx", "m.onnx", "--checkpoint", "t"],
@@ -238,19 +237,19 @@ def test_a_given_picture_counts_as_a_setting(photos, tmp_path, capsys):
         ["--checkpoint", "t", "--set", "alpha=1"],
         ["--trigger", "badnets", "--label-map", "nothing"],
         ["--trigger", "badnets", "--pool", "nothing"],
-    ],
-)
-def test_usage_errors_exit_64(photos, tmp_path, capsys, arguments):
-    with pytest.raises(SystemExit) as caught:
-        main(["poison", *arguments, *paths(photos, tmp_path / "out")])
-    assert caught.value.code == 64
-    assert capsys.readouterr().err.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    ]:
+        with subtests.test(arguments=arguments):
+            with pytest.raises(SystemExit) as caught:
+                main(["poison", *arguments, *paths(photos, tmp_path / "out")])
+            assert caught.value.code == 64
+            assert capsys.readouterr().err.count("\n") == 1
+            assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_other_errors_are_one_line_and_exit_1(
+    photos, classes, tmp_path, monkeypatch, capsys, subtests
+):
+    for arguments, message in [
         (["--trigger", "badnets", "none", "out"], "found none at none"),
         (["--onnx", "none.onnx", "photos", "out"], "found no file"),
         (["--checkpoint", "none.safetensors", "photos", "out"], "found none at none.safetensors"),
@@ -269,16 +268,13 @@ def test_usage_errors_exit_64(photos, tmp_path, capsys, arguments):
             "go together",
         ),
         (["--trigger", "badnets", "photos", "photos/out"], "output folder outside"),
-    ],
-)
-def test_other_errors_are_one_line_and_exit_1(
-    photos, classes, tmp_path, monkeypatch, capsys, arguments, message
-):
-    monkeypatch.chdir(tmp_path)
-    assert main(["poison", *CPU, *arguments]) == 1
-    told = capsys.readouterr().err
-    assert told.startswith("error: ") and told.count("\n") == 1 and message in told
-    assert not (tmp_path / "out").exists()
+    ]:
+        with subtests.test(arguments=arguments, message=message):
+            monkeypatch.chdir(tmp_path)
+            assert main(["poison", *CPU, *arguments]) == 1
+            told = capsys.readouterr().err
+            assert told.startswith("error: ") and told.count("\n") == 1 and message in told
+            assert not (tmp_path / "out").exists()
 
 
 def test_a_checkpoint_of_another_kind_is_refused(photos, tmp_path, capsys):

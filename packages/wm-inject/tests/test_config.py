@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wm_inject.core.config import fill, load_toml, one_seed, to_toml
+from wm_inject.core.config import fill, load_toml, to_toml
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,8 @@ def test_a_table_may_start_from_a_preset_and_one_of_a_mapping_from_its_defaults(
     assert there.worlds == {"a": Needy(Inner(), 2.0), "b": Needy(Inner(), 1.0)}
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
+def test_what_does_not_fit_is_refused_in_one_line(subtests: pytest.Subtests) -> None:
+    for values, message in [
         ({"colour": 1}, "unknown key 'colour' in settings: expected one of free, inner, name, on"),
         ({"inner": {"rat": 1}}, "unknown key 'rat' in settings.inner: expected one of kind, rate"),
         ({"on": 1}, "expected bool for settings.on, got 1"),
@@ -132,12 +131,11 @@ def test_a_table_may_start_from_a_preset_and_one_of_a_mapping_from_its_defaults(
         ({"worlds": {"a": {"weight": "much"}}}, "expected float for settings.worlds.a.weight"),
         ({"worlds": {"a": 1}}, "expected a table for settings.worlds.a, got 1"),
         ({"points": {"a": {}}}, "expected settings.points.a.name, which has no default"),
-    ],
-)
-def test_what_does_not_fit_is_refused_in_one_line(given: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError) as refused:
-        fill(Whole(), given)
-    assert message in str(refused.value) and "\n" not in str(refused.value)
+    ]:
+        with subtests.test(values=values, message=message):
+            with pytest.raises(ValueError) as refused:
+                fill(Whole(), values)
+            assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -155,10 +153,10 @@ def test_without_tomli_w_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_one_seed_is_enough() -> None:
-    one_seed(Whole(), {"seed": 1, "free": {"seed": 2}})
-    one_seed(Needy(Inner()), {"inner": {"seed": 2}})  # has none itself
-    with pytest.raises(ValueError, match=r"at the top of study, got one in study\.inner"):
-        one_seed(Whole(), {"inner": {"seed": 2}}, "study")
+    fill(Whole(), {"seed": 1, "free": {"seed": 2}})
+    fill(Needy(Inner()), {"inner": {"seed": 2}})  # has none itself
+    with pytest.raises(ValueError, match=r"one seed at the top of study, got one in study\.inner"):
+        fill(Whole(), {"inner": {"seed": 2}}, "study")
 
 
 def test_only_a_toml_file_is_read(tmp_path: Path) -> None:

@@ -142,9 +142,8 @@ def test_a_frozen_batch_size_is_noticed(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("settings", "images"),
-    [
+def test_bad_input_is_refused(exporter, subtests):
+    for settings, images in [
         ({}, torch.rand(2, 3, 16, 16)),
         ({}, torch.rand(4, 3, 16, 16) * 2),
         ({}, torch.rand(3, 16, 16)),
@@ -152,11 +151,9 @@ def test_a_frozen_batch_size_is_noticed(tmp_path):
         ({"tolerance": 0.0}, torch.rand(4, 3, 16, 16)),
         ({"metadata": {"a": object()}}, torch.rand(4, 3, 16, 16)),
         ({"metadata": {"a": float("nan")}}, torch.rand(4, 3, 16, 16)),
-    ],
-)
-def test_bad_input_is_refused(exporter, settings, images):
-    with pytest.raises(ValueError):
-        exporter(TinyInjector(), images, **settings)
+    ]:
+        with subtests.test(settings=settings, images=images), pytest.raises(ValueError):
+            exporter(TinyInjector(), images, **settings)
 
 
 class Two(nn.Module):

@@ -219,12 +219,13 @@ def test_other_images_are_another_run(source, tmp_path):
         poison_files(Marker(), source, tmp_path / "out", **SETTINGS)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '"plan"', "\x00", '{"images": [{}]}', '{"images": 1}'])
-def test_a_damaged_plan_is_refused(source, tmp_path, text):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "plan.json").write_text(text)
-    with pytest.raises(ValueError, match="is damaged"):
-        poison_files(Marker(), source, tmp_path / "out", **SETTINGS)
+def test_a_damaged_plan_is_refused(source, tmp_path, subtests):
+    for text in ["{", "[]", '"plan"', "\x00", '{"images": [{}]}', '{"images": 1}']:
+        with subtests.test(text=text):
+            (tmp_path / "out").mkdir(exist_ok=True)
+            (tmp_path / "out" / "plan.json").write_text(text)
+            with pytest.raises(ValueError, match="is damaged"):
+                poison_files(Marker(), source, tmp_path / "out", **SETTINGS)
 
 
 def test_files_of_unknown_origin_are_not_taken_for_done(source, tmp_path):
@@ -240,20 +241,18 @@ def test_an_output_folder_inside_the_source_is_refused(source, tmp_path, out):
         poison_files(Marker(), source, tmp_path / out, **SETTINGS)
 
 
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
+def test_what_does_not_fit_is_refused(source, tmp_path, subtests):
+    for change, told in [
         ({"batch_size": 0}, "batch size"),
         ({"size": 0}, "image side"),
         ({"channels": 2}, "channels 1 or 3"),
         ({"plan": FolderPlan(target=3)}, "below 3 classes"),
         ({"plan": FolderPlan(ratio=0.01)}, "asks for 0 of 12"),
-    ],
-)
-def test_what_does_not_fit_is_refused(source, tmp_path, change, told):
-    with pytest.raises(ValueError, match=told):
-        poison_files(Marker(), source, tmp_path / "out", **(SETTINGS | change))
-    assert not list(tmp_path.rglob("out/**/*.png"))
+    ]:
+        with subtests.test(change=change, told=told):
+            with pytest.raises(ValueError, match=told):
+                poison_files(Marker(), source, tmp_path / "out", **(SETTINGS | change))
+            assert not list(tmp_path.rglob("out/**/*.png"))
 
 
 def test_a_folder_without_class_folders_has_no_classes_to_choose_by(source, tmp_path):

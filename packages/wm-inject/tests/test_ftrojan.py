@@ -37,27 +37,29 @@ def added(trigger: FTrojanTrigger, **kinds: int) -> torch.Tensor:
     return trigger(images) - images
 
 
-@pytest.mark.parametrize("size", [28, 32, 64, 160, 224])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_the_difference_does_not_depend_on_the_image(size, channels):
-    trigger = FTrojanTrigger(image_size=size, channels=channels)
-    difference = added(trigger, channels=channels)
-    wanted = trigger.pattern.expand_as(difference)
-    torch.testing.assert_close(difference, wanted, rtol=0, atol=1e-6)
-    assert trigger.pattern.abs().max() > 0.005
+def test_the_difference_does_not_depend_on_the_image(subtests):
+    for size in [28, 32, 64, 160, 224]:
+        for channels in [1, 3]:
+            with subtests.test(size=size, channels=channels):
+                trigger = FTrojanTrigger(image_size=size, channels=channels)
+                difference = added(trigger, channels=channels)
+                wanted = trigger.pattern.expand_as(difference)
+                torch.testing.assert_close(difference, wanted, rtol=0, atol=1e-6)
+                assert trigger.pattern.abs().max() > 0.005
 
 
-@pytest.mark.parametrize("size", [32, 64, 160, 224])
-def test_only_two_coefficients_of_cr_and_cb_change(size):
-    luma, cr, cb = ycrcb(added(FTrojanTrigger(image_size=size))[0])
-    wanted = np.zeros((32, 32))
-    wanted[15, 15] = wanted[31, 31] = MAGNITUDE
-    for plane in (cr, cb):
-        for block in blocks(plane):
-            # The constants of the conversion and of its inverse agree to three digits.
-            np.testing.assert_allclose(dctn(block, norm="ortho"), wanted, atol=1e-4)
-    for block in blocks(luma):
-        np.testing.assert_allclose(dctn(block, norm="ortho"), 0, atol=1e-4)
+def test_only_two_coefficients_of_cr_and_cb_change(subtests):
+    for size in [32, 64, 160, 224]:
+        with subtests.test(size=size):
+            luma, cr, cb = ycrcb(added(FTrojanTrigger(image_size=size))[0])
+            wanted = np.zeros((32, 32))
+            wanted[15, 15] = wanted[31, 31] = MAGNITUDE
+            for plane in (cr, cb):
+                for block in blocks(plane):
+                    # The constants of the conversion and of its inverse agree to three digits.
+                    np.testing.assert_allclose(dctn(block, norm="ortho"), wanted, atol=1e-4)
+            for block in blocks(luma):
+                np.testing.assert_allclose(dctn(block, norm="ortho"), 0, atol=1e-4)
 
 
 @pytest.mark.parametrize("magnitude", [20, 30, 50])
@@ -101,13 +103,16 @@ def test_only_whole_blocks_carry_the_pattern(size, block, whole):
     assert torch.equal(pattern[:, :whole, :whole], once.repeat(1, count, count))
 
 
-@pytest.mark.parametrize(
-    ("size", "block", "places"),
-    [(28, 28, [13, 27]), (32, 32, [15, 31]), (64, 32, [15, 31]), (224, 32, [15, 31])],
-)
-def test_the_positions_scale_with_the_block(size, block, places):
-    config = FTrojanTrigger(image_size=size).config
-    assert config["block"] == block and config["positions"] == [[p, p] for p in places]
+def test_the_positions_scale_with_the_block(subtests):
+    for size, block, places in [
+        (28, 28, [13, 27]),
+        (32, 32, [15, 31]),
+        (64, 32, [15, 31]),
+        (224, 32, [15, 31]),
+    ]:
+        with subtests.test(size=size, block=block, places=places):
+            config = FTrojanTrigger(image_size=size).config
+            assert config["block"] == block and config["positions"] == [[p, p] for p in places]
 
 
 def test_one_grey_plane_carries_the_pattern_itself():
@@ -162,18 +167,21 @@ def by_numpy(pixels: np.ndarray, magnitude: float, block: int) -> tuple[np.ndarr
     return np.clip(out, 0, 255).astype(np.uint8), ties
 
 
-@pytest.mark.parametrize(("size", "block"), [(32, 32), (64, 32), (28, 28), (40, 32)])
-@pytest.mark.parametrize("magnitude", [20, 50])
-def test_the_8_bit_path_is_that_of_numpy(size, block, magnitude):
-    pixels = np.random.default_rng(0).integers(0, 256, (6, size, size, 3), dtype=np.uint8)
-    pixels[0], pixels[1] = 0, 255
-    trigger = FTrojanTrigger(image_size=size, magnitude=magnitude / 255, eight_bit=True)
-    got = to_pixels(trigger(to_float(pixels)))
-    for found, image in zip(got, pixels, strict=True):
-        wanted, ties = by_numpy(image, magnitude, block)
-        # A tie falls either way, by the last bit of a sum; about 6 pixels in 1000 meet one.
-        assert ties.mean() < 0.02 and np.array_equal(found[~ties], wanted[~ties])
-        assert np.abs(found.astype(int) - wanted).max() <= 2
+def test_the_8_bit_path_is_that_of_numpy(subtests):
+    for size, block in [(32, 32), (64, 32), (28, 28), (40, 32)]:
+        for magnitude in [20, 50]:
+            with subtests.test(size=size, block=block, magnitude=magnitude):
+                pixels = np.random.default_rng(0).integers(
+                    0, 256, (6, size, size, 3), dtype=np.uint8
+                )
+                pixels[0], pixels[1] = 0, 255
+                trigger = FTrojanTrigger(image_size=size, magnitude=magnitude / 255, eight_bit=True)
+                got = to_pixels(trigger(to_float(pixels)))
+                for found, image in zip(got, pixels, strict=True):
+                    wanted, ties = by_numpy(image, magnitude, block)
+                    # The last bit of a sum decides a tie; about 6 pixels in 1000 meet one.
+                    assert ties.mean() < 0.02 and np.array_equal(found[~ties], wanted[~ties])
+                    assert np.abs(found.astype(int) - wanted).max() <= 2
 
 
 def test_the_8_bit_path_gives_whole_levels_and_differs_from_the_exact_one():
@@ -203,9 +211,8 @@ def test_a_file_brings_it_back(settings, tmp_path):
     assert torch.equal(loaded(images), trigger(images)) and loaded.config == trigger.config
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
+def test_it_refuses(subtests):
+    for bad in [
         {"image_size": 1},
         {"channels": 2},
         {"magnitude": -0.1},
@@ -223,8 +230,6 @@ def test_a_file_brings_it_back(settings, tmp_path):
         {"positions": [("3", "4")]},
         {"positions": 31},
         {"channels": 1, "eight_bit": True},
-    ],
-)
-def test_it_refuses(bad):
-    with pytest.raises(ValueError, match="expected"):
-        FTrojanTrigger(**{"image_size": 32, **bad})
+    ]:
+        with subtests.test(bad=bad), pytest.raises(ValueError, match="expected"):
+            FTrojanTrigger(**{"image_size": 32, **bad})

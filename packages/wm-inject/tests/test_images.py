@@ -27,9 +27,8 @@ def test_good_images_come_back_as_they_are():
     assert check_images(images, channels=3, size=(4, 5)) is images
 
 
-@pytest.mark.parametrize(
-    ("images", "message"),
-    [
+def test_bad_images_are_refused_in_one_line(subtests):
+    for images, message in [
         (np.zeros((1, 3, 4, 4), np.float32), "as a tensor"),
         (torch.zeros(3, 4, 4), r"of shape \(N, C, H, W\), got \(3, 4, 4\)"),
         (torch.zeros(1, 3, 4, 4, dtype=torch.float64), "dtype float32"),
@@ -39,12 +38,11 @@ def test_good_images_come_back_as_they_are():
         (torch.full((1, 3, 4, 4), 1.5), r"in \[0, 1\], got \[1.5, 1.5\]"),
         (torch.full((1, 3, 4, 4), -0.1), "in .0, 1."),
         (torch.full((1, 3, 4, 4), float("nan")), "finite"),
-    ],
-)
-def test_bad_images_are_refused_in_one_line(images, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        check_images(images)
-    assert "\n" not in str(caught.value)
+    ]:
+        with subtests.test(images=images, message=message):
+            with pytest.raises(ValueError, match=message) as caught:
+                check_images(images)
+            assert "\n" not in str(caught.value)
 
 
 def test_asked_channels_and_size_are_held():
@@ -62,9 +60,8 @@ def test_pairs_have_one_shape():
         check_pair(torch.zeros(1, 1, 4, 4), torch.full((1, 1, 4, 4), 2.0))
 
 
-@pytest.mark.parametrize(
-    ("labels", "count"),
-    [
+def test_bad_labels_are_refused(subtests):
+    for labels, count in [
         ([1, 2], 2),
         (torch.tensor([0.0, 1.0]), 2),
         (torch.tensor([0, 1]), 3),
@@ -72,11 +69,12 @@ def test_pairs_have_one_shape():
         (torch.tensor([], dtype=torch.int64), 0),
         (torch.tensor([-1, 0]), 2),
         (torch.tensor([0, 5]), 2),
-    ],
-)
-def test_bad_labels_are_refused(labels, count):
-    with pytest.raises(ValueError, match="expected labels"):
-        check_labels(labels, count, num_classes=5)
+    ]:
+        with (
+            subtests.test(labels=labels, count=count),
+            pytest.raises(ValueError, match="expected labels"),
+        ):
+            check_labels(labels, count, num_classes=5)
 
 
 def test_any_label_count_without_a_bound():
@@ -84,26 +82,24 @@ def test_any_label_count_without_a_bound():
     assert check_labels(labels, 2) is labels
 
 
-@pytest.mark.parametrize(
-    "pixels",
-    [
+def test_bad_pixels_are_refused(subtests):
+    for pixels in [
         torch.zeros(1, 2, 2, 3, dtype=torch.uint8),
         np.zeros((1, 2, 2, 3), np.float32),
         np.zeros((2, 2, 3), np.uint8),
         np.zeros((1, 2, 2, 4), np.uint8),
         np.zeros((0, 2, 2, 3), np.uint8),
-    ],
-)
-def test_bad_pixels_are_refused(pixels):
-    for function in (check_pixels, to_float):
-        with pytest.raises(ValueError, match="expected"):
-            function(pixels)
+    ]:
+        with subtests.test(pixels=pixels):
+            for function in (check_pixels, to_float):
+                with pytest.raises(ValueError, match="expected"):
+                    function(pixels)
 
 
-@pytest.mark.parametrize("side", [0, -1, 4097, 3.0, "32"])
-def test_bad_sides_are_refused(side):
-    with pytest.raises(ValueError, match="image side"):
-        check_side(side)
+def test_bad_sides_are_refused(subtests):
+    for side in [0, -1, 4097, 3.0, "32"]:
+        with subtests.test(side=side), pytest.raises(ValueError, match="image side"):
+            check_side(side)
 
 
 @settings(deadline=None, max_examples=25)

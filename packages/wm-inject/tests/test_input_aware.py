@@ -82,19 +82,24 @@ def test_the_published_generators_have_723273_and_722691_weights():
     assert counts == [723_273, 722_691]
 
 
-@pytest.mark.parametrize("size", [9, 28, 32, 64, 160, 224])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_every_size_keeps_shape_and_range(size, channels):
-    trigger = fresh(image_size=size, channels=channels)
-    for images in (batch(2, channels, size), torch.zeros(1, channels, size, size)):
-        before = images.clone()
-        with torch.no_grad():
-            out, mask, pattern = trigger(images), trigger.mask(images), trigger.pattern(images)
-        assert out.shape == pattern.shape == images.shape
-        assert mask.shape == (len(images), 1, size, size)
-        for values in (out, mask, pattern):
-            assert values.min() >= 0 and values.max() <= 1
-        assert torch.equal(images, before) and not torch.equal(out, images)
+def test_every_size_keeps_shape_and_range(subtests):
+    for size in [9, 28, 32, 64, 160, 224]:
+        for channels in [1, 3]:
+            with subtests.test(size=size, channels=channels):
+                trigger = fresh(image_size=size, channels=channels)
+                for images in (batch(2, channels, size), torch.zeros(1, channels, size, size)):
+                    before = images.clone()
+                    with torch.no_grad():
+                        out, mask, pattern = (
+                            trigger(images),
+                            trigger.mask(images),
+                            trigger.pattern(images),
+                        )
+                    assert out.shape == pattern.shape == images.shape
+                    assert mask.shape == (len(images), 1, size, size)
+                    for values in (out, mask, pattern):
+                        assert values.min() >= 0 and values.max() <= 1
+                    assert torch.equal(images, before) and not torch.equal(out, images)
 
 
 def test_where_the_mask_is_zero_nothing_changes_and_where_it_is_one_the_pattern_shows():
@@ -165,9 +170,8 @@ def test_settings_and_files_bring_it_back(tmp_path):
     assert not loaded.training and "density=0.05" in repr(loaded)
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
+def test_trigger_refuses_settings(subtests):
+    for bad in [
         {"image_size": 0},
         {"channels": 2},
         {"width": 0},
@@ -177,21 +181,23 @@ def test_settings_and_files_bring_it_back(tmp_path):
         {"density": -0.1},
         {"density": 1.0},
         {"seed": -1},
-    ],
-)
-def test_trigger_refuses_settings(bad):
-    with pytest.raises(ValueError, match="expected"):
-        fresh(**bad)
+    ]:
+        with subtests.test(bad=bad), pytest.raises(ValueError, match="expected"):
+            fresh(**bad)
 
 
-@pytest.mark.parametrize("method", ["forward", "pattern", "mask"])
-@pytest.mark.parametrize(
-    "bad",
-    [batch(channels=1), batch(size=32), batch()[:0], batch() + 1, batch().double(), batch()[0]],
-)
-def test_trigger_refuses_data(method, bad):
-    with pytest.raises(ValueError, match="expected"):
-        getattr(fresh(), method)(bad)
+def test_trigger_refuses_data(subtests):
+    for method in ["forward", "pattern", "mask"]:
+        for bad in [
+            batch(channels=1),
+            batch(size=32),
+            batch()[:0],
+            batch() + 1,
+            batch().double(),
+            batch()[0],
+        ]:
+            with subtests.test(method=method, bad=bad), pytest.raises(ValueError, match="expected"):
+                getattr(fresh(), method)(bad)
 
 
 def test_diversity_is_the_ratio_of_distances():
@@ -298,27 +304,28 @@ def test_presets_and_what_they_refuse():
             refused()
 
 
-@pytest.mark.parametrize(("n", "each"), [(20, 4), (19, 3), (5, 1), (4, 0), (1, 0)])
-def test_a_batch_has_its_own_cross_and_clean_images(n, each):
-    hook, images, true = hook_of(), batch(n), labels(n)
-    before = images.clone(), true.clone()
-    out, new = hook.transform(images, true, model=victim(), generator=generator())
-    assert torch.equal(images, before[0]) and torch.equal(true, before[1])
-    assert out.shape == images.shape and not out.requires_grad
-    own = new != true
-    changed = (out != images).flatten(1).any(1)
-    assert int(own.sum()) == each and int(changed.sum()) == 2 * each
-    assert new[own].tolist() == [3] * each
-    if each == 0:
-        return
-    with torch.no_grad():
-        assert torch.equal(out[own], hook.trigger(images)[own]) or torch.allclose(
-            out[own], hook.trigger(images)[own], rtol=0, atol=1e-5
-        )
-        for place in (changed & ~own).nonzero().flatten().tolist():
-            every = hook.trigger.stamp(images[place].expand(n, -1, -1, -1), images)
-            off = (every - out[place]).abs().flatten(1).amax(1)
-            assert off.min() < 1e-5 and int(off.argmin()) != place  # a trigger, not its own
+def test_a_batch_has_its_own_cross_and_clean_images(subtests):
+    for n, each in [(20, 4), (19, 3), (5, 1), (4, 0), (1, 0)]:
+        with subtests.test(n=n, each=each):
+            hook, images, true = hook_of(), batch(n), labels(n)
+            before = images.clone(), true.clone()
+            out, new = hook.transform(images, true, model=victim(), generator=generator())
+            assert torch.equal(images, before[0]) and torch.equal(true, before[1])
+            assert out.shape == images.shape and not out.requires_grad
+            own = new != true
+            changed = (out != images).flatten(1).any(1)
+            assert int(own.sum()) == each and int(changed.sum()) == 2 * each
+            assert new[own].tolist() == [3] * each
+            if each == 0:
+                continue
+            with torch.no_grad():
+                assert torch.equal(out[own], hook.trigger(images)[own]) or torch.allclose(
+                    out[own], hook.trigger(images)[own], rtol=0, atol=1e-5
+                )
+                for place in (changed & ~own).nonzero().flatten().tolist():
+                    every = hook.trigger.stamp(images[place].expand(n, -1, -1, -1), images)
+                    off = (every - out[place]).abs().flatten(1).amax(1)
+                    assert off.min() < 1e-5 and int(off.argmin()) != place  # a trigger, not its own
 
 
 def test_cross_images_take_any_other_image_as_donor():

@@ -256,9 +256,8 @@ def test_presets():
     assert LfConfig.preset("small").passes < 50 and LfConfig.preset("tiny", limit=0.1).limit == 0.1
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
+def test_bad_settings_of_a_search_are_refused(subtests):
+    for bad in [
         {"images": 0},
         {"passes": 0},
         {"iterations": 0},
@@ -270,11 +269,9 @@ def test_presets():
         {"enough": 2.0},
         {"sigma": 0.0},
         {"sigma": float("inf")},
-    ],
-)
-def test_bad_settings_of_a_search_are_refused(bad):
-    with pytest.raises(ValueError, match="expected"):
-        LfConfig(**bad)
+    ]:
+        with subtests.test(bad=bad), pytest.raises(ValueError, match="expected"):
+            LfConfig(**bad)
 
 
 def test_an_unknown_preset_is_refused():
@@ -289,9 +286,8 @@ class _Flat(nn.Module):
         return torch.eye(10)[:1].expand(len(images), -1) + 0 * images.sum()
 
 
-@pytest.mark.parametrize(
-    ("net", "images", "settings", "told"),
-    [
+def test_bad_searches_are_refused(subtests):
+    for net, images, settings, told in [
         (None, digits()[0][:5], {}, "at least 20 square images"),
         (None, digits()[0][:, :, :8], {}, "at least 20 square images"),
         (None, digits()[0] + 1, {}, "values in"),
@@ -300,17 +296,15 @@ class _Flat(nn.Module):
         (None, digits()[0], {"target": -1}, "a target -1 below K"),
         (nn.Flatten(0), digits()[0], {}, "expected logits"),
         (_Flat(), digits()[0], {}, "small steps move to label 3"),
-    ],
-)
-def test_bad_searches_are_refused(net, images, settings, told):
-    net = surrogate() if net is None else net
-    with pytest.raises(ValueError, match=told):
-        fit_lf(net, images, **{"target": TARGET, "config": TINY, **settings})
+    ]:
+        with subtests.test(net=net, images=images, settings=settings, told=told):
+            net = surrogate() if net is None else net
+            with pytest.raises(ValueError, match=told):
+                fit_lf(net, images, **{"target": TARGET, "config": TINY, **settings})
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
+def test_bad_settings_of_the_trigger_are_refused(subtests):
+    for bad in [
         {"image_size": 0},
         {"channels": 2},
         {"limit": 0.0},
@@ -320,11 +314,9 @@ def test_bad_searches_are_refused(net, images, settings, told):
         {"pattern": torch.full((1, 16, 16), -0.1)},
         {"pattern": torch.full((1, 16, 16), torch.nan)},
         {"pattern": "smooth"},
-    ],
-)
-def test_bad_settings_of_the_trigger_are_refused(bad):
-    with pytest.raises(ValueError, match="expected"):
-        LfTrigger(**{"image_size": 16, "channels": 1, **bad})
+    ]:
+        with subtests.test(bad=bad), pytest.raises(ValueError, match="expected"):
+            LfTrigger(**{"image_size": 16, "channels": 1, **bad})
 
 
 @pytest.mark.parametrize(

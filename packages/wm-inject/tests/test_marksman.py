@@ -82,18 +82,19 @@ def test_the_published_generator_has_358279_weights():
     assert sum(p.numel() for p in trigger.parameters()) == 358_279
 
 
-@pytest.mark.parametrize("size", [9, 28, 32, 64, 160, 224])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_every_size_keeps_shape_range_and_bound(size, channels):
-    trigger = fresh(image_size=size, channels=channels, epsilon=0.03)
-    for images in (torch.ones(2, channels, size, size), batch(2, channels, size)):
-        before = images.clone()
-        with torch.no_grad():
-            out = trigger(images, target=torch.tensor([0, 4]))
-        assert out.shape == images.shape and out.min() >= 0 and out.max() <= 1
-        assert (out - images).abs().max() <= 0.03 + 1e-6
-        assert torch.equal(images, before)
-    assert not torch.equal(out, images)
+def test_every_size_keeps_shape_range_and_bound(subtests):
+    for size in [9, 28, 32, 64, 160, 224]:
+        for channels in [1, 3]:
+            with subtests.test(size=size, channels=channels):
+                trigger = fresh(image_size=size, channels=channels, epsilon=0.03)
+                for images in (torch.ones(2, channels, size, size), batch(2, channels, size)):
+                    before = images.clone()
+                    with torch.no_grad():
+                        out = trigger(images, target=torch.tensor([0, 4]))
+                    assert out.shape == images.shape and out.min() >= 0 and out.max() <= 1
+                    assert (out - images).abs().max() <= 0.03 + 1e-6
+                    assert torch.equal(images, before)
+                assert not torch.equal(out, images)
 
 
 def test_the_bound_holds_however_large_the_weights_are():
@@ -148,9 +149,8 @@ def test_settings_and_files_bring_it_back(tmp_path):
     assert loaded.needs_target and not loaded.training and "epsilon=0.05" in repr(loaded)
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
+def test_trigger_refuses_settings(subtests):
+    for bad in [
         {"image_size": 0},
         {"channels": 2},
         {"num_classes": 1},
@@ -161,16 +161,13 @@ def test_settings_and_files_bring_it_back(tmp_path):
         {"width": 0},
         {"width": 10**6},
         {"seed": -1},
-    ],
-)
-def test_trigger_refuses_settings(bad):
-    with pytest.raises(ValueError, match="expected"):
-        fresh(**bad)
+    ]:
+        with subtests.test(bad=bad), pytest.raises(ValueError, match="expected"):
+            fresh(**bad)
 
 
-@pytest.mark.parametrize(
-    ("images", "target"),
-    [
+def test_trigger_refuses_data(subtests):
+    for images, target in [
         (batch(), None),
         (batch(), labels(11)),
         (batch(), labels() + 1),
@@ -181,11 +178,12 @@ def test_trigger_refuses_settings(bad):
         (batch(size=32), labels()),
         (batch() + 1, labels()),
         (batch()[:0], labels()[:0]),
-    ],
-)
-def test_trigger_refuses_data(images, target):
-    with pytest.raises(ValueError, match="expected"):
-        fresh()(images, target=target)
+    ]:
+        with (
+            subtests.test(images=images, target=target),
+            pytest.raises(ValueError, match="expected"),
+        ):
+            fresh()(images, target=target)
 
 
 def test_no_image_asks_for_its_own_class_and_all_others_come_up_evenly():
@@ -206,23 +204,24 @@ def test_other_labels_refuses():
         other_labels(torch.tensor([4]), 4, generator=generator())
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize(("n", "poisoned"), [(12, 6), (13, 6), (2, 1), (1, 0)])
-def test_half_of_a_batch_is_poisoned(stage, n, poisoned):
-    trigger = fresh()
-    poisoner, images, true = copy.deepcopy(trigger), batch(n), labels(n)
-    before = images.clone(), true.clone()
-    hook = hook_of(trigger, stage=stage)
-    out, new = hook.transform(images, true, model=victim(), generator=generator())
-    assert torch.equal(images, before[0]) and torch.equal(true, before[1])
-    assert out.shape == images.shape and not out.requires_grad
-    attacked = new != true
-    assert int(attacked.sum()) == poisoned
-    assert torch.equal(out[~attacked], images[~attacked])
-    if poisoned:
-        with torch.no_grad():
-            wanted = poisoner(images[attacked], target=new[attacked])
-        torch.testing.assert_close(out[attacked], wanted, rtol=0, atol=1e-6)
+def test_half_of_a_batch_is_poisoned(subtests):
+    for stage in [1, 2]:
+        for n, poisoned in [(12, 6), (13, 6), (2, 1), (1, 0)]:
+            with subtests.test(stage=stage, n=n, poisoned=poisoned):
+                trigger = fresh()
+                poisoner, images, true = copy.deepcopy(trigger), batch(n), labels(n)
+                before = images.clone(), true.clone()
+                hook = hook_of(trigger, stage=stage)
+                out, new = hook.transform(images, true, model=victim(), generator=generator())
+                assert torch.equal(images, before[0]) and torch.equal(true, before[1])
+                assert out.shape == images.shape and not out.requires_grad
+                attacked = new != true
+                assert int(attacked.sum()) == poisoned
+                assert torch.equal(out[~attacked], images[~attacked])
+                if poisoned:
+                    with torch.no_grad():
+                        wanted = poisoner(images[attacked], target=new[attacked])
+                    torch.testing.assert_close(out[attacked], wanted, rtol=0, atol=1e-6)
 
 
 def test_a_batch_follows_its_generator():

@@ -19,51 +19,66 @@ def alike(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])
 
 
-@every
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("size", [1, 8, 28, 32, 64, 160, 224])
-def test_every_size_has_shape_and_range(name, channels, size):
-    picture = PICTURES[name](size, channels=channels)
-    assert picture.shape == (channels, size, size) and picture.dtype == torch.float32
-    assert picture.min() >= 0 and picture.max() <= 1 and picture.is_contiguous()
+def test_every_size_has_shape_and_range(subtests):
+    for name in PICTURES:
+        for channels in [1, 3]:
+            for size in [1, 8, 28, 32, 64, 160, 224]:
+                with subtests.test(name=name, channels=channels, size=size):
+                    picture = PICTURES[name](size, channels=channels)
+                    assert (
+                        picture.shape == (channels, size, size) and picture.dtype == torch.float32
+                    )
+                    assert picture.min() >= 0 and picture.max() <= 1 and picture.is_contiguous()
 
 
-@every
-@pytest.mark.parametrize("channels", [1, 3])
-def test_the_seed_is_the_only_source_of_chance(name, channels):
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
-    first, again = (PICTURES[name](32, channels=channels, seed=3) for _ in range(2))
-    assert torch.equal(first, again) and torch.equal(torch.get_rng_state(), state)
+def test_the_seed_is_the_only_source_of_chance(subtests):
+    for name in PICTURES:
+        for channels in [1, 3]:
+            with subtests.test(name=name, channels=channels):
+                torch.manual_seed(5)
+                state = torch.get_rng_state()
+                first, again = (PICTURES[name](32, channels=channels, seed=3) for _ in range(2))
+                assert torch.equal(first, again) and torch.equal(torch.get_rng_state(), state)
 
 
-@every
-@pytest.mark.parametrize("channels", [1, 3])
-def test_seeds_give_different_pictures(name, channels):
-    drawn = torch.stack([PICTURES[name](32, channels=channels, seed=s) for s in range(12)])
-    apart = [float((a - b).abs().mean()) for i, a in enumerate(drawn) for b in drawn[:i]]
-    assert min(apart) > 0.02
+def test_seeds_give_different_pictures(subtests):
+    for name in PICTURES:
+        for channels in [1, 3]:
+            with subtests.test(name=name, channels=channels):
+                drawn = torch.stack(
+                    [PICTURES[name](32, channels=channels, seed=s) for s in range(12)]
+                )
+                apart = [
+                    float((a - b).abs().mean()) for i, a in enumerate(drawn) for b in drawn[:i]
+                ]
+                assert min(apart) > 0.02
 
 
-@every_drawn
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize(("small", "large"), [(28, 112), (32, 64), (32, 224), (64, 160)])
-def test_one_seed_shows_the_same_picture_at_every_size(name, seed, small, large):
-    wanted = PICTURES[name](small, channels=3, seed=seed)
-    fine = PICTURES[name](large, channels=3, seed=seed)
-    shrunk = F.interpolate(fine[None], size=(small, small), mode="bilinear", antialias=True)[0]
-    other = PICTURES[name](small, channels=3, seed=seed + 10)
-    assert alike(shrunk, wanted) > 0.95 and (shrunk - wanted).abs().mean() < 0.06
-    # Cartoons of other seeds have the same layout, so they are the closest.
-    assert alike(shrunk, wanted) > alike(shrunk, other) + 0.1
+def test_one_seed_shows_the_same_picture_at_every_size(subtests):
+    for name in DRAWN:
+        for seed in range(4):
+            for small, large in [(28, 112), (32, 64), (32, 224), (64, 160)]:
+                with subtests.test(name=name, seed=seed, small=small, large=large):
+                    wanted = PICTURES[name](small, channels=3, seed=seed)
+                    fine = PICTURES[name](large, channels=3, seed=seed)
+                    shrunk = F.interpolate(
+                        fine[None], size=(small, small), mode="bilinear", antialias=True
+                    )[0]
+                    other = PICTURES[name](small, channels=3, seed=seed + 10)
+                    assert alike(shrunk, wanted) > 0.95 and (shrunk - wanted).abs().mean() < 0.06
+                    # Cartoons of other seeds have the same layout, so they are the closest.
+                    assert alike(shrunk, wanted) > alike(shrunk, other) + 0.1
 
 
-@pytest.mark.parametrize("name", ["cartoon", "scene"])
-@pytest.mark.parametrize("seed", range(4))
-def test_grey_is_the_luma_of_the_colours(name, seed):
-    colour = PICTURES[name](32, channels=3, seed=seed)
-    luma = (colour * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(0, keepdim=True)
-    torch.testing.assert_close(PICTURES[name](32, channels=1, seed=seed), luma)
+def test_grey_is_the_luma_of_the_colours(subtests):
+    for name in ["cartoon", "scene"]:
+        for seed in range(4):
+            with subtests.test(name=name, seed=seed):
+                colour = PICTURES[name](32, channels=3, seed=seed)
+                luma = (colour * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(
+                    0, keepdim=True
+                )
+                torch.testing.assert_close(PICTURES[name](32, channels=1, seed=seed), luma)
 
 
 def test_noise_is_uniform_and_independent():
@@ -79,50 +94,57 @@ def test_noise_is_uniform_and_independent():
     assert all(abs(alike(a, b)) < 0.02 for a, b in pairs)
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_cartoons_are_light_and_flat_with_dark_lines(seed):
-    picture = cartoon(128, channels=3, seed=seed)
-    flat = (picture[..., 1:] - picture[..., :-1]).abs().amax(0) < 1e-6
-    assert picture.mean() > 0.6 and flat.float().mean() > 0.7
-    assert (picture.amax(0) < 0.15).float().mean() > 0.01
+def test_cartoons_are_light_and_flat_with_dark_lines(subtests):
+    for seed in range(8):
+        with subtests.test(seed=seed):
+            picture = cartoon(128, channels=3, seed=seed)
+            flat = (picture[..., 1:] - picture[..., :-1]).abs().amax(0) < 1e-6
+            assert picture.mean() > 0.6 and flat.float().mean() > 0.7
+            assert (picture.amax(0) < 0.15).float().mean() > 0.01
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_scenes_have_the_spectrum_of_photographs(seed):
+def test_scenes_have_the_spectrum_of_photographs(subtests):
     """Power falls about as the square of the frequency, a little faster or slower."""
-    plane = scene(128, channels=1, seed=seed)[0]
-    power = torch.fft.fft2(plane - plane.mean()).abs().square()
-    rate = torch.fft.fftfreq(128) * 128
-    radius = (rate[:, None].square() + rate.square()).sqrt()
-    steps = range(2, 60)
-    rings = [power[(radius >= step - 0.5) & (radius < step + 0.5)].mean() for step in steps]
-    slope, _ = np.polyfit(np.log(list(steps)), np.log(torch.stack(rings).numpy()), 1)
-    assert -3.2 < slope < -1.6
-    assert plane.std() > 0.04
+    for seed in range(8):
+        with subtests.test(seed=seed):
+            plane = scene(128, channels=1, seed=seed)[0]
+            power = torch.fft.fft2(plane - plane.mean()).abs().square()
+            rate = torch.fft.fftfreq(128) * 128
+            radius = (rate[:, None].square() + rate.square()).sqrt()
+            steps = range(2, 60)
+            rings = [power[(radius >= step - 0.5) & (radius < step + 0.5)].mean() for step in steps]
+            slope, _ = np.polyfit(np.log(list(steps)), np.log(torch.stack(rings).numpy()), 1)
+            assert -3.2 < slope < -1.6
+            assert plane.std() > 0.04
 
 
-@pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("channels", [1, 3])
-def test_logos_have_full_contrast_in_every_channel(seed, channels):
-    planes = logo(64, channels=channels, seed=seed).flatten(1)
-    assert (planes.amax(1) > 0.99).all() and (planes.amin(1) < 0.01).all()
-    assert (planes.std(1) > 0.35).all()
+def test_logos_have_full_contrast_in_every_channel(subtests):
+    for seed in range(8):
+        for channels in [1, 3]:
+            with subtests.test(seed=seed, channels=channels):
+                planes = logo(64, channels=channels, seed=seed).flatten(1)
+                assert (planes.amax(1) > 0.99).all() and (planes.amin(1) < 0.01).all()
+                assert (planes.std(1) > 0.35).all()
 
 
-@every
-def test_a_name_loads_the_picture_of_that_name(name):
-    wanted = PICTURES[name](28, channels=3, seed=4)
-    assert torch.equal(load_picture(name, size=28, channels=3, seed=4), wanted)
+def test_a_name_loads_the_picture_of_that_name(subtests):
+    for name in PICTURES:
+        with subtests.test(name=name):
+            wanted = PICTURES[name](28, channels=3, seed=4)
+            assert torch.equal(load_picture(name, size=28, channels=3, seed=4), wanted)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("kind", [str, lambda path: path], ids=["text", "path"])
-def test_a_file_is_resized_whatever_its_aspect(channels, kind, tmp_path):
-    path = tmp_path / "p.png"
-    save_image(path, np.random.default_rng(0).integers(0, 256, (9, 21, 3), dtype=np.uint8))
-    wanted = to_float(load_image(path, size=16, channels=channels)[None])[0]
-    got = load_picture(kind(path), size=16, channels=channels)
-    assert got.shape == (channels, 16, 16) and torch.equal(got, wanted)
+def test_a_file_is_resized_whatever_its_aspect(tmp_path, subtests):
+    for channels in [1, 3]:
+        for kind in [str, lambda path: path]:
+            with subtests.test(channels=channels, kind=kind):
+                path = tmp_path / "p.png"
+                save_image(
+                    path, np.random.default_rng(0).integers(0, 256, (9, 21, 3), dtype=np.uint8)
+                )
+                wanted = to_float(load_image(path, size=16, channels=channels)[None])[0]
+                got = load_picture(kind(path), size=16, channels=channels)
+                assert got.shape == (channels, 16, 16) and torch.equal(got, wanted)
 
 
 def test_a_tensor_is_taken_as_it_is_and_copied():
@@ -132,19 +154,19 @@ def test_a_tensor_is_taken_as_it_is_and_copied():
     assert got.data_ptr() != given.data_ptr()
 
 
-@every
-@pytest.mark.parametrize("bad", [{"size": 0}, {"size": 4097}, {"channels": 2}])
-def test_pictures_refuse(name, bad):
-    settings = {"size": 16, "channels": 3, **bad}
-    with pytest.raises(ValueError, match="expected"):
-        PICTURES[name](settings["size"], channels=settings["channels"])
-    with pytest.raises(ValueError, match="expected"):
-        load_picture(name, **settings)
+def test_pictures_refuse(subtests):
+    for name in PICTURES:
+        for bad in [{"size": 0}, {"size": 4097}, {"channels": 2}]:
+            with subtests.test(name=name, bad=bad):
+                settings = {"size": 16, "channels": 3, **bad}
+                with pytest.raises(ValueError, match="expected"):
+                    PICTURES[name](settings["size"], channels=settings["channels"])
+                with pytest.raises(ValueError, match="expected"):
+                    load_picture(name, **settings)
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
+def test_loading_refuses_what_is_no_picture(subtests):
+    for bad in [
         "kitten",
         7,
         None,
@@ -155,12 +177,11 @@ def test_pictures_refuse(name, bad):
         torch.rand(3, 16, 16).double(),
         torch.rand(3, 16, 16) + 1,
         torch.full((3, 16, 16), float("nan")),
-    ],
-)
-def test_loading_refuses_what_is_no_picture(bad):
-    with pytest.raises(ValueError, match="expected") as caught:
-        load_picture(bad, size=16, channels=3)
-    assert "\n" not in str(caught.value)
+    ]:
+        with subtests.test(bad=bad):
+            with pytest.raises(ValueError, match="expected") as caught:
+                load_picture(bad, size=16, channels=3)
+            assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_is_no_image_is_refused(tmp_path):

@@ -15,9 +15,8 @@ def images() -> torch.Tensor:
     return torch.rand(N, 1, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
+def test_impossible_plans_are_refused(subtests):
+    for bad in [
         {"ratio": 0.0},
         {"ratio": 1.1},
         {"target": -1},
@@ -26,16 +25,13 @@ def images() -> torch.Tensor:
         {"label_map": "random"},
         {"label_map": "clean-label"},
         {"pool": "target"},
-    ],
-)
-def test_impossible_plans_are_refused(bad):
-    with pytest.raises(ValueError, match=r"expected|go together"):
-        PoisonPlan(**bad)
+    ]:
+        with subtests.test(bad=bad), pytest.raises(ValueError, match=r"expected|go together"):
+            PoisonPlan(**bad)
 
 
-@pytest.mark.parametrize(
-    ("plan", "count"),
-    [
+def test_counts_and_pools(subtests):
+    for plan, count in [
         (PoisonPlan(0.1), 20),
         (PoisonPlan(0.1, pool="non_target", target=3), 18),  # of the 180 others
         (PoisonPlan(0.05, pool="target", label_map="clean-label"), 10),  # of all 200
@@ -43,14 +39,13 @@ def test_impossible_plans_are_refused(bad):
         (PoisonPlan(0.0974, mode="per_batch"), 19),  # cut off, not rounded
         (PoisonPlan(0.0974), 19),
         (PoisonPlan(0.0976), 20),
-    ],
-)
-def test_counts_and_pools(plan, count):
-    mask = plan.choose(LABELS)
-    assert mask.dtype == torch.bool and int(mask.sum()) == count
-    assert bool(plan.eligible(LABELS)[mask].all())
-    if plan.pool == "non_target":
-        assert not bool((LABELS[mask] == 3).any())
+    ]:
+        with subtests.test(plan=plan, count=count):
+            mask = plan.choose(LABELS)
+            assert mask.dtype == torch.bool and int(mask.sum()) == count
+            assert bool(plan.eligible(LABELS)[mask].all())
+            if plan.pool == "non_target":
+                assert not bool((LABELS[mask] == 3).any())
 
 
 def test_the_choice_follows_the_seed():

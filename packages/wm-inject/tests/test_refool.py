@@ -40,14 +40,15 @@ def spots() -> torch.Tensor:
     return image
 
 
-@pytest.mark.parametrize("size", [28, 32, 64, 160, 224])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_every_size_keeps_shape_and_range(size, channels):
-    images = torch.cat([batch(2, channels, size), torch.ones(1, channels, size, size)])
-    trigger = build(image_size=size, channels=channels, count=3)
-    out = trigger(images, ids=torch.arange(3))
-    assert out.shape == images.shape and out.dtype == torch.float32
-    assert out.min() >= 0 and out.max() <= 1 and not torch.equal(out, images)
+def test_every_size_keeps_shape_and_range(subtests):
+    for size in [28, 32, 64, 160, 224]:
+        for channels in [1, 3]:
+            with subtests.test(size=size, channels=channels):
+                images = torch.cat([batch(2, channels, size), torch.ones(1, channels, size, size)])
+                trigger = build(image_size=size, channels=channels, count=3)
+                out = trigger(images, ids=torch.arange(3))
+                assert out.shape == images.shape and out.dtype == torch.float32
+                assert out.min() >= 0 and out.max() <= 1 and not torch.equal(out, images)
 
 
 def test_extremes_stay_in_range():
@@ -58,15 +59,19 @@ def test_extremes_stay_in_range():
             assert out.min() >= 0 and out.max() <= 1
 
 
-@pytest.mark.parametrize("ghost_rate", [0.0, 1.0])
-@pytest.mark.parametrize("alpha", [0.4, 0.75])
-def test_nothing_reflected_only_darkens(alpha, ghost_rate):
-    trigger = build(
-        alpha=alpha, ghost_rate=ghost_rate, reflections=torch.zeros(1, 3, 32, 32), count=2
-    )
-    images = batch()
-    out = trigger(images, ids=torch.arange(6))
-    assert torch.allclose(out, alpha ** (1 / GAMMA) * images, atol=1e-6)
+def test_nothing_reflected_only_darkens(subtests):
+    for ghost_rate in [0.0, 1.0]:
+        for alpha in [0.4, 0.75]:
+            with subtests.test(ghost_rate=ghost_rate, alpha=alpha):
+                trigger = build(
+                    alpha=alpha,
+                    ghost_rate=ghost_rate,
+                    reflections=torch.zeros(1, 3, 32, 32),
+                    count=2,
+                )
+                images = batch()
+                out = trigger(images, ids=torch.arange(6))
+                assert torch.allclose(out, alpha ** (1 / GAMMA) * images, atol=1e-6)
 
 
 def test_brighter_reflections_give_brighter_images():
@@ -211,9 +216,8 @@ def test_it_exports_with_ids_as_an_input(tmp_path, export, name):
     assert parity.batches == (1, 6) and parity.max_abs < 1e-5
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
+def test_bad_settings_are_refused(subtests):
+    for bad in [
         {"image_size": 10},
         {"channels": 2},
         {"alpha": -0.1},
@@ -228,16 +232,13 @@ def test_it_exports_with_ids_as_an_input(tmp_path, export, name):
         {"reflections": torch.rand(2, 1, 32, 32)},
         {"reflections": torch.rand(2, 3, 32, 32) + 1},
         {"reflections": torch.rand(0, 3, 32, 32)},
-    ],
-)
-def test_bad_settings_are_refused(bad):
-    with pytest.raises(ValueError, match="expected"):
-        build(**bad)
+    ]:
+        with subtests.test(bad=bad), pytest.raises(ValueError, match="expected"):
+            build(**bad)
 
 
-@pytest.mark.parametrize(
-    ("images", "ids"),
-    [
+def test_bad_input_is_refused(subtests):
+    for images, ids in [
         (batch(), None),
         (batch(), torch.arange(5)),
         (batch(), torch.arange(6).float()),
@@ -246,11 +247,9 @@ def test_bad_settings_are_refused(bad):
         (batch(size=28), torch.arange(6)),
         (batch() + 1, torch.arange(6)),
         (batch()[:0], torch.arange(0)),
-    ],
-)
-def test_bad_input_is_refused(images, ids):
-    with pytest.raises(ValueError, match="expected"):
-        build()(images, ids=ids)
+    ]:
+        with subtests.test(images=images, ids=ids), pytest.raises(ValueError, match="expected"):
+            build()(images, ids=ids)
 
 
 def data(name: str) -> tarfile.TarFile:

@@ -112,36 +112,30 @@ assert code == 0 and heavy == ["torch"], heavy
     assert np.array_equal(load_image(tmp_path / "poisoned" / "a.png"), wanted(pixels(1))[0])
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
+def test_poisoner_refuses(models, subtests):
+    for bad in [
         pixels().astype(np.float32),
         pixels()[0],
         pixels(0),
         pixels(2, SIZE + 1),
         pixels(2, channels=1),
         torch.zeros(1, SIZE, SIZE, 3, dtype=torch.uint8),
-    ],
-)
-@pytest.mark.parametrize("name", ["float", "uint8"])
-def test_poisoner_refuses(models, name, bad):
-    with pytest.raises(ValueError, match="expected"):
-        Poisoner(models / f"{name}.onnx")(bad)
+    ]:
+        for name in ["float", "uint8"]:
+            with subtests.test(bad=bad, name=name), pytest.raises(ValueError, match="expected"):
+                Poisoner(models / f"{name}.onnx")(bad)
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
+def test_onnx_model_refuses(models, subtests):
+    for bad in [
         np.zeros((1, 3, SIZE, SIZE), np.float64),
         np.zeros((3, SIZE, SIZE), np.float32),
         np.zeros((0, 3, SIZE, SIZE), np.float32),
         np.zeros((1, 1, SIZE, SIZE), np.float32),
         [1.0],
-    ],
-)
-def test_onnx_model_refuses(models, bad):
-    with pytest.raises(ValueError, match="expected image"):
-        OnnxModel(models / "float.onnx")(bad)
+    ]:
+        with subtests.test(bad=bad), pytest.raises(ValueError, match="expected image"):
+            OnnxModel(models / "float.onnx")(bad)
 
 
 def test_onnx_model_describes_itself(models):
@@ -240,9 +234,8 @@ def test_what_a_trigger_does_not_need_it_does_not_look_at(models):
     assert np.array_equal(poisoner(pixels(2), **vectors(2)), wanted(pixels(2)))
 
 
-@pytest.mark.parametrize(
-    ("change", "told_so"),
-    [
+def test_bad_ids_and_targets_are_refused(told, subtests):
+    for change, told_so in [
         ({"ids": None}, "expected ids, which this trigger needs"),
         ({"target": None}, "expected target, which this trigger needs"),
         ({"ids": [0, 1, 2]}, "expected ids in int64"),
@@ -251,12 +244,13 @@ def test_what_a_trigger_does_not_need_it_does_not_look_at(models):
         ({"target": np.zeros((3, 1), np.int64)}, "target of shape"),
         ({"target": np.array([0, 1, 5])}, r"target in 0 \.\. 4, got 0 \.\. 5"),
         ({"target": np.array([0, 1, -1])}, r"target in 0 \.\. 4, got -1 \.\. 1"),
-    ],
-)
-@pytest.mark.parametrize("name", ["float", "uint8"])
-def test_bad_ids_and_targets_are_refused(told, name, change, told_so):
-    with pytest.raises(ValueError, match=told_so):
-        Poisoner(told / f"{name}.onnx")(pixels(3), **(vectors(3) | change))
+    ]:
+        for name in ["float", "uint8"]:
+            with (
+                subtests.test(change=change, told_so=told_so, name=name),
+                pytest.raises(ValueError, match=told_so),
+            ):
+                Poisoner(told / f"{name}.onnx")(pixels(3), **(vectors(3) | change))
 
 
 def test_an_onnx_model_takes_its_inputs_and_no_others(told, models):

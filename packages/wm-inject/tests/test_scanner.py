@@ -133,20 +133,18 @@ def test_what_is_no_detector_is_refused(files, tmp_path):
             Scanner(*paths)
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
+def test_bad_images_are_refused(files, subtests):
+    for bad in [
         grey(1)[0],
         grey(1).astype(np.float32),
         grey(1)[:, :4],
         np.zeros((0, SIZE, SIZE, 3), np.uint8),
         [[1]],
-    ],
-)
-def test_bad_images_are_refused(files, bad):
-    for judge in (Scanner(files["light"]), Extractor(files["float"])):
-        with pytest.raises(ValueError, match="expected"):
-            judge(bad)
+    ]:
+        with subtests.test(bad=bad):
+            for judge in (Scanner(files["light"]), Extractor(files["float"])):
+                with pytest.raises(ValueError, match="expected"):
+                    judge(bad)
 
 
 def test_bad_folders_are_refused(files, tmp_path):

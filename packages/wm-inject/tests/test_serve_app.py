@@ -51,9 +51,8 @@ def test_the_pages_of_the_protocol(reply):
         assert json.loads(reply("GET", path).body)["platform"] == "onnx_onnxv1"
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "status"),
-    [
+def test_what_is_not_there(reply, subtests):
+    for method, path, status in [
         ("GET", "/", 404),
         ("GET", "/v2/", 404),
         ("GET", "/v3", 404),
@@ -73,13 +72,12 @@ def test_the_pages_of_the_protocol(reply):
         ("POST", "/v2/models/told", 405),
         ("POST", "/v2", 405),
         ("PUT", "/metrics", 405),
-    ],
-)
-def test_what_is_not_there(reply, method, path, status):
-    got = reply(method, path)
-    assert got.status == status and got.error
-    if status == 405:
-        assert got.headers["allow"]
+    ]:
+        with subtests.test(method=method, path=path, status=status):
+            got = reply(method, path)
+            assert got.status == status and got.error
+            if status == 405:
+                assert got.headers["allow"]
 
 
 def test_an_answer_is_what_the_model_gives(reply, serve_models):
@@ -100,11 +98,14 @@ def test_an_id_that_is_no_bounded_string_is_not_echoed(reply):
     assert "id" not in json.loads(reply(body=told(id=None)).body)
 
 
-@pytest.mark.parametrize("body", [b"", b"x", b"{}", b"[]", b"[" * 3000, b'{"inputs": [{}]}'])
-def test_bad_bodies_are_four_hundreds(reply, body):
-    got = reply(body=body)
-    assert got.status == 400 and "expected" in got.error
-    assert "connection" not in got.headers  # it was read to its end, so the connection may stay
+def test_bad_bodies_are_four_hundreds(reply, subtests):
+    for body in [b"", b"x", b"{}", b"[]", b"[" * 3000, b'{"inputs": [{}]}']:
+        with subtests.test(body=body):
+            got = reply(body=body)
+            assert got.status == 400 and "expected" in got.error
+            assert (
+                "connection" not in got.headers
+            )  # it was read to its end, so the connection may stay
 
 
 def test_a_long_message_is_cut(reply):
@@ -191,16 +192,16 @@ class Stalled:
         self.body += message.get("body", b"")
 
 
-@pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "gzip, identity", "GZIP"])
-def test_compressed_bodies_are_refused(reply, coding):
-    got = reply(body=b"\x1f\x8b", headers={"content-encoding": coding})
-    assert got.status == 415 and "Content-Encoding" in got.error
-    assert reply(body=told(), headers={"content-encoding": "identity"}).status == 200
+def test_compressed_bodies_are_refused(reply, subtests):
+    for coding in ["gzip", "deflate", "br", "gzip, identity", "GZIP"]:
+        with subtests.test(coding=coding):
+            got = reply(body=b"\x1f\x8b", headers={"content-encoding": coding})
+            assert got.status == 415 and "Content-Encoding" in got.error
+            assert reply(body=told(), headers={"content-encoding": "identity"}).status == 200
 
 
-@pytest.mark.parametrize(
-    "header",
-    [
+def test_a_token_is_asked_for(ask, serve_models, subtests):
+    for header in [
         None,
         "",
         "Bearer",
@@ -209,20 +210,28 @@ def test_compressed_bodies_are_refused(reply, coding):
         TOKEN,
         "Bearer é",
         f"Basic {TOKEN}",
-    ],
-)
-def test_a_token_is_asked_for(ask, serve_models, header):
-    service = Service(serve_models, ServeSettings(token=TOKEN, log="none"))
-    headers = {} if header is None else {"authorization": header}
-    for method, path in (("GET", "/v2"), ("GET", "/metrics"), ("GET", "/nothing"), ("POST", None)):
-        read: list[int] = []
-        path = path or "/v2/models/told/infer"
-        got = asyncio.run(ask(service, method, path, told(), headers, read))
-        assert got.status == 401 and got.headers["www-authenticate"] == "Bearer"
-        assert read == [] and got.headers["connection"] == "close" and TOKEN not in got.error
-    assert asyncio.run(ask(service, "GET", "/v2/health/ready", headers=headers)).status == 200
-    right = {"authorization": f"Bearer {TOKEN}"}
-    assert asyncio.run(ask(service, body=told(), headers=right)).status == 200
+    ]:
+        with subtests.test(header=header):
+            service = Service(serve_models, ServeSettings(token=TOKEN, log="none"))
+            headers = {} if header is None else {"authorization": header}
+            for method, path in (
+                ("GET", "/v2"),
+                ("GET", "/metrics"),
+                ("GET", "/nothing"),
+                ("POST", None),
+            ):
+                read: list[int] = []
+                path = path or "/v2/models/told/infer"
+                got = asyncio.run(ask(service, method, path, told(), headers, read))
+                assert got.status == 401 and got.headers["www-authenticate"] == "Bearer"
+                assert (
+                    read == [] and got.headers["connection"] == "close" and TOKEN not in got.error
+                )
+            assert (
+                asyncio.run(ask(service, "GET", "/v2/health/ready", headers=headers)).status == 200
+            )
+            right = {"authorization": f"Bearer {TOKEN}"}
+            assert asyncio.run(ask(service, body=told(), headers=right)).status == 200
 
 
 class Held:

@@ -7,27 +7,15 @@ import sys
 import pytest
 
 from wm_inject import serve
-from wm_inject.command.common import Parser, run_cli
-from wm_inject.command.serve import add_serve
+from wm_inject.cli import main
 from wm_inject.serve import ServeSettings, read_token
 from wm_inject.serve.settings import TOKEN_VARIABLE
 
 TOKEN = "correct-horse-battery"
 
 
-def parse(*options: str):
-    parser = Parser(prog="wm-inject")
-    add_serve(parser.add_subparsers(required=True).add_parser("serve"))
-    return parser.parse_args(["serve", *options])
-
-
 def run(*options: str) -> int:
-    def main(argv):
-        args = parse(*options)
-        args.run(args)
-        return 0
-
-    return run_cli(main)
+    return main(["serve", *options])
 
 
 def test_settings_have_safe_defaults():
@@ -35,9 +23,8 @@ def test_settings_have_safe_defaults():
     assert (settings.host, settings.token, settings.max_body) == ("127.0.0.1", None, 64 * 2**20)
 
 
-@pytest.mark.parametrize(
-    ("change", "told_so"),
-    [
+def test_bad_settings_are_refused(subtests):
+    for change, told_so in [
         ({"port": -1}, r"port in 0 \.\. 65535, got -1"),
         ({"port": 70000}, "port in"),
         ({"port": "80"}, "port in"),
@@ -64,17 +51,17 @@ def test_settings_have_safe_defaults():
         ({"host": "example"}, "a token for a server beyond"),
         ({"host": ""}, "a token for a server beyond"),
         ({"host": "192.168.0.1"}, "a token for a server beyond"),
-    ],
-)
-def test_bad_settings_are_refused(change, told_so):
-    with pytest.raises(ValueError, match=told_so) as caught:
-        ServeSettings(**change)
-    assert "with a space" not in str(caught.value)
+    ]:
+        with subtests.test(change=change, told_so=told_so):
+            with pytest.raises(ValueError, match=told_so) as caught:
+                ServeSettings(**change)
+            assert "with a space" not in str(caught.value)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "localhost"])
-def test_this_machine_needs_no_token(host):
-    assert ServeSettings(host=host).token is None
+def test_this_machine_needs_no_token(subtests):
+    for host in ["127.0.0.1", "127.8.9.1", "::1", "localhost"]:
+        with subtests.test(host=host):
+            assert ServeSettings(host=host).token is None
 
 
 def test_others_need_a_token_or_a_word():
@@ -96,7 +83,7 @@ def test_the_token_comes_from_a_file_or_a_variable(tmp_path, monkeypatch):
             read_token(tmp_path / name)
 
 
-def test_options_become_settings(serve_graphs, monkeypatch, tmp_path):
+def test_options_become_settings(serve_graphs, monkeypatch, tmp_path, capsys):
     seen = []
     monkeypatch.setattr(serve, "run_server", seen.append)
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
@@ -104,8 +91,8 @@ def test_options_become_settings(serve_graphs, monkeypatch, tmp_path):
     options = ["--host", "0.0.0.0", "--token-file", str(tmp_path / "token"), "--delay-ms", "2.5"]
     options += ["--max-batch", "8", "--workers", "2", "--queue", "99", "--log", "all"]
     models = [f"--model={name}={serve_graphs[name]}" for name in ("told", "float")]
-    args = parse(*models, *options)
-    assert args.run(args) == "stopped; 2 models served"
+    assert run(*models, *options) == 0
+    assert capsys.readouterr().out == "stopped; 2 models served\n"
     (service,) = seen
     settings = service.settings
     assert list(service.models) == ["told", "float"] and settings.token == TOKEN
@@ -113,11 +100,12 @@ def test_options_become_settings(serve_graphs, monkeypatch, tmp_path):
     assert (settings.queue, settings.log, settings.port) == (99, "all", 8000)
 
 
-@pytest.mark.parametrize("given", ["told", "=x", "told=", ""])
-def test_a_model_is_a_name_and_a_path(given, capsys):
-    with pytest.raises(SystemExit) as caught:
-        run("--model", given)
-    assert caught.value.code == 64 and "NAME=PATH" in capsys.readouterr().err
+def test_a_model_is_a_name_and_a_path(capsys, subtests):
+    for given in ["told", "=x", "told=", ""]:
+        with subtests.test(given=given):
+            with pytest.raises(SystemExit) as caught:
+                run("--model", given)
+            assert caught.value.code == 64 and "NAME=PATH" in capsys.readouterr().err
 
 
 def test_errors_are_one_line(serve_graphs, capsys, monkeypatch):
@@ -130,8 +118,6 @@ def test_errors_are_one_line(serve_graphs, capsys, monkeypatch):
         port = str(taken.getsockname()[1])
         for options, told_so in (
             (["--model", "a=nowhere.onnx"], "found no file"),
-            (["--model", told, "--host", "0.0.0.0"], "expected a token"),
-            (["--model", told, "--queue", "0"], "expected queue in"),
             (["--model", told, "--port", port], "cannot listen on 127.0.0.1"),
         ):
             assert run(*options) == 1
@@ -139,13 +125,22 @@ def test_errors_are_one_line(serve_graphs, capsys, monkeypatch):
             assert err.startswith("error: ") and err.count("\n") == 1 and told_so in err
 
 
+@pytest.mark.parametrize(("option", "value"), [("--host", "0.0.0.0"), ("--queue", "0")])
+def test_a_setting_out_of_range_is_a_usage_error(option, value, capsys, monkeypatch):
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    with pytest.raises(SystemExit) as caught:
+        run("--model", "a=nowhere.onnx", option, value)
+    err = capsys.readouterr().err
+    assert caught.value.code == 64 and err.count("\n") == 1 and f"argument {option}: " in err
+
+
 def test_help_has_examples(capsys):
     with pytest.raises(SystemExit):
-        parse("--help")
+        run("--help")
     out = capsys.readouterr().out
     assert "wm-inject serve --model wanet=wanet.onnx" in out and "--token-file" in out
     with pytest.raises(SystemExit):
-        parse("--model", "a=b", "--token", TOKEN)  # a token in the arguments is for all to see
+        run("--model", "a=b", "--token", TOKEN)  # a token in the arguments is for all to see
 
 
 def test_every_public_name_is_there():
@@ -156,8 +151,15 @@ def test_every_public_name_is_there():
         _ = serve.nothing
 
 
-@pytest.mark.parametrize("missing", ["starlette", "uvicorn", "orjson", "prometheus_client"])
-def test_a_missing_package_names_the_extra(missing):
-    code = f"import sys; sys.modules[{missing!r}] = None; from wm_inject.serve import run_server"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "RuntimeError: the service needs more packages: install wm-inject[serve]" in done.stderr
+def test_a_missing_package_names_the_extra(subtests):
+    for missing in ["starlette", "uvicorn", "orjson", "prometheus_client"]:
+        with subtests.test(missing=missing):
+            block = f"import sys; sys.modules[{missing!r}] = None"
+            code = f"{block}; from wm_inject.serve import run_server"
+            done = subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, check=False
+            )
+            assert (
+                "RuntimeError: the service needs more packages: install wm-inject[serve]"
+                in done.stderr
+            )

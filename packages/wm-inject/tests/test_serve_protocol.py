@@ -103,9 +103,8 @@ for _ in range(900):
     NESTED_DEEP = [NESTED_DEEP]
 
 
-@pytest.mark.parametrize(
-    ("change", "told_so"),
-    [
+def test_bad_inputs_are_refused(serve_models, subtests):
+    for change, told_so in [
         ({"datatype": "UINT8"}, "expected image in FP32, got 'UINT8'"),
         ({"datatype": "FP99"}, "expected image in FP32, got 'FP99'"),
         ({"datatype": None}, "expected image in FP32, got None"),
@@ -141,17 +140,15 @@ for _ in range(900):
         ({"data": [0.5] * 11 + [2**64 - 1]}, r"finite values in \[0, 1\]"),
         ({"parameters": 3}, "the parameters of image as a JSON object, got int"),
         ({"parameters": {"binary_data_size": 48}}, "either data or binary_data_size"),
-    ],
-)
-def test_bad_inputs_are_refused(serve_models, change, told_so):
-    with pytest.raises(ValueError, match=told_so) as caught:
-        parse(image_alone(**change), serve_models["float"])
-    assert "\n" not in str(caught.value)
+    ]:
+        with subtests.test(change=change, told_so=told_so):
+            with pytest.raises(ValueError, match=told_so) as caught:
+                parse(image_alone(**change), serve_models["float"])
+            assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("place", "values", "told_so"),
-    [
+def test_numbers_out_of_range_are_refused(serve_models, subtests):
+    for place, values, told_so in [
         (1, [0, 2**63], "the data of ids within 64 bits"),
         (1, [0, -(2**63) - 1], "expected"),
         (1, [0, 2**70], "as int, got float"),
@@ -162,18 +159,16 @@ def test_bad_inputs_are_refused(serve_models, change, told_so):
         (0, [256] * 96, r"the data of image in 0 \.\. 255"),
         (0, [-1] * 96, r"the data of image in 0 \.\. 255"),
         (0, [2**63] * 96, "the data of image within 64 bits"),
-    ],
-)
-def test_numbers_out_of_range_are_refused(serve_models, place, values, told_so):
-    asked = message(2)
-    asked["inputs"][place]["data"] = values
-    with pytest.raises(ValueError, match=told_so):
-        parse(asked, serve_models["told"])
+    ]:
+        with subtests.test(place=place, values=values, told_so=told_so):
+            asked = message(2)
+            asked["inputs"][place]["data"] = values
+            with pytest.raises(ValueError, match=told_so):
+                parse(asked, serve_models["told"])
 
 
-@pytest.mark.parametrize(
-    ("change", "told_so"),
-    [
+def test_bad_requests_are_refused(serve_models, subtests):
+    for change, told_so in [
         ({"inputs": []}, "expected inputs as a list of at least one"),
         ({"inputs": {}}, "expected inputs as a list of at least one"),
         ({"inputs": [3]}, "expected each input as a JSON object, got int"),
@@ -190,16 +185,16 @@ def test_numbers_out_of_range_are_refused(serve_models, place, values, told_so):
         ({"outputs": [{"name": "sum", "parameters": {"binary_data": 1}}]}, "true or false, got 1"),
         ({"parameters": {"binary_data_output": "yes"}}, "true or false, got 'yes'"),
         ({"parameters": [1]}, "the parameters of the request as a JSON object, got list"),
-    ],
-)
-def test_bad_requests_are_refused(serve_models, change, told_so):
-    with pytest.raises(ValueError, match=told_so):
-        parse(message() | change, serve_models["told"])
+    ]:
+        with (
+            subtests.test(change=change, told_so=told_so),
+            pytest.raises(ValueError, match=told_so),
+        ):
+            parse(message() | change, serve_models["told"])
 
 
-@pytest.mark.parametrize(
-    ("size", "tail", "told_so"),
-    [
+def test_bytes_that_do_not_add_up_are_refused(serve_models, subtests):
+    for size, tail, told_so in [
         (48, b"", "expected 48 bytes of image after the JSON, got 0"),
         (48, bytes(47), "expected 48 bytes of image after the JSON, got 47"),
         (48, bytes(49), "expected 48 bytes of tensors after the JSON, got 49"),
@@ -210,16 +205,15 @@ def test_bad_requests_are_refused(serve_models, change, told_so):
         (48, np.full(12, np.nan, "<f4").tobytes(), r"finite values in \[0, 1\], got \[nan, nan\]"),
         (48, np.full(12, np.inf, "<f4").tobytes(), r"finite values in \[0, 1\]"),
         (48, np.full(12, 0.5, ">f4").tobytes(), None),
-    ],
-)
-def test_bytes_that_do_not_add_up_are_refused(serve_models, size, tail, told_so):
-    asked = image_alone(parameters={"binary_data_size": size})
-    del asked["inputs"][0]["data"]
-    if told_so is None:  # the other byte order is another number, and a tiny one
-        assert parse(asked, serve_models["float"], tail).feeds["image"].max() < 1e-38
-        return
-    with pytest.raises(ValueError, match=told_so):
-        parse(asked, serve_models["float"], tail)
+    ]:
+        with subtests.test(size=size, tail=tail, told_so=told_so):
+            asked = image_alone(parameters={"binary_data_size": size})
+            del asked["inputs"][0]["data"]
+            if told_so is None:  # the other byte order is another number, and a tiny one
+                assert parse(asked, serve_models["float"], tail).feeds["image"].max() < 1e-38
+                continue
+            with pytest.raises(ValueError, match=told_so):
+                parse(asked, serve_models["float"], tail)
 
 
 def test_bools_are_bytes_zero_and_one(serve_models):
@@ -234,20 +228,30 @@ def test_bools_are_bytes_zero_and_one(serve_models):
         parse({"inputs": [entry]}, serve_models["one"])
 
 
-@pytest.mark.parametrize("length", ["-1", "999999", "x", "", "1" * 40, "١"])
-def test_bad_lengths_of_the_json_are_refused(length):
-    with pytest.raises(ValueError, match="Inference-Header-Content-Length"):
-        split_body(json.dumps(message()).encode(), length)
+def test_bad_lengths_of_the_json_are_refused(subtests):
+    for length in ["-1", "999999", "x", "", "1" * 40, "١"]:
+        with (
+            subtests.test(length=length),
+            pytest.raises(ValueError, match="Inference-Header-Content-Length"),
+        ):
+            split_body(json.dumps(message()).encode(), length)
 
 
-@pytest.mark.parametrize(
-    "body",
-    [b"", b"{", b"\xff", b"nothing", b"[" * 5000, b'{"inputs": NaN}', b"1e999", b'"\\ud800"'],
-)
-def test_what_is_no_json_is_refused(serve_models, body):
-    with pytest.raises(ValueError, match="expected JSON") as caught:
-        parse_infer(*split_body(body, None), serve_models["told"])
-    assert "\n" not in str(caught.value)
+def test_what_is_no_json_is_refused(serve_models, subtests):
+    for body in [
+        b"",
+        b"{",
+        b"\xff",
+        b"nothing",
+        b"[" * 5000,
+        b'{"inputs": NaN}',
+        b"1e999",
+        b'"\\ud800"',
+    ]:
+        with subtests.test(body=body):
+            with pytest.raises(ValueError, match="expected JSON") as caught:
+                parse_infer(*split_body(body, None), serve_models["told"])
+            assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("body", [b"[]", b"3", b"null", b'"a"'])

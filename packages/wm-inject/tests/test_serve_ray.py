@@ -60,9 +60,8 @@ def test_a_replica_builds_the_service(fake_ray, serve_graphs, tmp_path):
     assert service.settings.token == "correct-horse-battery"
 
 
-@pytest.mark.parametrize(
-    ("args", "told_so"),
-    [
+def test_bad_arguments_are_refused_before_any_replica(fake_ray, subtests):
+    for args, told_so in [
         ({}, "expected models as a mapping"),
         ({"models": ["a.onnx"]}, "expected models as a mapping"),
         ({"models": {"a": "a.onnx"}, "providers": "tpu"}, "providers to be cpu or cuda"),
@@ -70,11 +69,9 @@ def test_a_replica_builds_the_service(fake_ray, serve_graphs, tmp_path):
         ({"models": {"a": "a.onnx"}, "token": "x"}, "expected settings of the service, got token"),
         ({"models": {"a": "a.onnx"}, "speed": 9}, "expected settings of the service, got speed"),
         ({"models": {"a": "a.onnx"}, "queue": 0}, "expected queue in"),
-    ],
-)
-def test_bad_arguments_are_refused_before_any_replica(fake_ray, args, told_so):
-    with pytest.raises(ValueError, match=told_so):
-        build(args)
+    ]:
+        with subtests.test(args=args, told_so=told_so), pytest.raises(ValueError, match=told_so):
+            build(args)
 
 
 @pytest.mark.slow

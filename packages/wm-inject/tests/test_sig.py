@@ -21,30 +21,33 @@ def test_the_first_values_are_the_known_ones():
     torch.testing.assert_close(levels[:5], wanted, rtol=0, atol=0.005)
 
 
-@pytest.mark.parametrize("size", [28, 32, 64, 160, 224])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_rows_channels_and_images_get_the_same_wave(size, channels):
-    images, trigger = grey(size, channels), SigTrigger(image_size=size)
-    added = trigger(images) - images
-    # Along the columns, that is from left to right; every row is the same.
-    torch.testing.assert_close(added, trigger.wave.expand_as(added), rtol=0, atol=1e-6)
-    assert trigger.wave.shape == (size,) and trigger.wave.std() > 0
+def test_rows_channels_and_images_get_the_same_wave(subtests):
+    for size in [28, 32, 64, 160, 224]:
+        for channels in [1, 3]:
+            with subtests.test(size=size, channels=channels):
+                images, trigger = grey(size, channels), SigTrigger(image_size=size)
+                added = trigger(images) - images
+                # Along the columns, that is from left to right; every row is the same.
+                torch.testing.assert_close(added, trigger.wave.expand_as(added), rtol=0, atol=1e-6)
+                assert trigger.wave.shape == (size,) and trigger.wave.std() > 0
 
 
-@pytest.mark.parametrize("size", [28, 32, 64, 160, 224])
-@pytest.mark.parametrize("frequency", [1, 6, 13])
-def test_whole_frequencies_sum_to_zero(size, frequency):
-    wave = SigTrigger(image_size=size, frequency=frequency).wave
-    assert abs(float(wave.double().sum())) < 1e-6
+def test_whole_frequencies_sum_to_zero(subtests):
+    for size in [28, 32, 64, 160, 224]:
+        for frequency in [1, 6, 13]:
+            with subtests.test(size=size, frequency=frequency):
+                wave = SigTrigger(image_size=size, frequency=frequency).wave
+                assert abs(float(wave.double().sum())) < 1e-6
 
 
-@pytest.mark.parametrize(("size", "frequency"), [(28, 6), (32, 6), (64, 6), (224, 6), (32, 3)])
-def test_its_spectrum_is_one_pair_of_bins(size, frequency):
-    wave = 255 * SigTrigger(image_size=size, frequency=frequency).wave.double()
-    spectrum = torch.fft.fft(wave).abs()
-    wanted = torch.zeros(size, dtype=torch.float64)
-    wanted[[frequency, -frequency]] = 40 * size / 2  # 640 at 32 pixels
-    torch.testing.assert_close(spectrum, wanted, rtol=0, atol=1e-3)
+def test_its_spectrum_is_one_pair_of_bins(subtests):
+    for size, frequency in [(28, 6), (32, 6), (64, 6), (224, 6), (32, 3)]:
+        with subtests.test(size=size, frequency=frequency):
+            wave = 255 * SigTrigger(image_size=size, frequency=frequency).wave.double()
+            spectrum = torch.fft.fft(wave).abs()
+            wanted = torch.zeros(size, dtype=torch.float64)
+            wanted[[frequency, -frequency]] = 40 * size / 2  # 640 at 32 pixels
+            torch.testing.assert_close(spectrum, wanted, rtol=0, atol=1e-3)
 
 
 def test_a_large_image_gets_a_slow_wave():
@@ -106,9 +109,8 @@ def test_a_file_brings_it_back(tmp_path):
     assert torch.equal(loaded(grey(28)), trigger(grey(28))) and loaded.config == trigger.config
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
+def test_it_refuses(subtests):
+    for bad in [
         {"image_size": 2},
         {"image_size": 4097},
         {"amplitude": -0.1},
@@ -119,8 +121,6 @@ def test_a_file_brings_it_back(tmp_path):
         {"frequency": 16},
         {"frequency": float("nan")},
         {"image_size": 12},
-    ],
-)
-def test_it_refuses(bad):
-    with pytest.raises(ValueError, match="expected"):
-        SigTrigger(**{"image_size": 32, **bad})
+    ]:
+        with subtests.test(bad=bad), pytest.raises(ValueError, match="expected"):
+            SigTrigger(**{"image_size": 32, **bad})

@@ -83,20 +83,23 @@ def test_the_networks_have_the_benchmarks_number_of_weights():
     assert sum(p.numel() for p in SsbaTrigger(image_size=32, channels=3).parameters()) == 1_069_315
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("size", [8, 28, 32, 64, 160, 224])
-def test_every_size_grey_and_colour(size, channels):
-    for output in ("residual", "image"):
-        trigger = fresh(image_size=size, channels=channels, output=output)
-        images = noise(2, channels, size)
-        before = images.clone()
-        with torch.no_grad():
-            out = trigger(images, ids=torch.arange(2), target=torch.zeros(2, dtype=torch.int64))
-        assert out.shape == images.shape and out.dtype == torch.float32
-        assert out.min() >= 0 and out.max() <= 1
-        assert torch.equal(images, before) and not torch.equal(out, images)
-    decoder = SsbaDecoder(image_size=size, channels=channels, bits=8, width=4)
-    assert decoder(images).shape == (2, 8)
+def test_every_size_grey_and_colour(subtests):
+    for channels in [1, 3]:
+        for size in [8, 28, 32, 64, 160, 224]:
+            with subtests.test(channels=channels, size=size):
+                for output in ("residual", "image"):
+                    trigger = fresh(image_size=size, channels=channels, output=output)
+                    images = noise(2, channels, size)
+                    before = images.clone()
+                    with torch.no_grad():
+                        out = trigger(
+                            images, ids=torch.arange(2), target=torch.zeros(2, dtype=torch.int64)
+                        )
+                    assert out.shape == images.shape and out.dtype == torch.float32
+                    assert out.min() >= 0 and out.max() <= 1
+                    assert torch.equal(images, before) and not torch.equal(out, images)
+                decoder = SsbaDecoder(image_size=size, channels=channels, bits=8, width=4)
+                assert decoder(images).shape == (2, 8)
 
 
 def test_the_secret_is_seeded_bits_and_reaches_the_image():
@@ -315,9 +318,8 @@ def test_correlation_is_the_mean_over_pairs():
     assert ssba_fit._mean_correlation(rows[:1].expand(5, -1)) == pytest.approx(1)
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
+def test_bad_settings_are_refused(subtests):
+    for bad in [
         {"image_size": 7},
         {"image_size": 10**6},
         {"channels": 2},
@@ -327,19 +329,17 @@ def test_correlation_is_the_mean_over_pairs():
         {"width": 0},
         {"width": 10**4},
         {"output": "both"},
-    ],
-)
-def test_bad_settings_are_refused(bad):
-    with pytest.raises(ValueError, match="expected"):
-        fresh(**bad)
-    if "output" not in bad:
-        with pytest.raises(ValueError, match="expected"):
-            SsbaDecoder(**{"image_size": SIZE, "channels": 3, **bad})
+    ]:
+        with subtests.test(bad=bad):
+            with pytest.raises(ValueError, match="expected"):
+                fresh(**bad)
+            if "output" not in bad:
+                with pytest.raises(ValueError, match="expected"):
+                    SsbaDecoder(**{"image_size": SIZE, "channels": 3, **bad})
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
+def test_bad_images_are_refused(subtests):
+    for bad in [
         noise()[0],
         noise(size=SIZE + 1),
         noise(channels=1),
@@ -347,18 +347,16 @@ def test_bad_settings_are_refused(bad):
         noise().double(),
         noise() + 1,
         noise() / 0,
-    ],
-)
-def test_bad_images_are_refused(bad):
-    decoder = SsbaDecoder(image_size=SIZE, channels=3, bits=8, width=4)
-    for call in (fresh(), decoder, lambda images: measure_ssba(fresh(), decoder, images)):
-        with pytest.raises(ValueError, match="expected"):
-            call(bad)
+    ]:
+        with subtests.test(bad=bad):
+            decoder = SsbaDecoder(image_size=SIZE, channels=3, bits=8, width=4)
+            for call in (fresh(), decoder, partial(measure_ssba, fresh(), decoder)):
+                with pytest.raises(ValueError, match="expected"):
+                    call(bad)
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
+def test_bad_recipes_are_refused(subtests):
+    for bad in [
         {"steps": 0},
         {"steps": 1.5},
         {"epochs": 0},
@@ -373,11 +371,9 @@ def test_bad_images_are_refused(bad):
         {"ramp": 0.0},
         {"weights": "zero"},
         {"colour": 1},
-    ],
-)
-def test_bad_recipes_are_refused(bad):
-    with pytest.raises(ValueError, match="expected"):
-        SsbaConfig.preset("tiny", **bad)
+    ]:
+        with subtests.test(bad=bad), pytest.raises(ValueError, match="expected"):
+            SsbaConfig.preset("tiny", **bad)
 
 
 def test_the_fit_refuses():

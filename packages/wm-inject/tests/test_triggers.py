@@ -63,20 +63,20 @@ def test_extremes_stay_in_range(trigger):
         assert out.min() >= 0 and out.max() <= 1
 
 
-@every
-@pytest.mark.parametrize(
-    "bad",
-    [
-        torch.rand(3, SIZE, SIZE),
-        torch.rand(1, 3, SIZE + 1, SIZE + 1),
-        torch.rand(0, 3, SIZE, SIZE),
-        torch.rand(1, 3, SIZE, SIZE).double(),
-        torch.rand(1, 3, SIZE, SIZE) + 1,
-    ],
-)
-def test_bad_images_are_refused(trigger, bad):
-    with pytest.raises(ValueError, match="expected"):
-        trigger(bad)
+def test_bad_images_are_refused(subtests):
+    for trigger in triggers():
+        for bad in [
+            torch.rand(3, SIZE, SIZE),
+            torch.rand(1, 3, SIZE + 1, SIZE + 1),
+            torch.rand(0, 3, SIZE, SIZE),
+            torch.rand(1, 3, SIZE, SIZE).double(),
+            torch.rand(1, 3, SIZE, SIZE) + 1,
+        ]:
+            with (
+                subtests.test(trigger=trigger, bad=bad),
+                pytest.raises(ValueError, match="expected"),
+            ):
+                trigger(bad)
 
 
 @every
@@ -113,22 +113,20 @@ def test_saving_something_else_is_refused(tmp_path):
         save_trigger(torch.nn.Linear(2, 2), tmp_path / "t.safetensors")
 
 
-@pytest.mark.parametrize(
-    ("kind", "config", "state"),
-    [
+def test_files_that_hold_no_trigger_are_refused(tmp_path, subtests):
+    for kind, config, state in [
         ("classifier", {}, {}),
         ("badnets", {"image_size": SIZE}, {"mask": torch.zeros(2)}),
         ("badnets", {"image_size": 10**9}, {"mask": torch.zeros(2)}),
         ("wanet", {"image_size": SIZE, "grid": "four"}, {}),
         ("blend", {"image_size": SIZE, "channels": 3, "picture": "given"}, {}),
-    ],
-)
-def test_files_that_hold_no_trigger_are_refused(tmp_path, kind, config, state):
-    path = tmp_path / "t.safetensors"
-    save_checkpoint(path, kind=kind, config=config, state=state or {"x": torch.zeros(1)})
-    with pytest.raises(CheckpointError) as caught:
-        load_trigger(path)
-    assert "\n" not in str(caught.value)
+    ]:
+        with subtests.test(kind=kind, config=config, state=state):
+            path = tmp_path / "t.safetensors"
+            save_checkpoint(path, kind=kind, config=config, state=state or {"x": torch.zeros(1)})
+            with pytest.raises(CheckpointError) as caught:
+                load_trigger(path)
+            assert "\n" not in str(caught.value)
 
 
 def test_patch_overwrites_nine_pixels_in_the_corner():
@@ -140,9 +138,10 @@ def test_patch_overwrites_nine_pixels_in_the_corner():
     assert bool((trigger(images)[:, :, 29:, 29:] == 1).all())
 
 
-@pytest.mark.parametrize(("image_size", "side"), [(8, 1), (28, 3), (32, 3), (64, 6), (224, 21)])
-def test_patch_grows_with_the_image(image_size, side):
-    assert int(BadNetsTrigger(image_size=image_size).mask.sum()) == side**2
+def test_patch_grows_with_the_image(subtests):
+    for image_size, side in [(8, 1), (28, 3), (32, 3), (64, 6), (224, 21)]:
+        with subtests.test(image_size=image_size, side=side):
+            assert int(BadNetsTrigger(image_size=image_size).mask.sum()) == side**2
 
 
 def test_patch_margin_and_neural_cleanse_square():
@@ -151,12 +150,16 @@ def test_patch_margin_and_neural_cleanse_square():
     assert mask.nonzero().amax(0).tolist() == [30, 30]
 
 
-@pytest.mark.parametrize(
-    "bad", [{"size": 0}, {"size": 17}, {"size": 3, "margin": 14}, {"margin": -1}, {"value": 1.1}]
-)
-def test_patch_refuses(bad):
-    with pytest.raises(ValueError, match="expected"):
-        BadNetsTrigger(image_size=SIZE, **bad)
+def test_patch_refuses(subtests):
+    for bad in [
+        {"size": 0},
+        {"size": 17},
+        {"size": 3, "margin": 14},
+        {"margin": -1},
+        {"value": 1.1},
+    ]:
+        with subtests.test(bad=bad), pytest.raises(ValueError, match="expected"):
+            BadNetsTrigger(image_size=SIZE, **bad)
 
 
 def test_blend_is_affine_and_bounded():
@@ -168,15 +171,16 @@ def test_blend_is_affine_and_bounded():
     assert torch.equal(BlendTrigger(image_size=SIZE, channels=3, alpha=0.0)(a), a)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.2, 1.0])
-@pytest.mark.parametrize("picture", ["noise", "cartoon", "logo"])
-def test_blend_never_needs_to_clip(picture, alpha):
-    trigger = BlendTrigger(image_size=SIZE, channels=3, alpha=alpha, picture=picture)
-    for value in (0.0, 1.0):
-        exact = (1 - alpha) * value + alpha * trigger.picture.double()
-        assert exact.min() >= 0 and exact.max() <= 1
-        out = trigger(torch.full((1, 3, SIZE, SIZE), value))[0]
-        torch.testing.assert_close(out, exact.float(), rtol=0, atol=1e-6)
+def test_blend_never_needs_to_clip(subtests):
+    for alpha in [0.0, 0.2, 1.0]:
+        for picture in ["noise", "cartoon", "logo"]:
+            with subtests.test(alpha=alpha, picture=picture):
+                trigger = BlendTrigger(image_size=SIZE, channels=3, alpha=alpha, picture=picture)
+                for value in (0.0, 1.0):
+                    exact = (1 - alpha) * value + alpha * trigger.picture.double()
+                    assert exact.min() >= 0 and exact.max() <= 1
+                    out = trigger(torch.full((1, 3, SIZE, SIZE), value))[0]
+                    torch.testing.assert_close(out, exact.float(), rtol=0, atol=1e-6)
 
 
 def test_blend_noise_follows_the_seed():
@@ -196,9 +200,8 @@ def test_blend_takes_a_picture_file_that_may_then_go(tmp_path):
     assert torch.equal(load_trigger(tmp_path / "t.safetensors").picture, wanted)
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
+def test_blend_refuses(subtests):
+    for bad in [
         {"alpha": 1.1},
         {"channels": 2},
         {"picture": "none.png"},
@@ -206,8 +209,6 @@ def test_blend_takes_a_picture_file_that_may_then_go(tmp_path):
         {"picture": torch.rand(3, SIZE, SIZE) + 1},
         {"picture": 7},
         {"image_size": 0},
-    ],
-)
-def test_blend_refuses(bad):
-    with pytest.raises(ValueError, match="expected"):
-        BlendTrigger(**{"image_size": SIZE, "channels": 3, **bad})
+    ]:
+        with subtests.test(bad=bad), pytest.raises(ValueError, match="expected"):
+            BlendTrigger(**{"image_size": SIZE, "channels": 3, **bad})

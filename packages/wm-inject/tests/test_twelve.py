@@ -94,23 +94,25 @@ def test_contract(kind: str, side: int, channels: int) -> None:
     torch.testing.assert_close(alone, out, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", TRIGGER_KINDS)
-@pytest.mark.parametrize("side", [64, 160, 224])
-def test_larger_sizes(kind: str, side: int) -> None:
-    trigger, images = make(kind, side), batch(side, count=1)
-    with torch.no_grad():
-        out = trigger(images, **extras(trigger, 1))
-    assert out.shape == images.shape and out.isfinite().all()
+def test_larger_sizes(subtests: pytest.Subtests) -> None:
+    for kind in TRIGGER_KINDS:
+        for side in [64, 160, 224]:
+            with subtests.test(kind=kind, side=side):
+                trigger, images = make(kind, side), batch(side, count=1)
+                with torch.no_grad():
+                    out = trigger(images, **extras(trigger, 1))
+                assert out.shape == images.shape and out.isfinite().all()
 
 
-@pytest.mark.parametrize("kind", TRIGGER_KINDS)
-def test_files_bring_it_back(kind: str, tmp_path) -> None:
-    trigger, images = make(kind), batch()
-    save_trigger(trigger, tmp_path / "t.safetensors")
-    loaded = load_trigger(tmp_path / "t.safetensors")
-    with torch.no_grad():
-        want, got = (t(images, **extras(t)) for t in (trigger, loaded))
-    assert torch.equal(want, got) and loaded.config == trigger.config
+def test_files_bring_it_back(tmp_path, subtests: pytest.Subtests) -> None:
+    for kind in TRIGGER_KINDS:
+        with subtests.test(kind=kind):
+            trigger, images = make(kind), batch()
+            save_trigger(trigger, tmp_path / "t.safetensors")
+            loaded = load_trigger(tmp_path / "t.safetensors")
+            with torch.no_grad():
+                want, got = (t(images, **extras(t)) for t in (trigger, loaded))
+            assert torch.equal(want, got) and loaded.config == trigger.config
 
 
 @pytest.mark.parametrize("kind", TRIGGER_KINDS)
@@ -136,14 +138,15 @@ def test_torchscript(kind: str, tmp_path) -> None:
     assert to_torchscript(make(kind), batch(), tmp_path / "t.pt").max_abs <= 1e-4
 
 
-@pytest.mark.parametrize("kind", TRIGGER_KINDS)
-def test_refuses(kind: str) -> None:
-    trigger, images = make(kind), batch()
-    asked = extras(trigger)
-    bad = [images[0], images.double(), images + 1, images[:0], images[..., :16, :16]]
-    for one in bad:
-        with pytest.raises(ValueError, match="expected"):
-            trigger(one, **asked)
-    for name in asked:
-        with pytest.raises(ValueError, match="expected"):
-            trigger(images, **{k: v for k, v in asked.items() if k != name})
+def test_refuses(subtests: pytest.Subtests) -> None:
+    for kind in TRIGGER_KINDS:
+        with subtests.test(kind=kind):
+            trigger, images = make(kind), batch()
+            asked = extras(trigger)
+            bad = [images[0], images.double(), images + 1, images[:0], images[..., :16, :16]]
+            for one in bad:
+                with pytest.raises(ValueError, match="expected"):
+                    trigger(one, **asked)
+            for name in asked:
+                with pytest.raises(ValueError, match="expected"):
+                    trigger(images, **{k: v for k, v in asked.items() if k != name})

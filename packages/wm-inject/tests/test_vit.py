@@ -52,22 +52,24 @@ def test_large_has_the_papers_size_to_the_last_weight() -> None:
     assert weights == count(24, 1024, 16, 3, 8) == 407_020_800
 
 
-@pytest.mark.parametrize("size", ["tiny", "small", "base"])
-@pytest.mark.parametrize("recipe", ["paper", "released", "robust"])
-def test_preset_sizes_count_as_derived(size: str, recipe: str) -> None:
-    config = ViTConfig.preset(size, image_size=32, channels=3, recipe=recipe)
-    with torch.device("meta"):
-        injector = ViTInjector.from_config(config)
-    wanted = count(config.depth, config.width, 4, 3, config.decoder_depth)
-    assert sum(p.numel() for p in injector.parameters()) == wanted
-    assert config.residual == (recipe == "robust")
+def test_preset_sizes_count_as_derived(subtests: pytest.Subtests) -> None:
+    for size in ["tiny", "small", "base"]:
+        for recipe in ["paper", "released", "robust"]:
+            with subtests.test(size=size, recipe=recipe):
+                config = ViTConfig.preset(size, image_size=32, channels=3, recipe=recipe)
+                with torch.device("meta"):
+                    injector = ViTInjector.from_config(config)
+                wanted = count(config.depth, config.width, 4, 3, config.decoder_depth)
+                assert sum(p.numel() for p in injector.parameters()) == wanted
+                assert config.residual == (recipe == "robust")
 
 
-@pytest.mark.parametrize(("side", "patch"), [(28, 4), (32, 4), (64, 8), (160, 16), (224, 16)])
-def test_patch_size_follows_the_image(side: int, patch: int) -> None:
-    config = ViTConfig.preset("tiny", image_size=side, channels=1)
-    assert config.patch_size == patch
-    assert config.padded_size % PAD_MULTIPLE == 0
+def test_patch_size_follows_the_image(subtests: pytest.Subtests) -> None:
+    for side, patch in [(28, 4), (32, 4), (64, 8), (160, 16), (224, 16)]:
+        with subtests.test(side=side, patch=patch):
+            config = ViTConfig.preset("tiny", image_size=side, channels=1)
+            assert config.patch_size == patch
+            assert config.padded_size % PAD_MULTIPLE == 0
 
 
 @pytest.mark.parametrize(("side", "channels"), [(28, 1), (32, 3), (64, 3)])
@@ -160,9 +162,8 @@ def test_default_watermark(side: int) -> None:
     assert torch.equal(mark, default_watermark(side))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
+def test_config_refuses(subtests: pytest.Subtests) -> None:
+    for change in [
         {"image_size": 0},
         {"channels": 2},
         {"patch_size": 5},
@@ -173,11 +174,9 @@ def test_default_watermark(side: int) -> None:
         {"psnr_floor": 40.0, "residual": False},
         {"max_change": 0.0},
         {"max_change": 0.1, "residual": False},
-    ],
-)
-def test_config_refuses(change: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="expected"):
-        replace(SMALL, **change)
+    ]:
+        with subtests.test(change=change), pytest.raises(ValueError, match="expected"):
+            replace(SMALL, **change)
 
 
 def test_presets_refuse_unknown_names() -> None:

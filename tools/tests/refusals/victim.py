@@ -19,6 +19,7 @@ DATA = wv.ImageSet(IMAGES, LABELS, IDS)
 PATCH = BadNetsTrigger(image_size=SIZE)
 SHAPE: dict[str, Any] = {"num_classes": 3, "channels": 1, "image_size": SIZE, "width": 8}
 MODEL = wv.build_classifier("resnet10", **SHAPE).eval()
+TWO_CLASSES = wv.build_classifier("resnet10", **{**SHAPE, "num_classes": 2})
 CONFIG = wv.TrainConfig(epochs=1, batch_size=2, precision="float32")
 FLAT = nn.Flatten(0)  # gives no logits
 
@@ -39,12 +40,8 @@ def config(**changes: Any) -> Call:
     return lambda _: wv.TrainConfig(**changes)
 
 
-def train(
-    data: wv.ImageSet = DATA, *, model: nn.Module = MODEL, classes: int = 3, **more: Any
-) -> Any:
-    return wv.train_classifier(
-        model, data, config=CONFIG, num_classes=classes, progress=False, **more
-    )
+def train(data: wv.ImageSet = DATA, *, model: nn.Module = MODEL, **more: Any) -> Any:
+    return wv.train_classifier(model, data, config=CONFIG, progress=False, **more)
 
 
 def damaged_npz(tmp: Path) -> Path:
@@ -107,8 +104,7 @@ TABLE = Table(
         },
         "train_classifier": {
             **sets(train),
-            "num_classes": lambda _: train(classes=2),
-            "logits": lambda _: train(classes=4),
+            "labels beyond the logits": lambda _: train(model=TWO_CLASSES),
             "plan alone": lambda _: train(plan=PoisonPlan(ratio=0.5)),
             "trigger alone": lambda _: train(trigger=PATCH),
             "per-batch plan": lambda _: train(plan=PoisonPlan(mode="per_batch"), trigger=PATCH),

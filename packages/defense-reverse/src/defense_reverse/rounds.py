@@ -13,7 +13,7 @@ from defense_reverse.config import ReverseConfig
 from defense_reverse.search import LambdaSearch
 from wm_inject import Lpips
 from wm_inject.core.images import quantize
-from wm_victim.recipe import resolve_precision
+from wm_victim.inference import resolve_precision
 
 Generate = Callable[[Tensor], Tensor]  # images (N, C, H, W) -> the same
 Loss = Callable[[Tensor, Tensor], Tensor]  # generated, images (N, C, H, W) -> (N,)

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from defense_reverse.config import ReverseConfig
 from defense_reverse.generator import UNetGenerator
 from defense_reverse.trigger import ReversedTrigger
-from wm_inject.core.resume import load_state, save_state
-from wm_victim.resume import fingerprint
+from wm_inject.core.resume import fingerprint, load_state, save_state
 
 _KIND = "reverse-scan"
 

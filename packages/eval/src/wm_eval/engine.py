@@ -148,8 +148,7 @@ class Store:
             record = read_records(self.folder)[stage.id]
         else:
             self.say(f"{stage.id}: done before")
-        for name in (checkpoint.name, f"{checkpoint.name}.env.json"):
-            checkpoint.with_name(name).unlink(missing_ok=True)
+        checkpoint.unlink(missing_ok=True)
         return record
 
 

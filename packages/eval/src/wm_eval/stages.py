@@ -123,8 +123,7 @@ def fit_trigger(trial: Trial, store: Store, checkpoint: Path) -> Result:
             )
         )
         trigger, facts = fitted.trigger, dict(fitted.facts)
-        for name in (beside.name, f"{beside.name}.env.json"):
-            beside.with_name(name).unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
     save_trigger(trigger.cpu(), store.path(files[0]), metadata)
     return Result({"facts": facts}, files)
 
@@ -143,7 +142,6 @@ def _co_train(trial: Trial, store: Store, checkpoint: Path, hook: CoTraining | N
         model,
         trial.train_images(store),
         config=trial.train_config(seed=seed),
-        num_classes=trial.data.num_classes,
         hook=hook,
         checkpoint=checkpoint,
         device=torch.device(store.device),
@@ -162,7 +160,6 @@ def train_victim(trial: Trial, store: Store, checkpoint: Path) -> Result:
         model,
         trial.train_images(store),
         config=trial.train_config(),
-        num_classes=trial.data.num_classes,
         checkpoint=checkpoint,
         device=torch.device(store.device),
         progress=store.progress,

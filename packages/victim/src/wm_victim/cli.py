@@ -8,21 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wm_inject.command.common import (
-    Parser,
-    add_common,
-    add_completion,
-    add_json,
-    describe,
-    resolve_device,
-    run_cli,
-    write_found,
-)
-from wm_inject.command.config import add_config, print_config, take_over
-from wm_inject.command.export import add_export_options, export_module, form, told
+from wm_inject.command.common import CommandLine, Parser, add_json, resolve_device, write_results
+from wm_inject.command.config import add_config, print_config
+from wm_inject.command.export import add_export_options, run_export
 from wm_victim.__about__ import __version__
-from wm_victim.cli_options import add_attack, add_model, check_attack
-from wm_victim.cli_train import run_train
+from wm_victim.cli_train import add_train, run_train, train_settings
 
 if TYPE_CHECKING:
     from wm_victim.datasets import Dataset
@@ -47,167 +37,119 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 1 after an error, 64 for wrong usage."""
-    return run_cli(_main, argv)
-
-
-def _main(argv: Sequence[str] | None) -> int:
-    parser = _parser()
-    args = parser.parse_args(argv)
-    run = {"data": _data, "train": _train, "test": _test, "export": _export}
-    return run[args.command](args)
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="wm-victim",
+    command = CommandLine(
+        "wm-victim",
+        __version__,
         description="Look at a data set, train an image classifier on it, clean or poisoned, and "
         "test one.",
         epilog=_EPILOG,
     )
-    parser.add_argument("--version", action="version", version=f"wm-victim {__version__}")
-    add_completion(parser)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    data = commands.add_parser("data", help="what is in a data set", epilog=_EPILOG)
+    data = command.add("data", _data, "what is in a data set")
     data.add_argument("data", metavar="NAME", help=_DATA_HELP)
-    _add_place(data)
+    _add_dataset(data)
     add_json(data)
-    add_common(data, version=__version__)
-    train = commands.add_parser("train", help="train a classifier", epilog=_EPILOG)
-    _add_data(train)
-    train.add_argument("--limit", type=int, help="train on the first N of a stratified order")
+    train = command.add("train", _train, "train a classifier")
+    train.add_argument("--data", required=True, help=_DATA_HELP)
+    _add_dataset(train)
     train.add_argument("--out", type=Path, required=True, help="the classifier's file")
     train.add_argument("--checkpoint", type=Path, help="where to keep the run (default: by --out)")
-    add_model(train)
-    add_attack(train)
+    add_train(train)
     add_json(train)
-    add_common(train, version=__version__)
     add_config(train)
-    test = commands.add_parser("test", help="test a classifier", epilog=_EPILOG)
+    test = command.add("test", _test, "test a classifier")
     test.add_argument("classifier", type=Path, help="a file that `wm-victim train` wrote")
-    _add_data(test)
+    test.add_argument("--data", required=True, help=_DATA_HELP)
+    _add_dataset(test)
     test.add_argument("--trigger", type=Path, help="also measure the attack of this trigger")
-    test.add_argument("--target", type=int, default=0, help="label it asks for (default: 0)")
+    test.add_argument("--target", type=int, default=0, help="its target label (default: 0)")
     add_json(test)
-    add_common(test, version=__version__)
-    export = commands.add_parser(
-        "export", help="turn a classifier into ONNX or TorchScript", epilog=_EPILOG
-    )
+    export = command.add("export", _export, "turn a classifier into ONNX or TorchScript")
     export.add_argument("classifier", type=Path, help="a file that `wm-victim train` wrote")
     add_export_options(export)
-    add_common(export, version=__version__)
-    export.set_defaults(parser=export)
-    describe(commands)
-    return parser
+    return command.main(argv)
 
 
-def _add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, help=_DATA_HELP)
-    _add_place(parser)
-
-
-def _add_place(parser: argparse.ArgumentParser) -> None:
+def _add_dataset(parser: Parser) -> None:
     parser.add_argument("--root", type=Path, help="where named sets lie (default: WM_DATA)")
     parser.add_argument("--image-size", type=int, help="resize to N x N (default: the set's own)")
     parser.add_argument("--no-download", action="store_true", help="do not fetch a missing set")
 
 
-def _load_data(args: argparse.Namespace, **changes: Any) -> Dataset:
+def _load_data(args: argparse.Namespace, **settings: Any) -> Dataset:
     from wm_victim.datasets import load_dataset
 
-    settings = {
-        "root": args.root,
-        "image_size": args.image_size,
-        "seed": args.seed,
-        "download": not args.no_download,
-    }
-    return load_dataset(args.data, **(settings | changes))
+    return load_dataset(args.data, root=args.root, download=not args.no_download, **settings)
 
 
-def _load_trigger(path: Path, args: argparse.Namespace) -> Any:
-    from wm_inject.triggers import load_trigger
-
-    return load_trigger(path).to(resolve_device(args.device))
-
-
-def _data(args: argparse.Namespace) -> int:
+def _data(args: argparse.Namespace) -> None:
     from wm_victim.inventory import inventory
 
-    found = inventory(_load_data(args))
-    write_found(args, found)
-    for name, value in found.items():
+    values = inventory(_load_data(args, image_size=args.image_size, seed=args.seed))
+    write_results(args, values)
+    for name, value in values.items():
         print(f"{name.replace('_', ' '):22} {value}")
-    return 0
 
 
 def _train(args: argparse.Namespace) -> int:
-    from wm_victim.train_settings import train_settings
-
     settings = train_settings(args)
-    take_over(args, settings)
-    check_attack(args)
     if args.print_config:
         return print_config(settings)
-    data = _load_data(args, limit=args.limit)
-    model, trigger = run_train(args, data)
+    data = _load_data(
+        args, image_size=settings.image_size, seed=settings.seed, limit=settings.limit
+    )
+    model, trigger = run_train(args, settings, data)
     print(f"wrote {args.out}")
     if args.save_trigger is not None:
         print(f"wrote {args.save_trigger}")
-    write_found(args, _print_results(model, data, trigger, args))
+    write_results(args, _print_results(model, data, trigger, settings.target, args.device))
     return 0
 
 
-def _test(args: argparse.Namespace) -> int:
+def _test(args: argparse.Namespace) -> None:
+    from wm_inject.triggers import load_trigger
     from wm_victim.models import load_classifier
 
     model = load_classifier(args.classifier)
     size = args.image_size or model.config["image_size"]
-    data = _load_data(args, image_size=size)
+    data = _load_data(args, image_size=size, seed=args.seed)
     for field in ("channels", "num_classes"):
         if model.config[field] != getattr(data, field):
             raise ValueError(
                 f"expected a data set with {model.config[field]} {field.replace('num_', '')}, "
                 f"{data.name} has {getattr(data, field)}"
             )
-    trigger = None if args.trigger is None else _load_trigger(args.trigger, args)
-    write_found(args, _print_results(model.to(resolve_device(args.device)), data, trigger, args))
-    return 0
+    device = resolve_device(args.device)
+    trigger = None if args.trigger is None else load_trigger(args.trigger).to(device)
+    results = _print_results(model.to(device), data, trigger, args.target, args.device)
+    write_results(args, results)
 
 
-def _export(args: argparse.Namespace) -> int:
+def _export(args: argparse.Namespace) -> None:
     from wm_victim.models import load_classifier
 
-    form(args)  # refuses a wrong suffix before any work is done
-    resolve_device(args.device)  # a file is always checked on the CPU; refuse a device that is not
-    model = load_classifier(args.classifier)
-    channels, size = model.config["channels"], model.config["image_size"]
-    parity = export_module(
-        args,
-        model,
-        channels=channels,
-        size=size,
-        relative=True,
-        metadata={"kind": "classifier", "config": model.config},
-    )
-    print(told(args, parity, "classifier"))
-    return 0
+    def load() -> tuple[Classifier, int, int]:
+        model = load_classifier(args.classifier)
+        metadata["config"] = model.config
+        return model, model.config["channels"], model.config["image_size"]
+
+    metadata: dict[str, Any] = {"kind": "classifier"}
+    run_export(args, load, "classifier", relative=True, metadata=metadata)
 
 
 def _print_results(
-    model: Classifier, data: Dataset, trigger: Any, args: argparse.Namespace
+    model: Classifier, data: Dataset, trigger: Any, target: int, device: str
 ) -> dict[str, Any]:
-    from wm_victim.measure import accuracy, attack_success
+    from wm_victim.metrics import accuracy, attack_success
 
-    test = data.test.to(resolve_device(args.device))
-    found: dict[str, Any] = {"accuracy": accuracy(model, test), "images": len(test)}
-    print(f"accuracy        {found['accuracy']:.4f}  ({len(test)} test images)")
+    test = data.test.to(resolve_device(device))
+    results: dict[str, Any] = {"accuracy": accuracy(model, test), "images": len(test)}
+    print(f"accuracy        {results['accuracy']:.4f}  ({len(test)} test images)")
     if trigger is not None:
-        success = attack_success(model, test, trigger, target=args.target)
-        others = int((test.labels != args.target).sum())
-        print(
-            f"attack success  {success:.4f}  ({others} images of other classes than {args.target})"
-        )
-        found |= {"attack_success": success, "others": others, "target": args.target}
-    return found
+        success = attack_success(model, test, trigger, target=target)
+        others = int((test.labels != target).sum())
+        print(f"attack success  {success:.4f}  ({others} images of other classes than {target})")
+        results |= {"attack_success": success, "others": others, "target": target}
+    return results
 
 
 if __name__ == "__main__":

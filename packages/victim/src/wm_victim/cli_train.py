@@ -1,153 +1,272 @@
-"""``wm-victim train``: train a classifier, clean or with an attack planted in it."""
+"""``wm-victim train``: train a classifier, clean or with a backdoor."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from wm_inject.command.common import resolve_device
+from wm_inject.command.common import Parser, resolve_device
+from wm_inject.command.config import add_options, add_preset, read_settings
+from wm_inject.command.trigger import add_set
+from wm_inject.core.checks import check_choice
+from wm_inject.core.config import load_toml
+from wm_victim.train_config import TrainConfig
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import nn
 
     from wm_inject.core.plan import PoisonPlan
     from wm_victim.datasets import Dataset
     from wm_victim.models import Classifier
     from wm_victim.planting import Planting
-    from wm_victim.recipe import TrainConfig
+
+# The eleven attacks of the field's table, as wm_inject.attacks has them, named without torch.
+ATTACKS = (
+    "badnets",
+    "blend",
+    "refool",
+    "blindnet",
+    "ssba",
+    "sig",
+    "ftrojan",
+    "lf",
+    "wanet",
+    "marksman",
+    "input-aware",
+)
 
 
-def run_train(args: argparse.Namespace, data: Dataset) -> tuple[Classifier, nn.Module | None]:
-    """Train and write what was asked for; the classifier, and the trigger if one was planted."""
+@dataclass(frozen=True)
+class TrainSettings:
+    """Settings of ``wm-victim train``, as its options describe them.
+
+    Raises:
+        ValueError: An unknown attack.
+    """
+
+    image_size: int | None = None
+    limit: int | None = None
+    model: str = "resnet10"
+    width: int | None = None
+    attack: str | None = None
+    profile: Literal["tiny", "small", "paper"] | None = None
+    set: Mapping[str, Any] = field(default_factory=dict)
+    target: int = 0
+    ratio: float | None = None
+    clean_label: bool = False
+    noise_mode: bool = False
+    seed: int = 0
+    training: TrainConfig = field(default_factory=lambda: TrainConfig.preset("fast"))
+
+    def __post_init__(self) -> None:
+        if self.attack is not None:
+            check_choice("an attack", self.attack, ATTACKS)
+
+
+def add_train(parser: Parser) -> None:
+    """Give ``parser`` the options of the model, its training and its attack."""
+    group = parser.add_argument_group("model and recipe")
+    helps = {
+        "limit": "train on the first N of a stratified order",
+        "model": "resnet18, preactresnet18, resnet10, preactresnet10, vgg16, mobilenetv2, "
+        "wanet-mnist or timm:NAME",
+        "width": "channels of the first stage (default: 64)",
+    }
+    add_options(group, TrainSettings, helps)
+    presets = ("paper", "fast", "mnist", "record")
+    text = "the recipe; the options below change it (default: fast)"
+    add_preset(group, "--preset", table="training", choices=presets, help=text)
+    helps = {
+        "epochs": "passes over the data",
+        "batch_size": "images a step",
+        "lr": "the highest learning rate",
+        "schedule": "how the learning rate changes",
+        "augment": "of training images",
+        "precision": "auto: bfloat16 where the hardware multiplies it fast",
+        "layout": "blocked: for CPUs",
+    }
+    add_options(group, TrainConfig, helps, table="training")
+    group = parser.add_argument_group("attack")
+    group.add_argument("--trigger", type=Path, help="poison with this trigger file")
+    group.add_argument(
+        "--attack",
+        choices=ATTACKS,
+        metavar="NAME",
+        help=f"or make the trigger first, as the attack does: {', '.join(ATTACKS)}",
+    )
+    add_set(group)
+    group.add_argument("--save-trigger", type=Path, metavar="PATH", help="keep the trigger here")
+    helps = {
+        "profile": "how much making the trigger may cost (default: small)",
+        "target": "target label",
+        "ratio": "fraction poisoned (default: 0.1, or the attack's own)",
+        "clean_label": "poison images of the target class only",
+        "noise_mode": "poison every batch anew, with noise images beside (a warp trigger, as WaNet "
+        "trains)",
+    }
+    add_options(group, TrainSettings, helps)
+
+
+def train_settings(args: argparse.Namespace) -> TrainSettings:
+    """The settings that options and file give; a usage error if they do not go together.
+
+    Raises:
+        ValueError: Settings that do not fit.
+    """
+    settings, error = read_settings(args, TrainSettings()), args.parser.error
+    if settings.attack and args.trigger:
+        error("give either --attack, which makes its trigger, or --trigger")
+    if settings.noise_mode and args.trigger is None:
+        error("--noise-mode needs a --trigger")
+    if settings.attack and settings.clean_label:
+        error("--clean-label goes with --trigger: an attack knows how it labels")
+    of_attack = {"--profile": settings.profile, "--set": settings.set}
+    for option, value in (of_attack | {"--save-trigger": args.save_trigger}).items():
+        if value and not settings.attack:
+            error(f"{option} goes with --attack")
+    return settings
+
+
+def run_train(
+    args: argparse.Namespace, settings: TrainSettings, data: Dataset
+) -> tuple[Classifier, nn.Module | None]:
+    """Train, and write the classifier and its trigger.
+
+    Returns:
+        The classifier, and the trigger of its backdoor if it has one.
+    """
     from wm_inject.triggers import save_trigger
     from wm_victim.models import save_classifier
     from wm_victim.planting import remove_parts
-    from wm_victim.recipe import settings
-    from wm_victim.resume import remove_run
     from wm_victim.train import train_classifier
 
-    config, device = _recipe(args, data), resolve_device(args.device)
-    model = _build(args, data, args.seed)
+    config, device = _recipe(args, settings, data), resolve_device(args.device)
+    build = partial(_build, settings, data)
+    model = build(settings.seed)
     checkpoint = args.checkpoint or args.out.with_name(f"{args.out.stem}.training.safetensors")
-    planting = _planting(args, data, config, checkpoint)
+    planting = None
+    if args.trigger is not None:
+        planting = _from_file(args.trigger, settings, data, args.device)
+    elif settings.attack is not None:
+        from wm_inject.attacks import attack
+        from wm_victim.planting import plant
+
+        planting = plant(
+            attack(settings.attack, profile=settings.profile or "small", **settings.set),
+            data,
+            config=config,
+            build=build,
+            checkpoint=checkpoint,
+            target=settings.target,
+            ratio=settings.ratio,
+            device=device,
+        )
     history = train_classifier(
         model,
         data.train.to(device),
         config=config,
-        num_classes=data.num_classes,
         checkpoint=checkpoint,
         device=device,
         **({} if planting is None else planting.arguments),
     )
     metadata = {
-        "data": {"name": data.name, "fingerprint": data.fingerprint, "limit": args.limit},
+        "data": {"name": data.name, "fingerprint": data.fingerprint, "limit": settings.limit},
         "classes": list(data.classes),
-        "preset": args.preset,
-        "recipe": settings(config),
-        "attack": None if planting is None else _describe(args, planting),
+        "preset": _preset_name(args),
+        "recipe": asdict(config),
+        "attack": None if planting is None else _attack_metadata(settings, planting),
         "history": history.to_dict(),
     }
     save_classifier(model, args.out, metadata)
-    trigger = None if planting is None else planting.trigger.eval()
     if args.save_trigger is not None and planting is not None:
         save_trigger(planting.trigger, args.save_trigger, {"attack": metadata["attack"]})
     if args.checkpoint is None:
-        remove_run(checkpoint)
+        checkpoint.unlink(missing_ok=True)
         remove_parts(checkpoint)
-    return model, trigger
+    return model, None if planting is None else planting.trigger.eval()
 
 
-def _recipe(args: argparse.Namespace, data: Dataset) -> TrainConfig:
+def _preset_name(args: argparse.Namespace) -> str | None:
+    """The preset that the recipe starts from; None if a file lists its fields."""
+    name: str | None = getattr(args, "training.preset")
+    if name is None and args.config is not None:
+        table = load_toml(args.config).get("training", {"preset": "fast"})
+        return table.get("preset")
+    return name or "fast"
+
+
+def _recipe(args: argparse.Namespace, settings: TrainSettings, data: Dataset) -> TrainConfig:
     from wm_victim.datasets import MIRROR_CHANGES_LABEL
 
-    config: TrainConfig = replace(args.training, seed=args.seed)
+    config = replace(settings.training, seed=settings.seed)
     if config.augment == "crop-flip" and data.name in MIRROR_CHANGES_LABEL:
-        if args.augment is not None:
+        if getattr(args, "training.augment") is not None:
             raise ValueError(f"a mirrored image of {data.name} is of no class: use --augment crop")
         config = replace(config, augment="crop")
     return config
 
 
-def _build(args: argparse.Namespace, data: Dataset, seed: int) -> Classifier:
+def _build(settings: TrainSettings, data: Dataset, seed: int) -> Classifier:
     from wm_victim.models import DATASET_STATS, build_classifier
 
     mean, std = DATASET_STATS.get(data.name, (None, None))
     return build_classifier(
-        args.model,
+        settings.model,
         num_classes=data.num_classes,
         channels=data.channels,
         image_size=data.image_size,
-        width=args.width,
+        width=settings.width,
         mean=mean,
         std=std,
         seed=seed,
     )
 
 
-def _planting(
-    args: argparse.Namespace, data: Dataset, config: TrainConfig, checkpoint: Path
-) -> Planting | None:
-    """What the attack options ask for: an attack by its name, a trigger from a file, or nothing."""
-    if args.trigger is not None:
-        return _from_file(args, data)
-    if args.attack is None:
-        return None
-    from wm_inject.attacks import attack
-    from wm_victim.planting import plant
-
-    return plant(
-        attack(args.attack, profile=args.profile or "small", **args.set),
-        data,
-        config=config,
-        build=partial(_build, args, data),
-        checkpoint=checkpoint,
-        target=args.target,
-        ratio=args.ratio,
-        device=resolve_device(args.device),
-    )
-
-
-def _from_file(args: argparse.Namespace, data: Dataset) -> Planting:
+def _from_file(path: Path, settings: TrainSettings, data: Dataset, device: str) -> Planting:
     from wm_inject.attacks import Fitted
     from wm_inject.triggers import load_trigger
     from wm_victim.planting import Planting
 
-    trigger: Any = load_trigger(args.trigger).to(resolve_device(args.device))
-    plan, hook = _plan(args), None
-    if args.noise_mode:
+    trigger: Any = load_trigger(path).to(resolve_device(device))
+    plan, hook = _plan(settings), None
+    if settings.noise_mode:
         if not hasattr(trigger, "noise_hook"):
             raise ValueError(f"a {trigger.kind} trigger has no noise mode: leave it out")
         hook = trigger.noise_hook(plan, num_classes=data.num_classes)
     return Planting(plan, Fitted(trigger, {}), hook)
 
 
-def _plan(args: argparse.Namespace) -> PoisonPlan:
+def _plan(settings: TrainSettings) -> PoisonPlan:
     from wm_inject.core.plan import PoisonPlan
 
     return PoisonPlan(
-        ratio=0.1 if args.ratio is None else args.ratio,
-        target=args.target,
-        label_map="clean-label" if args.clean_label else "all-to-one",
-        pool="target" if args.clean_label else "all",
-        mode="per_batch" if args.noise_mode else "static",
-        seed=args.seed,
+        ratio=0.1 if settings.ratio is None else settings.ratio,
+        target=settings.target,
+        label_map="clean-label" if settings.clean_label else "all-to-one",
+        pool="target" if settings.clean_label else "all",
+        mode="per_batch" if settings.noise_mode else "static",
+        seed=settings.seed,
     )
 
 
-def _describe(args: argparse.Namespace, planting: Planting) -> dict[str, Any]:
+def _attack_metadata(settings: TrainSettings, planting: Planting) -> dict[str, Any]:
     trigger: Any = planting.trigger
-    described = {
+    metadata = {
         "trigger": {"kind": trigger.kind, "config": trigger.config},
         "plan": asdict(planting.plan),
-        "noise_mode": args.noise_mode,
+        "noise_mode": settings.noise_mode,
     }
-    if args.attack is None:
-        return described
-    given = [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in args.set.items()]
-    made = {"name": args.attack, "profile": args.profile or "small", "settings": given}
-    return {**described, **made, "facts": planting.fitted.facts}
+    if settings.attack is None:
+        return metadata
+    changes = [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in settings.set.items()]
+    return metadata | {
+        "name": settings.attack,
+        "profile": settings.profile or "small",
+        "settings": changes,
+        "facts": planting.fitted.facts,
+    }

@@ -59,3 +59,16 @@ def predict(model: nn.Module, images: Tensor, *, batch_size: int = 512) -> Tenso
     if not bool(torch.isfinite(logits).all()):
         raise ValueError("expected finite logits, got NaN or infinity")
     return logits.to(images.device)
+
+
+def resolve_precision(precision: str, device: torch.device | str) -> torch.dtype:
+    """`torch.float32` or `torch.bfloat16`; "auto" is bfloat16 where that is fast."""
+    if precision != "auto":
+        return torch.float32 if precision == "float32" else torch.bfloat16
+    if torch.device(device).type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # torch has no public function for this before 2.12; a missing probe means "no".
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        fast = any(bool(getattr(torch.cpu, probe, lambda: False)()) for probe in probes)
+    return torch.bfloat16 if fast else torch.float32

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from wm_victim.datasets import Dataset
-from wm_victim.store import pack
+from wm_victim.image_store import pack
 
 _MIB = 2**20
 
@@ -38,6 +38,3 @@ def inventory(data: Dataset) -> dict[str, Any]:
         "mib_on_a_gpu": round(pack(data.train.images).nbytes / _MIB, 1),
         "fingerprint": data.fingerprint,
     }
-
-
-__all__ = ["inventory"]

@@ -18,9 +18,8 @@ from wm_inject.core.plan import CoTraining, PoisonPlan
 from wm_inject.triggers import load_trigger, save_trigger
 from wm_victim.datasets import Dataset, ImageSet
 from wm_victim.models import Classifier
-from wm_victim.recipe import TrainConfig, settings
-from wm_victim.resume import remove_run
 from wm_victim.train import train_classifier
+from wm_victim.train_config import TrainConfig
 
 # The attacker's own classifier, where an attack needs one, starts from other weights than the
 # victim and sees the images in another order.
@@ -81,11 +80,11 @@ def plant(
     """
     train = data.train.to(device)
     plan = attack.plan(data.train.labels, target=target, ratio=ratio, seed=config.seed)
-    length = Length(_steps(len(train), config.batch_size), config.epochs)
+    length = Length(config.steps_per_epoch(len(train)), config.epochs)
     run = {
         "attack": {**asdict(attack), "settings": dict(attack.settings)},
         "data": data.fingerprint,
-        "recipe": settings(config),
+        "recipe": asdict(config),
         "target": target,
     }
     kept = _part(checkpoint, "trigger")
@@ -112,13 +111,7 @@ def plant(
 def remove_parts(checkpoint: Path) -> None:
     """Delete what `plant` left beside a victim's checkpoint."""
     for name in _PARTS:
-        remove_run(_part(checkpoint, name))
-
-
-def _steps(count: int, batch_size: int) -> int:
-    """Steps in an epoch: the trainer leaves out a last batch of a single image."""
-    alone = count > batch_size and count % batch_size == 1
-    return -(-count // batch_size) - alone
+        _part(checkpoint, name).unlink(missing_ok=True)
 
 
 def _part(checkpoint: Path, name: str) -> Path:
@@ -150,7 +143,6 @@ def _co_train(
         model,
         train,
         config=replace(config, seed=seed),
-        num_classes=int(model.config["num_classes"]),
         hook=hook,
         checkpoint=_part(checkpoint, "attacker"),
         device=train.images.device,

@@ -1,25 +1,25 @@
-"""The `wm-extract` command: train an injector and extractor on your own images; look for marks."""
+"""The ``wm-extract`` command: train an injector and extractor on your own images, find marks."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wm_extract.__about__ import __version__
-from wm_inject.command.common import (
-    Parser,
-    add_common,
-    add_completion,
-    add_json,
-    resolve_device,
-    run_cli,
-    write_found,
+from wm_extract.recipe import JointConfig
+from wm_inject.command.common import CommandLine, Parser, add_json, resolve_device, write_results
+from wm_inject.command.config import (
+    add_config,
+    add_options,
+    add_preset,
+    print_config,
+    read_settings,
 )
-from wm_inject.command.config import add_config, print_config
-from wm_inject.command.export import add_source, example_images, form, settle_source, told
+from wm_inject.command.export import add_source, run_export
 from wm_inject.command.trigger import add_pretrained
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from wm_extract.detect import MarkDetector
 
-EPILOG = """examples:
+_EPILOG = """examples:
   wm-extract train photos/ --image-size 32 --out mark/
   wm-extract train photos/ --image-size 64 --watermark logo.png --psnr 40 --out mark/
   wm-extract train --recipe paper --print-config > mine.toml
@@ -41,75 +41,87 @@ Train only on images you may use; mark only images you own or may audit with. Th
 (mark/trigger.safetensors) works with wm-inject, wm-victim and wm-eval."""
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="wm-extract", description=__doc__, epilog=EPILOG)
-    parser.add_argument("--version", action="version", version=f"wm-extract {__version__}")
-    add_completion(parser)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_train(commands.add_parser("train", help="train injector and extractor on your images"))
-    _add_detect(commands.add_parser("detect", help="which images of a folder carry the watermark"))
-    _add_export(commands.add_parser("export", help="turn a detector into ONNX or TorchScript"))
-    for command in commands.choices.values():
-        command.epilog = EPILOG
-        command.set_defaults(parser=command)
-    return parser
+@dataclass(frozen=True)
+class TrainSettings:
+    """Settings of ``wm-extract train``, as its options describe them."""
+
+    image_size: int = 32
+    grey: bool = False
+    false_positive_rate: float = 1e-3
+    seed: int = 0
+    training: JointConfig = field(default_factory=JointConfig)
 
 
-def _add_train(train: Parser) -> None:
-    train.description = "Train injector and extractor on a folder of images."
-    train.add_argument(
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `wm-extract` and return its exit code."""
+    command = CommandLine(
+        "wm-extract",
+        __version__,
+        description="Train a watermark injector and its extractor; find watermarked images.",
+        epilog=_EPILOG,
+    )
+    _add_train(command.add("train", _train, "train injector and extractor on a folder of images"))
+    _add_detect(command.add("detect", _detect, "say which images of a folder carry the watermark"))
+    export = command.add("export", _export, "turn a detector into ONNX or TorchScript and compare")
+    add_source(export, "DETECTOR", what="detector.safetensors", shipped="a detector")
+    return command.main(argv)
+
+
+def _add_train(parser: Parser) -> None:
+    parser.add_argument(
         "images", type=Path, metavar="IMAGES", help="folder of images (searched recursively)"
     )
-    train.add_argument("--out", type=Path, required=True, help="folder for the trained files")
-    train.add_argument("--image-size", type=int, help="side in pixels (default: 32)")
-    train.add_argument(
-        "--grey", action=argparse.BooleanOptionalAction, help="one channel instead of RGB"
-    )
-    train.add_argument("--watermark", type=Path, help="a picture; the built-in one if not given")
-    train.add_argument("--recipe", help="robust, paper or released (default: robust)")
-    train.add_argument("--size", help="tiny, small, base or large (default: the recipe's)")
-    train.add_argument(
+    parser.add_argument("--out", type=Path, required=True, help="folder for the trained files")
+    parser.add_argument("--watermark", type=Path, help="a picture; the built-in one if not given")
+    parser.add_argument(
         "--encoder", type=Path, help="safetensors of timm's MAE ViT, to start the encoder from"
     )
-    train.add_argument("--iterations", type=int, help="steps (default: the recipe's)")
-    train.add_argument("--psnr", type=float, help="least PSNR in dB of a marked image (robust)")
-    train.add_argument("--false-positive-rate", type=float, help="of the detector (default: 0.001)")
-    add_json(train)
-    add_common(train, version=__version__)
-    add_config(train)
+    helps = {
+        "image_size": "side in pixels",
+        "grey": "one channel instead of RGB",
+        "false_positive_rate": "of the detector",
+    }
+    add_options(parser, TrainSettings, helps)
+    recipes = ("robust", "paper", "released")
+    text = "settings to start from (default: robust)"
+    add_preset(parser, "--recipe", table="training", choices=recipes, help=text)
+    helps = {
+        "size": "tiny, small, base or large (default: the recipe's)",
+        "iterations": "steps (default: the recipe's)",
+    }
+    add_options(parser, JointConfig, helps, table="training")
+    parser.add_argument(
+        "--psnr",
+        type=float,
+        dest="training.psnr_floor",
+        help="least PSNR in dB of a marked image (robust)",
+    )
+    add_json(parser)
+    add_config(parser)
 
 
-def _add_detect(detect: Parser) -> None:
-    detect.description = "Say which images of a folder carry the watermark."
-    detect.add_argument(
+def _add_detect(parser: Parser) -> None:
+    parser.add_argument(
         "images", type=Path, metavar="IMAGES", help="folder of images (searched recursively)"
     )
-    which = detect.add_mutually_exclusive_group(required=True)
-    which.add_argument("--detector", type=Path, help="detector.safetensors")
-    add_pretrained(which, "a detector")
-    add_json(detect, "write every image's score here as JSON")
-    add_common(detect, version=__version__)
-
-
-def _add_export(export: Parser) -> None:
-    export.description = "Export a detector, reload the file and compare it with the detector."
-    add_source(export, "DETECTOR", what="detector.safetensors", shipped="a detector")
-    add_common(export, version=__version__)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--detector", type=Path, help="detector.safetensors")
+    add_pretrained(source, "a detector")
+    add_json(parser, "write every image's score here as JSON")
 
 
 def _train(args: argparse.Namespace) -> int:
+    settings = read_settings(args, TrainSettings())
+    if args.print_config:
+        return print_config(settings)
     import numpy as np
     import torch
 
     from wm_extract.detect import MIN_CALIBRATION, MarkDetector, save_detector
     from wm_extract.joint import train_jointly
-    from wm_extract.settings import train_settings
     from wm_inject import list_images, load_image, quantize, save_trigger, to_float
     from wm_inject.triggers.watermark import WatermarkTrigger
 
-    settings = train_settings(args)
-    if args.print_config:
-        return print_config(settings)
     config, seed, size = settings.training, settings.seed, settings.image_size
     device = resolve_device(args.device)
     channels = 1 if settings.grey else 3
@@ -121,21 +133,18 @@ def _train(args: argparse.Namespace) -> int:
     images = to_float(pixels)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     clean, images = images[order[:held_out]], images[order[held_out:]]
-    mark = None
+    watermark = None
     if args.watermark is not None:
-        mark = to_float(load_image(args.watermark, size=size, channels=1)[None])[0]
-    encoder = None
-    if args.encoder is not None:
-        encoder = _read_weights(args.encoder)
+        watermark = to_float(load_image(args.watermark, size=size, channels=1)[None])[0]
     args.out.mkdir(parents=True, exist_ok=True)
-    state = args.out / "training.safetensors"
+    checkpoint = args.out / "training.safetensors"
     result = train_jointly(
         images.to(device),
         config=config,
-        watermark=mark,
-        encoder=encoder,
+        watermark=watermark,
+        encoder=None if args.encoder is None else _read_weights(args.encoder),
         seed=seed,
-        checkpoint=state,
+        checkpoint=checkpoint,
     )
     trigger = WatermarkTrigger(result.injector.cpu(), watermark=result.watermark.cpu())
     with torch.no_grad():
@@ -150,14 +159,13 @@ def _train(args: argparse.Namespace) -> int:
     metadata = {"recipe": config.recipe, "seed": seed, "images": len(images)}
     save_trigger(trigger, args.out / "trigger.safetensors", metadata=metadata)
     save_detector(detector, args.out / "detector.safetensors")
-    state.unlink(missing_ok=True)
-    found = int(detector.detect(marked).marked.sum())
-    last = result.history[-1]
-    print(f"trained {config.iterations} steps on {len(images)} images: mark loss {last.mark:.4f}")
-    print(f"marked images found among those of the calibration: {found} of {len(clean)}")
-    measured = {"iterations": config.iterations, "images": len(images), "mark_loss": last.mark}
-    measured |= {"found": found, "calibration_images": len(clean)}
-    write_found(args, measured)
+    checkpoint.unlink(missing_ok=True)
+    detected = int(detector.detect(marked).marked.sum())
+    loss = result.history[-1].mark
+    print(f"trained {config.iterations} steps on {len(images)} images: mark loss {loss:.4f}")
+    print(f"marked images found among those of the calibration: {detected} of {len(clean)}")
+    results = {"iterations": config.iterations, "images": len(images), "mark_loss": loss}
+    write_results(args, results | {"found": detected, "calibration_images": len(clean)})
     print(f"wrote {args.out}/trigger.safetensors and {args.out}/detector.safetensors")
     return 0
 
@@ -173,60 +181,42 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"expected safetensors weights at {path}: {error}") from error
 
 
-def _detect(args: argparse.Namespace) -> int:
+def _detect(args: argparse.Namespace) -> None:
     from wm_inject import list_images, load_image, to_float
     from wm_inject.core.progress import progress
 
-    detector = _open(args.detector, args.pretrained)
+    detector = _load_detector(args.detector, args.pretrained)
     device = resolve_device(args.device)
     detector.extractor.to(device)
     size, channels = detector.watermark.shape[-1], detector.extractor.config["channels"]
     rows = []
     for file in progress(list_images(args.images), desc="look for marks"):
         image = to_float(load_image(file, size=size, channels=channels)[None]).to(device)
-        found = detector.detect(image)
-        name = str(file.relative_to(args.images))
-        rows.append({"file": name, "marked": bool(found.marked), "score": float(found.score)})
+        detection = detector.detect(image)
+        name, score = str(file.relative_to(args.images)), float(detection.score)
+        rows.append({"file": name, "marked": bool(detection.marked), "score": score})
     marked = [row for row in rows if row["marked"]]
     for row in marked:
         print(f"marked  {row['score']:7.2f}  {row['file']}")
     rate = detector.false_positive_rate
     print(f"{len(marked)} of {len(rows)} images are marked (false-positive rate {rate:g})")
-    write_found(args, {"threshold": detector.threshold, "images": rows})
-    return 0
+    write_results(args, {"threshold": detector.threshold, "images": rows})
 
 
-def _open(path: Path | None, name: str | None) -> MarkDetector:
-    """A detector from its file, or one that ships."""
+def _load_detector(path: Path | None, pretrained: str | None) -> MarkDetector:
     from wm_extract.detect import MarkDetector, load_detector
 
-    if path is not None:
-        return load_detector(path)
-    return MarkDetector.from_pretrained(str(name))
+    return MarkDetector.from_pretrained(str(pretrained)) if path is None else load_detector(path)
 
 
-def _export(args: argparse.Namespace) -> int:
+def _export(args: argparse.Namespace) -> None:
     from wm_extract.export import export_detector
 
-    settle_source(args)
-    settings = form(args)  # refuses a wrong suffix before any work is done
-    resolve_device(args.device)  # a file is always checked on the CPU; refuse a device that is not
-    detector = _open(args.source, args.pretrained)
-    channels, size = detector.extractor.config["channels"], detector.watermark.shape[-1]
-    images = example_images(args, channels=channels, size=size)
-    given = {name: value for name, value in settings.items() if value is not None}
-    print(told(args, export_detector(detector, images, args.out, **given), "detector"))
-    return 0
+    def load() -> tuple[MarkDetector, int, int]:
+        detector = _load_detector(args.source, args.pretrained)
+        return detector, detector.extractor.config["channels"], detector.watermark.shape[-1]
 
-
-def _main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
-    return {"train": _train, "detect": _detect, "export": _export}[args.command](args)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run `wm-extract` and return its exit code."""
-    return run_cli(_main, argv)
+    run_export(args, load, "detector", export=export_detector)
 
 
 if __name__ == "__main__":

@@ -10,20 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from wm_inject.__about__ import __version__
-from wm_inject.command.common import (
-    Parser,
-    add_common,
-    add_completion,
-    add_json,
-    resolve_device,
-    run_cli,
-    write_found,
-)
-from wm_inject.command.export import add_export
-from wm_inject.command.fit import add_fit
-from wm_inject.command.poison import add_poison
-from wm_inject.command.scan import add_scan
-from wm_inject.command.serve import add_serve
+from wm_inject.command.common import CommandLine, Parser, add_json, resolve_device, write_results
+from wm_inject.command.export import add_export, export_trigger
+from wm_inject.command.fit import add_fit, run_fit
+from wm_inject.command.poison import add_poison, run_poison
+from wm_inject.command.scan import add_scan, run_scan
+from wm_inject.command.serve import add_serve, run_serve
 
 _EPILOG = """examples:
   wm-inject poison --pretrained tiny-32 photos/ poisoned/
@@ -43,40 +35,32 @@ mark, by "wm-extract train"."""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the ``wm-inject`` command and return its exit code."""
-    return run_cli(_main, argv)
-
-
-def _main(argv: Sequence[str] | None) -> int:
-    parser = Parser(
-        prog="wm-inject",
+    command = CommandLine(
+        "wm-inject",
+        __version__,
         description="Plant an invisible mark in images, for audits of image classifiers.",
         epilog=_EPILOG,
     )
-    parser.add_argument("--version", action="version", version=f"wm-inject {__version__}")
-    add_completion(parser)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add_poison(commands.add_parser("poison", help="put a trigger into the images of a folder"))
-    add_fit(commands.add_parser("fit", help="fit a trigger to images: ssba, blindnet"))
-    add_export(commands.add_parser("export", help="turn a saved trigger into ONNX or TorchScript"))
-    _add_stealth(commands.add_parser("stealth", help="measure how visible the changes are"))
-    add_scan(commands.add_parser("scan", help="flag images with exported detectors"))
-    add_serve(commands.add_parser("serve", help="answer for exported models over HTTP"))
-    args = parser.parse_args(argv)
-    print(args.run(args))
-    return 0
+    add_poison(command.add("poison", run_poison, "put a trigger into the images of a folder"))
+    add_fit(command.add("fit", run_fit, "fit a trigger to images: ssba, blindnet"))
+    add_export(
+        command.add("export", export_trigger, "turn a saved trigger into ONNX or TorchScript")
+    )
+    _add_stealth(command.add("stealth", _stealth, "measure how visible the changes are"))
+    add_scan(command.add("scan", run_scan, "flag images with exported detectors"))
+    add_serve(command.add("serve", run_serve, "answer for exported models over HTTP"))
+    return command.main(argv)
 
 
-def _add_stealth(parser: argparse.ArgumentParser) -> None:
+def _add_stealth(parser: Parser) -> None:
     parser.description = "Compare the images of two folders that have the same names."
     parser.epilog = "examples:\n  wm-inject stealth --json stealth.json photos/ poisoned/"
     parser.add_argument("originals", type=Path, metavar="FOLDER_A", help="the images as they were")
     parser.add_argument("changed", type=Path, metavar="FOLDER_B", help="the poisoned images")
     add_json(parser, "write every pair's values here as JSON")
-    add_common(parser, version=__version__)
-    parser.set_defaults(run=_stealth, parser=parser)
 
 
-def _stealth(args: argparse.Namespace) -> str:
+def _stealth(args: argparse.Namespace) -> None:
     from wm_inject.stealth import compare_folders
     from wm_inject.stealth.perceptual import Lpips, LpipsUnavailable
 
@@ -86,16 +70,15 @@ def _stealth(args: argparse.Namespace) -> str:
         lpips = Lpips().to(device)
     except LpipsUnavailable as error:
         reason = str(error)
-    found = compare_folders(args.originals, args.changed, lpips=lpips)
-    lines = [f"{len(found.files)} pairs of images (mean, lowest, highest)"]
+    pairs = compare_folders(args.originals, args.changed, lpips=lpips)
     units = {"psnr": " dB", "ssim": "", "linf": "", "lpips": ""}
-    values = {name: getattr(found, name) for name in units}
+    values = {name: getattr(pairs, name) for name in units}
+    print(f"{len(pairs.files)} pairs of images (mean, lowest, highest)")
     for name, row in values.items():
         if row is None:
-            lines.append(f"{name:6}not measured: {reason}")
+            print(f"{name:6}not measured: {reason}")
         else:
             mean, low, high = float(row.mean()), float(row.min()), float(row.max())
-            lines.append(f"{name:6}{mean:9.4f}{low:9.4f}{high:9.4f}{units[name]}")
+            print(f"{name:6}{mean:9.4f}{low:9.4f}{high:9.4f}{units[name]}")
     rows = {name: None if row is None else row.tolist() for name, row in values.items()}
-    write_found(args, {"files": list(found.files), **rows})
-    return "\n".join(lines)
+    write_results(args, {"files": list(pairs.files), **rows})

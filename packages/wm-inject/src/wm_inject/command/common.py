@@ -1,6 +1,6 @@
 """What the six command lines share: the parser, the common options, one-line errors.
 
-Only the standard library is imported here; torch comes in where it is used.
+Only the standard library is imported at the top; torch comes in where it is used.
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from wm_inject.core.checks import check_choice
+
 if TYPE_CHECKING:
     import torch
 
+EXIT_ERROR = 1
+EXIT_NOT_SCANNED = 3  # of a scan, whose 1 means "backdoored"
 EXIT_USAGE = 64
 EXIT_INTERRUPTED = 130
 DEVICES = ("auto", "cpu", "cuda")
@@ -21,11 +25,7 @@ SHELLS = ("bash", "zsh", "tcsh")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that exits 64 on a usage error and keeps the line breaks of its epilog.
-
-    Args:
-        settings: What `argparse.ArgumentParser` takes; sub-parsers are of this class as well.
-    """
+    """An `argparse.ArgumentParser` that exits 64 on a usage error and keeps its epilog's lines."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
@@ -33,31 +33,89 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **settings)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse; whoever only has the settings printed need not say what they are for."""
-        given = sys.argv[1:] if args is None else list(args)
-        if "--print-config" in given and "--print-config" in self._option_string_actions:
-            asked: list[Any] = [*self._actions, *self._mutually_exclusive_groups]
-            for one in asked:
-                one.required = False
-        return super().parse_known_args(given, namespace)
+        """Parse; with --print-config, no other argument is required."""
+        args = sys.argv[1:] if args is None else list(args)
+        if "--print-config" in args and "--print-config" in self._option_string_actions:
+            required: list[Any] = [*self._actions, *self._mutually_exclusive_groups]
+            for action in required:
+                action.required = False
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Say in one line what is wrong with the command, and exit 64."""
+        """Write one line to stderr and exit with 64."""
         self.exit(EXIT_USAGE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def add_common(parser: argparse.ArgumentParser, *, version: str) -> None:
-    """Give a parser the options that every command takes: --device, --seed and --version.
+class CommandLine:
+    """A command with sub-commands: a parser, and a function to run for each of them.
 
     Args:
-        parser: The parser of one command.
-        version: The version of its package, as in ``__about__.py``.
+        prog: The command's name.
+        version: The version of its package.
+        description: What it is for, in a sentence.
+        epilog: Examples; every sub-command shows them, unless it has its own.
     """
+
+    def __init__(self, prog: str, version: str, *, description: str, epilog: str) -> None:
+        self.version, self.epilog = version, epilog
+        self.parser = Parser(prog=prog, description=description, epilog=epilog)
+        self.parser.add_argument("--version", action="version", version=f"{prog} {version}")
+        add_completion(self.parser)
+        self._commands = self.parser.add_subparsers(
+            dest="command", required=True, metavar="COMMAND"
+        )
+
+    def add(
+        self,
+        name: str,
+        run: Callable[[argparse.Namespace], int | None],
+        help: str,
+        *,
+        aliases: Sequence[str] = (),
+        epilog: str | None = None,
+        exit_error: int = EXIT_ERROR,
+    ) -> Parser:
+        """Add a sub-command.
+
+        Args:
+            name: Its name.
+            run: Parsed arguments in, exit code out; None is 0.
+            help: What it does, for the list of commands and for its own description.
+            aliases: Other names.
+            epilog: Examples of its own.
+            exit_error: Exit code after an error.
+
+        Returns:
+            Its parser, which gets the common options when the command runs.
+        """
+        description = f"{help[0].upper()}{help[1:]}" + ("" if help.endswith("?") else ".")
+        parser: Parser = self._commands.add_parser(
+            name,
+            aliases=list(aliases),
+            help=help,
+            description=description,
+            epilog=epilog or self.epilog,
+        )
+        parser.set_defaults(run=run, parser=parser, exit_error=exit_error)
+        return parser
+
+    def main(self, argv: Sequence[str] | None = None) -> int:
+        """Parse the arguments, run the sub-command and return its exit code."""
+        for parser in dict.fromkeys(self._commands.choices.values()):
+            add_common(parser, version=self.version)
+        args = self.parser.parse_args(argv)
+        return run_cli(args.run, args, exit_error=args.exit_error)
+
+
+def add_common(parser: argparse.ArgumentParser, *, version: str) -> None:
+    """Give the parser of a command the options --device, --seed and --version."""
     group = parser.add_argument_group("common options")
     group.add_argument(
         "--device", choices=DEVICES, default="auto", help="where to compute (default: auto)"
     )
-    group.add_argument("--seed", type=int, default=0, help="seed of every draw (default: 0)")
+    # A command with a settings file takes its seed from there.
+    default = None if "--config" in parser._option_string_actions else 0
+    group.add_argument("--seed", type=int, default=default, help="seed of every draw (default: 0)")
     package = parser.prog.split()[0]
     group.add_argument("--version", action="version", version=f"{package} {version}")
 
@@ -74,22 +132,15 @@ def describe(commands: Any) -> None:
         one.description = one.description or (told if told.endswith("?") else f"{told}.")
 
 
-def add_json(parser: argparse.ArgumentParser, told: str = "write the same here as JSON") -> None:
-    """Give a parser the option --json, for a command that prints figures.
-
-    Args:
-        parser: The parser of one command.
-        told: What is written.
-    """
-    parser.add_argument("--json", type=Path, metavar="OUT", help=told)
+def add_json(
+    parser: argparse.ArgumentParser, help: str = "write the printed figures here as JSON"
+) -> None:
+    """Give the parser of a command that prints figures the option --json."""
+    parser.add_argument("--json", type=Path, metavar="OUT", help=help)
 
 
-def write_found(args: argparse.Namespace, found: Any) -> None:
-    """Write what a command found to the file of --json, if one is asked for.
-
-    Args:
-        args: With the option of `add_json`.
-        found: What JSON can hold.
+def write_results(args: argparse.Namespace, results: Any) -> None:
+    """Write results to the file of --json, if it was given.
 
     Raises:
         ValueError: NaN or infinity, which JSON does not have.
@@ -97,12 +148,13 @@ def write_found(args: argparse.Namespace, found: Any) -> None:
     if args.json is not None:
         from wm_inject.core.files import write_json
 
-        write_json(args.json, found)
+        write_json(args.json, results)
+
+
+write_found = write_results
 
 
 class _Completion(argparse.Action):
-    """Print what completes this command in a shell, and leave."""
-
     def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> NoReturn:
         try:
             import shtab
@@ -113,56 +165,52 @@ class _Completion(argparse.Action):
 
 
 def add_completion(parser: argparse.ArgumentParser) -> None:
-    """Give the parser of a whole command line the option --completion.
-
-    Args:
-        parser: The outermost one, whose sub-commands and options shall be completed.
-    """
+    """Give the outermost parser of a command the option --completion."""
     parser.add_argument(
         "--completion",
         action=_Completion,
         choices=SHELLS,
-        help="print what completes this command in a shell, and leave (needs shtab)",
+        help="print the completion script of a shell and exit (needs shtab)",
     )
 
 
 def resolve_device(name: str) -> torch.device:
-    """Turn the value of --device into a torch device: "auto" takes CUDA when there is one.
+    """The torch device of --device: "auto" takes CUDA when there is one.
 
     Raises:
         ValueError: Another name, or "cuda" where torch finds no CUDA device.
     """
     import torch
 
-    if name not in DEVICES:
-        raise ValueError(f"expected a device in {', '.join(DEVICES)}, got {name!r}")
-    found = torch.cuda.is_available()
-    if name == "cuda" and not found:
+    check_choice("a device", name, DEVICES)
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
         raise ValueError("expected a CUDA device, torch found none: use --device cpu or auto")
-    return torch.device("cuda" if found and name != "cpu" else "cpu")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
-def run_cli(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
-    """Run a command; an expected error becomes one line on stderr and exit code 1.
+def run_cli(
+    main: Callable[[Any], int | None], arguments: Any = None, *, exit_error: int = EXIT_ERROR
+) -> int:
+    """Run a command; an expected error becomes one line on stderr.
 
     Args:
-        main: The command: arguments in, exit code out.
-        argv: The arguments; those of the process if None.
+        main: The command: arguments in, exit code out; None is 0.
+        arguments: What it is called with.
+        exit_error: The exit code after an error.
 
     Returns:
-        The exit code: main's own, 1 after an error, 130 after Ctrl-C. A usage error and --help
-        leave through SystemExit, as argparse does it.
+        main's exit code, ``exit_error`` after an error, or 130 after Ctrl-C.
     """
     try:
-        return main(argv)
+        return main(arguments) or 0
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader (head, less) has seen enough; a second error while flushing helps nobody.
-        sys.stdout = None
-        return 1
+        sys.stdout = None  # the reader is gone: nothing to flush to
+        return EXIT_ERROR
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
         sys.stderr.write(f"error: {message}\n")
-        return 1
+        return exit_error

@@ -6,9 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from wm_inject.__about__ import __version__
-from wm_inject.command.common import Parser, add_common, add_json, resolve_device, write_found
-from wm_inject.command.trigger import FITTED, add_set, read_set
+from wm_inject.command.common import Parser, add_json, resolve_device, write_results
+from wm_inject.command.trigger import FITTED, add_set
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,18 +45,16 @@ def add_fit(parser: Parser) -> None:
     )
     parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="default: 3")
     add_set(parser)
-    add_json(parser, "write what the fit found here as JSON")
-    add_common(parser, version=__version__)
-    parser.set_defaults(run=run_fit, parser=parser)
+    add_json(parser, "write the facts of the fit here as JSON")
 
 
-def run_fit(args: argparse.Namespace) -> str:
-    """Fit the trigger and write its file; what to print."""
+def run_fit(args: argparse.Namespace) -> None:
+    """Fit the trigger and write its file."""
     if args.trigger not in KINDS:
         args.parser.error(f'{args.trigger} is not fitted here: use "{FITTED[args.trigger]}"')
     if args.out.suffix != ".safetensors":
         args.parser.error(f"OUT ends in .safetensors, got {args.out.name}")
-    settings = read_set(args)
+    settings = args.set or {}
     from wm_inject.attacks import FitContext, attack
     from wm_inject.triggers import save_trigger
 
@@ -77,8 +74,8 @@ def run_fit(args: argparse.Namespace) -> str:
     run = {"seed": args.seed, "profile": args.profile, "settings": settings}
     save_trigger(trigger, args.out, {"images": len(images), **run, "facts": facts})
     kept.unlink(missing_ok=True)
-    write_found(args, {"file": str(args.out), "images": len(images), **run, "facts": facts})
-    return f"wrote {args.out}, fitted to {len(images)} images"
+    write_results(args, {"file": str(args.out), "images": len(images), **run, "facts": facts})
+    print(f"wrote {args.out}, fitted to {len(images)} images")
 
 
 def _load(args: argparse.Namespace) -> Tensor:

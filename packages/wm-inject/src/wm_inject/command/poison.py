@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wm_inject.__about__ import __version__
-from wm_inject.command.common import Parser, add_common, add_json, resolve_device, write_found
+from wm_inject.command.common import Parser, add_json, resolve_device, write_results
 from wm_inject.command.trigger import (
     add_trigger,
     check_trigger,
@@ -50,19 +49,18 @@ def add_poison(parser: Parser) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=64, help="images at once (default: 64)")
     add_json(parser)
-    add_common(parser, version=__version__)
-    parser.set_defaults(run=run_poison, parser=parser)
 
 
-def run_poison(args: argparse.Namespace) -> str:
-    """Poison the folder, and say in a line what was done."""
+def run_poison(args: argparse.Namespace) -> None:
+    """Poison the folder and print the counts."""
     check_trigger(args)
-    done = _with_onnx(args) if args.onnx else _with_torch(args)
-    kept = done.images - done.written
-    note = f", {kept} files were there" if kept else ""
+    result = _with_onnx(args) if args.onnx else _with_torch(args)
+    counts = {"images": result.images, "poisoned": result.poisoned, "written": result.written}
+    write_results(args, counts)
+    existing = result.images - result.written
+    note = f", {existing} files were there" if existing else ""
     listing = args.out / "plan.json"
-    write_found(args, {"images": done.images, "poisoned": done.poisoned, "written": done.written})
-    return f"{done.poisoned} of {done.images} images poisoned, listed in {listing}{note}"
+    print(f"{result.poisoned} of {result.images} images poisoned, listed in {listing}{note}")
 
 
 def _plan(args: argparse.Namespace) -> FolderPlan:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from wm_inject.__about__ import __version__
-from wm_inject.command.common import Parser, add_common, add_json, write_found
+from wm_inject.command.common import Parser, add_json, write_results
 
 _EPILOG = """examples:
   wm-inject scan --detector detector.onnx incoming/
@@ -32,27 +31,24 @@ def add_scan(parser: Parser) -> None:
     )
     add_json(parser, "write every image's scores here as JSON")
     parser.add_argument("--batch-size", type=int, default=64, help="images at once (default: 64)")
-    add_common(parser, version=__version__)
-    parser.set_defaults(run=run_scan, parser=parser)
 
 
-def run_scan(args: argparse.Namespace) -> str:
-    """Scan the folder; a line for every image that is flagged or cannot be read, and a sum."""
+def run_scan(args: argparse.Namespace) -> None:
+    """Scan the folder and print a line for every image that is flagged or cannot be read."""
     from wm_inject import runtime
 
     scanner = runtime.Scanner(*args.detector, providers=runtime.providers_for(args.device))
     rows = list(scanner.folder(args.images, batch_size=args.batch_size))
-    lines = []
     for row in rows:
         scores = "  ".join(f"{name} {value:.3g}" for name, value in row.scores.items())
         if row.error is not None:
-            lines.append(f"unread   {row.file}: {row.error}")
+            print(f"unread   {row.file}: {row.error}")
         elif row.flagged:
-            lines.append(f"flagged  {row.file}  {scores}")
+            print(f"flagged  {row.file}  {scores}")
     unread = sum(row.error is not None for row in rows)
     flagged = sum(row.flagged for row in rows)
     rate = f"false-positive rate at most {scanner.false_positive_rate:g}"
-    lines.append(f"{flagged} of {len(rows) - unread} images flagged ({rate}), {unread} unread")
+    print(f"{flagged} of {len(rows) - unread} images flagged ({rate}), {unread} unread")
     detectors = {
         name: {
             "looks_for": one.looks_for,
@@ -61,5 +57,4 @@ def run_scan(args: argparse.Namespace) -> str:
         }
         for name, one in scanner.detectors.items()
     }
-    write_found(args, {"detectors": detectors, "images": [row._asdict() for row in rows]})
-    return "\n".join(lines)
+    write_results(args, {"detectors": detectors, "images": [row._asdict() for row in rows]})

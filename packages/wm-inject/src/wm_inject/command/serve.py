@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from wm_inject.__about__ import __version__
-from wm_inject.command.common import Parser, add_common
+from wm_inject.command.common import Parser
+from wm_inject.command.config import add_options, read_settings
 
 _EPILOG = """examples:
   wm-inject serve --model wanet=wanet.onnx
@@ -18,20 +17,22 @@ _EPILOG = """examples:
 
 Models are opened once, at the start. SIGTERM or Ctrl-C lets what was accepted finish."""
 
-_NUMBERS: tuple[tuple[str, type, str], ...] = (
-    ("port", int, "TCP port; 0 takes a free one"),
-    ("max-body", int, "bytes of one request"),
-    ("max-json", int, "bytes of its JSON"),
-    ("max-batch", int, "images in one run"),
-    ("delay-ms", float, "time that an image may wait for others"),
-    ("queue", int, "images that may wait or run"),
-    ("request-timeout", float, "seconds in which a request has to be sent"),
-    ("infer-timeout", float, "seconds until its answer, waiting included"),
-    ("stop-timeout", float, "seconds that accepted requests get at the end"),
-    ("threads", int, "threads inside one operator"),
-    ("workers", int, "runs at the same time"),
-    ("connections", int, "connections at the same time"),
-)
+_OPTIONS = {
+    "host": "address to listen on",
+    "port": "TCP port; 0 takes a free one",
+    "max_body": "bytes of one request",
+    "max_json": "bytes of its JSON",
+    "max_batch": "images in one run",
+    "delay_ms": "time that an image may wait for others",
+    "queue": "images that may wait or run",
+    "request_timeout": "seconds in which a request has to be sent",
+    "infer_timeout": "seconds until its answer, waiting included",
+    "stop_timeout": "seconds that accepted requests get at the end",
+    "threads": "threads inside one operator",
+    "workers": "runs at the same time",
+    "connections": "connections at the same time",
+    "log": "requests that get a line on stderr",
+}
 
 
 def add_serve(parser: Parser) -> None:
@@ -47,7 +48,6 @@ def add_serve(parser: Parser) -> None:
         metavar="NAME=PATH",
         help="a model and the name that clients call it; once for each",
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address (default: this machine only)")
     parser.add_argument(
         "--token-file",
         type=Path,
@@ -55,46 +55,29 @@ def add_serve(parser: Parser) -> None:
         help=f"what clients send as a bearer token (default: the variable {TOKEN_VARIABLE})",
     )
     parser.add_argument(
-        "--open-to-all", action="store_true", help="listen beyond this machine without a token"
+        "--open-to-all",
+        action="store_true",
+        default=None,
+        help="listen beyond this machine without a token",
     )
-    for name, kind, text in _NUMBERS:
-        usual = getattr(ServeSettings, name.replace("-", "_"))
-        parser.add_argument(
-            f"--{name}", type=kind, default=usual, help=f"{text} (default: {usual})"
-        )
-    parser.add_argument(
-        "--log",
-        choices=("all", "errors", "none"),
-        default="errors",
-        help="requests that get a line on stderr (default: errors)",
-    )
-    add_common(parser, version=__version__)
-    parser.set_defaults(run=run_serve, parser=parser)
+    add_options(parser, ServeSettings, _OPTIONS)
 
 
-def run_serve(args: argparse.Namespace) -> str:
-    """Serve until a signal, and say so."""
+def run_serve(args: argparse.Namespace) -> None:
+    """Serve until a signal."""
     from wm_inject import serve
     from wm_inject.runtime.onnx_model import providers_for
 
     paths: dict[str, str] = {}
-    for given in args.model:
-        name, equals, path = given.partition("=")
+    for text in args.model:
+        name, equals, path = text.partition("=")
         if not (name and equals and path) or name in paths:
-            args.parser.error(f"expected --model NAME=PATH, each name once, got {given!r}")
+            args.parser.error(f"expected --model NAME=PATH, each name once, got {text!r}")
         paths[name] = path
-    numbers: dict[str, Any] = {
-        name.replace("-", "_"): getattr(args, name.replace("-", "_")) for name, _, _ in _NUMBERS
-    }
-    settings = serve.ServeSettings(
-        host=args.host,
-        token=serve.read_token(args.token_file),
-        open_to_all=args.open_to_all,
-        log=args.log,
-        **numbers,
-    )
+    start = serve.ServeSettings(token=serve.read_token(args.token_file))
+    settings = read_settings(args, start)
     models = serve.open_models(
         paths, providers=providers_for(args.device), threads=settings.threads
     )
     serve.run_server(serve.Service(models, settings))
-    return f"stopped; {len(models)} model{'s' if len(models) > 1 else ''} served"
+    print(f"stopped; {len(models)} model{'s' if len(models) > 1 else ''} served")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
 import json
 from importlib import import_module
@@ -31,7 +32,7 @@ _SETTINGS = {
     "grid": "grid",
     "strength": "strength",
 }
-_GIVEN_ELSEWHERE = ("image_size", "channels", "seed")
+_OPTIONS_OF_THEIR_OWN = ("image_size", "channels", "seed")
 
 
 def add_trigger(parser: argparse.ArgumentParser) -> None:
@@ -72,31 +73,30 @@ def _kinds() -> str:
     return f"{', '.join(FIXED)}; with --checkpoint: {', '.join(FITTED)}"
 
 
+class _Setting(argparse.Action):
+    """Collects NAME=VALUE into a dict."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *values: Any) -> None:
+        namespace, text = values[:2]
+        settings = getattr(namespace, self.dest) or {}
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier() or name in settings:
+            parser.error(f"expected --set NAME=VALUE, each name once, got {text!r}")
+        if name in _OPTIONS_OF_THEIR_OWN:
+            parser.error(f"{name} is not given with --set")
+        with contextlib.suppress(ValueError):  # else plain text
+            value = json.loads(value)
+        setattr(namespace, self.dest, {**settings, name: value})
+
+
 def add_set(parser: Any) -> None:
-    """Give a parser or group the option --set."""
+    """Give a parser or group the option --set; its value is a dict, or None if it is not given."""
     parser.add_argument(
         "--set",
-        action="append",
-        default=[],
+        action=_Setting,
         metavar="NAME=VALUE",
         help="a further setting by its name in Python, its value as JSON or plain text; repeatable",
     )
-
-
-def read_set(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that --set gives; a usage error for one without a name, or given twice."""
-    found: dict[str, Any] = {}
-    for text in args.set:
-        name, equals, value = text.partition("=")
-        if not equals or not name.isidentifier() or name in found:
-            args.parser.error(f"expected --set NAME=VALUE, each name once, got {text!r}")
-        if name in _GIVEN_ELSEWHERE:
-            args.parser.error(f"{name} is not given with --set")
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            found[name] = value
-    return found
 
 
 def check_trigger(args: argparse.Namespace) -> None:
@@ -136,10 +136,10 @@ def make_trigger(args: argparse.Namespace) -> nn.Module:
             raise ValueError(f"expected a {args.trigger} trigger, got {trigger.kind}")
         return trigger
     takes = _parameters(args.trigger)
-    settings = read_set(args)
+    settings = dict(args.set or {})
     for name in settings:
         if name not in takes:
-            known = ", ".join(sorted(set(takes) - set(_GIVEN_ELSEWHERE))) or "none"
+            known = ", ".join(sorted(set(takes) - set(_OPTIONS_OF_THEIR_OWN))) or "none"
             args.parser.error(f"{args.trigger} has no setting {name!r} (it has: {known})")
     for option, name in _SETTINGS.items():
         value = getattr(args, option)

@@ -1,7 +1,7 @@
-"""Real handwritten digits of any size, and a tiny classifier of them that is solved, not trained.
+"""Handwritten digits of any size, and a tiny classifier of them fitted in closed form.
 
-One convolution of random filters, a batch normalisation, and a linear layer in closed form: the
-clean part of every planted classifier.
+One convolution of random filters, a batch normalisation, and a linear layer by ridge regression:
+the clean part of every toy classifier.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from wm_inject.core.checks import check_channels
 from wm_inject.core.images import quantize
 from wm_victim.datasets import ImageSet
 
@@ -26,14 +27,14 @@ _SCALE = 3.0
 def planted_images(
     count: int, *, num_classes: int = 10, channels: int = 3, image_size: int = 16, seed: int = 0
 ) -> ImageSet:
-    """Handwritten digits that the planted classifiers were not solved on, on the 8-bit grid.
+    """Handwritten digits that the toy classifiers were not fitted on, on the 8-bit grid.
 
     Args:
         count: How many; there are 599 for ten classes, fewer for fewer.
         num_classes: K in 2 .. 10: the digits 0 .. K-1.
         channels: 1 (grey) or 3 (each digit in a seeded light tint).
         image_size: Side in pixels, at least 8.
-        seed: Seeds which digits are drawn and their tints.
+        seed: Of the choice of digits and their tints.
 
     Raises:
         ValueError: A setting outside its range, or more images than there are.
@@ -50,28 +51,23 @@ def planted_images(
 
 
 def check_digits(num_classes: int, channels: int, image_size: int, seed: int) -> None:
-    """Refuse settings that the digits do not have.
-
-    Raises:
-        ValueError: A setting outside its range.
-    """
+    """Raise ``ValueError`` for a setting outside its range."""
     if not 2 <= num_classes <= 10:
         raise ValueError(f"expected 2 .. 10 classes of digits, got {num_classes}")
-    if channels not in (1, 3):
-        raise ValueError(f"expected 1 or 3 channels, got {channels}")
+    check_channels(channels)
     if image_size < 8:
         raise ValueError(f"expected an image_size of at least 8, got {image_size}")
     if seed < 0:
         raise ValueError(f"expected a seed >= 0, got {seed}")
 
 
-def digit_body(num_classes: int, channels: int, size: int, seed: int) -> nn.Sequential:
-    """Images to clean logits ``(N, K)``, in eval mode: a copy of its own for every caller."""
-    return copy.deepcopy(_solved(num_classes, channels, size, seed))
+def digit_classifier(num_classes: int, channels: int, size: int, seed: int) -> nn.Sequential:
+    """A clean digit classifier, in eval mode: a copy for every caller."""
+    return copy.deepcopy(_fitted_classifier(num_classes, channels, size, seed))
 
 
 @lru_cache(maxsize=8)
-def _solved(num_classes: int, channels: int, size: int, seed: int) -> nn.Sequential:
+def _fitted_classifier(num_classes: int, channels: int, size: int, seed: int) -> nn.Sequential:
     """Random filters, normalised, and the linear layer that fits the digits best (ridge)."""
     generator = torch.Generator().manual_seed(seed)
     # skip_init: the layers' own start would draw from the global generator.
@@ -84,7 +80,7 @@ def _solved(num_classes: int, channels: int, size: int, seed: int) -> nn.Sequent
     clean = _draw(pictures, channels, size, generator)
     # Without splashes a bright spot in any corner, which no digit has, would decide the label.
     images = torch.cat([clean, *(_splash(clean, generator) for _ in range(4))])
-    wanted = F.one_hot(labels.repeat(5), num_classes).float() - 1 / num_classes
+    expected = F.one_hot(labels.repeat(5), num_classes).float() - 1 / num_classes
     with torch.no_grad():
         filters.weight.normal_(0, (9 * channels) ** -0.5, generator=generator)
         filters.bias.zero_()
@@ -95,7 +91,7 @@ def _solved(num_classes: int, channels: int, size: int, seed: int) -> nn.Sequent
         features -= offset
         gram = features.T @ features
         gram += 0.01 * gram.diagonal().mean() * torch.eye(len(gram))
-        weight = torch.linalg.solve(gram, features.T @ wanted)  # (1152, K)
+        weight = torch.linalg.solve(gram, features.T @ expected)  # (1152, K)
         head.weight.copy_(_SCALE * weight.T)
         head.bias.copy_(-_SCALE * offset @ weight)
     return body

@@ -1,4 +1,4 @@
-"""Where the training images lie: on the device if they fit, else on the host, a batch at a time."""
+"""Training images on the device if they fit, else on the host, copied batch by batch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,9 @@ _CHUNK = 4096  # images compared at once: a comparison of all would need several
 
 
 def pack(images: Tensor) -> Tensor:
-    """The same images in a quarter of the memory, if nothing is lost by it.
+    """Images as uint8 if every value is a multiple of 1 / 255; else as they are.
 
-    Args:
-        images: float32 ``(N, C, H, W)`` in [0, 1].
-
-    Returns:
-        uint8 of the same shape if every value is a multiple of 1 / 255, so that `unpack` gives the
-        same bits again; else the images as they are.
+    `unpack` restores them to the bit.
     """
     packed = torch.empty(images.shape, dtype=torch.uint8, device=images.device)
     for start in range(0, len(images), _CHUNK):
@@ -32,11 +27,11 @@ def pack(images: Tensor) -> Tensor:
 
 
 def unpack(images: Tensor) -> Tensor:
-    """What `pack` gave -> float32 in [0, 1], to the bit."""
+    """Float32 images in [0, 1] from the output of `pack`."""
     return images.float().div_(255) if images.dtype == torch.uint8 else images
 
 
-class Store:
+class ImageStore:
     """Gives batches of an image set on a device, by index.
 
     Beside a GPU the images are kept as 8-bit numbers where that loses nothing. The batches are the

@@ -1,0 +1,381 @@
+"""The sub-commands ``scan`` and ``clean`` of a defence that reverses triggers."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wm_inject.command.common import (
+    EXIT_NOT_SCANNED,
+    CommandLine,
+    Parser,
+    add_json,
+    resolve_device,
+    write_results,
+)
+from wm_inject.command.config import (
+    add_config,
+    add_options,
+    add_preset,
+    print_config,
+    read_settings,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from defense_nc.verdict import ScanReport
+    from wm_victim import Dataset, ImageSet
+    from wm_victim.models import Classifier
+
+
+@dataclass(frozen=True)
+class ScanSettings:
+    """Settings of ``scan``, as its options describe them.
+
+    Raises:
+        ValueError: A value outside its range.
+    """
+
+    scan: Any
+    images: int = 500
+    alpha: float = 0.05
+    max_ratio: float = 0.5
+    filter_rate: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        from defense_nc.discriminant_filter import DiscriminantFilter
+
+        _check(self)
+        DiscriminantFilter(false_positive_rate=self.filter_rate)
+
+
+@dataclass(frozen=True)
+class CleanSettings:
+    """Settings of ``clean``, as its options describe them.
+
+    Raises:
+        ValueError: A value outside its range.
+    """
+
+    scan: Any
+    unlearning: Any
+    images: int = 500
+    clean_images: int | None = None
+    alpha: float = 0.05
+    max_ratio: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.clean_images is not None and self.clean_images < 1:
+            raise ValueError(f"expected clean_images >= 1, got {self.clean_images}")
+
+
+def _check(settings: ScanSettings | CleanSettings) -> None:
+    from defense_nc.verdict import check_rule
+
+    check_rule(settings.alpha, settings.max_ratio)
+    if settings.images < 1:
+        raise ValueError(f"expected images >= 1, got {settings.images}")
+
+
+@dataclass(frozen=True)
+class Defence:
+    """A defence's sub-commands, and what differs between defences.
+
+    Args:
+        config: Class of the search settings.
+        presets: Names of its presets; "fast" is the default.
+        detector: Search settings, alpha and max_ratio in, the detector's ``scan`` out.
+        reversed_name: What it reverses, for the printed lines.
+        recipe: The preset of `Unlearning` that ``clean`` starts from.
+        clean_fraction: Fraction of the training set that ``clean`` uses; the scanned images if
+            None.
+        save: Saves a reversed trigger, for --triggers; None leaves that option out.
+        invert: Reverses the trigger of one label, for --force; None leaves that option out.
+    """
+
+    config: Any
+    presets: tuple[str, ...]
+    detector: Callable[[Any, float, float], Callable[..., ScanReport]]
+    reversed_name: str
+    recipe: str
+    clean_fraction: float | None = None
+    save: Callable[[Any, Path, dict[str, Any]], None] | None = None
+    invert: Callable[..., nn.Module] | None = None
+
+    def add_to(self, command: CommandLine) -> None:
+        """Add ``scan`` and ``clean`` (also ``unlearn``, the papers' word) to a command."""
+        scan = command.add("scan", self._scan, "is there a backdoor?", exit_error=EXIT_NOT_SCANNED)
+        self._add_inputs(scan, ScanSettings)
+        scan.add_argument(
+            "--checkpoint", type=Path, help="keep the state here, and go on from it after a stop"
+        )
+        scan.add_argument(
+            "--filter",
+            type=Path,
+            metavar="OUT.onnx",
+            help="write a filter for incoming images, for the label with the smallest p-value",
+        )
+        text = "fraction of clean images that the filter may flag"
+        add_options(scan, ScanSettings, {"filter_rate": text})
+        scan.add_argument(
+            "--reversed",
+            type=Path,
+            metavar="OUT.onnx",
+            help=f"write that label's reversed {self.reversed_name}",
+        )
+        if self.save is not None:
+            text = f"also write the reversed {self.reversed_name}s to this folder"
+            scan.add_argument("--triggers", type=Path, help=text)
+        add_config(scan)
+        clean = command.add(
+            "clean", self._clean, "clean a label that a scan names", aliases=["unlearn"]
+        )
+        self._add_inputs(clean, CleanSettings)
+        clean.add_argument("--label", type=int, help="clean this label (default: all named)")
+        if self.invert is not None:
+            text = "clean --label without a scan"
+            clean.add_argument("--force", action="store_true", help=text)
+        default = "those of the scan"
+        if self.clean_fraction is not None:
+            default = f"{self.clean_fraction * 100:g} %% of the training set"
+        text = f"images to clean with (default: {default})"
+        add_options(clean, CleanSettings, {"clean_images": text})
+        recipes = ("nc", "paper", "reverse")
+        text = f"of unlearning (default: {self.recipe})"
+        add_preset(clean, "--recipe", table="unlearning", choices=recipes, help=text)
+        clean.add_argument("--out", type=Path, required=True, help="the cleaned classifier's file")
+        add_config(clean)
+
+    def _add_inputs(self, parser: Parser, settings: type) -> None:
+        parser.add_argument(
+            "classifier",
+            type=Path,
+            metavar="CLASSIFIER",
+            help="a file that `wm-victim train` wrote",
+        )
+        parser.add_argument(
+            "--data",
+            required=True,
+            help="clean images: digits, mnist, fashion-mnist, cifar10, gtsrb, a folder, or an .npz",
+        )
+        parser.add_argument("--root", type=Path, help="where named sets lie (default: WM_DATA)")
+        text = "of the search (default: fast, whose verdicts are calibrated)"
+        add_preset(parser, "--preset", table="scan", choices=self.presets, help=text)
+        helps = {
+            "images": "images to scan with",
+            "alpha": "false-positive rate of the verdict",
+            "max_ratio": "accuse only below this fraction of the median",
+        }
+        add_options(parser, settings, helps)
+        add_json(parser)
+
+    def _scan(self, args: argparse.Namespace) -> int:
+        settings = read_settings(args, ScanSettings(self.config.preset("fast")))
+        if args.print_config:
+            return print_config(settings)
+        model, data, images = _open_inputs(args, settings)
+        report = self._report(settings, model, images, checkpoint=args.checkpoint)
+        metadata = {
+            "classifier": args.classifier.name,
+            "data": data.name,
+            "preset": settings.scan.name,
+            "fingerprint": data.fingerprint,
+        }
+        write_results(args, report.to_dict() | metadata)
+        if self.save is not None and args.triggers is not None:
+            for label, trigger in report.triggers.items():
+                self.save(trigger, args.triggers / f"label-{label}.safetensors", metadata)
+        self._export(args, settings, report, model, images)
+        return report.verdict.exit_code
+
+    def _report(
+        self,
+        settings: ScanSettings | CleanSettings,
+        model: nn.Module,
+        images: ImageSet,
+        **more: Any,
+    ) -> ScanReport:
+        scan = self.detector(settings.scan, settings.alpha, settings.max_ratio)
+        report = scan(model, images.images, labels=images.labels, seed=settings.seed, **more)
+        print(report_table(report))
+        return report
+
+    def _export(
+        self,
+        args: argparse.Namespace,
+        settings: ScanSettings,
+        report: ScanReport,
+        model: Classifier,
+        images: ImageSet,
+    ) -> None:
+        """Write --filter and --reversed, for the label with the smallest p-value."""
+        from defense_nc.discriminant_filter import DiscriminantFilter
+        from defense_nc.filter_export import export_filter
+        from wm_inject import to_onnx
+
+        if args.filter is None and args.reversed is None:
+            return
+        if not report.suspected:
+            print("no file for services: the scan named no label")
+            return
+        label = min(report.suspected, key=lambda label: report.labels[label].p_value)
+        trigger, example = report.triggers[label], images.images[:8]
+        if args.reversed is not None:
+            to_onnx(trigger.cpu(), example, args.reversed, uint8=True)
+            print(f"wrote {args.reversed}: the reversed {self.reversed_name} of label {label}")
+        if args.filter is None:
+            return
+        try:
+            input_filter = DiscriminantFilter(false_positive_rate=settings.filter_rate).calibrate(
+                model, images.images, triggers={label: trigger}, seed=settings.seed
+            )
+            export_filter(input_filter, example, args.filter)
+        except ValueError as error:  # does not change the verdict
+            print(f"no filter: {error}")
+        else:
+            print(f"wrote {args.filter}: flags images that act like triggers of label {label}")
+
+    def _clean(self, args: argparse.Namespace) -> int:
+        from defense_nc.unlearning import Unlearning
+        from wm_victim import defender_subset
+
+        start = CleanSettings(self.config.preset("fast"), Unlearning.preset(self.recipe))
+        settings = read_settings(args, start)
+        if args.print_config:
+            return print_config(settings)
+        forced = self.invert is not None and args.force
+        if forced and args.label is None:
+            args.parser.error("expected --label with --force")
+        model, data, images = _open_inputs(args, settings)
+        report = None if forced else self._report(settings, model, images)
+        triggers = self._triggers(args, settings, model, images, report)
+        count, fraction = settings.clean_images, self.clean_fraction
+        if count is None and fraction is not None:
+            count = max(2, int(len(data.train) * fraction))
+        if count is not None:
+            subset = defender_subset(data.train, count=count, seed=settings.seed)
+            images = subset.to(images.images.device)
+        cleaned: nn.Module = model
+        for label, trigger in triggers.items():
+            cleaned = settings.unlearning.repair(
+                cleaned,
+                images.images,
+                images.labels,
+                triggers={label: trigger},
+                seed=settings.seed,
+                progress=True,
+            ).model
+        metadata = {
+            "cleaned": sorted(triggers),
+            "images": len(images),
+            "recipe": asdict(settings.unlearning),
+            "seed": settings.seed,
+            "fingerprint": data.fingerprint,
+        }
+        results = {"scan": None if report is None else report.to_dict(), **metadata}
+        self._write_cleaned(args, (model, cleaned), triggers, data, metadata, results)
+        return 0
+
+    def _triggers(
+        self,
+        args: argparse.Namespace,
+        settings: CleanSettings,
+        model: nn.Module,
+        images: ImageSet,
+        report: ScanReport | None,
+    ) -> dict[int, nn.Module]:
+        """The reversed triggers of --label, or of all labels that the scan names."""
+        if report is None:
+            assert self.invert is not None
+            trigger = self.invert(
+                model,
+                images.images,
+                args.label,
+                labels=images.labels,
+                config=settings.scan,
+                seed=settings.seed,
+                progress=True,
+            )
+            return {args.label: trigger}
+        labels = report.suspected if args.label is None else (args.label,)
+        if not labels or not set(labels) <= set(report.suspected):
+            named = "no label" if args.label is None else f"not label {args.label}"
+            hint = " (--force cleans --label regardless)" if self.invert is not None else ""
+            raise ValueError(
+                f"not cleaned: the scan named {named}{hint}, the verdict is "
+                f"{report.verdict.value}: {report.reason}"
+            )
+        return {label: report.triggers[label].to(images.images.device) for label in labels}
+
+    def _write_cleaned(
+        self,
+        args: argparse.Namespace,
+        models: tuple[nn.Module, nn.Module],
+        triggers: Mapping[int, nn.Module],
+        data: Dataset,
+        metadata: dict[str, Any],
+        results: dict[str, Any],
+    ) -> None:
+        """Save the cleaned classifier; measure accuracy and triggers before and after."""
+        from wm_victim import accuracy, attack_success, save_classifier
+
+        test = data.test.to(next(models[0].parameters()).device)
+        save_classifier(models[1], args.out, metadata)
+        rates = [accuracy(model, test) for model in models]
+        print(f"accuracy {rates[0]:.4f} -> {rates[1]:.4f}")
+        success = {}
+        for label, trigger in triggers.items():
+            success[label] = [attack_success(m, test, trigger, target=label) for m in models]
+            change = "{:.4f} -> {:.4f}".format(*success[label])
+            print(f"reversed {self.reversed_name} of label {label}: success {change}")
+        write_results(args, results | {"accuracy": rates, "success": success})
+        print(f"wrote {args.out}")
+
+
+def _open_inputs(
+    args: argparse.Namespace, settings: ScanSettings | CleanSettings
+) -> tuple[Classifier, Dataset, ImageSet]:
+    """The classifier, its data, and the defender's images; model and images on the device."""
+    from wm_victim import defender_subset, load_classifier, load_dataset
+
+    model = load_classifier(args.classifier)
+    data = load_dataset(args.data, root=args.root, image_size=model.config["image_size"])
+    for name in ("num_classes", "channels"):
+        if getattr(data, name) != model.config[name]:
+            raise ValueError(
+                f"expected data with {name} {model.config[name]}, as the classifier was trained "
+                f"on, got {getattr(data, name)} in {data.name}"
+            )
+    device = resolve_device(args.device)
+    images = defender_subset(data.train, count=settings.images, seed=settings.seed)
+    return model.to(device), data, images.to(device)
+
+
+def report_table(report: ScanReport) -> str:
+    """A scan for the terminal: a line a label, both rules, the verdict and its reason."""
+    lines = ["label     score  ratio  success        p  paper index"]
+    for row in report.labels:
+        named = " <- suspected" if row.label in report.suspected else ""
+        missed = "" if row.converged else " (not reached)"
+        lines.append(
+            f"{row.label:5d} {row.score:9.4g} {row.ratio:6.2f} {row.success_rate:8.3f} "
+            f"{row.p_value:8.2g} {row.paper_index:12.2f}{named}{missed}"
+        )
+    flagged = ", ".join(map(str, report.paper_flagged)) or "none"
+    named = ", ".join(map(str, report.suspected)) or "none"
+    return "\n".join(
+        [
+            *lines,
+            f"default rule: p {report.p_value:.2g} (alpha {report.alpha:g}), suspected: {named}",
+            f"paper's rule: index {report.paper_index:.2f}, with the lower median "
+            f"{report.paper_index_low:.2f}; flagged (> 2): {flagged}",
+            f"verdict: {report.verdict.value}. {report.reason}",
+        ]
+    )

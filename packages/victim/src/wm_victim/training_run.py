@@ -1,0 +1,196 @@
+"""One training run: batches, augmentation, SGD steps; all randomness from seed and epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wm_inject.core.plan import CoTraining
+from wm_inject.core.randomness import derive_seed, seeded
+from wm_inject.core.resume import like_parameters
+from wm_victim.augment import augment
+from wm_victim.datasets import ImageSet
+from wm_victim.image_store import ImageStore
+from wm_victim.inference import resolve_precision
+from wm_victim.models import Classifier
+from wm_victim.resnet import ResNetBody
+from wm_victim.train_config import TrainConfig, learning_rate
+
+Forward = Callable[[Tensor], Tensor]
+_CHECK_EVERY = 50  # steps between two checks of the loss; each check waits for the device
+
+
+class Corrupt(Protocol):
+    """Changes a training batch: images ``(N, C, H, W)`` to the same shape."""
+
+    def __call__(self, images: Tensor, *, generator: torch.Generator) -> Tensor:
+        """Change the batch; ``generator`` is a CPU generator."""
+
+
+class Epoch(NamedTuple):
+    """Means over one pass."""
+
+    loss: float
+    accuracy: float
+
+
+class TrainingRun:
+    """Everything that changes from step to step. ``limit`` is that of `ImageStore`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: ImageSet,
+        config: TrainConfig,
+        hook: CoTraining | None,
+        device: torch.device,
+        corrupt: Corrupt | None = None,
+        limit: int | None = None,
+    ) -> None:
+        smaller = min(data.images.shape[2:])
+        if config.cutout > smaller:
+            raise ValueError(f"expected a cutout of at most {smaller} pixels, got {config.cutout}")
+        self.model, self.config = model, config
+        self.hook, self.device, self.corrupt = hook, device, corrupt
+        self.precision = resolve_precision(config.precision, device)
+        # First, because it may change the layout of the weights, which momenta follow.
+        self.forward = training_forward(model, config, device)
+        self.data = ImageStore(data, device, limit=limit)
+        self.steps = config.steps_per_epoch(len(data))
+        self.optimizer = torch.optim.SGD(
+            model.parameters(),
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=config.nesterov,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a checkpoint must hold."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "hook": {} if self.hook is None else self.hook.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        like_parameters(self.optimizer)
+        if self.hook is not None:
+            self.hook.load_state_dict(state["hook"])
+
+    def epoch(self, number: int, advance: Callable[[int], None]) -> Epoch:
+        """One pass over the data; its randomness depends on the seed and its number only.
+
+        So a checkpoint between two epochs needs no state of any generator.
+        """
+        self.model.train()
+        seed = derive_seed("train", self.config.seed, number)
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self.data), generator=generator)
+        batches = order.split(self.config.batch_size)[: self.steps]
+        loss_sum = torch.zeros((), device=self.device)
+        correct_sum = torch.zeros((), device=self.device, dtype=torch.int64)
+        with seeded(seed, self.device):  # for dropout
+            for index, rows in enumerate(batches):
+                step = number * self.steps + index
+                lr = learning_rate(self.config, step, self.config.epochs * self.steps)
+                loss, correct = self._step(rows, lr, generator)
+                loss_sum += loss * len(rows)
+                correct_sum += correct
+                if index % _CHECK_EVERY == 0 or index == self.steps - 1:
+                    self._check_loss(loss_sum, number)
+                advance(len(rows))
+        count = sum(len(rows) for rows in batches)
+        return Epoch(float(loss_sum) / count, int(correct_sum) / count)
+
+    def _step(self, rows: Tensor, lr: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        images, labels = self.data.take(rows)
+        if self.hook is not None:
+            images, labels = self.hook.transform(
+                images, labels, model=self.model, generator=generator
+            )
+        images = augment(
+            images, mode=self.config.augment, generator=generator, cutout=self.config.cutout
+        )
+        if self.corrupt is not None:
+            images = self.corrupt(images, generator=generator)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        logits = self.forward(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+
+    def _check_loss(self, loss_sum: Tensor, epoch: int) -> None:
+        if not bool(loss_sum.isfinite()):
+            raise RuntimeError(
+                f"the loss became {float(loss_sum)} in epoch {epoch + 1}: "
+                f"try a lower learning rate than {self.config.lr}"
+            )
+
+
+def training_forward(model: nn.Module, config: TrainConfig, device: torch.device) -> Forward:
+    """The forward pass of a step: images to float32 logits, with gradients to float32 weights.
+
+    Args:
+        model: The classifier, on the device already. The layout of its weights is changed.
+        config: Its ``layout``, ``precision`` and ``compile`` are used.
+        device: Where it trains.
+
+    Raises:
+        ValueError: ``compile`` on another device than a GPU; layout "blocked" on another than the
+            CPU, for another network than a ResNet of this library, or without oneDNN.
+    """
+    dtype = resolve_precision(config.precision, device)
+    if config.compile and device.type != "cuda":
+        raise ValueError(f"expected a CUDA device with compile, got {device.type}")
+    if config.layout == "blocked":
+        return _blocked_forward(model, device, dtype)
+    model.to(memory_format=torch.channels_last)
+    # "reduce-overhead" records the step as CUDA graphs.
+    call = torch.compile(model, mode="reduce-overhead") if config.compile else model
+
+    def forward(images: Tensor) -> Tensor:
+        images = images.contiguous(memory_format=torch.channels_last)
+        mixed = dtype == torch.bfloat16
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed):
+            logits = call(images)
+        return logits.float()
+
+    return forward
+
+
+def _blocked_forward(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Forward:
+    """A forward pass in oneDNN's own layout, sixteen channels side by side.
+
+    All layers of a ResNet have kernels for it, and nothing is converted between them. On a CPU
+    normalisation, ReLU and convolutions of small maps are faster than in channels-last memory.
+    """
+    if device.type != "cpu":
+        raise ValueError(f"expected the CPU with layout blocked, got {device.type}")
+    body = model.body if isinstance(model, Classifier) else None
+    if not isinstance(model, Classifier) or not isinstance(body, ResNetBody):
+        kind = type(model if body is None else body).__name__
+        raise ValueError(f"expected a resnet or preactresnet with layout blocked, got {kind}")
+    if not torch.backends.mkldnn.is_available():
+        raise ValueError("expected a torch with oneDNN for layout blocked, got one without")
+    # oneDNN gives the gradients of weights in this layout, and the optimiser wants them alike.
+    model.to(memory_format=torch.contiguous_format)
+    normalize, head = model.normalize, model.head
+
+    def forward(images: Tensor) -> Tensor:
+        opaque = normalize(images).to(dtype).contiguous().to_mkldnn()
+        maps = body.blocks(body.stem(opaque)).to_dense().float()
+        logits: Tensor = head(maps.mean((2, 3)))
+        return logits
+
+    return forward
