@@ -1,20 +1,24 @@
+"""The report and the story of a made-up study."""
+
 from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from wm_eval.records import read_records, write_text
-from wm_eval.report import render_report
-from wm_eval.summary import headline, story
-from wm_eval.tables import in_order, number, percent, points, render_markdown, study_tables
+from wm_eval.pages import page_text, study_pages, write_page
+from wm_eval.pages.report import render_report
+from wm_eval.pages.story import corruptions_in_order, headline, story_lines
+from wm_eval.records import Record, read_records, read_study
 
 VOID = {"meta", "img", "br", "link", "input"}
 
@@ -56,6 +60,26 @@ def read(study: Path) -> tuple[str, Page]:
     page.feed(text)
     assert page.open == []
     return text, page
+
+
+def edit(study: Path, change: Callable[[Record], Record | None]) -> None:
+    """Change or drop records of a study."""
+    records = [change(record) for record in read_records(study).values()]
+    text = "".join(record.line for record in records if record is not None)
+    (study / "records.jsonl").write_text(text, encoding="utf-8")
+
+
+def without(study: Path, kind: str, **key: Any) -> None:
+    edit(study, lambda record: None if record.has(kind, **key) else record)
+
+
+def with_values(study: Path, kind: str, values: dict[str, Any], **key: Any) -> None:
+    def change(record: Record) -> Record:
+        if not record.has(kind, **key):
+            return record
+        return replace(record, values={**record.values, **values})
+
+    edit(study, change)
 
 
 def test_the_page_loads_nothing_from_anywhere(study: Path) -> None:
@@ -107,7 +131,7 @@ def test_every_part_of_the_story_is_there(study: Path) -> None:
         "What the defences find",
         "named no label",
         "What this is for",
-        "wm-eval report FOLDER",
+        "wm-eval page FOLDER",
         "label 0, named",
         "a <made-up> picture",
     ):
@@ -122,77 +146,71 @@ def test_the_same_records_draw_the_same_bytes(study: Path) -> None:
 
 
 def test_an_unfinished_study_has_a_page_too(study: Path) -> None:
-    for path in (study / "records").glob("*.json"):
-        if not path.name.startswith(("data", "watermark")):
-            path.unlink()
+    first = ("images", "stealth", "mark", "tiles")
+    edit(study, lambda record: record if record.kind in first else None)
     text, page = read(study)
     assert "The watermark" in page.text and "What the defences find" not in page.text
     assert "<svg" not in text
 
 
 def test_an_attack_that_failed_is_not_called_planted(study: Path) -> None:
-    path = study / "records" / "robustness.json"
-    content = json.loads(path.read_text())
-    none = content["values"]["victims"]["backdoored"]["none"]
-    none |= {"asr": 0.085, "asr_interval": [0.05, 0.13], "ftr": 0.06, "ftr_interval": [0.03, 0.1]}
-    write_text(path, json.dumps(content))
-    _, page = read(study)
-    assert "Not planted: with a watermark at 40.0 dB, 8.5 %" in page.text
+    none = read_study(study).select("rates", attack="watermark")[0].values["corruptions"]["none"]
+    low = {"asr": 0.085, "asr_interval": [0.05, 0.13], "ftr": 0.06, "ftr_interval": [0.03, 0.1]}
+    with_values(study, "rates", {"corruptions": {"none": none | low}}, attack="watermark")
+    assert headline(read_study(study))[0].startswith("Not planted")
 
 
-def test_only_one_victim_scanned_is_drawn_too(study: Path) -> None:
-    (study / "records" / "scan-nc-backdoored.json").unlink()
-    assert "Neural Cleanse, clean victim" in read(study)[1].text
+def test_what_was_not_scanned_or_cleaned_is_left_out(study: Path) -> None:
+    without(study, "scan", detector="nc", attack="watermark")
+    without(study, "mitigation", method="unlearning-reverse")
+    text = read(study)[1].text
+    assert "Neural Cleanse, clean victim" in text
+    assert "Not cleaned" in headline(read_study(study))[-1]
 
 
-def test_nothing_cleaned_is_said_so(study: Path) -> None:
-    (study / "records" / "cleaning-reverse.json").unlink()
-    assert "Not cleaned: no scan named a label." in read(study)[1].text
-
-
-@pytest.mark.parametrize("file", ["gone.png", "../records/data.json"])
+@pytest.mark.parametrize("file", ["gone.png", "../records.jsonl"])
 def test_a_picture_that_is_missing_or_elsewhere_is_refused(study: Path, file: str) -> None:
-    path = study / "records" / "watermark.json"
-    content = json.loads(path.read_text())
-    content["values"]["pictures"]["watermark"]["file"] = file
-    write_text(path, json.dumps(content))
-    with pytest.raises(ValueError, match=r"^expected the picture"):
+    with_values(study, "tiles", {"watermark": {"file": file, "caption": "", "size": [8, 8]}})
+    with pytest.raises(ValueError, match="picture"):
         render_report(study)
 
 
-def test_no_records_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="found none"):
-        render_report(tmp_path)
-
-
-def test_records_of_two_studies_are_refused(study: Path) -> None:
-    path = study / "records" / "robustness.json"
-    write_text(path, path.read_text().replace('"data": "abc"', '"data": "other"'))
-    with pytest.raises(ValueError, match="records of one study"):
+def test_no_records_and_records_of_two_studies_are_refused(tmp_path: Path, study: Path) -> None:
+    with pytest.raises(ValueError, match=r"records\.jsonl"):
+        render_report(tmp_path / "nowhere")
+    edit(study, lambda r: replace(r, data="other") if r.kind == "mark" else r)
+    with pytest.raises(ValueError, match="data set"):
         render_report(study)
 
 
-def test_tables_are_rendered_from_records_with_counts_and_intervals(study: Path) -> None:
-    text = render_markdown(study / "records")
+def test_tables_have_counts_and_intervals(study: Path) -> None:
+    (page,) = study_pages(read_study(study))
+    text = page_text(study)
     assert "96.5 % (94.5 to 98.5)" in text and "0 of 298" in text and "538" in text
     assert "not cleaned: the scan named no label" in text
-    tables = study_tables(read_records(study / "records"))
-    assert len({table.name for table in tables}) == len(tables) == 11
-    assert all(len(row) == len(t.headers) for t in tables for row in t.rows)
+    assert len({table.name for table in page.tables}) == len(page.tables) == 11
+    assert all(len(row) == len(t.headers) for t in page.tables for row in t.rows)
 
 
-def test_the_story_takes_about_a_dozen_plain_lines(study: Path) -> None:
-    records = read_records(study / "records")
-    assert 10 <= len(story(records)) <= 15
+def test_the_story_takes_about_a_dozen_lines(study: Path) -> None:
+    records = read_study(study)
+    assert 10 <= len(story_lines(records)) <= 15
     assert len(headline(records)) == 3
 
 
-def test_numbers_as_text() -> None:
-    assert percent(0.9731) == "97.3 %" and percent(None) == "–"
-    assert points({"value": -0.005, "low": -0.017, "high": 0.007}) == "-0.5 (-1.7 to +0.7)"
-    assert number(1.234) == "1.23" and number(None) == "–"
-    assert number(0.0001, digits=2) == "1.0e-04" and number(0.0) == "0.00"
-    assert in_order(["rotation", "zzz", "none", "jpeg"]) == ["none", "rotation", "jpeg", "zzz"]
+def test_corruptions_are_in_the_order_of_the_papers() -> None:
+    names = ["rotation", "zzz", "none", "jpeg"]
+    assert corruptions_in_order(names) == ["none", "rotation", "jpeg", "zzz"]
+
+
+def test_a_page_has_the_figures_of_every_study_in_a_folder(study: Path) -> None:
+    page = write_page(study)
+    assert page.read_text().count("![") == 3
+    both = write_page(study.parent)
+    assert both.read_text().count("![") == 3 and "(study/figures/watermark.png)" in both.read_text()
+    assert page_text(study.parent) == both.read_text()
+    with pytest.raises(ValueError, match=r"records\.jsonl"):
+        page_text(study / "figures")
 
 
 def test_images_of_the_data_set_can_stay_out_of_the_page(tmp_path: Path, study: Path) -> None:

@@ -129,3 +129,6 @@ def _section(folder: Path, base: Path, skipped: Sequence[str], *, level: int) ->
     lines += [f"- Failed: `{f.id}`: {' '.join(f.reason.split())}" for f in failures[:_SHOWN]]
     lines += [f"- And {len(failures) - _SHOWN} more."] if len(failures) > _SHOWN else []
     return [*lines, ""]
+
+
+__all__ = ["page_text", "study_pages", "write_page", "write_tables"]
