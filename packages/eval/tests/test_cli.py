@@ -3,12 +3,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from wm_eval import cli
+from wm_eval import cli, engine
 from wm_eval.__about__ import __version__
+from wm_eval.engine import Outcome
 from wm_eval.executors import InProcess
+from wm_eval.local_processes import LocalProcesses
+from wm_eval.records import Failure
 
 
 def code(argv: list[str]) -> int:
@@ -18,124 +22,99 @@ def code(argv: list[str]) -> int:
         return int(leaving.code or 0)
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["--help"],
-        ["demo", "--help"],
-        ["run", "--help"],
-        ["report", "--help"],
-        ["table1", "--help"],
-    ],
-)
-def test_help_answers_without_torch(argv: list[str]) -> None:
-    program = (
-        f"import sys; from wm_eval.cli import main\ntry: main({argv!r})\n"
-        "except SystemExit: sys.exit('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0 and "usage: wm-eval" in done.stdout
+def test_help_answers_without_torch() -> None:
+    for argv in (["--help"], ["demo", "--help"], ["run", "--help"], ["tables", "--help"]):
+        program = (
+            f"import sys; from wm_eval.cli import main\ntry: main({argv!r})\n"
+            "except SystemExit: sys.exit('torch' in sys.modules)"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert done.returncode == 0 and "usage: wm-eval" in done.stdout
 
 
-def test_version(capsys: pytest.CaptureFixture) -> None:
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert code(["--version"]) == 0
     assert __version__ in capsys.readouterr().out
     assert code(["demo", "--version"]) == 0
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [
+def test_wrong_usage_exits_64(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (
         [],
         ["destroy"],
-        ["run", "x.toml"],
+        ["run"],
         ["demo", "--device", "tpu"],
-        ["table1", "--profile", "vast"],
-        ["table2", "--minutes", "soon"],
-    ],
-)
-def test_wrong_usage_exits_64(argv: list[str], capsys: pytest.CaptureFixture) -> None:
-    assert code(argv) == 64
-    assert capsys.readouterr().err.count("\n") == 1
+        ["run", "demo", "--minutes", "soon"],
+        ["run", "demo", "--workers", "2", "--ray"],
+    ):
+        assert code(argv) == 64
+        assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = tmp_path / "study.toml"
     bad.write_text("colour = 1")
-    for argv in (["run", str(bad), "--out", str(tmp_path)], ["report", str(tmp_path)]):
-        assert code(argv) == 1
+    for argv in (
+        ["run", str(bad)],
+        ["run", "no-such-study"],
+        ["run", "demo", "--set", "seeds"],
+        ["run", "demo", "--minutes", "0", "--out", str(tmp_path)],
+        ["run", "demo", "--workers", "0"],
+        ["tables", str(tmp_path)],
+        ["page", str(tmp_path)],
+    ):
+        assert code(argv) == 1, argv
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1
 
 
-def test_report_draws_page_and_tables(study: Path, capsys: pytest.CaptureFixture) -> None:
-    assert code(["report", str(study)]) == 0
-    assert str(study / "report.html") in capsys.readouterr().out
-    assert "Before and after cleaning" in (study / "tables.md").read_text(encoding="utf-8")
-
-
-def test_demo_and_run_hand_over_what_was_asked(
-    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+def test_a_study_is_handed_over_as_it_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from wm_eval import experiment
-    from wm_eval.records import read_records
+    runs: list[tuple[Any, ...]] = []
 
-    asked = []
+    def run(stages: Any, out: Path, **settings: Any) -> Outcome:
+        study = next(iter(stages))
+        runs.append((study.settings["name"], study.settings["seeds"], out.as_posix(), settings))
+        failures = {} if len(runs) < 5 else {"a": Failure("a", {}, "no luck")}
+        return Outcome({}, failures, ("b",))
 
-    def run(config, out, *, device):
-        asked.append((config.name, config.seed, str(out), device))
-        return experiment.StudyResult(study, read_records(study / "records"), study / "report.html")
-
-    monkeypatch.setattr(experiment, "run_study", run)
+    monkeypatch.setattr(engine, "run", run)
+    monkeypatch.chdir(tmp_path)
     file = tmp_path / "a.toml"
-    file.write_text('name = "mine"\nseed = 5')
+    file.write_text('name = "mine"\nseeds = [5]\n')
     assert code(["demo", "--seed", "3", "--device", "cpu"]) == 0
-    assert code(["demo", "--pretrained", "--device", "cpu"]) == 0
-    assert code(["run", str(file), "--out", "there", "--device", "cpu"]) == 0
-    assert code(["run", str(file), "--out", "there", "--device", "cpu", "--seed", "2"]) == 0
-    assert asked == [
-        ("demo", 3, "runs/demo", "cpu"),
-        ("demo-pretrained", 0, "runs/demo-pretrained", "cpu"),
-        ("mine", 5, "there", "cpu"),
-        ("mine", 2, "there", "cpu"),
+    assert code(["demo", "--pretrained", "--device", "cpu", "--minutes", "1.5"]) == 0
+    assert code(["run", str(file), "--out", "there", "--device", "cpu", "--workers", "2"]) == 0
+    sets = ["--set", "name=other", "--set", "seeds=[1, 2]"]
+    assert code(["run", str(file), *sets, "--device", "cpu"]) == 0
+    assert code(["run", "population-tiny", "--device", "cpu"]) == 1  # a stage failed
+    here = {"device": "cpu", "minutes": None, "executor": InProcess()}
+    assert runs == [
+        ("demo", [3], "runs/demo", here),
+        ("demo-pretrained", [0], "runs/demo-pretrained", {**here, "minutes": 1.5}),
+        ("mine", [5], "there", {**here, "executor": LocalProcesses(2)}),
+        ("other", [1, 2], "runs/other", here),
+        ("population-tiny", [0], "runs/population-tiny", here),
     ]
     printed = capsys.readouterr().out
-    assert "ASR" in printed and "report.html" in printed
+    assert "no tables yet" in printed and "failures.jsonl" in printed
 
 
-def test_tables_hand_over_what_was_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+def test_settings_are_printed_and_nothing_is_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from wm_eval.attacks import run
-
-    asked = []
-
-    def run_attack_study(config, out, *, device, minutes, parts, executor):
-        assert executor == InProcess()
-        asked.append((config, Path(out).as_posix(), device, minutes, parts))
-        return Path(out) / "records"
-
-    monkeypatch.setattr(run, "run_attack_study", run_attack_study)
-    monkeypatch.chdir(tmp_path)
-    common = ["--profile", "tiny", "--data", "digits", "--device", "cpu"]
-    assert code(["table1", *common, "--attacks", "wanet, sig", "--recipes", "corrupted"]) == 0
-    assert code(["table2", *common, "--seeds", "2", "--seed", "3", "--minutes", "1.5"]) == 0
-    assert code(["figure1", *common, "--out", "there"]) == 0
-    (first, *where), (second, *_, minutes, parts), (_, out, *_, kind) = asked
-    assert where == ["runs/tiny-digits", "cpu", None, ("cells",)]
-    assert (first.rows, first.recipes, first.seeds) == (("sig", "wanet"), ("corrupted",), (0,))
-    assert (second.seeds, minutes, parts) == ((3, 4), 1.5, ("stealth",))
-    assert (out, kind) == ("there", ("figure",))
-    assert capsys.readouterr().out.count("nothing measured yet") == 3
+    assert code(["demo", "--print-config", "--seed", "4"]) == 0
+    (tmp_path / "a.toml").write_text(text := capsys.readouterr().out)
+    assert "seeds = [\n    4,\n]" in text
+    assert code(["run", str(tmp_path / "a.toml"), "--print-config"]) == 0
+    assert capsys.readouterr().out == text
+    assert code(["run", "--print-config"]) == 0
 
 
-@pytest.mark.parametrize(
-    "wrong", [["--attacks", "badnet"], ["--recipes", "x"], ["--seeds", "0"], ["--minutes", "0"]]
-)
-def test_tables_refuse_what_they_do_not_know(
-    wrong: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    argv = ["table1", "--profile", "tiny", "--data", "digits", "--out", str(tmp_path), *wrong]
-    assert code(argv) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: expected ") and error.count("\n") == 1
+def test_tables_and_page_of_a_study(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert code(["tables", str(study), "--formats", "md,html"]) == 0
+    assert code(["page", str(study), "--without-images"]) == 0
+    printed = capsys.readouterr().out
+    assert ".html" in printed
+    assert (study / "report.html").is_file() and (study / "README.md").is_file()

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,14 +25,7 @@ from wm_eval.audit.cli import (
     inspect_command,
     scan_command,
 )
-from wm_inject.command.common import (
-    Parser,
-    add_common,
-    add_completion,
-    describe,
-    resolve_device,
-    run_cli,
-)
+from wm_inject.command.common import CommandLine, resolve_device
 from wm_inject.command.config import add_config, add_print_config, print_config
 
 if TYPE_CHECKING:
@@ -84,42 +77,26 @@ examples:
   wm-eval page runs/attacks-cifar10
   wm-eval page runs/demo --without-images
 """
-# The commands about one model: help, epilog, arguments, work.
-_AUDITS = {
-    "scan": (SCAN_HELP, SCAN_EPILOG, add_scan, scan_command),
-    "clean": (CLEAN_HELP, CLEAN_EPILOG, add_clean, clean_command),
-    "inspect": (INSPECT_HELP, INSPECT_EPILOG, add_inspect, inspect_command),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point of ``wm-eval``; the exit code is 0, 1 for an error, 64 for wrong usage."""
-    return run_cli(_main, argv)
-
-
-def _main(argv: Sequence[str] | None) -> int:
-    parser = Parser(
-        prog="wm-eval",
-        description="Measure backdoor attacks and defences: studies, tables, reports.",
+    line = CommandLine(
+        "wm-eval",
+        __version__,
+        description="Measure backdoor attacks and defences: studies, tables, pages, audits.",
         epilog=_EPILOG,
     )
-    parser.add_argument("--version", action="version", version=f"wm-eval {__version__}")
-    add_completion(parser)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    demo = commands.add_parser(
-        "demo", help="the whole story on real digits, in minutes", epilog=_DEMO_EPILOG
-    )
+    demo = line.add("demo", _run, "the whole story on real digits, in minutes", epilog=_DEMO_EPILOG)
     demo.add_argument(
-        "--pretrained", action="store_true", help="start from a watermark that ships: sooner done"
+        "--pretrained", action="store_true", help="use a watermark that ships: sooner done"
     )
     epilog = _RUN_EPILOG + "".join(f"  {name}\n" for name in shipped_names())
-    run = commands.add_parser("run", help="run a study, or the rest of it", epilog=epilog)
+    run = line.add("run", _run, "run a study, or the rest of it", epilog=epilog)
     run.add_argument("study", metavar="STUDY", help="the name of one that ships, or a TOML file")
     for command in (demo, run):
         _add_run(command)
-    tables = commands.add_parser(
-        "tables", help="render the tables of a study", epilog=_TABLES_EPILOG
-    )
+    tables = line.add("tables", _tables, "render the tables of a study", epilog=_TABLES_EPILOG)
     tables.add_argument("folder", type=Path, metavar="FOLDER", help="the study's folder")
     tables.add_argument(
         "--formats", default="md,csv", help="out of md,csv,html,tex (default: md,csv)"
@@ -130,29 +107,23 @@ def _main(argv: Sequence[str] | None) -> int:
         metavar="FILE",
         help="write the null distributions of a population here, as JSON",
     )
-    page = commands.add_parser(
-        "page", help="draw the figures and the page of a study", epilog=_PAGE_EPILOG
-    )
+    page = line.add("page", _page, "draw the figures and the page of a study", epilog=_PAGE_EPILOG)
     page.add_argument("folder", type=Path, metavar="FOLDER", help="the study's folder")
     page.add_argument(
         "--without-images",
         action="store_true",
         help="leave out images of the data set, where they may not be passed on",
     )
-    for name, (purpose, text, add, _) in _AUDITS.items():
-        add(commands.add_parser(name, help=purpose, epilog=text))
-    for name, command in commands.choices.items():
-        add_common(command, version=__version__)
-        if name in ("scan", "clean"):
+    for name, work, purpose, epilog, add in (
+        ("scan", scan_command, SCAN_HELP, SCAN_EPILOG, add_scan),
+        ("clean", clean_command, CLEAN_HELP, CLEAN_EPILOG, add_clean),
+        ("inspect", inspect_command, INSPECT_HELP, INSPECT_EPILOG, add_inspect),
+    ):
+        command = line.add(name, work, purpose, epilog=epilog)
+        add(command)
+        if name != "inspect":
             add_config(command)
-        if command in (demo, run):
-            command.set_defaults(seed=None)
-    describe(commands)
-    args = parser.parse_args(argv)
-    work: dict[str, Callable[[argparse.Namespace], int]]
-    work = {"demo": _run, "run": _run, "tables": _tables, "page": _page}
-    work |= {name: command for name, (_, _, _, command) in _AUDITS.items()}
-    return work[args.command](args)
+    return line.main(argv)
 
 
 def shipped_names() -> list[str]:

@@ -114,7 +114,7 @@ def add_common(parser: argparse.ArgumentParser, *, version: str) -> None:
         "--device", choices=DEVICES, default="auto", help="where to compute (default: auto)"
     )
     # A command with a settings file takes its seed from there.
-    default = None if "--config" in parser._option_string_actions else 0
+    default = None if "--print-config" in parser._option_string_actions else 0
     group.add_argument("--seed", type=int, default=default, help="seed of every draw (default: 0)")
     package = parser.prog.split()[0]
     group.add_argument("--version", action="version", version=f"{package} {version}")
