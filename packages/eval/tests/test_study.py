@@ -49,7 +49,14 @@ MITIGATION = replace(
     TINY,
     detectors={"nc": {"preset": "fast"}},
     mitigations={"fine-tuning": {}, "unlearning-nc": {}},
-    defender=DefenderConfig(images=40, fractions=(0.1, 0.2), steps=2),
+    defender=DefenderConfig(
+        images=40,
+        fractions=(0.1, 0.2),
+        steps=2,
+        clean_victims=True,
+        oracle_labels=True,
+        rescan=True,
+    ),
 )
 
 
@@ -427,7 +434,7 @@ def test_the_whole_story(tmp_path: Path) -> None:
         measure=replace(TINY.measure, corruptions=("none",), compared=20),
         detectors={"nc": {"preset": "fast", "steps": 2}},
         mitigations={"control-nc": {"preset": "nc"}, "unlearning-nc": {"preset": "nc"}},
-        defender=DefenderConfig(images=20, fractions=(0.2,), steps=1, rescan=False),
+        defender=DefenderConfig(images=20, fractions=(0.2,), steps=1),
         learning_rates=(0.01,),
     )
     outcome, _ = go(study, tmp_path)

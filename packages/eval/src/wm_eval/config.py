@@ -153,6 +153,8 @@ class DefenderConfig:
         fractions: Fractions of the training images to mitigate with, each in (0, 1].
         steps: Optimiser steps of every mitigation alike.
         passes: Instead of steps: passes over the images and as many triggered copies.
+        clean_victims: Mitigate the clean victims, too: what a mitigation costs.
+        oracle_labels: Where the scan did not name the true label, mitigate with it as well.
         rescan: Scan again what unlearning has repaired.
 
     Raises:
@@ -165,7 +167,9 @@ class DefenderConfig:
     fractions: tuple[float, ...] = (0.01, 0.03, 0.05)
     steps: int = 300
     passes: int | None = None
-    rescan: bool = True
+    clean_victims: bool = False
+    oracle_labels: bool = False
+    rescan: bool = False
 
     def __post_init__(self) -> None:
         if self.images < 2 or self.steps < 1:

@@ -215,6 +215,8 @@ def _scanner(trial: Trial, detector: str) -> dict[str, Any]:
 
 def _mitigations(trial: Trial) -> Iterator[Stage]:
     """Every method with every fraction of the images."""
+    if trial.attack == CLEAN and not trial.study.defender.clean_victims:
+        return
     if trial.study.methods:
         yield from _rates(trial)
     for method in trial.study.methods:
@@ -224,11 +226,14 @@ def _mitigations(trial: Trial) -> Iterator[Stage]:
 
 def _with_oracle_label(trial: Trial, detector: str, scan: Record) -> Iterator[Stage]:
     """Mitigation with the true label, where the scan did not name it."""
-    if scan.values["oracle_label"] in scan.values["named"]:
+    defender = trial.study.defender
+    if trial.attack == CLEAN and not defender.clean_victims:
+        return
+    if not defender.oracle_labels or scan.values["oracle_label"] in scan.values["named"]:
         return
     for method in trial.study.methods:
         if detector_of(method) == detector:
-            for fraction in trial.study.defender.fractions:
+            for fraction in defender.fractions:
                 yield _mitigation(trial, method, fraction, oracle_label=True)
 
 
