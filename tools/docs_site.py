@@ -1,8 +1,8 @@
 """What the documentation's generator is told beside mkdocs.yml: pages that lie outside docs/.
 
-README, CONTRIBUTING, SECURITY and the pages of results stay where readers of the repository look for
-them; the site has them too. Links are written for the repository. One that leads to a page of the
-site is kept; of one that leads to a file that the site has not, only the text stays.
+README, CONTRIBUTING, SECURITY and the pages of results stay where readers of the repository look
+for them; the site has them too. Links are written for the repository. One that leads to a page of
+the site is kept; of one that leads to a file that the site has not, only the text stays.
 """
 
 from __future__ import annotations

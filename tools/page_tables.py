@@ -11,9 +11,10 @@ from tools.result_tables import filter_table
 
 from wm_eval.numbers import AVERAGES, keys, select, spread
 from wm_eval.pages.attacks import COLUMNS, TRAINED, about, started, table1, table2
-from wm_eval.pages.calibration import ALL_SETTINGS, calibration_page
+from wm_eval.pages.calibration import calibration_page
 from wm_eval.pages.detection import detection_page, index_page
 from wm_eval.pages.mitigation import mitigation_page, paper_page
+from wm_eval.population import ALL_SETTINGS
 from wm_eval.records import StudyRecords, read_study
 from wm_eval.render import ABSENT, Page, Table, count_range, plus_minus
 from wm_eval.titles import CALIBRATED, CLEAN, attack_title, detector_title

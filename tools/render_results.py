@@ -16,7 +16,8 @@ from wm_eval.pages.attacks import attack_pages
 from wm_eval.pages.calibration import calibration_page
 from wm_eval.pages.detection import detection_page, index_page, seeds_page
 from wm_eval.pages.mitigation import mitigation_page, paper_page
-from wm_eval.pages.story import headline, story_lines, story_page
+from wm_eval.pages.story import story_page
+from wm_eval.pages.story_text import headline, story_lines
 from wm_eval.records import StudyRecords, read_study, write_text
 from wm_eval.render import Page, Table, markdown, tidy_csv, to_markdown
 from wm_inject.command.common import run_cli

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wm_eval.records import StudyRecords, read_study, write_text
-from wm_eval.render import ABSENT, Table, percent, to_markdown
+from wm_eval.render import ABSENT, Table, percent, split_headers, to_markdown
 from wm_extract.detect import WEIGHTS
 from wm_inject import PRETRAINED, pretrained_card
 from wm_inject.command.common import run_cli
@@ -116,14 +116,9 @@ def pairs_table(cards: Mapping[str, Mapping[str, Any]]) -> Table:
         )
         for name, card in cards.items()
     ]
-    headers = (
-        "name",
-        "images",
-        "parameters (injector + extractor)",
-        "training images",
-        "steps",
-        "PSNR floor",
-        "files",
+    headers = split_headers(
+        "name | images | parameters (injector + extractor) | training images | steps | PSNR floor "
+        "| files"
     )
     return Table("pairs", "What there is", headers, tuple(rows), "")
 
@@ -147,16 +142,8 @@ def stealth_table(study: StudyRecords) -> Table:
                 percent(v["common"]),
             )
         )
-    headers = (
-        "pair",
-        "test images",
-        "n",
-        "PSNR",
-        "5th percentile",
-        "SSIM",
-        "LPIPS",
-        "largest change",
-        "in common",
+    headers = split_headers(
+        "pair | test images | n | PSNR | 5th percentile | SSIM | LPIPS | largest change | in common"
     )
     note = (
         "Means over 8-bit images; PSNR in dB, the largest change in steps of 255. In common: how "

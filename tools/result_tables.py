@@ -10,7 +10,7 @@ from typing import Any
 
 from wm_eval.intervals import wilson
 from wm_eval.records import StudyRecords
-from wm_eval.render import ABSENT, Table, decimal, percent, with_interval
+from wm_eval.render import ABSENT, Table, decimal, percent, split_headers, with_interval
 from wm_eval.titles import detector_title
 
 BENCHMARKS = "speed-bench.json"
@@ -73,18 +73,9 @@ def ablation_table(study: StudyRecords) -> Table:
                 f"{percent(detection['tpr'])} / {percent(detection['fpr'])}",
             )
         )
-    headers = (
-        "recipe",
-        "steps",
-        "PSNR (dB)",
-        "largest change (of 255)",
-        "bits, none",
-        "mask",
-        "rotation",
-        "noise",
-        "re-scale",
-        "JPEG",
-        "marked found / false",
+    headers = split_headers(
+        "recipe | steps | PSNR (dB) | largest change (of 255) | bits, none | mask | rotation | "
+        "noise | re-scale | JPEG | marked found / false"
     )
     note = (
         "Balanced bit accuracy of the one fixed mark on held-out images; a constant output scores "
@@ -112,15 +103,9 @@ def learning_table(study: StudyRecords) -> Table:
                 percent(last["cda"]),
             )
         )
-    headers = (
-        "victim",
-        "epochs",
-        "learned in epoch",
-        "after exposures",
-        "after steps",
-        "ASR at the end",
-        "loss on poisoned images",
-        "CDA",
+    headers = split_headers(
+        "victim | epochs | learned in epoch | after exposures | after steps | ASR at the end | "
+        "loss on poisoned images | CDA"
     )
     note = (
         "Learned: attack success of 90 % on held-out images at the end of an epoch. The base is "
@@ -191,15 +176,9 @@ def injector_table(study: StudyRecords) -> Table:
         )
         for row in injectors
     )
-    headers = (
-        "injector",
-        "PSNR (dB)",
-        "marked, detector in torch",
-        "marked, its ONNX file",
-        "ASR, classifier in torch",
-        "ASR, its ONNX file",
-        "8-bit values unlike torch's",
-        "by at most",
+    headers = split_headers(
+        "injector | PSNR (dB) | marked, detector in torch | marked, its ONNX file | ASR, "
+        "classifier in torch | ASR, its ONNX file | 8-bit values unlike torch's | by at most"
     )
     n = injectors[0]["n"]
     note = f"{n} test images of other classes than the target, poisoned and stored in 8 bits."
@@ -247,13 +226,9 @@ def network_tables(record: Mapping[str, Any]) -> Iterator[Table]:
         for name, row in benchmarks.items()
         if "fraction_of_matmul" in row
     )
-    headers: tuple[str, ...] = (
-        "network",
-        "images/s",
-        "share of the best matrix product",
-        "spread",
-        "share of the best by torch.mm",
-        "best product",
+    headers: tuple[str, ...] = split_headers(
+        "network | images/s | share of the best matrix product | spread | share of the best by "
+        "torch.mm | best product"
     )
     note = (
         "32 pixels; the numbers in a name are the batch or the width. Seconds of the processor; "

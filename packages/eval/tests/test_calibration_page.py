@@ -12,16 +12,8 @@ from defense_nc import ModelInfo, Verdict, judge
 from wm_eval.intervals import exact_interval
 from wm_eval.measure import scan_values
 from wm_eval.pages import study_pages
-from wm_eval.pages.calibration import (
-    COMBINED,
-    Population,
-    Row,
-    auroc_interval,
-    calibrate,
-    calibration_page,
-    population_tables,
-    summarise,
-)
+from wm_eval.pages.calibration import calibration_page, population_tables
+from wm_eval.population import COMBINED, Population, Row, auroc_interval, calibrate, summarise
 from wm_eval.records import Failure, Record, StudyRecords
 from wm_eval.render import ABSENT
 from wm_eval.titles import CALIBRATED

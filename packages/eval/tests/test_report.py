@@ -17,7 +17,8 @@ import pytest
 
 from wm_eval.pages import page_text, study_pages, write_page
 from wm_eval.pages.report import render_report
-from wm_eval.pages.story import corruptions_in_order, headline, story_lines
+from wm_eval.pages.story import corruptions_in_order
+from wm_eval.pages.story_text import headline, story_lines
 from wm_eval.records import Record, read_records, read_study
 
 VOID = {"meta", "img", "br", "link", "input"}

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from wm_eval.numbers import Number as Number
     from wm_eval.pages import write_page as write_page
     from wm_eval.pages import write_tables as write_tables
-    from wm_eval.pages.calibration import summarise as summarise
     from wm_eval.pages.report import render_report as render_report
+    from wm_eval.population import summarise as summarise
     from wm_eval.records import Failure as Failure
     from wm_eval.records import Record as Record
     from wm_eval.records import StudyRecords as StudyRecords

@@ -229,7 +229,7 @@ def _run(args: argparse.Namespace) -> int:
         print(f"failures    {out / 'failures.jsonl'} ({len(outcome.failures)} stages)")
     if "mark" in study.parts and outcome.complete:
         from wm_eval.pages.report import render_report
-        from wm_eval.pages.story import headline, story_lines
+        from wm_eval.pages.story_text import headline, story_lines
 
         records = read_study(out)
         print("\n".join([*story_lines(records), "", *headline(records)]))
@@ -267,7 +267,7 @@ def _tables(args: argparse.Namespace) -> int:
         print(f"table       {path}")
     if args.calibrate is not None:
         from defense_nc.verdict.calibration import write_calibrations
-        from wm_eval.pages.calibration import population_scans, summarise
+        from wm_eval.population import population_scans, summarise
         from wm_eval.records import read_study
 
         population = summarise(population_scans(read_study(args.folder)))

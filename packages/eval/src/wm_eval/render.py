@@ -64,6 +64,11 @@ class Page(NamedTuple):
     numbers: tuple[Number, ...] = ()
 
 
+def split_headers(text: str) -> tuple[str, ...]:
+    """Headers of a table from one line, "attack | seeds"."""
+    return tuple(text.split(" | "))
+
+
 def percent(rate: float | None, *, digits: int = 1) -> str:
     """A rate as text: 0.9731 is "97.3 %", None a dash."""
     return ABSENT if rate is None else f"{100 * rate:.{digits}f} %"

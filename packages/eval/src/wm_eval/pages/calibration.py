@@ -1,224 +1,27 @@
-"""Error rates of detectors on many models: calibrated on one split, judged on the other.
-
-Nothing is scanned anew. A detector's null distribution is fitted to the clean models of the
-calibration split, one for each number of classes, and every model of the test split is judged by it
-from its recorded scores.
-"""
+"""Error rates of detectors on many models: false alarms, backdoors found, attacks by detectors."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
 
-import torch
-
-from defense_nc import (
-    Calibration,
-    CleanModel,
-    ModelInfo,
-    Verdict,
-    auroc,
-    clean_model,
-    fit_calibration,
-    judge,
+from wm_eval.numbers import Number
+from wm_eval.population import (
+    ALL_SETTINGS,
+    COMBINED,
+    MIN_MODELS,
+    Population,
+    Rate,
+    Row,
+    detectors_in_order,
+    population_scans,
+    summarise,
 )
-from wm_eval.intervals import Interval, exact_interval
-from wm_eval.numbers import Number, victim_asr
 from wm_eval.records import Record, StudyRecords
-from wm_eval.render import ABSENT, Page, Table, percent
+from wm_eval.render import ABSENT, Page, Table, percent, split_headers
 from wm_eval.titles import ATTACKS, CALIBRATED, CLEAN, attack_title, detector_title
 
-ALL_SETTINGS = "all"
-COMBINED = "all"  # the calibrated detectors as one, each at its share of the error rate
-MIN_MODELS = 5  # clean models of the calibration split, or a detector is not judged
-_INFINITE = 1e9  # stands in for an infinite index
 _PAPER = "paper's rule"
-
-
-class Judged(NamedTuple):
-    """A model of the test split, judged by the calibration."""
-
-    record: Record
-    verdict: Verdict
-    suspected: tuple[int, ...]
-    p_value: float
-    paper_index: float | None  # None for several detectors combined
-    paper_flagged: tuple[int, ...]
-
-    @property
-    def backdoored(self) -> bool:
-        """Whether the verdict says so."""
-        return self.verdict is Verdict.BACKDOORED
-
-    @property
-    def correct(self) -> bool:
-        """Whether it does and names the true target."""
-        return self.backdoored and self.record.values["true_target"] in self.suspected
-
-
-class Rate(NamedTuple):
-    """A count with its exact 95 % interval."""
-
-    hits: int
-    n: int
-
-    @property
-    def interval(self) -> Interval:
-        """Clopper and Pearson's."""
-        return exact_interval(self.hits, self.n)
-
-
-class Row(NamedTuple):
-    """One detector and one kind of model; rates are None where there is no such model."""
-
-    detector: str
-    attack: str
-    setting: str  # data set and network, or "all"
-    trained: int
-    judged: int  # of them, backdoored ones whose attack success reached the floor
-    asr_min: float | None
-    flagged: Rate | None  # verdict "backdoored"
-    named: Rate | None  # with the true target among the suspected labels
-    inconclusive: int
-    paper_flagged: Rate | None  # index above 2
-    paper_named: Rate | None
-    auroc: float | None  # of the smallest p-value, against the clean models of these settings
-    auroc_interval: tuple[float, float] | None
-    paper_auroc: float | None  # of the papers' index
-
-
-class Population(NamedTuple):
-    """Everything that is said of a population."""
-
-    calibrations: Mapping[tuple[str, int], Calibration]  # by detector and number of classes
-    judged: Mapping[str, tuple[Judged, ...]]  # by detector
-    rows: tuple[Row, ...]
-    left_out: Mapping[tuple[str, int], int]  # number of clean models where they are too few
-
-
-def population_scans(study: StudyRecords) -> list[Record]:
-    """The scans that belong to a split, by setting, each with the attack success of its victim.
-
-    Raises:
-        ValueError: There are none.
-    """
-    scans = [r for r in study.select(kind="scan") if "split" in r.key]
-    if not scans:
-        raise ValueError("expected scans with a split, got none")
-    scans = [replace(r, values={**r.values, "asr": victim_asr(study, r)}) for r in scans]
-    return sorted(scans, key=lambda r: str(r.key.get("setting", "")))
-
-
-def calibrate(scans: Sequence[Record]) -> Calibration:
-    """The null distribution of one detector, from the clean models of the calibration split.
-
-    Args:
-        scans: Of models with as many classes.
-
-    Raises:
-        ValueError: Fewer than five such models, or scans with different settings or numbers of
-            images in the two splits.
-    """
-    models = _clean_models(scans)
-    if len(models) < MIN_MODELS:
-        raise _too_few(len(models))
-    first = next(r for r in scans if _calibrates(r))
-    return fit_calibration(
-        models,
-        detector=first.values["detector"],
-        preset=first.values["preset"],
-        settings=first.settings["detector"],
-        versions=dict(first.versions),
-    )
-
-
-def summarise(scans: Sequence[Record], *, floor: float = 0.9, alpha: float = 0.05) -> Population:
-    """Judge the test split and count.
-
-    Detectors need not have seen the same models. Scans for whose number of classes a detector
-    cannot be calibrated are left out. The calibrated pair combined is judged on the models that
-    both have seen.
-
-    Args:
-        scans: Of `population_scans`, both splits.
-        floor: Attack success that a backdoored model must have to be judged.
-        alpha: Share of clean models that may be called backdoored.
-
-    Raises:
-        ValueError: No scans, a rate out of range, no detector with five clean models in the
-            calibration split, or one with different settings or numbers of images in the splits.
-    """
-    if not 0 < floor <= 1 or not 0 < alpha < 1:
-        raise ValueError(f"expected floor in (0, 1] and alpha in (0, 1), got {floor}, {alpha}")
-    if not scans:
-        raise ValueError("expected at least one scan of a population, got none")
-    calibrations: dict[tuple[str, int], Calibration] = {}
-    judged: dict[str, tuple[Judged, ...]] = {}
-    left_out: dict[tuple[str, int], int] = {}
-    for detector in detectors_in_order(scans):
-        mine = [r for r in scans if r.key["detector"] == detector]
-        for classes in sorted({_classes(r) for r in mine}):
-            same = [r for r in mine if _classes(r) == classes]
-            if (count := len(_clean_models(same))) < MIN_MODELS:
-                left_out[detector, classes] = count
-                continue
-            calibration = calibrations[detector, classes] = calibrate(same)
-            test = [r for r in same if r.key["split"] == "test"]
-            results = tuple(_judge(r, calibration, alpha) for r in test)
-            judged[detector] = (*judged.get(detector, ()), *results)
-    if not judged:
-        raise _too_few(max(left_out.values()))
-    if judged.keys() >= set(CALIBRATED):
-        pair = [
-            _judge(j.record, calibrations[name, _classes(j.record)], alpha / len(CALIBRATED))
-            for name in CALIBRATED
-            for j in judged[name]
-        ]
-        first = {name: judged[name] for name in CALIBRATED}
-        judged = {**first, COMBINED: _combined(pair, len(CALIBRATED)), **judged}
-    rows = [
-        row
-        for detector, results in judged.items()
-        for attack in (CLEAN, *(name for name in ATTACKS if name != CLEAN))
-        for row in _count(detector, attack, results, floor)
-    ]
-    return Population(calibrations, judged, tuple(rows), left_out)
-
-
-def detectors_in_order(scans: Iterable[Record]) -> list[str]:
-    """The different detectors, the calibrated pair before all others."""
-    names = {str(r.key["detector"]) for r in scans}
-    return sorted(names, key=lambda name: (name not in CALIBRATED, name))
-
-
-def auroc_interval(
-    scores: torch.Tensor, truths: torch.Tensor, *, draws: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """A 95 % bootstrap interval of `defense_nc.auroc`, over the models of either kind.
-
-    Where the models are perfectly separated it is a point, however few they are.
-
-    Args:
-        scores: Float ``(N,)``, larger for models held to be backdoored.
-        truths: bool ``(N,)``, both kinds.
-        draws: Bootstrap samples.
-        seed: Of the samples.
-
-    Raises:
-        ValueError: As `defense_nc.auroc`, or no draws.
-    """
-    if draws < 1:
-        raise ValueError(f"expected draws >= 1, got {draws}")
-    auroc(scores, truths)  # refuses what cannot be compared
-    generator = torch.Generator().manual_seed(seed)
-    low, high = scores[~truths].double(), scores[truths].double()
-    wins = (high[:, None] > low[None]).double() + 0.5 * (high[:, None] == low[None]).double()
-    weights_high, weights_low = (_draws(len(x), draws, generator) for x in (high, low))
-    samples = ((weights_high @ wins) * weights_low).sum(1) / wins.numel()
-    bounds = samples.quantile(torch.tensor([0.025, 0.975]).double())
-    return float(bounds[0]), float(bounds[1])
 
 
 def calibration_page(study: StudyRecords, *, floor: float = 0.9, alpha: float = 0.05) -> Page:
@@ -306,17 +109,9 @@ def _backdoored_table(population: Population, floor: float) -> Table:
         "held-out images are judged; every model has a target of its own. AUROC is against the "
         "clean models of the same settings, with a bootstrap interval."
     )
-    headers = (
-        "detector",
-        "attack",
-        "setting",
-        "judged",
-        "lowest ASR",
-        "target named",
-        "inconclusive",
-        f"{_PAPER}: target named",
-        "AUROC (95 %)",
-        f"AUROC, {_PAPER}",
+    headers = split_headers(
+        "detector | attack | setting | judged | lowest ASR | target named | inconclusive | "
+        f"{_PAPER}: target named | AUROC (95 %) | AUROC, {_PAPER}"
     )
     return Table("backdoored", "Backdoors found", headers, rows, note)
 
@@ -370,53 +165,6 @@ def _plan_table(study: StudyRecords, scans: Sequence[Record]) -> list[Table]:
     return [Table("coverage", "What is done", headers, rows, note)] if rows else []
 
 
-def _count(detector: str, attack: str, test: Sequence[Judged], floor: float) -> Iterator[Row]:
-    """A row for every setting that has such models, and one for all if there are several."""
-    mine = [j for j in test if j.record.key["attack"] == attack]
-    clean = [j for j in test if j.record.key["attack"] == CLEAN]
-    settings = sorted({_setting(j) for j in mine})
-    for setting in [*settings, ALL_SETTINGS] if len(settings) > 1 else settings:
-        here = [j for j in mine if setting in (ALL_SETTINGS, _setting(j))]
-        peers = [j for j in clean if _setting(j) in {_setting(h) for h in here}]
-        yield _row(detector, attack, setting, here, peers, floor)
-
-
-def _row(
-    detector: str,
-    attack: str,
-    setting: str,
-    models: Sequence[Judged],
-    clean: Sequence[Judged],
-    floor: float,
-) -> Row:
-    attacked = attack != CLEAN
-    rates = [float(j.record.values["asr"] or 0.0) for j in models]
-    kept = [j for j, asr in zip(models, rates, strict=True) if not attacked or asr >= floor]
-    n, paper = len(kept), all(j.paper_index is not None for j in kept)
-    paper_right = sum(j.record.values["true_target"] in j.paper_flagged for j in kept)
-    compared = attacked and bool(kept) and bool(clean)
-    truths = torch.tensor([False] * len(clean) + [True] * n)
-    # Smaller p-values are more suspicious.
-    scores = torch.tensor([-j.p_value for j in (*clean, *kept)], dtype=torch.float64)
-    index = torch.tensor([min(j.paper_index or 0.0, _INFINITE) for j in (*clean, *kept)]).double()
-    return Row(
-        detector,
-        attack,
-        setting,
-        trained=len(models),
-        judged=n,
-        asr_min=min((asr for asr in rates if asr >= floor), default=None) if attacked else None,
-        flagged=Rate(sum(j.backdoored for j in kept), n) if n else None,
-        named=Rate(sum(j.correct for j in kept), n) if n and attacked else None,
-        inconclusive=sum(j.verdict is Verdict.INCONCLUSIVE for j in kept),
-        paper_flagged=Rate(sum(bool(j.paper_flagged) for j in kept), n) if n and paper else None,
-        paper_named=Rate(paper_right, n) if n and attacked and paper else None,
-        auroc=auroc(scores, truths) if compared else None,
-        auroc_interval=auroc_interval(scores, truths) if compared else None,
-        paper_auroc=auroc(index, truths) if compared and paper else None,
-    )
-
-
 def _row_numbers(row: Row) -> Iterator[Number]:
     """Counts with the 95 % interval of their share of the judged models, and AUROC."""
     key = {"detector": row.detector, "attack": row.attack, "setting": row.setting}
@@ -433,73 +181,6 @@ def _row_numbers(row: Row) -> Iterator[Number]:
     for name, value in values.items():
         if value is not None:
             yield Number(name, key, float(value))
-
-
-def _clean_models(scans: Sequence[Record]) -> list[CleanModel]:
-    """What one detector can be calibrated on, from scans that were all made alike."""
-    if any(r.settings["detector"] != scans[0].settings["detector"] for r in scans):
-        raise ValueError("expected one set of detector settings in both splits, got more")
-    images = sorted({r.settings["images"] for r in scans})
-    if len(images) > 1:
-        got = ", ".join(map(str, images))
-        raise ValueError(f"expected one number of the defender's images in both splits, got {got}")
-    return [model for r in scans if _calibrates(r) and (model := _clean(r)) is not None]
-
-
-def _clean(record: Record) -> CleanModel | None:
-    key, values = record.key, record.values
-    return clean_model(
-        _column(record, "score"),
-        _column(record, "success_rate"),
-        floor=values["floor"],
-        subject=ModelInfo(**values["subject"]),
-        dataset=values["data"],
-        arch=values["model"],
-        name=f"{key.get('setting')}/scan-{key['detector']}-{key['attack']}-{key['seed']}",
-    )
-
-
-def _judge(record: Record, calibration: Calibration, alpha: float) -> Judged:
-    report = judge(
-        record.values["detector"],
-        _column(record, "score"),
-        _column(record, "success_rate"),
-        floor=record.values["floor"],
-        alpha=alpha,
-        calibration=calibration,
-        subject=ModelInfo(**record.values["subject"]),
-        seed=int(record.key["seed"]),
-    )
-    return Judged(
-        record,
-        report.verdict,
-        report.suspected,
-        report.p_value,
-        report.paper_index,
-        report.paper_flagged,
-    )
-
-
-def _combined(results: Sequence[Judged], detectors: int) -> tuple[Judged, ...]:
-    """Several detectors as one: "backdoored" as soon as one says so, "clean" if all do."""
-    by_model: dict[tuple[str, ...], list[Judged]] = {}
-    for judged in results:
-        key = tuple(str(judged.record.key[name]) for name in ("setting", "attack", "seed"))
-        by_model.setdefault(key, []).append(judged)
-    combined = []
-    for same in by_model.values():
-        if len(same) < detectors:
-            continue  # not every detector has seen it yet
-        verdicts = {j.verdict for j in same}
-        verdict = Verdict.INCONCLUSIVE
-        if Verdict.BACKDOORED in verdicts:
-            verdict = Verdict.BACKDOORED
-        elif verdicts == {Verdict.CLEAN}:
-            verdict = Verdict.CLEAN
-        suspected = sorted({label for j in same if j.backdoored for label in j.suspected})
-        p_value = min(1.0, len(same) * min(j.p_value for j in same))
-        combined.append(Judged(same[0].record, verdict, tuple(suspected), p_value, None, ()))
-    return tuple(combined)
 
 
 def _group_counts(population: Population, counts: Mapping[tuple[str, int], int]) -> str:
@@ -526,33 +207,6 @@ def _others(population: Population) -> set[str]:
     """Detectors that are not calibrated in this project, judged or not."""
     names = {*population.judged, *(name for name, _ in population.left_out)}
     return names - {*CALIBRATED, COMBINED}
-
-
-def _draws(count: int, draws: int, generator: torch.Generator) -> torch.Tensor:
-    """How often each of ``count`` models is in each sample, float64 ``(draws, count)``."""
-    drawn = torch.randint(count, (draws, count), generator=generator)
-    ones = torch.ones(draws, count, dtype=torch.float64)
-    return torch.zeros_like(ones).scatter_add_(1, drawn, ones)
-
-
-def _column(record: Record, name: str) -> torch.Tensor:
-    return torch.tensor([label[name] for label in record.values["labels"]], dtype=torch.float64)
-
-
-def _classes(record: Record) -> int:
-    return int(record.values["subject"]["classes"])
-
-
-def _calibrates(record: Record) -> bool:
-    return record.key["attack"] == CLEAN and record.key["split"] == "calibration"
-
-
-def _setting(judged: Judged) -> str:
-    return str(judged.record.key.get("setting", ""))
-
-
-def _too_few(count: int) -> ValueError:
-    return ValueError(f"expected at least {MIN_MODELS} clean models to calibrate on, got {count}")
 
 
 def _rate(rate: Rate | None) -> str:

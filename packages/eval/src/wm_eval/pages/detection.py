@@ -8,7 +8,7 @@ from typing import Any
 from wm_eval import paper
 from wm_eval.numbers import CASES, Number, case, keys, named, numbers, spread, victim_asr
 from wm_eval.records import Record, StudyRecords
-from wm_eval.render import ABSENT, Page, Table, percent, plus_minus
+from wm_eval.render import ABSENT, Page, Table, percent, plus_minus, split_headers
 from wm_eval.titles import (
     ATTACKS,
     CALIBRATED,
@@ -109,19 +109,10 @@ def detection_page(study: StudyRecords) -> Page:
             if scans_of(study, detector, attack):
                 rows.append(_detection_row(study, attack, detector))
                 printed += _printed_numbers(study, attack, detector)
-    headers = (
-        "data",
-        "network",
-        "attack",
-        "detector",
-        "index, clean",
-        "index, backdoored",
-        "cases 1-4, paper's rule",
-        "cases 1-4, default rule",
-        "clean models flagged, paper's rule",
-        "clean models flagged, default rule",
-        "n",
-        "lowest ASR",
+    headers = split_headers(
+        "data | network | attack | detector | index, clean | index, backdoored | cases 1-4, "
+        "paper's rule | cases 1-4, default rule | clean models flagged, paper's rule | clean "
+        "models flagged, default rule | n | lowest ASR"
     )
     shown = {"paper_index", "p_value", "case", "paper_case"}
     every = (*(n for n in numbers(study) if n.measure in shown), *printed)
@@ -195,16 +186,9 @@ def seeds_page(study: StudyRecords) -> Page:
                 cells.append(f"{other} of {len(scans)}")
             mean = None if infinite else spread(indices)
             rows.append((*cells, ABSENT if mean is None else f"{mean.mean:.2f}"))
-    headers = (
-        "defence",
-        "victims",
-        "seeds",
-        "lowest ASR",
-        "target named",
-        "another label named",
-        "paper's rule: target",
-        "paper's rule: another",
-        "mean paper's index",
+    headers = split_headers(
+        "defence | victims | seeds | lowest ASR | target named | another label named | paper's "
+        "rule: target | paper's rule: another | mean paper's index"
     )
     note = (
         "A clean victim has no target; its ASR is what a BadNets patch does to it. The paper's "

@@ -25,6 +25,7 @@ from wm_eval.render import (
     label_list,
     plus_minus,
     points,
+    split_headers,
     with_interval,
 )
 from wm_eval.titles import (
@@ -93,17 +94,9 @@ def paper_page(study: StudyRecords) -> Page:
                 Number(measure, key, round(value / 100, 4), "paper")
                 for measure, value in (("cda", row.acc), ("asr", row.asr))
             ]
-    headers = (
-        "data",
-        "network",
-        "attack",
-        "clean images",
-        "method",
-        "ACC before",
-        "ACC after",
-        "ASR before",
-        "ASR after",
-        "n",
+    headers = split_headers(
+        "data | network | attack | clean images | method | ACC before | ACC after | ASR before | "
+        "ASR after | n"
     )
     tables = [Table("mitigation-paper", "Mitigation", headers, tuple(rows), _PAPER_NOTE)]
     tables += missing(study, "mitigation-paper")

@@ -10,8 +10,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from wm_eval.figures import mitigation_figure, robustness_figure, scores_figure
-from wm_eval.pages.story import VICTIMS, Story, headline, labels_table, story_page
+from wm_eval.pages.report_figures import mitigation_figure, robustness_figure, scores_figure
+from wm_eval.pages.story import VICTIMS, Story, labels_table, story_page
+from wm_eval.pages.story_text import headline
 from wm_eval.records import StudyRecords, read_study, write_text
 from wm_eval.render import template
 from wm_eval.sheets import picture_path
