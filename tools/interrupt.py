@@ -2,7 +2,7 @@
 
 For example ``python tools/interrupt.py --kills 10 --longest 60 -- python tools/reproduce.py
 --profile tiny --out runs/killed``; then compare with a run that was left alone:
-``diff -r --exclude='*.env.json' runs/tiny runs/killed``.
+``diff -r --exclude=environments.jsonl runs/tiny runs/killed``.
 """
 
 from __future__ import annotations

@@ -7,21 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tools.tests.refusals import evaluation_studies
 from tools.tests.refusals.common import IMAGES, LABELS, SIZE, Call, Table, images, write
 from tools.tests.refusals.extract import watermark
-from tools.tests.refusals.victim import DATA, MODEL, sets
+from tools.tests.refusals.victim import DATA, FLAT, MODEL, sets
 from torch import nn
 
 import wm_eval as ev
 import wm_victim as wv
 from wm_extract import Identity
-from wm_inject import BadNetsTrigger, PoisonPlan, default_watermark
+from wm_inject import BadNetsTrigger, default_watermark
 
 MARK = default_watermark(SIZE)
 PATCH = BadNetsTrigger(image_size=SIZE)
 YES = torch.tensor([True, True, False, False])
-RECORD = ev.Record(what="test", config={}, seed=0, data="none", values={})
 
 
 def measured(call: Callable[..., object]) -> dict[str, Call]:
@@ -75,15 +73,17 @@ def folders(call: Callable[[Path], object]) -> dict[str, Call]:
     """Folders without a study's records."""
 
     def broken(tmp: Path) -> Path:
-        (tmp / "records").mkdir()
-        write(tmp / "records" / "data.json")
-        return write(tmp / "data.json").parent
+        return write(tmp / "records.jsonl", b"{}\n").parent
 
     return {
         "no folder": lambda tmp: call(tmp / "missing"),
         "no records": lambda tmp: call(tmp),
         "no record": lambda tmp: call(broken(tmp)),
     }
+
+
+def stage(name: str, *inputs: str) -> ev.Stage:
+    return ev.Stage(name, {}, lambda store, checkpoint: ev.Result({}), inputs=inputs)
 
 
 def study(text: str) -> Call:
@@ -93,7 +93,6 @@ def study(text: str) -> Call:
 TABLE = Table(
     module="wm_eval",
     cases={
-        **evaluation_studies.CASES,
         "evaluate": measured(ev.evaluate),
         "outcomes": measured(ev.outcomes),
         "summarize": {
@@ -127,24 +126,45 @@ TABLE = Table(
             "too many": lambda _: ev.paired_difference(3, 3, 4),
         },
         "Record": {
-            "what": lambda _: ev.Record("No Name", {}, 0, "none", {}),
-            "seed": lambda _: ev.Record("test", {}, -1, "none", {}),
-            "nan": lambda _: ev.Record("test", {}, 0, "none", {"psnr": float("nan")}),
-            "tensor": lambda _: ev.Record("test", {}, 0, "none", {"mask": YES}),
+            "kind": lambda _: ev.Record("No Name", {}, {}, {}, "none", {}),
+            "key": lambda _: ev.Record("test", {"Seed": 0}, {}, {}, "none", {}),
+            "nan": lambda _: ev.Record("test", {}, {}, {}, "none", {"psnr": float("nan")}).line,
+            "tensor": lambda _: ev.Record("test", {}, {}, {}, "none", {"mask": YES}).line,
         },
-        "write_record": {
-            "name": lambda tmp: ev.write_record(tmp / "record.txt", RECORD),
-            "env name": lambda tmp: ev.write_record(tmp / "record.env.json", RECORD),
+        "Stage": {"kind": lambda _: stage("No Name")},
+        "Store": {"no record": lambda tmp: ev.Store(tmp).record("test", {})},
+        "run": {
+            "minutes": lambda tmp: ev.run([], tmp, minutes=0),
+            "device": lambda tmp: ev.run([], tmp, device="abacus"),
+            "unknown input": lambda tmp: ev.run([stage("a", "b")], tmp),
+            "circle": lambda tmp: ev.run([stage("a", "b"), stage("b", "a")], tmp),
         },
-        "read_record": {
-            "no file": lambda tmp: ev.read_record(tmp / "missing.json"),
-            "no json": lambda tmp: ev.read_record(write(tmp / "text.json")),
-            "no record": lambda tmp: ev.read_record(write(tmp / "other.json", b"{}")),
-            "a list": lambda tmp: ev.read_record(write(tmp / "other.json", b"[]")),
+        "StudyRecords": {
+            "several": lambda _: ev.StudyRecords(
+                tuple(ev.Record("a", {"seed": k}, {}, {}, "", {}) for k in (0, 1))
+            ).one("a")
         },
-        "read_records": folders(ev.read_records),
-        "render_markdown": folders(ev.render_markdown),
+        "read_study": folders(ev.read_study),
         "render_report": folders(ev.render_report),
+        "write_tables": folders(ev.write_tables),
+        "write_page": {"no records": lambda tmp: ev.write_page(tmp)},
+        "summarise": {
+            "no scan": lambda _: ev.summarise([]),
+            "floor": lambda _: ev.summarise([], floor=0.0),
+            "alpha": lambda _: ev.summarise([], alpha=1.0),
+        },
+        "detector": {
+            "name": lambda _: ev.detector("strip"),
+            "preset": lambda _: ev.detector("nc", "secret"),
+            "setting": lambda _: ev.detector("nc", steps=0),
+            "images": lambda _: ev.detector("nc").scan(MODEL, IMAGES + 1, progress=False),
+            "no logits": lambda _: ev.detector("nc").scan(FLAT, IMAGES, progress=False),
+        },
+        "der": {
+            "acc_before": lambda _: ev.der(1.5, 1.0, 0.9, 0.0),
+            "asr_after": lambda _: ev.der(0.9, 1.0, 0.9, float("nan")),
+            "percent": lambda _: ev.der(90.0, 100.0, 90.0, 0.0),
+        },
         "DataConfig": {
             "image_size": lambda _: ev.DataConfig(image_size=0),
             "limit": lambda _: ev.DataConfig(limit=0),
@@ -153,43 +173,50 @@ TABLE = Table(
         "MeasureConfig": {
             "corruption": lambda _: ev.MeasureConfig(corruptions=("nothing",)),
             "rate": lambda _: ev.MeasureConfig(false_positive_rate=0.5),
-            "limit": lambda _: ev.MeasureConfig(limit=1),
+            "limit": lambda _: ev.MeasureConfig(limit=0),
             "pictures": lambda _: ev.MeasureConfig(pictures=0),
         },
-        "DefenceConfig": {
-            "images": lambda _: ev.DefenceConfig(images=0),
-            "alpha": lambda _: ev.DefenceConfig(alpha=1.0),
-            "max_ratio": lambda _: ev.DefenceConfig(max_ratio=0.0),
+        "DefenderConfig": {
+            "images": lambda _: ev.DefenderConfig(images=1),
+            "alpha": lambda _: ev.DefenderConfig(alpha=1.0),
+            "fractions": lambda _: ev.DefenderConfig(fractions=(2.0,)),
         },
-        "StudyConfig": {
-            "seed": lambda _: ev.StudyConfig(seed=-1),
-            "strength": lambda _: ev.StudyConfig(strength=0.0),
-            "plan": lambda _: ev.StudyConfig(plan=PoisonPlan(mode="per_batch")),
+        "WatermarkConfig": {
+            "strength": lambda _: ev.WatermarkConfig(strength=0.0),
+            "pretrained": lambda _: ev.WatermarkConfig(pretrained="secret"),
         },
-        "study_preset": {"preset": lambda _: ev.study_preset("secret")},
+        "Setting": {
+            "attack": lambda _: ev.Setting(test={"nothing": 1}),
+            "count": lambda _: ev.Setting(calibration={"clean": -1}),
+        },
+        "Study": {
+            "no attack": lambda _: ev.Study(),
+            "attack": lambda _: ev.Study(attacks=("nothing",)),
+            "name": lambda _: ev.Study(name="../elsewhere", attacks=("clean",)),
+            "detector": lambda _: ev.Study(attacks=("clean",), detectors={"nothing": {}}),
+        },
+        "study_stages": {
+            "target": lambda _: list(ev.study_stages(ev.Study(attacks=("clean",), target=99))),
+            "data": lambda tmp: list(
+                ev.study_stages(ev.Study(attacks=("clean",), data=ev.DataConfig(str(tmp))))
+            ),
+        },
         "load_study": {
             "no file": lambda tmp: ev.load_study(tmp / "missing.toml"),
+            "name": lambda _: ev.load_study("secret"),
             "no toml": study("["),
-            "preset": study('preset = "secret"'),
+            "base": study('base = "secret"'),
             "unknown key": study("colour = 1"),
             "unknown key inside": study("[data]\ncolour = 1"),
-            "another type": study('strength = "much"'),
-            "value": study("strength = -1.0"),
+            "another type": study('target = "much"'),
+            "value": study("target = -1"),
             "a second seed": study("[train]\nseed = 1"),
             "table": study("data = 3"),
-        },
-        "run_study": {
-            "device": lambda tmp: ev.run_study(ev.StudyConfig(), tmp, device="abacus"),
-            "target": lambda tmp: ev.run_study(
-                ev.StudyConfig(plan=PoisonPlan(target=99)), tmp, progress=False
-            ),
-            "data": lambda tmp: ev.run_study(
-                ev.StudyConfig(data=ev.DataConfig(name=str(tmp))), tmp / "out", progress=False
-            ),
         },
     },
     nothing={
         "Metrics": "a result: summarize fills it in from outcomes that it has checked",
-        "StudyResult": "a result: run_study fills it in",
+        "Failure": "a result: a run fills it in",
+        "shipped_studies": "takes nothing",
     },
 )

@@ -364,7 +364,10 @@ def _path(name: str | Path) -> Path:
         return shipped[str(name)]
     path = Path(name)
     if path.suffix != ".toml":
-        raise ValueError(f"expected a TOML file or a study in {', '.join(shipped)}, got {name}")
+        raise ValueError(
+            f"expected a TOML file, or the name of one of {len(shipped)} studies that ship "
+            f"(wm-eval run --help lists them), got {name}"
+        )
     return path
 
 
@@ -375,7 +378,7 @@ def _laid_over(given: dict[str, Any]) -> Study:
         return _filled(Study(attacks=(CLEAN,)), given)
     shipped = shipped_studies()
     if base not in shipped:
-        raise ValueError(f"expected a base in {', '.join(shipped)}, got {base!r}")
+        raise ValueError(f"expected a base that ships, see wm-eval run --help, got {base!r}")
     return _filled(_laid_over(load_toml(shipped[base])), given)
 
 
