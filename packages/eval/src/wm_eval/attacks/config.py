@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from wm_eval.config import DataConfig, MeasureConfig, VictimConfig
 from wm_extract import JointConfig
-from wm_inject.attacks import ATTACKS, PROFILES, Profile
+from wm_inject.attacks import PROFILES, Profile, list_attacks
 from wm_victim import TrainConfig
 
 # The order of the table: the baselines, then the watermark and the plain blend of its picture.
-TABLE = (*ATTACKS, "watermark", "equation2")
+TABLE = (*list_attacks(), "watermark", "equation2")
 CLEAN = "clean"
 Recipe = Literal["plain", "corrupted"]
 RECIPES: tuple[Recipe, ...] = ("plain", "corrupted")

@@ -26,12 +26,15 @@ from wm_eval.records import canonical_json, hardware, write_text
 from wm_eval.units import Task as Task
 from wm_eval.units import grouped, to_units
 from wm_eval.workspace import Workspace
+from wm_inject.attacks import ATTACKS, list_attacks
 
 PARTS = ("cells", "stealth", "figure")
 # Whose trigger depends on a classifier: on the clean victim, or on one that is trained with it.
-SEARCHES, _TRAINS = ("lf",), ("marksman",)
+_NEEDS = {name: ATTACKS[name].needs for name in list_attacks()}
+SEARCHES = tuple(name for name, needs in _NEEDS.items() if needs == "clean-classifier")
+_TRAINS = tuple(name for name, needs in _NEEDS.items() if needs == "co-training")
 # Whose trigger is only finished by the training of the victim.
-_FINISHED_BY_VICTIM = ("input-aware",)
+_FINISHED_BY_VICTIM = tuple(name for name, needs in _NEEDS.items() if needs == "victim")
 
 
 def run_attack_study(
