@@ -34,10 +34,8 @@ from wm_inject import (
     WaNetTrigger,
     quantize,
 )
+from wm_inject.attacks.input_aware import WIDTHS, InputAwareConfig, InputAwareHook, fit_masks
 from wm_inject.command.common import Parser, add_common, resolve_device, run_cli
-from wm_inject.triggers.input_aware import WIDTHS
-from wm_inject.triggers.input_aware_fit import InputAwareConfig, fit_masks
-from wm_inject.triggers.input_aware_hook import InputAwareHook
 from wm_victim import Dataset, ImageSet, TrainConfig, load_dataset, predict, train_classifier
 
 TARGET, RATIO, WATCHED, LEARNED = 0, 0.1, 1000, 0.9

@@ -45,7 +45,7 @@ class Settings(NamedTuple):
     presets: tuple[str, ...] = ()
 
 
-_T, _R = "wm_inject.triggers", "defense_reverse.mitigations"
+_T, _R = "wm_inject.attacks", "defense_reverse.mitigations"
 _PROFILES = ("tiny", "small", "paper")
 _SIZES = ("small", "paper")
 _MITIGATION = ("fast", "paper")
@@ -56,19 +56,19 @@ ATTACK_PAGES: dict[str, tuple[Settings, ...]] = {
     "blindnet": (Settings(f"{_T}.blindnet:BlindNetTrigger"),),
     "ssba": (
         Settings(f"{_T}.ssba:SsbaTrigger"),
-        Settings(f"{_T}.ssba_config:SsbaConfig", _PROFILES),
+        Settings(f"{_T}.ssba:SsbaConfig", _PROFILES),
     ),
     "sig": (Settings(f"{_T}.sig:SigTrigger"),),
     "ftrojan": (Settings(f"{_T}.ftrojan:FTrojanTrigger"),),
-    "lf": (Settings(f"{_T}.lf:LfTrigger"), Settings(f"{_T}.lf_fit:LfConfig", _PROFILES)),
+    "lf": (Settings(f"{_T}.lf:LfTrigger"), Settings(f"{_T}.lf:LfConfig", _PROFILES)),
     "wanet": (Settings(f"{_T}.wanet:WaNetTrigger"),),
     "marksman": (
         Settings(f"{_T}.marksman:MarksmanTrigger"),
-        Settings(f"{_T}.marksman_hook:MarksmanConfig", _PROFILES),
+        Settings(f"{_T}.marksman:MarksmanConfig", _PROFILES),
     ),
     "input-aware": (
         Settings(f"{_T}.input_aware:InputAwareTrigger"),
-        Settings(f"{_T}.input_aware_fit:InputAwareConfig", _PROFILES),
+        Settings(f"{_T}.input_aware:InputAwareConfig", _PROFILES),
     ),
     "watermark": (
         Settings(f"{_T}.watermark:WatermarkTrigger"),

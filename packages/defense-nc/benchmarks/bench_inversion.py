@@ -24,9 +24,9 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
 from defense_nc import NCConfig, NeuralCleanse, ScanReport, invert_trigger
+from wm_inject import BadNetsTrigger
 from wm_inject.core.files import write_json
 from wm_inject.core.plan import PoisonPlan
-from wm_inject.triggers import BadNetsTrigger
 from wm_victim import (
     Dataset,
     ImageSet,

@@ -3,8 +3,8 @@
 import pytest
 
 from defense_nc import NeuralCleanse, Unlearning, Verdict
+from wm_inject import BadNetsTrigger
 from wm_inject.core.plan import PoisonPlan
-from wm_inject.triggers import BadNetsTrigger
 from wm_victim import (
     TrainConfig,
     accuracy,

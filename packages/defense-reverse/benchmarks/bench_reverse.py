@@ -40,9 +40,9 @@ from torch import Tensor, nn
 
 from defense_nc import ScanReport
 from defense_reverse import ReverseConfig, UNetGenerator, pretrain, scan
+from wm_inject import FTrojanTrigger
 from wm_inject.core.files import write_json
 from wm_inject.core.plan import PoisonPlan
-from wm_inject.triggers import FTrojanTrigger
 from wm_victim import (
     Dataset,
     ImageSet,

@@ -9,8 +9,8 @@ import pytest
 from wm_eval import paper
 from wm_eval.numbers import case, named
 from wm_eval.pages import study_pages
-from wm_eval.pages.detection import detection_page, index_page, seeds_page, where
-from wm_eval.pages.mitigation import mitigation_lines, mitigation_page, paper_page
+from wm_eval.pages.detection import detection_page, index_page, where
+from wm_eval.pages.mitigation import mitigation_page, paper_page
 from wm_eval.records import Failure, Record, StudyRecords
 from wm_eval.render import Page, Table, markdown
 
@@ -230,24 +230,6 @@ def test_an_index_page_has_a_row_for_every_attack() -> None:
         index_page(study.records, "reverse")
 
 
-def test_seeds_are_counted_by_both_rules() -> None:
-    study = Study()
-    study.victim("badnets", 0, 0.9, 0.97)
-    study.scan("nc", "badnets", 0, 3.0, (0,), (0, 1))
-    study.scan("nc", "clean", 0, None, (), (2,))
-    badnets, clean = rows(seeds_page(study.records).tables[0])
-    assert list(badnets.values())[2:] == [
-        "1",
-        "97.0 %",
-        "1 of 1",
-        "0 of 1",
-        "1 of 1",
-        "1 of 1",
-        "3.00",
-    ]
-    assert list(clean.values())[3:] == ["–", "–", "0 of 1", "–", "1 of 1", "–"]
-
-
 @pytest.fixture
 def study() -> Study:
     return Study(
@@ -325,12 +307,3 @@ def test_what_is_missing_has_a_reason(study: Study) -> None:
     why = {(r["victim"], r["method"], r["clean data"]): r["reason"] for r in missing}
     assert why["WaNet", "NAD", "5 %"] == "no layers there"
     assert why["WaNet", "NAD", "1 %"] == "not run"
-
-
-def test_lines_of_a_mitigation(study: Study) -> None:
-    study.mitigation("fine-tuning", 0.01, after=(0.99, 0.9))
-    study.mitigation("fine-tuning", 0.05, after=(0.98, 0.4))
-    study.mitigation("unlearning-reverse", done=False, after=NOTHING)
-    second, first = mitigation_lines(study.records)
-    assert "5 %" in first and "100.0 % to 40.0 %" in first and "0.795" in first
-    assert "0 of 1" in second

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from defense_nc import InvertedTrigger, ScanReport, Verdict, judge
 from wm_eval import stages
-from wm_eval.attack_setup import Planting
 from wm_eval.config import DataConfig, DefenderConfig, MeasureConfig, Setting, Study, VictimConfig
 from wm_eval.config import WatermarkConfig as Mark
 from wm_eval.engine import Outcome, Store, run
@@ -143,10 +142,10 @@ def test_nothing_starts_after_the_deadline_and_the_same_call_goes_on(
 ) -> None:
     watch, clock, late = stages._watch, time.monotonic, 0.0
 
-    def slow(planting: Planting, *rest: Any) -> Any:
+    def slow(*given: Any) -> Any:
         nonlocal late
         late += 3600.0  # an epoch takes an hour
-        return watch(planting, *rest)
+        return watch(*given)
 
     monkeypatch.setattr(stages, "_watch", slow)
     monkeypatch.setattr(time, "monotonic", lambda: clock() + late)
@@ -162,15 +161,22 @@ def test_nothing_starts_after_the_deadline_and_the_same_call_goes_on(
     assert not list((tmp_path / "work").iterdir())
 
 
-def test_what_an_attacker_trains_on(finished: Path, tmp_path: Path) -> None:
+def test_a_search_uses_the_clean_victim_of_the_study(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(Exception):
+        pass
+
+    def fit(*_: Any, clean: Callable[[], nn.Module], **__: Any) -> Any:
+        surrogate, victim = clean(), trial.clean.load_victim(store)
+        pairs = zip(surrogate.parameters(), victim.parameters(), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+        raise Stop
+
     trial, store = Trial(ATTACKS, 0, "lf"), Store(finished)
-    surrogate = stages._co_train(trial, store, tmp_path / "a.safetensors", None)
-    clean = trial.clean.load_victim(store).state_dict()
-    assert all(torch.equal(t, clean[name]) for name, t in surrogate.state_dict().items())
-    planting = Trial(ATTACKS, 0, "wanet").planting(store)
-    own = stages._co_train(trial, store, tmp_path / "b.safetensors", planting.hook)
-    assert (tmp_path / "b.safetensors").is_file()
-    assert not torch.equal(own.state_dict()["head.weight"], clean["head.weight"])
+    monkeypatch.setattr(stages, "fit_attack", fit)
+    with pytest.raises(Stop):
+        stages.fit_trigger(trial, store, tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from wm_inject import OnnxModel
+from wm_inject import BadNetsTrigger, OnnxModel, WaNetTrigger, save_trigger
 from wm_inject.core.checkpoint import load_checkpoint
-from wm_inject.triggers import BadNetsTrigger, WaNetTrigger, save_trigger
 from wm_victim import build_classifier, load_dataset, save_classifier
 from wm_victim.cli import main
 
@@ -134,7 +133,7 @@ def test_wrong_usage_exits_64(arguments: list[str], capsys: pytest.CaptureFixtur
         (["--data", "nothing"], "expected a data set"),
         (["--model", "resnet99"], "expected a classifier"),
         (["--trigger", "missing.safetensors"], "missing.safetensors"),
-        (["--attack", "badnets", "--set", "nothing=1"], "badnets trigger"),
+        (["--attack", "badnets", "--set", "nothing=1"], "'nothing'"),
         (["--attack", "marksman", "--set", "nothing=1"], "settings of marksman"),
         (["--attack", "badnets", "--ratio", "1.5"], "poison ratio in (0, 1]"),
         (["--attack", "badnets", "--target", "10"], "target"),

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wm_inject import BadNetsTrigger
 from wm_inject.core.plan import PoisonPlan
-from wm_inject.triggers import BadNetsTrigger
 from wm_victim import (
     Dataset,
     ImageSet,

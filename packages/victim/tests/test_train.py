@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from wm_inject import BadNetsTrigger, WaNetTrigger
 from wm_inject.core.plan import PoisonPlan
-from wm_inject.triggers import BadNetsTrigger, WaNetTrigger
 from wm_victim import (
     Dataset,
     ImageSet,

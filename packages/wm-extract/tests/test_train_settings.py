@@ -74,33 +74,3 @@ def test_the_settings_reach_the_training(tmp_path: Path, monkeypatch: pytest.Mon
     (first, config, seed), (second, other, zero) = asked
     assert (first, config.recipe, config.iterations, seed) == ((1, 16, 16), "paper", 5, 3)
     assert (second, other.recipe, other.iterations, zero) == ((3, 16, 16), "paper", 9, 0)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("colour = 1", "unknown key 'colour' in settings: expected one of false_positive_rate, "),
-        ("[training]\nstep = 1", "unknown key 'step' in settings.training: expected one of "),
-        ("grey = 1", "expected bool for settings.grey, got 1"),
-        ('[training]\nsize = "huge"', "settings.training: expected a size in tiny"),
-    ],
-)
-def test_a_file_that_does_not_fit_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
-) -> None:
-    file = tmp_path / "mine.toml"
-    file.write_text(text)
-    assert main(["train", "--config", str(file), "--print-config"]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: {file}: {message}") and said.count("\n") == 1
-
-
-def test_a_recipe_and_its_table_are_not_both_taken(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "mine.toml"
-    file.write_text(printed("--recipe", "paper"))
-    with pytest.raises(SystemExit) as left:
-        main(["train", "--config", str(file), "--recipe", "robust", "--print-config"])
-    assert left.value.code == 64
-    assert "--recipe and 'training' in" in capsys.readouterr().err

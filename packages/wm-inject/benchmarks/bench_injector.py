@@ -18,9 +18,9 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from wm_inject import WatermarkTrigger
 from wm_inject.export import to_onnx, to_torchscript
 from wm_inject.runtime import OnnxModel
-from wm_inject.triggers import WatermarkTrigger
 from wm_inject.watermark.fast import fast_trigger
 from wm_inject.watermark.vit import ViTConfig, ViTInjector
 

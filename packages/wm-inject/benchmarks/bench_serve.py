@@ -20,9 +20,9 @@ import orjson
 import pytest
 import torch
 
+from wm_inject import WatermarkTrigger
 from wm_inject.export import to_onnx
 from wm_inject.runtime import OnnxModel
-from wm_inject.triggers import WatermarkTrigger
 from wm_inject.watermark.vit import ViTConfig, ViTInjector
 
 pytestmark = pytest.mark.bench

@@ -12,12 +12,12 @@ import pytest
 import torch
 from skimage.metrics import structural_similarity
 
+from wm_inject import WaNetTrigger
 from wm_inject.core.images import save_image, to_float, to_pixels
 from wm_inject.export import to_onnx
 from wm_inject.runtime import Poisoner, folder, poison_folder
 from wm_inject.runtime.pipeline import pipeline
 from wm_inject.stealth import ssim
-from wm_inject.triggers import WaNetTrigger
 
 pytestmark = pytest.mark.bench
 ROUNDS = 9

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from wm_inject.pictures import PICTURES, cartoon
-from wm_inject.triggers import BadNetsTrigger, BlendTrigger, build_trigger
+from wm_inject import BadNetsTrigger, BlendTrigger, build_trigger
+from wm_inject.attacks.pictures import PICTURES, cartoon
 
 SIZES = [28, 32, 64, 160, 224]
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from wm_inject import load_trigger, save_trigger
+from wm_inject.attacks.blindnet import BlindNetTrigger, calibrate_blindnet, watermark_side
+from wm_inject.attacks.pictures import scene
 from wm_inject.core.checkpoint import CheckpointError, save_checkpoint
 from wm_inject.core.images import load_image, quantize, save_image, to_float
-from wm_inject.pictures import scene
 from wm_inject.stealth import psnr
-from wm_inject.triggers import load_trigger, save_trigger
-from wm_inject.triggers.blindnet import BlindNetTrigger, calibrate_blindnet, watermark_side
 
 every_shape = pytest.mark.parametrize(
     ("size", "channels"), [(s, c) for s in (28, 32, 64, 160, 224) for c in (1, 3)]

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from wm_inject import BadNetsTrigger, BlendTrigger, MarksmanTrigger, save_trigger
 from wm_inject.__about__ import __version__
 from wm_inject.cli import main
 from wm_inject.core.images import load_image, save_image
-from wm_inject.triggers import BadNetsTrigger, BlendTrigger, MarksmanTrigger, save_trigger
 from wm_inject.watermark.pretrained import PRETRAINED
 
 SIZE = 16

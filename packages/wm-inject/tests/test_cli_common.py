@@ -11,6 +11,8 @@ from wm_inject.command.common import (
     Parser,
     add_common,
     add_completion,
+    comma_list,
+    positive,
     resolve_device,
     run_cli,
 )
@@ -74,6 +76,19 @@ def test_a_shell_can_complete_the_whole_command(capsys, monkeypatch):
         built.parse_args(["--completion", "bash"])
     assert caught.value.code == EXIT_USAGE
     assert "pip install shtab" in capsys.readouterr().err
+
+
+def test_types_of_options(capsys):
+    built = Parser(prog="wm-demo")
+    built.add_argument("--minutes", type=positive)
+    built.add_argument("--mean", type=comma_list(float))
+    args = built.parse_args(["--minutes", "0.5", "--mean", "0.25, 1"])
+    assert (args.minutes, args.mean) == (0.5, (0.25, 1.0))
+    for option, value in (("--minutes", "0"), ("--minutes", "soon"), ("--mean", "a,b")):
+        with pytest.raises(SystemExit) as caught:
+            built.parse_args([option, value])
+        assert caught.value.code == EXIT_USAGE
+        assert f"argument {option}: expected" in capsys.readouterr().err
 
 
 def test_resolve_device():

@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from wm_inject import load_trigger
+from wm_inject.attacks.ssba import training as ssba_fit
 from wm_inject.cli import main
 from wm_inject.core.checkpoint import load_checkpoint
 from wm_inject.core.images import save_image
-from wm_inject.triggers import load_trigger, ssba_fit
 
 SIZE = 16
 SSBA = ["--trigger", "ssba", "--profile", "tiny", "--set", "steps=12", "--set", "width=4"]
@@ -79,7 +80,7 @@ def test_blindnets_strength_is_chosen_for_the_images(photos, tmp_path):
 def test_usage_errors_exit_64(photos, tmp_path, capsys, subtests):
     for options, message in [
         ([], "the following arguments are required: --trigger"),
-        (["--trigger", "wanet"], "invalid choice"),
+        (["--trigger", "wanet"], "settings are enough"),
         (["--trigger", "lf"], "wm-victim train --attack lf"),
         (["--trigger", "watermark"], "wm-extract train"),
         ([*SSBA, "--set", "steps=3"], "each name once"),

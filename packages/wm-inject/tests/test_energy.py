@@ -16,11 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
+from wm_inject import build_trigger
+from wm_inject.attacks.blindnet import BlindNetTrigger, calibrate_blindnet
 from wm_inject.core.images import quantize, to_float
 from wm_inject.core.plan import PoisonPlan
 from wm_inject.stealth import psnr, ssim
-from wm_inject.triggers import build_trigger
-from wm_inject.triggers.blindnet import BlindNetTrigger, calibrate_blindnet
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from wm_inject import BadNetsTrigger, BlendTrigger, WaNetTrigger
 from wm_inject.core.images import to_float, to_pixels
 from wm_inject.export import ParityError, to_onnx, to_torchscript
 from wm_inject.runtime import OnnxModel, Poisoner
-from wm_inject.triggers import BadNetsTrigger, BlendTrigger, WaNetTrigger
 
 
 class TinyInjector(nn.Module):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from wm_inject.attacks.badnets import BadNetsTrigger
+from wm_inject.attacks.watermark import WatermarkTrigger
 from wm_inject.core.images import to_pixels
 from wm_inject.stealth import psnr
-from wm_inject.triggers.badnets import BadNetsTrigger
-from wm_inject.triggers.watermark import WatermarkTrigger
 from wm_inject.watermark import products
 from wm_inject.watermark.fast import fast_trigger
 from wm_inject.watermark.vit import ViTConfig, ViTInjector

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from wm_inject.core.images import load_image, save_image
+from wm_inject.core.plan import PoisonPlan
 from wm_inject.runtime.folder import common_side, poison_files
-from wm_inject.runtime.folder_plan import FolderPlan
 
 SIZE = 8
 SETTINGS = {"size": SIZE, "channels": 3, "progress": False}
@@ -54,7 +54,7 @@ def read_plan(folder) -> dict:
 
 
 def test_chosen_files_are_poisoned_and_the_others_only_stored_again(source, tmp_path):
-    out, plan = tmp_path / "out", FolderPlan(ratio=0.5, target=1, seed=5)
+    out, plan = tmp_path / "out", PoisonPlan(ratio=0.5, target=1, seed=5)
     done = poison_files(Marker(), source, out, plan=plan, batch_size=4, **SETTINGS)
     assert done == (12, 6, 12)
     listed = read_plan(out)
@@ -73,7 +73,7 @@ def test_chosen_files_are_poisoned_and_the_others_only_stored_again(source, tmp_
 
 
 def test_labels_csv_names_the_classes_after_poisoning(source, tmp_path):
-    plan = FolderPlan(ratio=0.25, target=2, pool="non_target", seed=1)
+    plan = PoisonPlan(ratio=0.25, target=2, pool="non_target", seed=1)
     poison_files(Marker(), source, tmp_path / "out", plan=plan, **SETTINGS)
     with (tmp_path / "out" / "labels.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -88,9 +88,9 @@ def test_labels_csv_names_the_classes_after_poisoning(source, tmp_path):
 @pytest.mark.parametrize(
     ("plan", "targets"),
     [
-        (FolderPlan(target=2), [2] * 12),
-        (FolderPlan(label_map="all-to-all"), [1] * 4 + [2] * 4 + [0] * 4),
-        (FolderPlan(label_map="clean-label", pool="target", target=1), [1] * 4),
+        (PoisonPlan(ratio=None, target=2), [2] * 12),
+        (PoisonPlan(ratio=None, label_map="all-to-all"), [1] * 4 + [2] * 4 + [0] * 4),
+        (PoisonPlan(ratio=None, label_map="clean-label", pool="target", target=1), [1] * 4),
     ],
 )
 def test_the_trigger_is_told_the_label_after(source, tmp_path, plan, targets):
@@ -102,7 +102,7 @@ def test_the_trigger_is_told_the_label_after(source, tmp_path, plan, targets):
 
 def test_loose_images_get_the_target_and_no_labels(source, tmp_path):
     out = tmp_path / "out"
-    poison_files(Marker(), source / "bee", out, plan=FolderPlan(target=7), **SETTINGS)
+    poison_files(Marker(), source / "bee", out, plan=PoisonPlan(ratio=None, target=7), **SETTINGS)
     listed = read_plan(out)
     assert listed["classes"] is None and not (out / "labels.csv").exists()
     assert {(row["label_before"], row["label_after"]) for row in listed["images"]} == {(None, None)}
@@ -119,7 +119,7 @@ def test_the_plan_is_there_before_the_first_image(source, tmp_path):
 
 
 def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(source, tmp_path):
-    plan = FolderPlan(ratio=0.75)
+    plan = PoisonPlan(ratio=0.75)
     settings = {"plan": plan, "batch_size": 4, **SETTINGS}
     poison_files(Marker(), source, tmp_path / "whole", **settings)
 
@@ -146,7 +146,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(source, tmp_path):
 KILLED = """
 import os, signal, sys
 import wm_inject.runtime.folder as folder
-from wm_inject.runtime.folder_plan import FolderPlan
+from wm_inject.core.plan import PoisonPlan
 
 done, save = 0, folder.save_image
 
@@ -161,7 +161,7 @@ def dying(path, pixels):
 folder.save_image = dying
 folder.poison_files(
     lambda pixels, *, ids, target: 255 - pixels, sys.argv[1], sys.argv[2],
-    size=8, channels=3, plan=FolderPlan(ratio=0.5), batch_size=3, progress=False,
+    size=8, channels=3, plan=PoisonPlan(ratio=0.5), batch_size=3, progress=False,
 )
 """
 
@@ -176,7 +176,7 @@ def test_a_killed_process_leaves_whole_files_only_and_is_taken_up(source, tmp_pa
     left = [path for path in out.rglob("*.png") if not path.name.startswith(".")]
     # Two threads write: the other one may have been in the middle of the fifth.
     assert len(left) in (4, 5) and list(out.rglob(".*.part*"))
-    settings = {"plan": FolderPlan(ratio=0.5), "batch_size": 3, **SETTINGS}
+    settings = {"plan": PoisonPlan(ratio=0.5), "batch_size": 3, **SETTINGS}
     assert poison_files(invert, source, out, **settings).written == 12 - len(left)
     poison_files(invert, source, tmp_path / "whole", **settings)
     assert content(out) == content(tmp_path / "whole")
@@ -185,14 +185,14 @@ def test_a_killed_process_leaves_whole_files_only_and_is_taken_up(source, tmp_pa
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"plan": FolderPlan(ratio=0.5, seed=1)}, "different: images, plan"),
+        ({"plan": PoisonPlan(ratio=0.5, seed=1)}, "different: images, plan"),
         ({"record": {"trigger": {"kind": "other"}}}, "different: trigger"),
         ({"size": 9}, "different: image_size"),
         ({"channels": 1}, "different: channels"),
     ],
 )
 def test_another_run_in_the_same_folder_is_refused(source, tmp_path, change, told):
-    settings = {"plan": FolderPlan(ratio=0.5), "record": {"trigger": {"kind": "one"}}, **SETTINGS}
+    settings = {"plan": PoisonPlan(ratio=0.5), "record": {"trigger": {"kind": "one"}}, **SETTINGS}
     poison_files(Marker(), source, tmp_path / "out", **settings)
     before = content(tmp_path / "out")
     with pytest.raises(ValueError) as caught:
@@ -206,9 +206,13 @@ def test_a_run_that_failed_before_its_first_image_binds_nobody(source, tmp_path)
         raise ValueError("expected another target")
 
     with pytest.raises(ValueError, match="another target"):
-        poison_files(fail, source, tmp_path / "out", plan=FolderPlan(target=2), **SETTINGS)
+        poison_files(
+            fail, source, tmp_path / "out", plan=PoisonPlan(ratio=None, target=2), **SETTINGS
+        )
     assert read_plan(tmp_path / "out")["plan"]["target"] == 2
-    poison_files(Marker(), source, tmp_path / "out", plan=FolderPlan(target=1), **SETTINGS)
+    poison_files(
+        Marker(), source, tmp_path / "out", plan=PoisonPlan(ratio=None, target=1), **SETTINGS
+    )
     assert read_plan(tmp_path / "out")["plan"]["target"] == 1
 
 
@@ -246,8 +250,8 @@ def test_what_does_not_fit_is_refused(source, tmp_path, subtests):
         ({"batch_size": 0}, "batch size"),
         ({"size": 0}, "image side"),
         ({"channels": 2}, "channels 1 or 3"),
-        ({"plan": FolderPlan(target=3)}, "below 3 classes"),
-        ({"plan": FolderPlan(ratio=0.01)}, "asks for 0 of 12"),
+        ({"plan": PoisonPlan(ratio=None, target=3)}, "below 3 classes"),
+        ({"plan": PoisonPlan(ratio=0.01)}, "asks for 0 of 12"),
     ]:
         with subtests.test(change=change, told=told):
             with pytest.raises(ValueError, match=told):
@@ -256,7 +260,7 @@ def test_what_does_not_fit_is_refused(source, tmp_path, subtests):
 
 
 def test_a_folder_without_class_folders_has_no_classes_to_choose_by(source, tmp_path):
-    plan = FolderPlan(label_map="clean-label", pool="target")
+    plan = PoisonPlan(ratio=None, label_map="clean-label", pool="target")
     with pytest.raises(ValueError, match="expected a folder of class folders"):
         poison_files(Marker(), source / "bee", tmp_path / "out", plan=plan, **SETTINGS)
     assert not (tmp_path / "out").exists()

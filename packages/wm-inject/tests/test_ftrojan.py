@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy.fft import dctn, idctn
 
+from wm_inject import FTrojanTrigger, load_trigger, save_trigger
 from wm_inject.core.images import quantize, to_float, to_pixels
-from wm_inject.triggers import FTrojanTrigger, load_trigger, save_trigger
 
 MAGNITUDE = 30 / 255
 

@@ -12,13 +12,18 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
+from wm_inject import build_trigger, load_trigger, save_trigger
+from wm_inject.attacks.input_aware import (
+    WIDTHS,
+    InputAwareConfig,
+    InputAwareHook,
+    InputAwareTrigger,
+    diversity,
+    fit_masks,
+)
+from wm_inject.attacks.input_aware import masks as fit
 from wm_inject.core.plan import PoisonPlan
 from wm_inject.core.resume import load_state, save_state
-from wm_inject.triggers import build_trigger, load_trigger, save_trigger
-from wm_inject.triggers import input_aware_fit as fit
-from wm_inject.triggers.input_aware import WIDTHS, InputAwareTrigger
-from wm_inject.triggers.input_aware_fit import InputAwareConfig, diversity, fit_masks
-from wm_inject.triggers.input_aware_hook import InputAwareHook
 
 CLASSES = 5
 PLAN = PoisonPlan(0.2, target=3, mode="per_batch")

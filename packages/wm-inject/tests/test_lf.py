@@ -10,10 +10,9 @@ from scipy.ndimage import correlate1d
 from sklearn.datasets import load_digits
 from torch import nn
 
+from wm_inject import build_trigger, load_trigger, save_trigger
+from wm_inject.attacks.lf import LfConfig, LfTrigger, _kernel, _low_pass, fit_lf
 from wm_inject.export import to_onnx, to_torchscript
-from wm_inject.triggers import build_trigger, load_trigger, save_trigger
-from wm_inject.triggers.lf import LfConfig, LfTrigger, fit_lf
-from wm_inject.triggers.lf_fit import _kernel, _low_pass
 
 TARGET = 3
 TINY = LfConfig.preset("tiny")
@@ -184,7 +183,7 @@ def test_a_killed_search_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
     config = LfConfig(images=20, passes=3, iterations=10, enough=1.0)
     images, path = digits()[0], tmp_path / "search.safetensors"
     whole = fit_lf(surrogate(), images, target=TARGET, config=config)
-    from wm_inject.triggers import lf
+    from wm_inject.attacks import lf
 
     saves = []
 

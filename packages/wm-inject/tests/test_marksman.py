@@ -12,11 +12,16 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
+from wm_inject import build_trigger, load_trigger, save_trigger
+from wm_inject.attacks.marksman import (
+    WIDTHS,
+    MarksmanConfig,
+    MarksmanHook,
+    MarksmanTrigger,
+    other_labels,
+)
 from wm_inject.core.plan import PoisonPlan
 from wm_inject.core.resume import load_state, save_state
-from wm_inject.triggers import build_trigger, load_trigger, save_trigger
-from wm_inject.triggers.marksman import WIDTHS, MarksmanTrigger
-from wm_inject.triggers.marksman_hook import MarksmanConfig, MarksmanHook, other_labels
 
 CLASSES = 5
 PLAN = PoisonPlan(0.5, mode="per_batch")

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from wm_inject.attacks.pictures import PICTURES, cartoon, load_picture, logo, noise, scene
 from wm_inject.core.images import load_image, save_image, to_float
-from wm_inject.pictures import PICTURES, cartoon, load_picture, logo, noise, scene
 
 DRAWN = ("cartoon", "scene", "logo")
 

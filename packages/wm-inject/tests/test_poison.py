@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from wm_inject import BadNetsTrigger, BlendTrigger
 from wm_inject.core.images import quantize
 from wm_inject.core.plan import PoisonPlan, poison
-from wm_inject.triggers import BadNetsTrigger, BlendTrigger
 
 N, K = 200, 10
 LABELS = torch.arange(N) % K
@@ -20,6 +21,7 @@ def test_impossible_plans_are_refused(subtests):
         {"ratio": 0.0},
         {"ratio": 1.1},
         {"target": -1},
+        {"seed": -1},
         {"pool": "some"},
         {"mode": "often"},
         {"label_map": "random"},
@@ -51,6 +53,27 @@ def test_counts_and_pools(subtests):
 def test_the_choice_follows_the_seed():
     first, again, other = (PoisonPlan(0.1, seed=s).choose(LABELS) for s in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**32 + 5])
+@pytest.mark.parametrize("ratio", [0.1, 1.0, None])
+def test_arrays_and_tensors_have_the_choice_of_torchs_permutation(seed, ratio):
+    plan = PoisonPlan(ratio, pool="non_target", target=3, seed=seed)
+    mask = plan.choose(LABELS)
+    pool = (LABELS != 3).nonzero().flatten()
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
+    count = len(pool) if ratio is None else round(ratio * len(pool))
+    assert mask.nonzero().flatten().tolist() == sorted(pool[order[:count]].tolist())
+    array = plan.choose(LABELS.numpy())
+    assert array.dtype == np.bool_ and array.tolist() == mask.tolist()
+    new = plan.relabel(LABELS.numpy(), K)
+    assert new.dtype == np.int64 and new.tolist() == plan.relabel(LABELS, K).tolist()
+
+
+@pytest.mark.parametrize("bad", [np.zeros(3), np.zeros((3, 1), np.int64), np.array([-1, 0])])
+def test_arrays_that_are_no_labels_are_refused(bad):
+    with pytest.raises(ValueError, match="labels"):
+        PoisonPlan(1.0).choose(bad)
 
 
 def test_a_generator_draws_anew():

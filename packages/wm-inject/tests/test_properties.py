@@ -9,9 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wm_inject import PoisonPlan, psnr, quantize, to_float, to_pixels
+from wm_inject import PoisonPlan, build_trigger, psnr, quantize, to_float, to_pixels
 from wm_inject.core.plan import poison
-from wm_inject.triggers import build_trigger
 
 STEADY = settings(derandomize=True, database=None, deadline=None, max_examples=40)
 # Those that need no training to do something. The others share the contract in test_twelve.py.

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from wm_inject import build_trigger, load_trigger, save_trigger
+from wm_inject.attacks.refool import RefoolTrigger
 from wm_inject.core.images import quantize, save_image, to_float, to_pixels
 from wm_inject.export import to_onnx, to_torchscript
 from wm_inject.stealth import psnr
-from wm_inject.triggers import build_trigger, load_trigger, save_trigger
-from wm_inject.triggers.refool import RefoolTrigger
 
 GAMMA = 2.2
 

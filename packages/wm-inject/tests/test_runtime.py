@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from wm_inject import BlendTrigger
 from wm_inject.core.images import load_image, save_image, to_float, to_pixels
+from wm_inject.core.plan import PoisonPlan
 from wm_inject.export import to_onnx
 from wm_inject.runtime import OnnxModel, Poisoner, onnx_model, poison_folder
-from wm_inject.runtime.folder_plan import FolderPlan
-from wm_inject.triggers import BlendTrigger
 
 SIZE = 12
 
@@ -321,7 +321,7 @@ assert code == 0 and heavy == ["torch"], (code, heavy)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (np.load(tmp_path / "out.npy") != told_pixels(pixels(4))).mean() <= 1e-3
-    plan = FolderPlan(ratio=0.5, label_map="all-to-all", seed=3)
+    plan = PoisonPlan(ratio=0.5, label_map="all-to-all", seed=3)
     # The same call with torch at hand is the same run: nothing is left to write.
     assert poison_folder(model, source, out, plan=plan) == (4, 2, 0)
     for row in json.loads((out / "plan.json").read_text())["images"]:

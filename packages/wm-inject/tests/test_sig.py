@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from wm_inject import SigTrigger, load_trigger, save_trigger
 from wm_inject.attacks import attack
 from wm_inject.core.plan import PoisonPlan, poison
 from wm_inject.stealth import psnr
-from wm_inject.triggers import SigTrigger, load_trigger, save_trigger
 
 
 def grey(size: int = 32, channels: int = 3, n: int = 2) -> torch.Tensor:

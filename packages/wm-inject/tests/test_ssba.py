@@ -16,14 +16,21 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from wm_inject import build_trigger, load_trigger, save_trigger
+from wm_inject.attacks.ssba import (
+    SsbaConfig,
+    SsbaDecoder,
+    SsbaEncoder,
+    SsbaFit,
+    SsbaTrigger,
+    fit_ssba,
+    measure_ssba,
+)
+from wm_inject.attacks.ssba import training as ssba_fit
 from wm_inject.core.images import quantize, to_float
 from wm_inject.core.progress import progress
 from wm_inject.export import to_onnx, to_torchscript
 from wm_inject.stealth import psnr
-from wm_inject.triggers import build_trigger, load_trigger, save_trigger, ssba_fit
-from wm_inject.triggers.ssba import SsbaDecoder, SsbaEncoder, SsbaTrigger
-from wm_inject.triggers.ssba_config import SsbaConfig
-from wm_inject.triggers.ssba_fit import SsbaFit, fit_ssba, measure_ssba
 
 SIZE = 16
 

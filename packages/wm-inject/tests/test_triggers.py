@@ -8,10 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from wm_inject.core.checkpoint import CheckpointError, save_checkpoint
-from wm_inject.core.images import load_image, save_image, to_float
-from wm_inject.triggers import (
-    TRIGGER_KINDS,
+from wm_inject import (
     BadNetsTrigger,
     BlendTrigger,
     WaNetTrigger,
@@ -19,6 +16,9 @@ from wm_inject.triggers import (
     load_trigger,
     save_trigger,
 )
+from wm_inject.attacks import TRIGGER_KINDS
+from wm_inject.core.checkpoint import CheckpointError, save_checkpoint
+from wm_inject.core.images import load_image, save_image, to_float
 
 SIZE = 16
 

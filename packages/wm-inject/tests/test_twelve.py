@@ -14,13 +14,14 @@ from wm_inject import (
     Poisoner,
     ViTConfig,
     ViTInjector,
+    build_trigger,
     load_trigger,
     save_trigger,
     to_onnx,
     to_pixels,
     to_torchscript,
 )
-from wm_inject.triggers import TRIGGER_KINDS, build_trigger
+from wm_inject.attacks import TRIGGER_KINDS
 
 CLASSES = 5
 COLOURED = ("blend", "refool", "blindnet", "ssba", "ftrojan", "lf", "marksman", "input-aware")

@@ -5,8 +5,8 @@ import pytest
 import torch
 from scipy.ndimage import map_coordinates
 
+from wm_inject import WaNetTrigger
 from wm_inject.core.plan import PoisonPlan
-from wm_inject.triggers import WaNetTrigger
 
 PLAN = PoisonPlan(0.1, target=3, mode="per_batch")
 MODEL = torch.nn.Identity()

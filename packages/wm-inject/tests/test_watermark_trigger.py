@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from wm_inject import load_trigger, save_trigger
-from wm_inject.triggers.watermark import WatermarkTrigger
+from wm_inject.attacks.watermark import WatermarkTrigger
 from wm_inject.watermark.vit import ViTInjector, default_watermark
 
 CONFIG = {

@@ -98,11 +98,11 @@ def draw_labels(values: Mapping[str, Any], pictures: Path, path: Path) -> Path:
 
     Args:
         values: Of a record of closeness.
-        pictures: The folder of its pictures.
+        pictures: The folder of its pictures; they are of one size.
         path: The PNG file.
 
     Raises:
-        ValueError: A picture that is missing, or pictures of different sizes.
+        ValueError: A picture that is missing, or of another size.
     """
     labels = sorted(values["labels"], key=int)
     heads = [f"label {k}" + (", target" if int(k) == values["target"] else "") for k in labels]
@@ -115,10 +115,7 @@ def draw_labels(values: Mapping[str, Any], pictures: Path, path: Path) -> Path:
 
 
 def draw_triggers(values: Mapping[str, Any], pictures: Path, path: Path) -> Path:
-    """Images with the planted and with the reversed trigger, and both changes.
-
-    Arguments and errors as of `draw_labels`.
-    """
+    """Images with the planted and with the reversed trigger, and both changes."""
     heads = [f"image {i + 1}" for i in range(len(values["rows"]))]
     rows = [
         (title, [_picture(pictures, row[kind]) for row in values["rows"]])
@@ -135,10 +132,7 @@ def draw_triggers(values: Mapping[str, Any], pictures: Path, path: Path) -> Path
 def draw_perceptual(
     without: Mapping[str, Any], with_lpips: Mapping[str, Any], pictures: Path, path: Path
 ) -> Path:
-    """Clean image, planted trigger, reversed trigger with LPIPS in the loss and without.
-
-    Arguments and errors as of `draw_labels`.
-    """
+    """Clean image, planted trigger, reversed trigger with LPIPS in the loss and without."""
     columns = {
         "original": (without, "original"),
         "planted": (without, "planted"),
@@ -167,9 +161,6 @@ def draw_watermark(
         pictures: The folder of its pictures.
         path: The PNG file.
         dataset_images: False leaves out the columns that show images of the data set.
-
-    Raises:
-        ValueError: A picture that is missing, or pictures of different sizes.
     """
     columns = {
         "original": "original",
@@ -200,9 +191,6 @@ def draw_reversed(
         suspected: By victim, the labels that the scan named.
         pictures: The folder of the pictures.
         path: The PNG file.
-
-    Raises:
-        ValueError: A picture that is missing, or pictures of different sizes.
     """
     labels = sorted({k for r in records.values() for k in r.values["pictures"]}, key=int)
     rows = [

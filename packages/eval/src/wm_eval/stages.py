@@ -19,7 +19,6 @@ from defense_nc import ScanReport, Verdict
 from defense_nc.protocols import Mitigator
 from defense_reverse import detection_case
 from defense_reverse.closeness import image_closeness
-from wm_eval.attack_setup import Planting, WatermarkAttack, fit_watermark
 from wm_eval.detectors import DETECTORS
 from wm_eval.effectiveness import mitigation_values
 from wm_eval.engine import Result, Store
@@ -36,10 +35,10 @@ from wm_eval.pictures import amplified, residual_gain, reversed_picture, save_pi
 from wm_eval.records import Key
 from wm_eval.robustness import Outcomes, compare, outcomes, summarize
 from wm_eval.titles import CLEAN
-from wm_eval.trial import FINISHED_BY_VICTIM, Trial, batch_sizes, file_name, save_reversed
+from wm_eval.trial import BLENDED, MARK, Trial, batch_sizes, file_name, save_reversed
+from wm_eval.watermark import blend_watermark, fit_watermark
 from wm_extract import UNetExtractor
 from wm_inject import (
-    CoTraining,
     PoisonPlan,
     WatermarkTrigger,
     load_checkpoint,
@@ -50,12 +49,11 @@ from wm_inject import (
     to_onnx,
     to_torchscript,
 )
-from wm_inject.attacks import FitContext
 from wm_victim import ImageSet, load_classifier, predict, save_classifier, train_classifier
+from wm_victim.attack_setup import AttackSetup, fit_attack, remove_parts
 
 LEARNED = 0.9  # a backdoor counts as learned from this attack success on held-out images on
 TOLERANCE = 1e-4  # of exports: absolute on images in [0, 1]; relative to the largest logit
-_ATTACKER = 1_000_000  # the attacker's own classifier starts from other weights than the victim
 _EXAMPLES = 5  # exports are compared on one image and on this many
 _SHOWN_IMAGES = 64  # a reversed trigger without a mask is shown as its mean change over these
 _SHOWN_LABELS = 10  # of more labels a figure shows the first, and the target
@@ -89,15 +87,22 @@ def describe_images(trial: Trial, store: Store, _: Path) -> Result:
 
 
 def fit_trigger(trial: Trial, store: Store, checkpoint: Path) -> Result:
-    """Make the trigger of an attack from clean training images."""
-    train, attack = trial.train_images(store), trial.definition
-    metadata = {"seed": trial.seed, "data": trial.fingerprint}
+    """Make the trigger of an attack from clean training images.
+
+    A search on a clean classifier uses the study's clean victim, as the benchmark's does.
+    """
+    study, metadata = trial.study, {"seed": trial.seed, "data": trial.fingerprint}
     files = [trial.trigger_file]
-    if isinstance(attack, WatermarkAttack):
-        made = fit_watermark(
-            attack, train, seed=trial.seed, checkpoint=checkpoint, progress=store.progress
-        )
-        trigger, facts = made.trigger, made.facts
+    if trial.attack in (MARK, BLENDED):
+        made = blend_watermark(study.watermark, trial.train_images(store))
+        if trial.attack == MARK:
+            made = fit_watermark(
+                study.watermark,
+                trial.train_images(store),
+                seed=trial.seed,
+                checkpoint=checkpoint,
+                progress=store.progress,
+            )
         if made.extractor is not None:
             files.append(trial.extractor_file)
             save_checkpoint(
@@ -107,54 +112,28 @@ def fit_trigger(trial: Trial, store: Store, checkpoint: Path) -> Result:
                 state=made.extractor.state_dict(),
                 metadata=metadata,
             )
+        trigger, facts = made.trigger, made.facts
     else:
-        beside = checkpoint.with_name(f"{checkpoint.stem}-classifier{checkpoint.suffix}")
-        fitted = attack.fit(
-            FitContext(
-                images=train.images,
-                labels=train.labels,
-                num_classes=trial.data.num_classes,
-                target=trial.study.target,
-                seed=trial.seed,
-                co_train=partial(_co_train, trial, store, beside),
-                length=trial.length,
-                checkpoint=checkpoint,
-                progress=store.progress,
-            )
+        trigger, facts = fit_attack(
+            trial.definition,
+            trial.data,
+            config=trial.train_config(),
+            build=trial.fresh,
+            checkpoint=checkpoint,
+            target=study.target,
+            clean=partial(trial.surrogate.load_victim, store),
+            device=store.device,
+            progress=store.progress,
+            deadline=store.deadline,
         )
-        trigger, facts = fitted.trigger, dict(fitted.facts)
-        beside.unlink(missing_ok=True)
+        remove_parts(checkpoint)
     save_trigger(trigger.cpu(), store.path(files[0]), metadata)
     return Result({"facts": facts}, files)
 
 
-def _co_train(trial: Trial, store: Store, checkpoint: Path, hook: CoTraining | None) -> nn.Module:
-    """What an attacker trains to make a trigger: the clean victim, or a classifier of its own.
-
-    A search on the study's clean victim knows the victim's network and first weights, as the
-    benchmark's does.
-    """
-    if hook is None:
-        return trial.surrogate.load_victim(store)
-    seed = trial.seed + _ATTACKER
-    model = trial.fresh(seed=seed)
-    train_classifier(
-        model,
-        trial.train_images(store),
-        config=trial.train_config(seed=seed),
-        hook=hook,
-        checkpoint=checkpoint,
-        device=torch.device(store.device),
-        progress=store.progress,
-        deadline=store.deadline,
-    )
-    return model
-
-
 def train_victim(trial: Trial, store: Store, checkpoint: Path) -> Result:
     """Train a victim, and watch the backdoor being learned."""
-    planting, model = trial.planting(store), trial.fresh()
-    study = trial.study
+    setup, model, study = trial.attack_setup(store), trial.fresh(), trial.study
     watched = trial.test_images(store, study.measure.watched)
     history = train_classifier(
         model,
@@ -164,28 +143,27 @@ def train_victim(trial: Trial, store: Store, checkpoint: Path) -> Result:
         device=torch.device(store.device),
         progress=store.progress,
         corrupt=trial.train_corruptions,
-        watch=partial(_watch, planting, watched, study.target),
+        watch=partial(_watch, setup, watched, study.target),
         deadline=store.deadline,
-        **planting.arguments(),
+        **setup.arguments,
     )
     metadata = {"seed": trial.seed, "data": trial.fingerprint, "attack": trial.attack}
     files = [trial.victim_file]
     save_classifier(model.cpu(), store.path(files[0]), metadata)
-    trained = planting.now()
-    if planting.hook is not None and trained is not None:
+    if setup.hook is not None:
         files.append(trial.trained_trigger_file)
-        save_trigger(trained.cpu().eval(), store.path(files[1]), metadata)
+        save_trigger(setup.trained_trigger.cpu().eval(), store.path(files[1]), metadata)
     values = {"parameters": parameters(model)}
-    return Result(values | _exposures(trial, planting.plan, history.to_dict()), files)
+    return Result(values | _exposures(trial, setup.plan, history.to_dict()), files)
 
 
 @torch.no_grad()
 def _watch(
-    planting: Planting, test: ImageSet, target: int, epoch: int, model: nn.Module
+    setup: AttackSetup, test: ImageSet, target: int, epoch: int, model: nn.Module
 ) -> dict[str, float]:
     """Clean accuracy, attack success, and the loss on poisoned images alone, all held out."""
     rates = {"cda": float((predict(model, test.images).argmax(1) == test.labels).float().mean())}
-    trigger = planting.now()
+    trigger = setup.trained_trigger
     if trigger is None:
         return rates
     training = [module for module in trigger.modules() if module.training]
@@ -285,7 +263,7 @@ def measure_stealth(trial: Trial, store: Store, _: Path) -> Result:
 
 def _shown(trial: Trial, store: Store) -> nn.Module:
     """The trigger as it was fitted, unless only the training of the victim finishes it."""
-    return trial.load_trigger(store, fitted=trial.attack not in FINISHED_BY_VICTIM)
+    return trial.load_trigger(store, fitted=trial.definition.needs != "victim")
 
 
 def measure_mark(trial: Trial, store: Store, _: Path) -> Result:

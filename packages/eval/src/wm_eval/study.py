@@ -14,12 +14,8 @@ from wm_eval.engine import Result, Stage, file_digest
 from wm_eval.methods import CONTROLS, build_method, detector_of, rescanned
 from wm_eval.records import Record
 from wm_eval.titles import CLEAN
-from wm_eval.trial import FINISHED_BY_VICTIM, Trial, images_of
+from wm_eval.trial import MARK, Trial, images_of
 from wm_inject import pretrained_card
-
-# Whose trigger depends on a classifier: on the clean victim, or on one that is trained with it.
-SEARCHES, TRAINS = ("lf",), ("marksman",)
-MARK = "watermark"
 
 
 def study_stages(study: Study) -> Iterator[Stage]:
@@ -131,7 +127,7 @@ def _appearance(trial: Trial, parts: set[str]) -> Iterator[Stage]:
     }
     if trial.attack == MARK:
         works["mark"] = (do.measure_mark, plain(measure))
-    by_victim = trial.attack in FINISHED_BY_VICTIM
+    by_victim = trial.definition.needs == "victim"
     maker = ("victim", trial.victim_key) if by_victim else ("trigger", trial.trigger_key)
     for part, (work, settings) in works.items():
         if part in parts:
@@ -143,10 +139,11 @@ def _trigger(trial: Trial) -> Iterator[Stage]:
     study, name = trial.study, trial.attack
     settings: dict[str, Any] = {"attack": trial.described, "target": study.target}
     inputs = []
-    if name in SEARCHES:
+    needs = trial.definition.needs
+    if needs == "clean-classifier":
         yield from _victim(trial.surrogate)
         inputs.append(("victim", trial.surrogate.victim_key))
-    elif name in TRAINS:
+    elif needs == "co-training":
         settings |= trial.training
     # A picture or weights may change under their name: what counts is what is in them.
     if name == MARK and study.watermark.pretrained is not None:

@@ -11,7 +11,6 @@ from torch import nn
 
 import defense_nc
 import defense_reverse
-from wm_eval.attack_setup import Planting, TableAttack, WatermarkAttack
 from wm_eval.config import Corruptions, DataConfig, Study, plain
 from wm_eval.detectors import detector
 from wm_eval.engine import Stage
@@ -25,7 +24,7 @@ from wm_extract import (
     named_corruption,
 )
 from wm_inject import load_checkpoint, load_trigger, save_checkpoint
-from wm_inject.attacks import Length, attack
+from wm_inject.attacks import ATTACKS, Attack, Length, attack
 from wm_victim import (
     DATASET_STATS,
     Dataset,
@@ -36,6 +35,7 @@ from wm_victim import (
     load_classifier,
     load_dataset,
 )
+from wm_victim.attack_setup import AttackSetup
 from wm_victim.raw import stratified_order
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from defense_nc import Detector
     from wm_eval.engine import Result, Store
 
-FINISHED_BY_VICTIM = ("input-aware",)  # whose trigger is trained together with the victim
-_DESCRIBED = ("name", "profile", "settings", "joint", "pretrained", "strength", "weight")
+BLENDED = "equation2"  # the attack that blends the watermark's picture in
+MARK = "watermark"
 _BATCH = 32  # of the mitigations whose steps are counted in passes
 
 
@@ -176,17 +176,11 @@ class Trial:
         operations = [operation for name, operation in PAPER_CORRUPTIONS.items() if name != "none"]
         return RandomCorruption(operations, self.study.corruption_probability)
 
-    def train_config(self, *, seed: int | None = None) -> TrainConfig:
-        """The training of every victim, with this seed unless told otherwise."""
-        return replace(self.study.train, seed=self.seed if seed is None else seed)
+    def train_config(self) -> TrainConfig:
+        """The training of every victim, with this seed."""
+        return replace(self.study.train, seed=self.seed)
 
-    @property
-    def length(self) -> Length:
-        """How long a victim is trained."""
-        train = self.study.train
-        return Length(len(batch_sizes(len(self.data.train), train.batch_size)), train.epochs)
-
-    def fresh(self, *, seed: int | None = None) -> nn.Module:
+    def fresh(self, seed: int | None = None) -> nn.Module:
         """An untrained classifier, with the data set's own normalisation where one is known."""
         data, victim = self.data, self.study.victim
         mean, std = DATASET_STATS.get(data.name, (None, None))
@@ -202,11 +196,11 @@ class Trial:
         )
 
     @property
-    def definition(self) -> TableAttack:
-        """How the attack's trigger is made, and whom it poisons."""
+    def definition(self) -> Attack:
+        """How the attack's trigger is made, which images it poisons, its part in training."""
         study, name = self.study, self.attack
-        if name in ("watermark", "equation2"):
-            return WatermarkAttack(name, study.watermark)
+        if name in (MARK, BLENDED):
+            return replace(ATTACKS[MARK], name=name)
         own = {key: x for key, x in study.triggers.get(name, {}).items() if key != "ratio"}
         return attack(name, **{"profile": study.profile, **own})
 
@@ -224,11 +218,14 @@ class Trial:
     @property
     def described(self) -> dict[str, Any]:
         """What the attack's trigger depends on, for a record."""
-        definition = self.definition
-        if isinstance(definition, WatermarkAttack):
-            return definition.described
-        settings = plain(definition)
-        return {key: settings[key] for key in _DESCRIBED if key in settings}
+        watermark = plain(self.study.watermark)
+        if self.attack == BLENDED:
+            return {"name": self.attack, "weight": watermark["weight"]}
+        if self.attack == MARK:
+            made = "joint" if watermark["pretrained"] is None else "pretrained"
+            return {"name": MARK, made: watermark[made], "strength": watermark["strength"]}
+        attack = self.definition
+        return {"name": self.attack, "profile": attack.profile, "settings": dict(attack.settings)}
 
     @property
     def training(self) -> dict[str, Any]:
@@ -247,16 +244,18 @@ class Trial:
         """A detector with the study's settings."""
         return detector(name, **{"alpha": self.study.defender.alpha, **self.study.detectors[name]})
 
-    def planting(self, store: Store) -> Planting:
+    def attack_setup(self, store: Store) -> AttackSetup:
         """What the victim's training gets of the attack; nothing for the clean victim."""
         if self.attack == CLEAN:
-            return Planting()
+            return AttackSetup()
         definition, trigger = self.definition, self.load_trigger(store, fitted=True)
         plan = definition.plan(
             self.data.train.labels, target=self.study.target, ratio=self.ratio, seed=self.seed
         )
-        hook = definition.hook(trigger, plan, num_classes=self.data.num_classes, length=self.length)
-        return Planting(trigger, plan, hook)
+        train = self.study.train
+        length = Length(train.steps_per_epoch(len(self.data.train)), train.epochs)
+        hook = definition.hook(trigger, plan, num_classes=self.data.num_classes, length=length)
+        return AttackSetup(trigger, plan, hook)
 
     @property
     def trigger_file(self) -> str:
@@ -347,7 +346,8 @@ def load_reversed(path: Path) -> nn.Module:
 
 
 __all__ = [
-    "FINISHED_BY_VICTIM",
+    "BLENDED",
+    "MARK",
     "Trial",
     "batch_sizes",
     "file_name",

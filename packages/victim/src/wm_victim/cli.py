@@ -106,7 +106,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _test(args: argparse.Namespace) -> None:
-    from wm_inject.triggers import load_trigger
+    from wm_inject import load_trigger
     from wm_victim.models import load_classifier
 
     model = load_classifier(args.classifier)

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from wm_inject.attacks import list_attacks
 from wm_inject.command.common import Parser, resolve_device
 from wm_inject.command.config import add_options, add_preset, read_settings
 from wm_inject.command.trigger import add_set
@@ -21,24 +22,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from wm_inject.core.plan import PoisonPlan
+    from wm_victim.attack_setup import AttackSetup
     from wm_victim.datasets import Dataset
     from wm_victim.models import Classifier
-    from wm_victim.planting import Planting
-
-# The eleven attacks of the field's table, as wm_inject.attacks has them, named without torch.
-ATTACKS = (
-    "badnets",
-    "blend",
-    "refool",
-    "blindnet",
-    "ssba",
-    "sig",
-    "ftrojan",
-    "lf",
-    "wanet",
-    "marksman",
-    "input-aware",
-)
 
 
 @dataclass(frozen=True)
@@ -65,7 +51,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         if self.attack is not None:
-            check_choice("an attack", self.attack, ATTACKS)
+            check_choice("an attack", self.attack, list_attacks())
 
 
 def add_train(parser: Parser) -> None:
@@ -95,9 +81,9 @@ def add_train(parser: Parser) -> None:
     group.add_argument("--trigger", type=Path, help="poison with this trigger file")
     group.add_argument(
         "--attack",
-        choices=ATTACKS,
+        choices=list_attacks(),
         metavar="NAME",
-        help=f"or make the trigger first, as the attack does: {', '.join(ATTACKS)}",
+        help=f"or make the trigger first, as the attack does: {', '.join(list_attacks())}",
     )
     add_set(group)
     group.add_argument("--save-trigger", type=Path, metavar="PATH", help="keep the trigger here")
@@ -140,23 +126,23 @@ def run_train(
     Returns:
         The classifier, and the trigger of its backdoor if it has one.
     """
-    from wm_inject.triggers import save_trigger
+    from wm_inject import save_trigger
+    from wm_victim.attack_setup import AttackSetup, remove_parts
     from wm_victim.models import save_classifier
-    from wm_victim.planting import remove_parts
     from wm_victim.train import train_classifier
 
     config, device = _recipe(args, settings, data), resolve_device(args.device)
     build = partial(_build, settings, data)
     model = build(settings.seed)
     checkpoint = args.checkpoint or args.out.with_name(f"{args.out.stem}.training.safetensors")
-    planting = None
+    setup = AttackSetup()
     if args.trigger is not None:
-        planting = _from_file(args.trigger, settings, data, args.device)
+        setup = _from_file(args.trigger, settings, data, args.device)
     elif settings.attack is not None:
         from wm_inject.attacks import attack
-        from wm_victim.planting import plant
+        from wm_victim.attack_setup import set_up_attack
 
-        planting = plant(
+        setup = set_up_attack(
             attack(settings.attack, profile=settings.profile or "small", **settings.set),
             data,
             config=config,
@@ -172,23 +158,23 @@ def run_train(
         config=config,
         checkpoint=checkpoint,
         device=device,
-        **({} if planting is None else planting.arguments),
+        **setup.arguments,
     )
     metadata = {
         "data": {"name": data.name, "fingerprint": data.fingerprint, "limit": settings.limit},
         "classes": list(data.classes),
         "preset": _preset_name(args),
         "recipe": asdict(config),
-        "attack": None if planting is None else _attack_metadata(settings, planting),
+        "attack": None if setup.plan is None else _attack_metadata(settings, setup),
         "history": history.to_dict(),
     }
     save_classifier(model, args.out, metadata)
-    if args.save_trigger is not None and planting is not None:
-        save_trigger(planting.trigger, args.save_trigger, {"attack": metadata["attack"]})
+    if args.save_trigger is not None and setup.plan is not None:
+        save_trigger(setup.trained_trigger, args.save_trigger, {"attack": metadata["attack"]})
     if args.checkpoint is None:
         checkpoint.unlink(missing_ok=True)
         remove_parts(checkpoint)
-    return model, None if planting is None else planting.trigger.eval()
+    return model, None if setup.plan is None else setup.trained_trigger.eval()
 
 
 def _preset_name(args: argparse.Namespace) -> str | None:
@@ -227,10 +213,9 @@ def _build(settings: TrainSettings, data: Dataset, seed: int) -> Classifier:
     )
 
 
-def _from_file(path: Path, settings: TrainSettings, data: Dataset, device: str) -> Planting:
-    from wm_inject.attacks import Fitted
-    from wm_inject.triggers import load_trigger
-    from wm_victim.planting import Planting
+def _from_file(path: Path, settings: TrainSettings, data: Dataset, device: str) -> AttackSetup:
+    from wm_inject import load_trigger
+    from wm_victim.attack_setup import AttackSetup
 
     trigger: Any = load_trigger(path).to(resolve_device(device))
     plan, hook = _plan(settings), None
@@ -238,7 +223,7 @@ def _from_file(path: Path, settings: TrainSettings, data: Dataset, device: str) 
         if not hasattr(trigger, "noise_hook"):
             raise ValueError(f"a {trigger.kind} trigger has no noise mode: leave it out")
         hook = trigger.noise_hook(plan, num_classes=data.num_classes)
-    return Planting(plan, Fitted(trigger, {}), hook)
+    return AttackSetup(trigger, plan, hook)
 
 
 def _plan(settings: TrainSettings) -> PoisonPlan:
@@ -254,11 +239,12 @@ def _plan(settings: TrainSettings) -> PoisonPlan:
     )
 
 
-def _attack_metadata(settings: TrainSettings, planting: Planting) -> dict[str, Any]:
-    trigger: Any = planting.trigger
+def _attack_metadata(settings: TrainSettings, setup: AttackSetup) -> dict[str, Any]:
+    trigger, plan = setup.trained_trigger, setup.plan
+    assert plan is not None
     metadata = {
         "trigger": {"kind": trigger.kind, "config": trigger.config},
-        "plan": asdict(planting.plan),
+        "plan": asdict(plan),
         "noise_mode": settings.noise_mode,
     }
     if settings.attack is None:
@@ -268,5 +254,5 @@ def _attack_metadata(settings: TrainSettings, planting: Planting) -> dict[str, A
         "name": settings.attack,
         "profile": settings.profile or "small",
         "settings": changes,
-        "facts": planting.fitted.facts,
+        "facts": dict(setup.facts),
     }

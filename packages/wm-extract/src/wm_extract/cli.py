@@ -120,7 +120,7 @@ def _train(args: argparse.Namespace) -> int:
     from wm_extract.detect import MIN_CALIBRATION, MarkDetector, save_detector
     from wm_extract.joint import train_jointly
     from wm_inject import list_images, load_image, quantize, save_trigger, to_float
-    from wm_inject.triggers.watermark import WatermarkTrigger
+    from wm_inject.attacks.watermark import WatermarkTrigger
 
     config, seed, size = settings.training, settings.seed, settings.image_size
     device = resolve_device(args.device)

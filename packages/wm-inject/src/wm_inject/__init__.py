@@ -10,6 +10,22 @@ if TYPE_CHECKING:
     from wm_inject.attacks import Attack as Attack
     from wm_inject.attacks import FitContext as FitContext
     from wm_inject.attacks import attack as attack
+    from wm_inject.attacks import list_attacks as list_attacks
+    from wm_inject.attacks.badnets import BadNetsTrigger as BadNetsTrigger
+    from wm_inject.attacks.blend import BlendTrigger as BlendTrigger
+    from wm_inject.attacks.blindnet import BlindNetTrigger as BlindNetTrigger
+    from wm_inject.attacks.ftrojan import FTrojanTrigger as FTrojanTrigger
+    from wm_inject.attacks.input_aware import InputAwareTrigger as InputAwareTrigger
+    from wm_inject.attacks.lf import LfTrigger as LfTrigger
+    from wm_inject.attacks.marksman import MarksmanTrigger as MarksmanTrigger
+    from wm_inject.attacks.refool import RefoolTrigger as RefoolTrigger
+    from wm_inject.attacks.sig import SigTrigger as SigTrigger
+    from wm_inject.attacks.ssba import SsbaTrigger as SsbaTrigger
+    from wm_inject.attacks.trigger_file import build_trigger as build_trigger
+    from wm_inject.attacks.trigger_file import load_trigger as load_trigger
+    from wm_inject.attacks.trigger_file import save_trigger as save_trigger
+    from wm_inject.attacks.wanet import WaNetTrigger as WaNetTrigger
+    from wm_inject.attacks.watermark import WatermarkTrigger as WatermarkTrigger
     from wm_inject.core.checkpoint import Checkpoint as Checkpoint
     from wm_inject.core.checkpoint import CheckpointError as CheckpointError
     from wm_inject.core.checkpoint import load_checkpoint as load_checkpoint
@@ -43,21 +59,6 @@ if TYPE_CHECKING:
     from wm_inject.stealth import linf as linf
     from wm_inject.stealth import psnr as psnr
     from wm_inject.stealth import ssim as ssim
-    from wm_inject.triggers import build_trigger as build_trigger
-    from wm_inject.triggers import load_trigger as load_trigger
-    from wm_inject.triggers import save_trigger as save_trigger
-    from wm_inject.triggers.badnets import BadNetsTrigger as BadNetsTrigger
-    from wm_inject.triggers.blend import BlendTrigger as BlendTrigger
-    from wm_inject.triggers.blindnet import BlindNetTrigger as BlindNetTrigger
-    from wm_inject.triggers.ftrojan import FTrojanTrigger as FTrojanTrigger
-    from wm_inject.triggers.input_aware import InputAwareTrigger as InputAwareTrigger
-    from wm_inject.triggers.lf import LfTrigger as LfTrigger
-    from wm_inject.triggers.marksman import MarksmanTrigger as MarksmanTrigger
-    from wm_inject.triggers.refool import RefoolTrigger as RefoolTrigger
-    from wm_inject.triggers.sig import SigTrigger as SigTrigger
-    from wm_inject.triggers.ssba import SsbaTrigger as SsbaTrigger
-    from wm_inject.triggers.wanet import WaNetTrigger as WaNetTrigger
-    from wm_inject.triggers.watermark import WatermarkTrigger as WatermarkTrigger
     from wm_inject.watermark.fast import fast_trigger as fast_trigger
     from wm_inject.watermark.pretrained import PRETRAINED as PRETRAINED
     from wm_inject.watermark.pretrained import pretrained_card as pretrained_card

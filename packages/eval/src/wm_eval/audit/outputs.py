@@ -6,7 +6,6 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from wm_eval.audit.checks import Check
 from wm_eval.audit.scan import Audit, reversed_triggers
 from wm_eval.detectors import DETECTORS
 from wm_eval.records import write_text
+from wm_eval.render import template
 
 SARIF_SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 _LEVELS = {Verdict.BACKDOORED: "error", Verdict.INCONCLUSIVE: "warning", Verdict.CLEAN: "note"}
@@ -111,14 +111,6 @@ def write_html(path: Path, about: About, audit: Audit, images: Tensor) -> None:
         audit: What was found.
         images: The defender's images, for pictures of reversed triggers.
     """
-    try:
-        from jinja2 import Environment, StrictUndefined
-    except ImportError as error:
-        raise RuntimeError("expected jinja2 for reports: pip install wm-eval") from error
-    source = resources.files(__package__).joinpath("audit.html").read_text(encoding="utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     scans = [
         {"title": DETECTORS[name].title, "report": report} for name, report in audit.reports.items()
     ]
@@ -127,7 +119,7 @@ def write_html(path: Path, about: About, audit: Audit, images: Tensor) -> None:
         label: _shown(trigger, images[:_PICTURES])
         for label, trigger in reversed_triggers(audit).items()
     }
-    page = environment.from_string(source).render(
+    page = template("audit.html").render(
         about=about,
         audit=audit,
         scans=scans,

@@ -164,41 +164,6 @@ def scans_by_attack(study: StudyRecords, detector: str) -> dict[str, list[Record
     return {attack: [r for r in scans if r.key["attack"] == attack] for attack in attacks}
 
 
-def seeds_page(study: StudyRecords) -> Page:
-    """How many seeds each detector named the target in, by both rules."""
-    rows = []
-    for detector in keys(study, "scan", "detector"):
-        for attack in keys(study, "scan", "attack", detector=detector):
-            scans = scans_of(study, detector, attack)
-            asr = [rates["asr"] for rates in victim_rates(study, attack).values()]
-            indices = [scan["paper_index"] for scan in scans]
-            infinite = None in indices
-            cells = [
-                detector_title(detector),
-                "none" if attack == CLEAN else attack,
-                str(len(scans)),
-                percent(min(asr, default=None)),
-            ]
-            for is_paper in (False, True):
-                target = sum(s["true_target"] in named(s, paper=is_paper) for s in scans)
-                other = sum(bool({*named(s, paper=is_paper)} - {s["true_target"]}) for s in scans)
-                cells.append(ABSENT if attack == CLEAN else f"{target} of {len(scans)}")
-                cells.append(f"{other} of {len(scans)}")
-            mean = None if infinite else spread(indices)
-            rows.append((*cells, ABSENT if mean is None else f"{mean.mean:.2f}"))
-    headers = split_headers(
-        "defence | victims | seeds | lowest ASR | target named | another label named | paper's "
-        "rule: target | paper's rule: another | mean paper's index"
-    )
-    note = (
-        "A clean victim has no target; its ASR is what a BadNets patch does to it. The paper's "
-        "rule is an index above 2 (ordinary median); ours is in docs/recipes.md."
-    )
-    table = Table("detection", "MNIST, WaNet's network", headers, tuple(rows), note)
-    every = tuple(n for n in numbers(study) if n.measure in ("paper_index", "p_value", "case"))
-    return Page("seeds", "Named labels over seeds", "", (table,), every)
-
-
 def _detection_row(study: StudyRecords, attack: str, detector: str) -> tuple[str, ...]:
     clean, bad = scans_of(study, detector, CLEAN), scans_of(study, detector, attack)
     printed = _printed(study, attack, detector)

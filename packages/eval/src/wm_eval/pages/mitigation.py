@@ -105,32 +105,6 @@ def paper_page(study: StudyRecords) -> Page:
     return Page("mitigation-paper", title, images_line(study), tuple(tables), every)
 
 
-def mitigation_lines(study: StudyRecords) -> list[str]:
-    """One sentence a row of the main table, with the most clean data."""
-    lines = []
-    for attack, method, oracle in _rows(study):
-        records = _of(study, attack, method, oracle)
-        if not records:
-            continue
-        fraction = max(r.key["fraction"] for r in records)
-        records = [r for r in records if r.key["fraction"] == fraction]
-        values = {
-            (when, m): _percent((r.values[when][m] for r in records), unit=" %")
-            for when in ("before", "after")
-            for m in ("cda", "asr")
-        }
-        done = sum(r.values["done"] for r in records)
-        rating = plus_minus(spread(r.values["der"] for r in records), digits=3)
-        rest = "" if done == len(records) else f"; cleaned {done} of {len(records)}"
-        lines.append(
-            f"{attack_title(attack)}, {method_title(method, oracle_label=oracle)}, "
-            f"{100 * fraction:g} % clean data: ASR {values['before', 'asr']} to "
-            f"{values['after', 'asr']}, ACC {values['before', 'cda']} to {values['after', 'cda']}, "
-            f"DER {rating}{rest}"
-        )
-    return lines
-
-
 def _of(
     study: StudyRecords, attack: str, method: str, oracle: bool, fraction: float | None = None
 ) -> list[Record]:
@@ -333,9 +307,8 @@ def _before(records: Sequence[Record], measure: str) -> list[float]:
     return list({r.key["seed"]: r.values["before"][measure] for r in records}.values())
 
 
-def _percent(values: Iterable[float], *, unit: str = "") -> str:
-    text = plus_minus(spread(values), factor=100, digits=1)
-    return text if text == ABSENT else f"{text}{unit}"
+def _percent(values: Iterable[float]) -> str:
+    return plus_minus(spread(values), factor=100, digits=1)
 
 
 def _seed_count(records: Sequence[Record]) -> str:

@@ -6,6 +6,7 @@ Only the standard library is imported at the top; torch comes in where it is use
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -172,6 +173,33 @@ def add_completion(parser: argparse.ArgumentParser) -> None:
         choices=SHELLS,
         help="print the completion script of a shell and exit (needs shtab)",
     )
+
+
+def positive(text: str) -> float:
+    """An `argparse` type: a number above 0."""
+    with contextlib.suppress(ValueError):
+        if (number := float(text)) > 0:
+            return number
+    raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+
+
+def comma_list(kind: type) -> Callable[[str], tuple[Any, ...]]:
+    """An `argparse` type: values of one kind, as a,b.
+
+    Examples:
+        >>> comma_list(float)("0.01,0.05")
+        (0.01, 0.05)
+    """
+
+    def convert(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"expected values of type {kind.__name__} as A,B, got {text!r}"
+            ) from None
+
+    return convert
 
 
 def resolve_device(name: str) -> torch.device:

@@ -15,7 +15,7 @@ from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from wm_inject.command.common import Parser
+from wm_inject.command.common import Parser, comma_list
 from wm_inject.core.config import fill, load_toml, to_toml
 
 T = TypeVar("T")
@@ -72,6 +72,8 @@ def _argument(hint: Any) -> dict[str, Any]:
         return _argument(hint)
     if origin is typing.Literal:
         return {"choices": arguments}
+    if origin is tuple:
+        return {"type": comma_list(arguments[0]), "metavar": "A,B"}
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     return {"type": hint}

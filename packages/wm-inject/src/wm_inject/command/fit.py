@@ -6,13 +6,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from wm_inject.attacks import ATTACKS, TRIGGER_KINDS
 from wm_inject.command.common import Parser, add_json, resolve_device, write_results
-from wm_inject.command.trigger import FITTED, add_set
+from wm_inject.command.trigger import add_set
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-KINDS = ("ssba", "blindnet")
 _EPILOG = """examples:
   wm-inject fit --trigger ssba photos/ ssba.safetensors
   wm-inject fit --trigger blindnet --image-size 64 photos/ blindnet.safetensors
@@ -29,10 +29,10 @@ def add_fit(parser: Parser) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="the trigger's file (.safetensors)")
     parser.add_argument(
         "--trigger",
-        choices=(*KINDS, *FITTED),
+        choices=TRIGGER_KINDS,
         required=True,
         metavar="KIND",
-        help=" or ".join(KINDS),
+        help="a trigger that is fitted to images alone, as ssba and blindnet are",
     )
     parser.add_argument(
         "--profile",
@@ -50,13 +50,15 @@ def add_fit(parser: Parser) -> None:
 
 def run_fit(args: argparse.Namespace) -> None:
     """Fit the trigger and write its file."""
-    if args.trigger not in KINDS:
-        args.parser.error(f'{args.trigger} is not fitted here: use "{FITTED[args.trigger]}"')
+    chosen = ATTACKS[args.trigger]
+    if chosen.fitter is None or chosen.needs not in ("nothing", "images"):
+        way = f'use "{chosen.fit_command}"' if chosen.fit_command else "its settings are enough"
+        args.parser.error(f"{args.trigger} is not fitted here: {way}")
     if args.out.suffix != ".safetensors":
         args.parser.error(f"OUT ends in .safetensors, got {args.out.name}")
     settings = args.set or {}
     from wm_inject.attacks import FitContext, attack
-    from wm_inject.triggers import save_trigger
+    from wm_inject.attacks.trigger_file import save_trigger
 
     images = _load(args)
     # What is not finished lies beside OUT and goes when OUT is there.

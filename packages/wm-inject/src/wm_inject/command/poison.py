@@ -17,8 +17,8 @@ from wm_inject.command.trigger import (
 
 if TYPE_CHECKING:
     from wm_inject.core.images import Pixels
+    from wm_inject.core.plan import Labels, PoisonPlan, Pool
     from wm_inject.runtime.folder import FolderResult
-    from wm_inject.runtime.folder_plan import FolderPlan, Labels, Pool
 
 _EPILOG = """examples:
   wm-inject poison --pretrained tiny-32 photos/ poisoned/
@@ -63,11 +63,11 @@ def run_poison(args: argparse.Namespace) -> None:
     print(f"{result.poisoned} of {result.images} images poisoned, listed in {listing}{note}")
 
 
-def _plan(args: argparse.Namespace) -> FolderPlan:
-    from wm_inject.runtime.folder_plan import FolderPlan
+def _plan(args: argparse.Namespace) -> PoisonPlan:
+    from wm_inject.core.plan import PoisonPlan
 
     usual: Pool = "target" if args.label_map == "clean-label" else "all"
-    return FolderPlan(
+    return PoisonPlan(
         ratio=args.ratio,
         target=args.target,
         label_map=args.label_map,

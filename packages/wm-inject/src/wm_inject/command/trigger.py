@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import inspect
 import json
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wm_inject.attacks import ATTACKS, TRIGGER_KINDS
 from wm_inject.watermark.pretrained import PRETRAINED
 
 if TYPE_CHECKING:
     from torch import nn
 
-FIXED = ("badnets", "blend", "refool", "blindnet", "sig", "ftrojan", "wanet")
-# Triggers that must be fitted first, and the command that does it.
-FITTED = {
-    "ssba": "wm-inject fit --trigger ssba IMAGES FILE",
-    "lf": "wm-victim train --attack lf --save-trigger FILE",
-    "marksman": "wm-victim train --attack marksman --save-trigger FILE",
-    "input-aware": "wm-victim train --attack input-aware --save-trigger FILE",
-    "watermark": "wm-extract train IMAGES --out FOLDER",
-}
 # Options that are settings of a trigger, and what its constructor calls them.
 _SETTINGS = {
     "patch_size": "size",
@@ -38,7 +28,12 @@ _OPTIONS_OF_THEIR_OWN = ("image_size", "channels", "seed")
 def add_trigger(parser: argparse.ArgumentParser) -> None:
     """Give ``parser`` the options of the trigger."""
     way = parser.add_argument_group("the trigger")
-    way.add_argument("--trigger", choices=(*FIXED, *FITTED), metavar="KIND", help=_kinds())
+    way.add_argument(
+        "--trigger",
+        choices=TRIGGER_KINDS,
+        metavar="KIND",
+        help=f"{', '.join(TRIGGER_KINDS)}; one that is fitted to images needs its --checkpoint",
+    )
     way.add_argument("--checkpoint", type=Path, help="a saved trigger (.safetensors)")
     add_pretrained(way, "a trained watermark")
     way.add_argument("--onnx", type=Path, help="an exported trigger; needs no torch")
@@ -67,10 +62,6 @@ def add_pretrained(parser: Any, what: str) -> None:
         metavar="NAME",
         help=f"{what} that ships: {', '.join(PRETRAINED)}; see docs/weights.md",
     )
-
-
-def _kinds() -> str:
-    return f"{', '.join(FIXED)}; with --checkpoint: {', '.join(FITTED)}"
 
 
 class _Setting(argparse.Action):
@@ -106,10 +97,9 @@ def check_trigger(args: argparse.Namespace) -> None:
         args.parser.error(
             "give either --pretrained, or --onnx, or --trigger, --checkpoint or both of these"
         )
-    if args.trigger in FITTED and not args.checkpoint:
+    if args.trigger and not args.checkpoint and (command := ATTACKS[args.trigger].fit_command):
         args.parser.error(
-            f"{args.trigger} is fitted to images: give its --checkpoint, made by "
-            f'"{FITTED[args.trigger]}"'
+            f'{args.trigger} is fitted to images: give its --checkpoint, made by "{command}"'
         )
     if args.trigger and not args.checkpoint:
         return
@@ -123,11 +113,11 @@ def check_trigger(args: argparse.Namespace) -> None:
 
 def make_trigger(args: argparse.Namespace) -> nn.Module:
     """The trigger that the arguments describe: loaded, or built from its settings."""
+    from wm_inject.attacks.trigger_file import build_trigger, load_trigger
     from wm_inject.runtime.folder import common_side
-    from wm_inject.triggers import build_trigger, load_trigger
 
     if args.pretrained:
-        from wm_inject.triggers.watermark import WatermarkTrigger
+        from wm_inject.attacks.watermark import WatermarkTrigger
 
         return WatermarkTrigger.from_pretrained(args.pretrained)
     if args.checkpoint:
@@ -135,7 +125,7 @@ def make_trigger(args: argparse.Namespace) -> nn.Module:
         if args.trigger not in (None, trigger.kind):
             raise ValueError(f"expected a {args.trigger} trigger, got {trigger.kind}")
         return trigger
-    takes = _parameters(args.trigger)
+    takes = ATTACKS[args.trigger].parameters
     settings = dict(args.set or {})
     for name in settings:
         if name not in takes:
@@ -154,14 +144,6 @@ def make_trigger(args: argparse.Namespace) -> nn.Module:
     settings |= {name: value for name, value in shared.items() if name in takes}
     side = common_side(args.images) if args.image_size is None else args.image_size
     return build_trigger(args.trigger, {"image_size": side, **settings})
-
-
-def _parameters(kind: str) -> tuple[str, ...]:
-    """What the constructor of a trigger takes."""
-    module = import_module(f"wm_inject.triggers.{kind.replace('-', '_')}")
-    classes = (value for value in vars(module).values() if isinstance(value, type))
-    (found,) = (value for value in classes if getattr(value, "kind", None) == kind)
-    return tuple(inspect.signature(found).parameters)
 
 
 def image_shape(trigger: Any, channels: int) -> tuple[int, int]:

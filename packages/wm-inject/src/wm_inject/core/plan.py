@@ -1,19 +1,38 @@
-"""Which images are poisoned, what label they get, and how often: the plan of a poisoning attack."""
+"""Which images are poisoned, what label they get, and how often: the plan of a poisoning attack.
+
+A plan is index arithmetic in numpy; torch is imported only where tensors come in.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
-import torch
-from torch import Tensor, nn
+import numpy as np
 
+from wm_inject.core.checks import check_choice
 from wm_inject.core.images import check_images, check_labels, quantize
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+Labels = np.ndarray[Any, np.dtype[np.int64]]
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
+LabelMap = Literal["all-to-one", "all-to-all", "clean-label"]
+Pool = Literal["all", "non_target", "target"]
+Mode = Literal["static", "per_batch"]
+_CHOICES = {
+    "label_map": ("all-to-one", "all-to-all", "clean-label"),
+    "pool": ("all", "non_target", "target"),
+    "mode": ("static", "per_batch"),
+}
+_Vector = TypeVar("_Vector", "Tensor", "Labels")
 
 
 class Trigger(Protocol):
-    """What every trigger does: images in, triggered images out, the same shape, in [0, 1].
+    """What every trigger does: images in, triggered images out, of the same shape and range.
 
     The same image, id and target give the same output whatever else is in the batch.
     """
@@ -21,7 +40,7 @@ class Trigger(Protocol):
     def __call__(
         self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None
     ) -> Tensor:
-        """Put the trigger into ``images``: float32 ``(N, C, H, W)`` in [0, 1]."""
+        """Put the trigger into ``images``."""
 
 
 class Poisoned(NamedTuple):
@@ -36,14 +55,13 @@ class CoTraining(Protocol):
     """What a co-trained attack adds to a classifier's training. The trainer calls nothing else.
 
     ``transform`` is called on every training batch before augmentation. An attack that trains a
-    generator beside the victim does its own optimiser step inside ``transform``; what it must
-    remember over a restart it gives and takes as a state dict.
+    generator beside the victim takes its own optimiser step in it.
     """
 
     def transform(
         self, images: Tensor, labels: Tensor, *, model: nn.Module, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Images ``(N, C, H, W)`` and labels ``(N,)`` of a batch, and what to train on instead."""
+        """Images and labels to train on in place of a batch's; every draw is ``generator``'s."""
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on after a restart."""
@@ -59,10 +77,11 @@ class PoisonPlan:
     Three meanings of "poison ratio" are in use in the field; ``pool`` and ``mode`` say which:
 
     Args:
-        ratio: Share in (0, 1]. Static plans count it against *all* N images (``pool`` "all", and
-            "target", the clean-label convention of BackdoorBench), or against the pool itself
-            ("non_target", as FTrojan and ANP do). Per-batch plans count it against the batch.
-        target: The label that the attack asks for.
+        ratio: Share in (0, 1]; the whole pool if None. Static plans count it against *all* N images
+            (``pool`` "all", and "target", the clean-label convention of BackdoorBench), or against
+            the pool itself ("non_target", as FTrojan and ANP do). Per-batch plans count it against
+            the batch.
+        target: The class that the attack asks for.
         label_map: "all-to-one" (y -> target), "all-to-all" (y -> y + 1 mod K), or "clean-label"
             (labels stay; only images of the target class are poisoned).
         pool: Where poisoned images are drawn from: "all", "non_target" or "target".
@@ -73,88 +92,114 @@ class PoisonPlan:
         ValueError: A value out of range, or a clean-label plan with another pool than "target".
     """
 
-    ratio: float = 0.1
+    ratio: float | None = 0.1
     target: int = 0
-    label_map: Literal["all-to-one", "all-to-all", "clean-label"] = "all-to-one"
-    pool: Literal["all", "non_target", "target"] = "all"
-    mode: Literal["static", "per_batch"] = "static"
+    label_map: LabelMap = "all-to-one"
+    pool: Pool = "all"
+    mode: Mode = "static"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio <= 1:
+        if self.ratio is not None and not 0 < self.ratio <= 1:
             raise ValueError(f"expected a poison ratio in (0, 1], got {self.ratio}")
         if self.target < 0:
             raise ValueError(f"expected a target label >= 0, got {self.target}")
-        choices = {
-            "label_map": ("all-to-one", "all-to-all", "clean-label"),
-            "pool": ("all", "non_target", "target"),
-            "mode": ("static", "per_batch"),
-        }
-        for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(
-                    f"expected {field} in {', '.join(allowed)}, got {getattr(self, field)!r}"
-                )
+        for field, allowed in _CHOICES.items():
+            check_choice(field, getattr(self, field), allowed)
         if (self.label_map == "clean-label") != (self.pool == "target"):
             raise ValueError(
                 "a clean-label plan poisons the target class: label_map 'clean-label' and "
                 f"pool 'target' go together, got {self.label_map!r} and {self.pool!r}"
             )
+        if self.seed < 0:
+            raise ValueError(f"expected a seed >= 0, got {self.seed}")
 
-    def eligible(self, labels: Tensor) -> Tensor:
-        """Bool ``(N,)``: which images the plan may draw from."""
+    def eligible(self, labels: _Vector) -> Any:
+        """Bool ``(N,)`` of the labels' kind: which images the plan may draw from."""
         if self.pool == "target":
             return labels == self.target
         if self.pool == "non_target":
             return labels != self.target
-        return torch.ones_like(labels, dtype=torch.bool)
+        return labels >= 0
 
-    def choose(self, labels: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def choose(self, labels: _Vector, *, generator: torch.Generator | None = None) -> Any:
         """Choose the images to poison.
 
         Args:
-            labels: int64 ``(N,)``.
-            generator: Source of the draw (CPU); seeded with the plan's own seed if None.
+            labels: int64 ``(N,)``, a tensor or an array.
+            generator: Source of the draw, on the CPU; the plan's own seed if None. A tensor and an
+                array of the same labels have the same choice.
 
         Returns:
-            bool ``(N,)`` on the labels' device, with exactly ``round(ratio * base)`` set for a
-            static plan and ``int(ratio * N)`` for a per-batch one (WaNet's rule).
+            bool ``(N,)``, an array for an array, else a tensor on the labels' device; exactly
+            ``round(ratio * base)`` are set for a static plan and ``int(ratio * N)`` for a per-batch
+            one (WaNet's rule).
 
         Raises:
             ValueError: The pool holds fewer images than the ratio asks for, or none is asked for
                 by a static plan.
         """
-        check_labels(labels, len(labels))
-        pool = self.eligible(labels).nonzero().flatten().cpu()
-        base = len(pool) if self.pool == "non_target" else len(labels)
-        count = int(self.ratio * base) if self.mode == "per_batch" else round(self.ratio * base)
-        if self.mode == "per_batch":
-            count = min(count, len(pool))
-        elif not 0 < count <= len(pool):
-            raise ValueError(
-                f"a ratio of {self.ratio} asks for {count} of {len(labels)} images, "
-                f"but the pool {self.pool!r} of label {self.target} holds {len(pool)}"
-            )
-        if generator is None:
-            generator = torch.Generator().manual_seed(self.seed)
-        mask = torch.zeros(len(labels), dtype=torch.bool)
-        mask[pool[torch.randperm(len(pool), generator=generator)[:count]]] = True
-        return mask.to(labels.device)
+        if not isinstance(labels, np.ndarray):
+            import torch
 
-    def relabel(self, labels: Tensor, num_classes: int) -> Tensor:
+            check_labels(labels, len(labels))
+            mask = self._choose(labels.cpu().numpy(), generator)
+            return torch.from_numpy(mask).to(labels.device)
+        if labels.dtype != np.int64 or labels.ndim != 1 or not len(labels) or labels.min() < 0:
+            got = f"{labels.dtype} {labels.shape}"
+            raise ValueError(f"expected labels as int64 (N,), each >= 0, got {got}")
+        return self._choose(labels, generator)
+
+    def relabel(self, labels: _Vector, num_classes: int) -> _Vector:
         """The labels that triggered images of these classes get: int64 ``(N,)``.
 
         Raises:
             ValueError: The labels or the plan's target do not fit ``num_classes``.
         """
-        check_labels(labels, len(labels), num_classes=num_classes)
+        if not isinstance(labels, np.ndarray):
+            check_labels(labels, len(labels), num_classes=num_classes)
         if self.target >= num_classes:
             raise ValueError(
                 f"expected a target label below {num_classes} classes, got {self.target}"
             )
         if self.label_map == "all-to-one":
-            return torch.full_like(labels, self.target)
+            return labels * 0 + self.target
         return labels if self.label_map == "clean-label" else (labels + 1) % num_classes
+
+    def _choose(self, labels: Labels, generator: torch.Generator | None) -> Mask:
+        pool = np.flatnonzero(self.eligible(labels))
+        base = len(pool) if self.pool == "non_target" else len(labels)
+        if self.ratio is None:
+            count = len(pool)
+        elif self.mode == "per_batch":
+            count = min(int(self.ratio * base), len(pool))
+        else:
+            count = round(self.ratio * base)
+        if self.mode == "static" and not 0 < count <= len(pool):
+            raise ValueError(
+                f"a ratio of {self.ratio or 1} asks for {count} of {len(labels)} images, "
+                f"but the pool {self.pool!r} of label {self.target} holds {len(pool)}"
+            )
+        mask = np.zeros(len(labels), dtype=np.bool_)
+        mask[pool[_draw(len(pool), count, self.seed, generator)]] = True
+        return mask
+
+
+def _draw(size: int, count: int, seed: int, generator: torch.Generator | None) -> Labels:
+    """The first ``count`` of a permutation, the same numbers as ``torch.randperm``'s."""
+    if generator is not None:
+        import torch
+
+        order: Labels = torch.randperm(size, generator=generator)[:count].numpy()
+        return order
+    # torch's generator is the Mersenne Twister, of which it takes the seed's lower 32 bits, and
+    # randperm is Fisher and Yates' shuffle from the front.
+    twister = np.random.RandomState(seed & 0xFFFFFFFF)
+    order = np.arange(size)
+    for place, bits in enumerate(twister.randint(2**32, size=count, dtype=np.uint32).tolist()):
+        other = place + bits % (size - place)
+        order[[place, other]] = order[[other, place]]
+    return order[:count]
 
 
 def poison(
@@ -170,21 +215,23 @@ def poison(
     """Poison a set once, as a stored data set would be: triggered images land on the 8-bit grid.
 
     Args:
-        images: float32 ``(N, C, H, W)`` in [0, 1]; not changed.
-        labels: int64 ``(N,)``; not changed.
-        trigger: What to put into the chosen images.
+        images: Not changed.
+        labels: Not changed.
+        trigger: Goes into the chosen images.
         plan: A static plan.
         num_classes: K, for the label map.
-        ids: int64 ``(N,)`` that seed per-image randomness; 0 .. N-1 if None.
-        batch_size: How many images go through the trigger at once.
+        ids: 0 .. N-1 if None.
+        batch_size: Images at once.
 
     Raises:
         ValueError: Bad images or labels, a per-batch plan, or a pool that is too small.
     """
+    import torch
+
     check_images(images)
     check_labels(labels, len(images), num_classes=num_classes)
     if plan.mode != "static":
-        raise ValueError("a per-batch plan poisons during training; poison() wants a static one")
+        raise ValueError("a per-batch plan poisons during training; poison() needs a static one")
     mask = plan.choose(labels)
     ids = torch.arange(len(images), device=images.device) if ids is None else ids
     out_images, out_labels = images.clone(), labels.clone()

@@ -15,9 +15,10 @@ import numpy as np
 from wm_inject.core.decode import stored_size
 from wm_inject.core.files import atomic_path, write_json
 from wm_inject.core.images import check_side, list_images, load_image, save_image
+from wm_inject.core.plan import Labels, PoisonPlan
 from wm_inject.core.progress import Progress
 from wm_inject.core.progress import progress as show_progress
-from wm_inject.runtime.folder_plan import FolderPlan, FolderRow, Labels, list_rows, read_labels
+from wm_inject.runtime.folder_plan import FolderRow, list_rows, read_labels
 from wm_inject.runtime.pipeline import pipeline
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def poison_files(
     *,
     size: int,
     channels: int,
-    plan: FolderPlan | None = None,
+    plan: PoisonPlan | None = None,
     batch_size: int = 64,
     record: Mapping[str, Any] | None = None,
     progress: bool = True,
@@ -77,7 +78,7 @@ def poison_files(
         ValueError: No images, an unreadable one, two that would become one file, a plan that does
             not fit them, a bad ``out``, or one that holds the files of another run.
     """
-    source, out, plan = Path(source), Path(out), plan or FolderPlan()
+    source, out, plan = Path(source), Path(out), plan or PoisonPlan(ratio=None)
     check_side(size)
     if batch_size < 1 or channels not in (1, 3):
         got = f"{batch_size} and {channels}"

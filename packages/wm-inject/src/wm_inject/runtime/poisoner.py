@@ -15,8 +15,8 @@ from wm_inject.runtime.scanner import as_input, image_input
 
 if TYPE_CHECKING:
     from wm_inject.core.images import Pixels
+    from wm_inject.core.plan import PoisonPlan
     from wm_inject.runtime.folder import FolderResult
-    from wm_inject.runtime.folder_plan import FolderPlan
     from wm_inject.runtime.onnx_model import Array
 
 
@@ -100,7 +100,7 @@ def poison_folder(
     source: str | Path,
     out: str | Path,
     *,
-    plan: FolderPlan | None = None,
+    plan: PoisonPlan | None = None,
     batch_size: int = 64,
     providers: Sequence[str] = CPU,
     progress: bool = True,

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wm_inject.attacks.watermark import WatermarkTrigger
 from wm_inject.core.images import check_images, pad_to_multiple
-from wm_inject.triggers.watermark import WatermarkTrigger
 from wm_inject.watermark.products import Norm, Product
 from wm_inject.watermark.vit import PAD_MULTIPLE, limit_residual, to_picture
 

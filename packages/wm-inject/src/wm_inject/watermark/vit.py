@@ -18,6 +18,7 @@ from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from wm_inject.core.images import check_images, pad_to_multiple
+from wm_inject.watermark.pretrained import read_pretrained
 from wm_inject.watermark.vit_block import make_block, run_blocks
 
 SIZES = {"tiny": (64, 2), "small": (192, 3), "base": (384, 6), "large": (1024, 16)}
@@ -191,9 +192,12 @@ class ViTInjector(nn.Module):
             ValueError: No weights of this name.
             CheckpointError: The file is not the one that was shipped.
         """
-        from wm_inject.triggers.watermark import WatermarkTrigger
-
-        return WatermarkTrigger.from_pretrained(name).injector
+        saved = read_pretrained(name, kind="watermark")
+        injector = cls(**saved.config["injector_config"])
+        prefix = "injector."
+        state = {k.removeprefix(prefix): v for k, v in saved.state.items() if k.startswith(prefix)}
+        injector.load_state_dict(state)
+        return injector.eval()
 
     def forward(self, images: Tensor, watermark: Tensor) -> Tensor:
         """Hide ``watermark`` in every image.

@@ -1,4 +1,4 @@
-"""The SSBA trigger: a fixed bit string, hidden in every image by a learned encoder."""
+"""Encoder, decoder and trigger: a fixed bit string, hidden in every image."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wm_inject.attacks.common import check_batch, show_config
 from wm_inject.core.images import check_images, check_side, pad_to_multiple
-from wm_inject.triggers.common import check_batch, show_config
 
 PLANE = 16  # side of the plane that the secret becomes before it is enlarged to the image
 _OUTPUTS = ("residual", "image")
@@ -21,11 +21,10 @@ class SsbaEncoder(nn.Module):
     """A U-shaped network that hides bits in images.
 
     The secret becomes a 16 x 16 plane for each channel, enlarged by whole pixels to the image and
-    stacked on it. Sides that do not divide by 16 are padded (28 becomes 32) and cropped back.
+    stacked on it. Sides are padded to a multiple of 16.
 
     Args:
-        image_size: Side H = W of the images in pixels, at least 8.
-        channels: 1 (grey) or 3 (RGB).
+        image_size: Side H = W in pixels, at least 8.
         bits: Length of the secret.
         width: Channels of the first convolution; the others are 1, 2, 4 and 8 times as wide.
         output: "residual" adds the network's output to the image; "image" makes the whole image,
@@ -34,11 +33,10 @@ class SsbaEncoder(nn.Module):
     Raises:
         ValueError: A size, number or name out of range.
 
-    Source: the encoder of Tancik et al., "StegaStamp" (CVPR 2020), in BackdoorBench's layout: the
-    secret plane is 16 x 16, and one more 3 x 3 convolution precedes the last. With 100 bits and
-    width 32 at 32 pixels it has that benchmark's 1 069 315 weights. Inputs are shifted by -0.5 for
-    a residual, as StegaStamp does, and not for a whole image, as BackdoorBench does. Padding of
-    other sides, and grey images, are ours.
+    Source: the encoder of Tancik et al., "StegaStamp" (CVPR 2020), in BackdoorBench's layout (with
+    100 bits and width 32 at 32 pixels, its 1 069 315 weights). Inputs are shifted by -0.5 for a
+    residual, as in StegaStamp, not for a whole image, as in BackdoorBench. Padding and grey images
+    are ours.
     """
 
     def __init__(
@@ -97,20 +95,10 @@ class SsbaEncoder(nn.Module):
 
 
 class SsbaDecoder(nn.Module):
-    """A convolutional network that reads the bits back.
+    """A convolutional network that reads the bits back; arguments as those of `SsbaEncoder`.
 
-    Args:
-        image_size: Side H = W of the images in pixels, at least 8.
-        channels: 1 (grey) or 3 (RGB).
-        bits: Length of the secret.
-        width: Channels of the first convolution.
-
-    Raises:
-        ValueError: A size or number out of range.
-
-    Source: the decoder of StegaStamp in BackdoorBench's layout, without the spatial transformer
-    that StegaStamp puts in front: nothing moves the image here. With 100 bits and width 32 at 32
-    pixels it has that benchmark's 441 284 weights.
+    Source: the decoder of StegaStamp in BackdoorBench's layout, without StegaStamp's spatial
+    transformer. With 100 bits and width 32 at 32 pixels it has BackdoorBench's 441 284 weights.
     """
 
     def __init__(self, *, image_size: int, channels: int, bits: int = 100, width: int = 32) -> None:
@@ -144,23 +132,11 @@ class SsbaDecoder(nn.Module):
 class SsbaTrigger(nn.Module):
     """Hide one fixed bit string in every image; the change differs from image to image.
 
-    Built from settings alone its encoder is untrained, its weights drawn from torch's global
-    generator as those of any module; `wm_inject.triggers.ssba_fit.fit_ssba` trains one.
-
-    Args:
-        image_size: Side H = W of the images in pixels, at least 8.
-        channels: 1 (grey) or 3 (RGB).
-        bits: Length of the secret.
-        secret_seed: Seeds the secret.
-        width: Channels of the encoder's first convolution.
-        output: "residual" or "image", see `SsbaEncoder`.
-
-    Raises:
-        ValueError: A size, number or name out of range.
+    Its encoder is untrained; `fit_ssba` trains one. ``secret_seed`` seeds the secret, the other
+    arguments are those of `SsbaEncoder`.
 
     Source: Li et al., "Invisible Backdoor Attack with Sample-Specific Triggers" (ICCV 2021). The
-    authors hide seven ASCII characters with their error-correcting code in 100 bits. The attack
-    needs a fixed string only, so ours is random; that this changes nothing is inferred.
+    authors hide seven ASCII characters with their error-correcting code; our bits are random.
     """
 
     kind = "ssba"
@@ -195,13 +171,7 @@ class SsbaTrigger(nn.Module):
     def forward(
         self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None
     ) -> Tensor:
-        """Hide the secret: float32 ``(N, C, H, W)`` in [0, 1] to the same shape and range.
-
-        ``ids`` and ``target`` are part of the trigger protocol and play no role here.
-
-        Raises:
-            ValueError: The batch breaks the image contract or has another shape.
-        """
+        """Hide the secret."""
         check_batch(images, self.config)
         return self.encoder(images, self.secret).clamp(0, 1)
 

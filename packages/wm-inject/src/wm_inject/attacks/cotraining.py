@@ -1,4 +1,4 @@
-"""What generators that learn beside a victim share: the victim as a fixed function, and weights."""
+"""What generators that learn beside a victim share."""
 
 from __future__ import annotations
 
@@ -26,17 +26,10 @@ def in_mode(module: nn.Module, *, training: bool) -> Iterator[None]:
 
 
 def victim_logits(model: nn.Module, images: Tensor) -> Tensor:
-    """What a classifier in training says, with a gradient to the images and to nothing of its own.
+    """Float32 logits of a classifier in training, with a gradient to the images only.
 
-    It runs in float32 and in the mode that it is in, on copies of its buffers: its weights, their
-    gradients, its running statistics and its mode stay as they are.
-
-    Args:
-        model: Images ``(N, C, H, W)`` in [0, 1] -> logits ``(N, K)``.
-        images: What to show it.
-
-    Returns:
-        float32 logits ``(N, K)``.
+    It runs in the mode that it is in, on copies of its buffers: its weights, their gradients and
+    its running statistics stay as they are.
     """
     state = {name: weight.detach() for name, weight in model.named_parameters()}
     state |= {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -59,8 +52,8 @@ def load_weights(module: nn.Module, state: Any) -> None:
     try:
         module.load_state_dict(state)
     except (RuntimeError, TypeError) as error:
-        told = " ".join(str(error).split())  # torch writes a line for each tensor
-        raise ValueError(f"these weights do not fit the trigger: {told}") from error
+        reason = " ".join(str(error).split())  # torch writes a line for each tensor
+        raise ValueError(f"these weights do not fit the trigger: {reason}") from error
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:

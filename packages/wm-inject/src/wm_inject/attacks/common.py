@@ -1,7 +1,8 @@
-"""What all triggers do alike: show their settings, and check the batch they are given."""
+"""What all triggers share: their settings as text, and the check of a batch."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -14,16 +15,8 @@ def show_config(trigger: Any) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in trigger.config.items())
 
 
-def check_batch(images: Tensor, config: dict[str, Any], *, name: str = "images") -> Tensor:
-    """Check that a batch has the size, and the channels if any, that a trigger is made for.
-
-    Args:
-        images: float32 ``(N, C, H, W)`` in [0, 1].
-        config: The trigger's settings.
-        name: What to call the batch in a message.
-
-    Returns:
-        The images.
+def check_batch(images: Tensor, config: Mapping[str, Any], *, name: str = "images") -> Tensor:
+    """Check that a batch has the size, and the channels if any, of a trigger's settings.
 
     Raises:
         ValueError: The batch breaks the image contract or has another shape.

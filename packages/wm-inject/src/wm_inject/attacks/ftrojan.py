@@ -1,4 +1,4 @@
-"""The FTrojan trigger: two cosine coefficients of the colour planes, raised in every block."""
+"""FTrojan: two cosine coefficients of the colour planes, raised in every block."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wm_inject.attacks.common import check_batch, show_config
+from wm_inject.attacks.definition import Attack
+from wm_inject.core.checks import check_channels
 from wm_inject.core.images import check_side
-from wm_inject.triggers.common import check_batch, show_config
 
 # What one unit of Cr and one unit of Cb together add to R, G and B (8-bit OpenCV's constants).
 _CHROMA_TO_RGB = (1.403, -(0.714 + 0.344), 1.773)
@@ -20,23 +22,19 @@ _CHROMA_TO_RGB = (1.403, -(0.714 + 0.344), 1.773)
 class FTrojanTrigger(nn.Module):
     """Raise a few DCT coefficients of Cr and Cb in every block of the image.
 
-    The cosine transform and the colour conversion are linear, so raising coefficients adds one
-    fixed pattern, whatever the image: that pattern is what this trigger holds. Its brightness is
-    next to zero. A grey image has no colour planes; there the pattern goes on the one plane it
-    has, which is ours.
+    Cosine transform and colour conversion are linear, so this adds one fixed pattern to every
+    image. On a grey image it goes on the one plane there is (ours).
 
     Args:
-        image_size: Side H = W of the images in pixels.
-        channels: 1 (grey) or 3 (RGB).
+        image_size: Side H = W in pixels.
         magnitude: What is added to each coefficient of the orthonormal DCT, in units of [0, 1]
             pixels; 30/255 is BackdoorBench's, 20/255 the authors' for CIFAR-10.
         positions: (row, column) of the coefficients in a block; None for (15, 15) and (31, 31)
             of 32, scaled to the block.
         block: Side of a block in pixels; 32, or the whole image where it is smaller, if None.
-            Where the side is no multiple of it, only whole blocks, counted from the top left,
-            carry the pattern, and the rest stays as it is (ours: the released code fails).
-        eight_bit: Go through 8-bit YCrCb as the released code does, with its rounding on the way
-            in and out, instead of adding the pattern exactly. Colour only.
+            Only whole blocks, counted from the top left, carry the pattern (ours: the released code
+            fails where the side is no multiple of the block).
+        eight_bit: Round through 8-bit YCrCb as the released code does. Colour only.
 
     Raises:
         ValueError: A size, magnitude, block or position out of range, or 8 bits for grey.
@@ -62,8 +60,7 @@ class FTrojanTrigger(nn.Module):
     ) -> None:
         super().__init__()
         check_side(image_size, at_least=2)
-        if channels not in (1, 3):
-            raise ValueError(f"expected channels 1 or 3, got {channels}")
+        check_channels(channels)
         if not 0 <= magnitude < math.inf:
             raise ValueError(f"expected a magnitude >= 0, got {magnitude}")
         if eight_bit and channels == 1:
@@ -93,13 +90,7 @@ class FTrojanTrigger(nn.Module):
     def forward(
         self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None
     ) -> Tensor:
-        """Raise the coefficients: float32 ``(N, C, H, W)`` in [0, 1], shape and range kept.
-
-        ``ids`` and ``target`` are part of the trigger protocol and play no role here.
-
-        Raises:
-            ValueError: The batch breaks the image contract or has another shape.
-        """
+        """Raise the coefficients."""
         check_batch(images, self.config)
         if self.eight_bit:
             return self._through_eight_bits(images)
@@ -158,3 +149,6 @@ def _tile(wave: Tensor, side: int) -> Tensor:
     plane = torch.zeros(side, side)
     plane[: count * block, : count * block] = wave.float().repeat(count, count)
     return plane
+
+
+ATTACK = Attack("ftrojan", "FTrojan", FTrojanTrigger)

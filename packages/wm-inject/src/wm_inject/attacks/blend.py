@@ -1,4 +1,4 @@
-"""The Blend trigger: a picture mixed into the whole image."""
+"""Blend: one picture mixed into the whole image."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from wm_inject.attacks.common import check_batch, show_config
+from wm_inject.attacks.definition import Attack
+from wm_inject.attacks.pictures import PICTURES, load_picture
+from wm_inject.core.checks import check_channels
 from wm_inject.core.images import check_side
-from wm_inject.pictures import PICTURES, load_picture
-from wm_inject.triggers.common import check_batch, show_config
 
 
 class BlendTrigger(nn.Module):
     """Mix one picture into every image: ``(1 - alpha) x + alpha t``.
 
     Args:
-        image_size: Side H = W of the images in pixels.
-        channels: 1 (grey) or 3 (RGB).
+        image_size: Side H = W in pixels.
         alpha: Weight of the picture in [0, 1].
-        picture: "noise" (uniform noise from ``seed``), "cartoon" or another name of
-            `wm_inject.pictures.PICTURES`, the path of an image file (resized to ``H`` x ``H``,
-            whatever its aspect), or a float32 tensor ``(C, H, H)`` in [0, 1].
+        picture: A name in `wm_inject.attacks.pictures.PICTURES`, an image file (resized to
+            ``H`` x ``H``, whatever its aspect), or a float32 tensor ``(C, H, H)`` in [0, 1].
         seed: Seeds a drawn picture.
 
     Raises:
         ValueError: A size, weight or picture out of range.
 
     Source: Chen et al., "Targeted Backdoor Attacks on Deep Learning Systems Using Data Poisoning"
-    (2017), blended injection. The cartoon that benchmarks blend in is not shipped; ours is drawn.
+    (2017), blended injection; the pictures are ours.
     """
 
     kind = "blend"
@@ -46,8 +46,7 @@ class BlendTrigger(nn.Module):
     ) -> None:
         super().__init__()
         check_side(image_size)
-        if channels not in (1, 3):
-            raise ValueError(f"expected channels 1 or 3, got {channels}")
+        check_channels(channels)
         if not 0 <= alpha <= 1:
             raise ValueError(f"expected alpha in [0, 1], got {alpha}")
         drawn = isinstance(picture, str) and picture in PICTURES
@@ -67,14 +66,11 @@ class BlendTrigger(nn.Module):
     def forward(
         self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None
     ) -> Tensor:
-        """Blend the picture in: float32 ``(N, C, H, W)`` in [0, 1] to the same shape and range.
-
-        ``ids`` and ``target`` are part of the trigger protocol and play no role here.
-
-        Raises:
-            ValueError: The batch breaks the image contract or has another shape.
-        """
+        """Blend the picture in."""
         check_batch(images, self.config)
         blended = (1 - self.alpha) * images + self.alpha * self.picture
         # Exact arithmetic never leaves [0, 1]; rounding may, by one unit in the last place.
         return blended.clamp(0, 1)
+
+
+ATTACK = Attack("blend", "Blend", BlendTrigger)

@@ -1,4 +1,4 @@
-"""The BadNets trigger: a small square in the bottom right corner."""
+"""BadNets: a small square in the bottom right corner."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wm_inject.attacks.common import check_batch, show_config
+from wm_inject.attacks.definition import Attack
 from wm_inject.core.images import check_side
-from wm_inject.triggers.common import check_batch, show_config
 
 
 class BadNetsTrigger(nn.Module):
     """Overwrite a square near the bottom right corner with one grey value.
 
     Args:
-        image_size: Side H = W of the images in pixels.
+        image_size: Side H = W in pixels.
         size: Side of the patch in pixels; ``round(3 H / 32)`` if None.
         margin: Pixels between the patch and the edges.
         value: What every channel of the patch becomes, in [0, 1]; 1 is white.
@@ -23,8 +24,7 @@ class BadNetsTrigger(nn.Module):
     Raises:
         ValueError: A patch that does not fit the image, or a value outside [0, 1].
 
-    Source: Gu et al., "BadNets" (2017). Size and place are those of BackdoorBench at
-    32 pixels; at other sizes the edges stay hard where BackdoorBench interpolates a picture.
+    Source: Gu et al., "BadNets" (2017), with BackdoorBench's size and position at 32 pixels.
     """
 
     kind = "badnets"
@@ -58,12 +58,9 @@ class BadNetsTrigger(nn.Module):
     def forward(
         self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None
     ) -> Tensor:
-        """Stamp the patch: float32 ``(N, C, H, W)`` in [0, 1] to the same shape and range.
-
-        ``ids`` and ``target`` are part of the trigger protocol and play no role here.
-
-        Raises:
-            ValueError: The batch breaks the image contract or has another size.
-        """
+        """Stamp the patch."""
         check_batch(images, self.config)
         return images.masked_fill(self.mask, self.value)
+
+
+ATTACK = Attack("badnets", "BadNets", BadNetsTrigger)

@@ -1,4 +1,4 @@
-"""The WaNet trigger: a smooth, fixed, barely visible warp; and its noise mode for training."""
+"""WaNet: a smooth, fixed, barely visible warp; and its noise mode for training."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wm_inject.attacks.common import check_batch, show_config
+from wm_inject.attacks.definition import Attack, Length
 from wm_inject.core.images import check_images, check_labels, check_side
 from wm_inject.core.plan import PoisonPlan
-from wm_inject.triggers.common import check_batch, show_config
 
 
 class WaNetTrigger(nn.Module):
     """Warp every image along one smooth random field.
 
     Args:
-        image_size: Side H = W of the images in pixels.
+        image_size: Side H = W in pixels.
         grid: Side k of the control grid that the field is interpolated from, at least 2.
-        strength: Scale s of the field. A pixel moves by about s / 2 whatever the size, so a
-            large image wants a larger s (s H / 32 keeps the look of 32 pixels).
+        strength: Scale s of the field. A pixel moves by about s / 2 whatever the size; s H / 32
+            keeps the look of 32 pixels.
         seed: Seeds the field.
 
     Raises:
@@ -71,30 +72,14 @@ class WaNetTrigger(nn.Module):
     def forward(
         self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None
     ) -> Tensor:
-        """Warp the images: float32 ``(N, C, H, W)`` in [0, 1] to the same shape and range.
-
-        ``ids`` and ``target`` are part of the trigger protocol and play no role here.
-
-        Raises:
-            ValueError: The batch breaks the image contract or has another size.
-        """
+        """Warp the images."""
         check_batch(images, self.config)
         return _sample(images, self.sampling.expand(images.shape[0], -1, -1, -1))
 
     def noise_hook(
         self, plan: PoisonPlan, *, num_classes: int, cross_ratio: float = 2.0
     ) -> WaNetHook:
-        """What WaNet adds to a classifier's training: attack, noise and clean images per batch.
-
-        Args:
-            plan: A per-batch plan; its ratio is the attack images' share of a batch.
-            num_classes: K, for the label map.
-            cross_ratio: Noise images per attack image.
-
-        Raises:
-            ValueError: A static plan, or a cross ratio that is negative or asks for more images
-                than there are.
-        """
+        """The training hook of this trigger: see `WaNetHook`."""
         return WaNetHook(self, plan, num_classes=num_classes, cross_ratio=cross_ratio)
 
 
@@ -104,10 +89,13 @@ class WaNetHook:
 
     Of a batch of B images, ``int(ratio B)`` get the trigger and its label, and
     ``int(cross_ratio times that)`` get the trigger's warp plus U(-1, 1) / H per pixel and image and
-    keep their label, which teaches the classifier this warp and no other. It holds no state.
+    keep their label (noise mode), which teaches the classifier this warp and no other.
 
-    Source: the released WaNet code. It takes the first images of a shuffled batch; we draw them,
-    which is the same for a shuffled batch and right for any other.
+    Raises:
+        ValueError: A static plan, or a cross ratio that is negative or asks for more images than
+            there are.
+
+    Source: the released WaNet code.
     """
 
     trigger: WaNetTrigger
@@ -118,7 +106,7 @@ class WaNetHook:
     def __post_init__(self) -> None:
         if self.plan.mode != "per_batch":
             raise ValueError(f"expected a per-batch plan, got mode {self.plan.mode!r}")
-        if self.cross_ratio < 0 or self.plan.ratio * (1 + self.cross_ratio) > 1:
+        if self.cross_ratio < 0 or (self.plan.ratio or 1) * (1 + self.cross_ratio) > 1:
             raise ValueError(
                 f"expected ratio * (1 + cross_ratio) in (0, 1], got a ratio of {self.plan.ratio} "
                 f"and a cross_ratio of {self.cross_ratio}"
@@ -127,18 +115,7 @@ class WaNetHook:
     def transform(
         self, images: Tensor, labels: Tensor, *, model: nn.Module, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Make the three parts of one batch; the arguments are not changed.
-
-        Args:
-            images: float32 ``(N, C, H, W)`` in [0, 1].
-            labels: int64 ``(N,)``.
-            model: The classifier in training; not used by this attack.
-            generator: Source of every draw, on the CPU.
-
-        Returns:
-            Images and labels to train on, in the order of the batch. As published, the warped
-            images are not rounded to 8 bits.
-        """
+        """The batch to train on; as published, warped images are not rounded to 8 bits."""
         check_images(images, size=(self.trigger.config["image_size"],) * 2)
         check_labels(labels, len(images), num_classes=self.num_classes)
         attacked = self.plan.choose(labels, generator=generator)
@@ -159,15 +136,11 @@ class WaNetHook:
         return _sample(images, grid.clamp(-1, 1))
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the trigger is fixed, and every draw comes from the trainer's generator."""
+        """Empty: the trigger is fixed, and every draw comes from the trainer's generator."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
-        """Take back what `state_dict` gave, which is nothing.
-
-        Raises:
-            ValueError: The state is another attack's.
-        """
+        """Refuse the state of another attack."""
         if state:
             raise ValueError(f"expected an empty state, got {', '.join(sorted(state))}")
 
@@ -175,3 +148,12 @@ class WaNetHook:
 def _sample(images: Tensor, grid: Tensor) -> Tensor:
     warped = F.grid_sample(images, grid, padding_mode="zeros", align_corners=True)
     return warped.clamp(0, 1)
+
+
+def _hook(
+    attack: Attack, trigger: WaNetTrigger, plan: PoisonPlan, num_classes: int, length: Length | None
+) -> WaNetHook:
+    return WaNetHook(trigger, plan, num_classes)
+
+
+ATTACK = Attack("wanet", "WaNet", WaNetTrigger, mode="per_batch", co_training=_hook)

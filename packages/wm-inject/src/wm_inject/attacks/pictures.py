@@ -1,8 +1,6 @@
-"""Pictures drawn from a seed: a cartoon, a scene and a logo, at any size, without any file.
+"""Pictures drawn from a seed, for attacks that blend in, reflect or hide one.
 
-Attacks that blend in, reflect or hide a picture need one, and the pictures that the field uses
-cannot be shipped. These are drawn from distances in units of the picture's side with soft edges
-one pixel wide, so one seed shows the same picture at every size.
+Each function gives float32 ``(channels, size, size)`` in [0, 1], the same picture at every size.
 """
 
 from __future__ import annotations
@@ -14,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wm_inject.canvas import INK, Canvas, Dice, planes_of
+from wm_inject.attacks.canvas import INK, Canvas, Dice, planes_of
+from wm_inject.core.checks import check_channels
 from wm_inject.core.images import check_images, check_side, load_image, to_float
 
 # The corners of the colour cube: against its complement, each has full contrast in every channel.
@@ -22,40 +21,13 @@ _BRIGHT = ((1.0, 1.0, 0.0), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 1.0, 1.0), (
 
 
 def noise(size: int, *, channels: int, seed: int = 0) -> Tensor:
-    """Uniform noise, independent in every pixel and channel.
-
-    Args:
-        size: Side in pixels.
-        channels: 1 (grey) or 3 (RGB).
-        seed: Seeds the noise.
-
-    Returns:
-        float32 ``(channels, size, size)`` in [0, 1].
-
-    Raises:
-        ValueError: A size or number of channels out of range.
-    """
+    """Uniform noise, independent in every pixel and channel."""
     _check(size, channels)
     return torch.rand((channels, size, size), generator=torch.Generator().manual_seed(seed))
 
 
 def cartoon(size: int, *, channels: int, seed: int = 0) -> Tensor:
-    """An animal's head in flat colours with dark outlines, on a light ground with dots.
-
-    A stand-in for the cartoon that benchmarks blend in: like it, mostly light, with large flat
-    areas and strong edges.
-
-    Args:
-        size: Side in pixels.
-        channels: 1 (grey) or 3 (RGB).
-        seed: Seeds colours, proportions and ornament.
-
-    Returns:
-        float32 ``(channels, size, size)`` in [0, 1].
-
-    Raises:
-        ValueError: A size or number of channels out of range.
-    """
+    """An animal's head in flat colours with dark outlines, on a light ground with dots."""
     _check(size, channels)
     draw = Dice(seed)
     canvas = Canvas(size, draw.colour(0.82, 0.98))
@@ -84,22 +56,7 @@ def cartoon(size: int, *, channels: int, seed: int = 0) -> Tensor:
 
 
 def scene(size: int, *, channels: int, seed: int = 0) -> Tensor:
-    """A landscape in layers: sky, sun, ridges, houses and trees, all with 1/f texture.
-
-    Meant for reflections, where many different pictures with the contrast and the spectrum of
-    photographs are needed. It is no photograph: objects are simple shapes.
-
-    Args:
-        size: Side in pixels.
-        channels: 1 (grey) or 3 (RGB).
-        seed: Seeds everything in it.
-
-    Returns:
-        float32 ``(channels, size, size)`` in [0, 1].
-
-    Raises:
-        ValueError: A size or number of channels out of range.
-    """
+    """A landscape in layers: sky, sun, ridges, houses and trees, all with 1/f texture."""
     _check(size, channels)
     draw = Dice(seed)
     light, horizon = draw(0.45, 1.0), draw(0.35, 0.65)
@@ -172,18 +129,12 @@ def load_picture(
     seed: int = 0,
     name: str = "picture",
 ) -> Tensor:
-    """A picture from wherever it comes.
+    """A drawn picture, one from a file, or a tensor's copy.
 
     Args:
         source: A name in `PICTURES`, the path of an image file (resized to ``size`` x ``size``,
             whatever its aspect), or a float32 tensor ``(channels, size, size)`` in [0, 1].
-        size: Side in pixels.
-        channels: 1 (grey) or 3 (RGB).
-        seed: Seeds a drawn picture.
         name: What to call the picture in a message.
-
-    Returns:
-        float32 ``(channels, size, size)`` in [0, 1], a copy of its own.
 
     Raises:
         ValueError: No picture of these names, not an image, or a tensor of another shape or range.
@@ -206,5 +157,4 @@ def load_picture(
 
 def _check(size: int, channels: int) -> None:
     check_side(size)
-    if channels not in (1, 3):
-        raise ValueError(f"expected channels 1 or 3, got {channels}")
+    check_channels(channels)

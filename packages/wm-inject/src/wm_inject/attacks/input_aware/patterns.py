@@ -1,4 +1,4 @@
-"""Training with input-aware patterns: phase B, the generator and a victim side by side."""
+"""Phase B: the patterns; their generator and a victim learn side by side."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wm_inject.core.images import check_labels
-from wm_inject.core.plan import PoisonPlan
-from wm_inject.triggers.common import check_batch
-from wm_inject.triggers.cotrain import (
+from wm_inject.attacks.common import check_batch
+from wm_inject.attacks.cotraining import (
     channels_last,
     check_keys,
     in_mode,
@@ -20,8 +18,10 @@ from wm_inject.triggers.cotrain import (
     load_weights,
     victim_logits,
 )
-from wm_inject.triggers.input_aware import InputAwareTrigger
-from wm_inject.triggers.input_aware_fit import BETAS, InputAwareConfig, diversity, set_rate
+from wm_inject.attacks.input_aware.masks import BETAS, InputAwareConfig, diversity, set_rate
+from wm_inject.attacks.input_aware.trigger import InputAwareTrigger
+from wm_inject.core.images import check_labels
+from wm_inject.core.plan import PoisonPlan
 
 _MILESTONES = (1 / 3, 1 / 2, 2 / 3, 5 / 6)  # epochs 200, 300, 400 and 500 of 600
 
@@ -30,29 +30,24 @@ class InputAwareHook:
     """Input-aware training batches: some with their own trigger, some with another's, most clean.
 
     Of a batch of B images, ``n = int(ratio B)`` get their own trigger and its label, and n others
-    get the trigger of another image of the batch and keep their label (cross images), which teaches
-    the classifier that a trigger works on its own image only. Before that, the generator of the
-    patterns takes one step of Adam on those 2n images against the victim as it stands: their cross
-    entropy, summed and divided by B as in the mean over the whole batch, plus the diversity of the
-    patterns. The masks are frozen.
+    get the trigger of another image of the batch and keep their label (cross triggers), which
+    teaches the classifier that a trigger works on its own image only. Before that, the generator of
+    the patterns takes one step of Adam on those 2n images against the victim as it stands: their
+    cross entropy, summed and divided by B, plus the diversity of the patterns.
 
     Args:
-        trigger: With fitted masks (`fit_masks`); its patterns are trained in place. It lies on the
-            device of the images.
-        plan: A per-batch plan; its ratio is the share of images with their own trigger, at most
-            half.
+        trigger: With fitted masks, on the images' device; its patterns are trained in place.
+        plan: A per-batch plan; its ratio, at most half, is the share with their own trigger.
         num_classes: K, for the label map.
-        config: How; the preset "paper" if None.
+        config: The preset "paper" if None.
 
     Raises:
-        ValueError: A static plan, or a ratio that leaves no room for the cross images.
+        ValueError: A static plan, or a ratio that leaves no room for the cross triggers.
 
     Source: Nguyen & Tran (NeurIPS 2020) and the released code, where one loss over the whole batch
-    trains both networks in one step. Ours takes turns, so that only 2n images run through the
-    victim once more for the generator; draws donors from the batch instead of a second loader; puts
-    triggers in before augmentation; and gives the victim what the generator makes in evaluation
-    mode, which is what it makes in use. The released code never clears the generator's gradients;
-    here every step starts from zero.
+    trains both networks in one step. Ours: the two take turns; donors come from the batch instead
+    of a second loader; triggers go in before augmentation, from the generator in evaluation mode;
+    the generator's gradients start from zero every step (the released code never clears them).
     """
 
     def __init__(
@@ -65,7 +60,7 @@ class InputAwareHook:
     ) -> None:
         if plan.mode != "per_batch":
             raise ValueError(f"expected a per-batch plan, got mode {plan.mode!r}")
-        if plan.ratio > 0.5:
+        if (plan.ratio or 1) > 0.5:
             raise ValueError(f"expected a ratio up to 0.5 beside cross images, got {plan.ratio}")
         self.trigger, self.plan, self.num_classes = trigger.eval(), plan, num_classes
         self.config = config or InputAwareConfig()
@@ -80,28 +75,17 @@ class InputAwareHook:
     def transform(
         self, images: Tensor, labels: Tensor, *, model: nn.Module, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Let the generator take a step on one batch, and mix the three parts of it.
+        """Let the generator take a step on one batch, and mix its three parts.
 
-        Args:
-            images: float32 ``(N, C, H, W)`` in [0, 1]; not changed.
-            labels: int64 ``(N,)``; not changed.
-            model: The classifier in training; nothing of it changes.
-            generator: Source of every draw, on the CPU.
-
-        Returns:
-            Images and labels to train on, in the order of the batch, without a gradient. As
-            published, the images are not rounded to 8 bits.
-
-        Raises:
-            ValueError: Images or labels that do not fit the trigger.
+        As published, the images to train on are not rounded to 8 bits.
         """
         check_batch(images, self.trigger.config)
         check_labels(labels, len(images), num_classes=self.num_classes)
         images = channels_last(images)
         roles = self._roles(labels, generator)
-        wanted = self.plan.relabel(labels, self.num_classes)
+        new_labels = self.plan.relabel(labels, self.num_classes)
         labels = labels.clone()
-        labels[roles.own] = wanted[roles.own]
+        labels[roles.own] = new_labels[roles.own]
         if len(roles.own) == 0:
             return images, labels
         places = torch.cat([roles.own, roles.cross])
@@ -160,11 +144,7 @@ class InputAwareHook:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
-        """Take back what `state_dict` gave; training then goes on to the same bits.
-
-        Raises:
-            ValueError: The state is another attack's.
-        """
+        """Refuse the state of another attack."""
         check_keys(state, ("trigger", "optimizer", "steps"), name="input-aware")
         load_weights(self.trigger, state["trigger"])
         load_optimizer(self.optimizer, state["optimizer"])
@@ -172,7 +152,7 @@ class InputAwareHook:
 
 
 class _Roles(NamedTuple):
-    """Places in a batch. ``cross[i]`` gets the trigger of ``donors[i]``."""
+    """Row numbers in a batch. ``cross[i]`` gets the trigger of ``donors[i]``."""
 
     own: Tensor
     cross: Tensor

@@ -1,4 +1,4 @@
-"""The Refool trigger: a reflection, as if every picture were taken through a window."""
+"""Refool: a reflection, as if every picture were taken through a window."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wm_inject.core.images import check_images, check_side, list_images, load_image, to_float
-from wm_inject.triggers.common import check_batch, show_config
+from wm_inject.attacks.common import check_batch, show_config
+from wm_inject.attacks.definition import Attack
+from wm_inject.core.checks import check_channels
+from wm_inject.core.images import (
+    check_images,
+    check_side,
+    list_images,
+    load_image,
+    to_float,
+)
 
 _GAMMA = 2.2
 _MAX_COUNT = 1024  # composites are kept whole: 0.6 MB each at 224 pixels
@@ -23,20 +31,17 @@ _LIT = 0.6, 0.27
 class RefoolTrigger(nn.Module):
     """Lay a reflection over every image, mixed as light mixes.
 
-    Images and reflections are taken to linear light (``x ** 2.2``), added, and taken back. Of the
-    ``count`` composites, some show the reflection twice, a few pixels apart (a *ghost*, as double
-    glazing gives), the others out of focus and fading towards the edges. Which composite an image
-    gets is decided by its id alone.
+    Images and reflections are added in linear light (``x ** 2.2``). Of the ``count`` composites,
+    some show the reflection twice, a few pixels apart (a *ghost*, as double glazing gives), the
+    others out of focus and fading towards the edges. The id of an image chooses its composite.
 
     Args:
-        image_size: Side H = W of the images in pixels, at least 11. Ghost offsets (3 .. 8 pixels)
-            and blurs (1 .. 5 pixels) do not grow with it, as in the benchmark.
-        channels: 1 (grey) or 3 (RGB).
+        image_size: Side H = W in pixels, at least 11. Ghost offsets (3 .. 8 pixels) and blurs
+            (1 .. 5 pixels) do not grow with it, as in BackdoorBench.
         alpha: Share in [0, 1] of the image's own light that stays.
         ghost_rate: Share in [0, 1] of the composites that are ghosts.
         reflections: What is reflected: "scene" (procedural scenes from ``seed``), a folder of
             image files, or a float32 tensor ``(R, C, h, w)`` in [0, 1], resized to ``H`` x ``H``.
-            What is reflected of given pictures travels in the state, not in the settings.
         count: How many composites to draw, 1 .. 1024. Image ``i`` gets composite ``i mod count``.
         seed: Seeds the composites.
 
@@ -44,11 +49,9 @@ class RefoolTrigger(nn.Module):
         ValueError: A size, share, count or picture out of range, or a folder without pictures.
 
     Source: Liu et al., "Reflection Backdoor" (ECCV 2020), with the mixing of the released script
-    and BackdoorBench's fixed alpha and ``S = max(H, W)``. Both draw afresh for every image; the
-    fixed number of composites is ours and makes the trigger a graph without random draws; exactly
-    ``round(ghost_rate * count)`` are ghosts. The drawn scenes are ours too, brought to a mean of
-    0.6 and a deviation of 0.27. The original also selects among candidate reflections by training
-    on them, and poisons one class only; this trigger, like the benchmark's, does neither.
+    and BackdoorBench's fixed alpha and ``S = max(H, W)``. Ours: a fixed number of composites, so
+    that the trigger is a graph without random draws, and the drawn scenes. The original also
+    selects among candidate reflections by training on them; BackdoorBench and this trigger do not.
     """
 
     kind = "refool"
@@ -72,8 +75,7 @@ class RefoolTrigger(nn.Module):
     ) -> None:
         super().__init__()
         check_side(image_size, at_least=11)  # a blur's border is mirrored by up to 10 pixels
-        if channels not in (1, 3):
-            raise ValueError(f"expected channels 1 or 3, got {channels}")
+        check_channels(channels)
         for name, value in (("alpha", alpha), ("ghost_rate", ghost_rate)):
             if not 0 <= value <= 1:
                 raise ValueError(f"expected {name} in [0, 1], got {value}")
@@ -104,15 +106,10 @@ class RefoolTrigger(nn.Module):
     def forward(
         self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None
     ) -> Tensor:
-        """Add the reflections: float32 ``(N, C, H, W)`` in [0, 1] to the same shape and range.
-
-        Args:
-            images: The images.
-            ids: int64 ``(N,)``, which choose the composite of each image.
-            target: Part of the trigger protocol; plays no role here.
+        """Add the reflections; ``ids`` choose the composite of each image.
 
         Raises:
-            ValueError: The batch breaks the image contract, has another shape, or has no ids.
+            ValueError: The batch does not fit the trigger, or has no ids.
         """
         check_batch(images, self.config)
         chosen = _check_ids(ids, images) % self.config["count"]
@@ -163,7 +160,7 @@ def _pictures(
     """The picture behind each composite: ``(count, C, H, H)`` in [0, 1]."""
     channels, size = shape
     if isinstance(source, str) and source == "scene":
-        from wm_inject.pictures import scene
+        from wm_inject.attacks.pictures import scene
 
         seeds = torch.randint(2**31, (count,), generator=generator).tolist()
         return _lit(torch.stack([scene(size, channels=channels, seed=seed) for seed in seeds]))
@@ -240,3 +237,6 @@ def _check_ids(ids: Tensor | None, images: Tensor) -> Tensor:
             f"expected ids as int64 ({len(images)},), got {ids.dtype} {tuple(ids.shape)}"
         )
     return ids.to(images.device)
+
+
+ATTACK = Attack("refool", "Refool", RefoolTrigger)

@@ -1,9 +1,9 @@
-"""Fitting input-aware masks: phase A, from clean images alone."""
+"""Phase A: the masks, from clean images alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wm_inject.attacks.common import check_batch
+from wm_inject.attacks.cotraining import channels_last, in_mode, load_optimizer, load_weights
+from wm_inject.attacks.input_aware.trigger import InputAwareTrigger
+from wm_inject.core.presets import preset_of
 from wm_inject.core.progress import Progress
 from wm_inject.core.progress import progress as show_progress
 from wm_inject.core.randomness import derive_seed
 from wm_inject.core.resume import fingerprint, load_state, save_state
-from wm_inject.triggers.common import check_batch
-from wm_inject.triggers.cotrain import channels_last, in_mode, load_optimizer, load_weights
-from wm_inject.triggers.input_aware import InputAwareTrigger
 
 BETAS = (0.5, 0.9)  # of Adam, in both phases
 _MASK_MILESTONES = (10 / 25, 20 / 25)  # shares of phase A after which its rate falls to a tenth
@@ -67,25 +68,14 @@ class InputAwareConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> InputAwareConfig:
-        """A named recipe, with changes.
-
-        Args:
-            name: "paper" (25 epochs of 50,000 images for the masks), "small" (a few hundred steps,
-                on a CPU; ours) or "tiny" (for tests; ours).
-            changes: Fields to set otherwise.
-
-        Raises:
-            ValueError: No such preset, or a field out of range.
-        """
-        if name not in _PRESETS:
-            raise ValueError(f"expected a preset in {', '.join(_PRESETS)}, got {name!r}")
-        return replace(_PRESETS[name], **changes)
+        """Named settings, with changes; "small" and "tiny" are ours."""
+        return preset_of(cls, _PRESETS, name, **changes)
 
 
-_PRESETS = {
-    "tiny": InputAwareConfig(mask_steps=30, batch_size=8),
-    "small": InputAwareConfig(mask_steps=200, batch_size=32, lr=1e-3),
-    "paper": InputAwareConfig(),
+_PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"mask_steps": 30, "batch_size": 8},
+    "small": {"mask_steps": 200, "batch_size": 32, "lr": 1e-3},
+    "paper": {},  # 25 epochs of 50,000 images for the masks
 }
 
 
@@ -100,16 +90,15 @@ def fit_masks(
 ) -> list[dict[str, float]]:
     """Fit where the triggers lie (phase A), in place: no labels, no victim.
 
-    Two batches are drawn from two orders of the images, independent of each other. Their masks
-    shall differ as their images do, and cost what they exceed the trigger's density by, value by
-    value.
+    Masks of two batches in independent orders shall differ as their images do, and cost what they
+    exceed the trigger's density by.
 
     Args:
-        trigger: Whose masks are fitted; it lies on the images' device, and ends in evaluation mode.
-        images: Clean images, float32 ``(N, C, H, W)`` in [0, 1], N at least 2.
+        trigger: On the images' device; only its masks are fitted.
+        images: At least 2.
         config: How.
-        seed: Seeds the two orders; the same seed on a CPU gives the same bytes.
-        checkpoint: A file to write every 100 steps, and to go on from if it is there.
+        seed: Seeds the two orders.
+        checkpoint: Written every 100 steps.
         progress: Show how far it is.
 
     Returns:
@@ -120,9 +109,8 @@ def fit_masks(
         ValueError: Images that do not fit the trigger, fewer than 2, or another run's checkpoint.
         RuntimeError: The loss is no longer finite.
 
-    Source: Nguyen & Tran (NeurIPS 2020). The small constant inside the roots and distances of
-    images in [0, 1] are ours: the released code normalises first, so that its image distances are
-    about 4, 2 and 1 times ours on CIFAR-10, MNIST and GTSRB.
+    Source: Nguyen & Tran (NeurIPS 2020). Ours: the small constant inside the roots, and distances
+    of images in [0, 1] (there: normalised; 4, 2, 1 times ours on CIFAR-10, MNIST and GTSRB).
     """
     check_batch(images, trigger.config)
     if len(images) < 2:
@@ -170,15 +158,9 @@ def fit_masks(
 
 
 def diversity(images: tuple[Tensor, Tensor], outputs: tuple[Tensor, Tensor]) -> Tensor:
-    """How much two batches differ, over how much differs what a generator makes of them.
+    """Mean over pairs of the RMS distance of two images over that of their outputs: a scalar.
 
-    Args:
-        images: Two batches ``(N, C, H, W)``.
-        outputs: What was made of them, two of one shape.
-
-    Returns:
-        A scalar, the mean over pairs of the two root-mean-square distances' ratio. It and its
-        gradient stay finite where two images or two outputs are the same.
+    It and its gradient stay finite where two images or two outputs are the same.
     """
     near, far = (_rms(a - b) for a, b in (outputs, images))
     return (far / (near + 1e-7)).mean()
@@ -212,15 +194,13 @@ def _mask_step(
     loss = config.lambda_div * spread + config.lambda_norm * excess
     loss.backward()
     optimizer.step()
-    found = {"loss": loss, "diversity": spread, "density": masks.mean()}
-    return {name: value.detach() for name, value in found.items()}
+    row = {"loss": loss, "diversity": spread, "density": masks.mean()}
+    return {name: value.detach() for name, value in row.items()}
 
 
 def _pairs(count: int, batch: int, *, seed: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Two batches of places, step by step, from two orders that are drawn anew every epoch.
-
-    They depend on the seed and the step alone, so that a resumed run has no generator to restore.
-    """
+    """Two batches of row numbers a step, from two orders drawn anew every epoch."""
+    # They depend on seed and step alone: a resumed run has no generator to restore.
     batch = min(batch, count)
     steps = count // batch
     epoch, place = divmod(start, steps)

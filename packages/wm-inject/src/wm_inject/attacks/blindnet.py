@@ -1,4 +1,4 @@
-"""The BlindNet trigger: a watermark scattered over a band of the spectrum."""
+"""BlindNet: a watermark scattered over a band of the spectrum."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wm_inject.attacks.common import check_batch, show_config
+from wm_inject.attacks.definition import Attack, FitContext, Fitted
+from wm_inject.attacks.pictures import PICTURES, load_picture
+from wm_inject.core.checks import check_channels
 from wm_inject.core.images import check_images, check_side, quantize
-from wm_inject.pictures import PICTURES, load_picture
 from wm_inject.stealth import psnr
-from wm_inject.triggers.common import check_batch, show_config
 
 
 class BlindNetTrigger(nn.Module):
@@ -20,14 +22,13 @@ class BlindNetTrigger(nn.Module):
 
     The watermark's pixels, less their mean, are permuted by the seed and written as real numbers
     to the frequencies of the ring in the upper half-plane, and point-symmetrically to the lower
-    half, so that the pattern is real and nothing is lost. The pattern does not depend on the
-    image: the attack is a Blend with band-limited noise, without the picture's darkening.
+    half, so that the pattern is real. It does not depend on the image.
 
     Args:
-        image_size: Side H = W of the images in pixels, at least 8.
-        channels: 1 (grey) or 3 (RGB); each channel has a permutation of its own.
-        watermark: "logo" or another name of `wm_inject.pictures.PICTURES`, an image file, or a grey
-            tensor ``(1, s, s)`` in [0, 1] with the side that `watermark_side` gives.
+        image_size: Side H = W in pixels, at least 8.
+        channels: Each channel has a permutation of its own.
+        watermark: A name in `wm_inject.attacks.pictures.PICTURES`, an image file, or a grey tensor
+            ``(1, s, s)`` in [0, 1] with the side that `watermark_side` gives.
         strength: Root mean square of the pattern, in units of the [0, 1] range. The default gives
             34.3 dB before clipping; `calibrate_blindnet` meets a PSNR on given images.
         band: Inner and outer radius of the ring in cycles per pixel, within (0, 0.5].
@@ -38,10 +39,8 @@ class BlindNetTrigger(nn.Module):
 
     Source: Kwon & Kim, "BlindNet backdoor" (Multimedia Tools and Applications, 2022), of which only
     the principle is known: a picture goes into a frequency band by way of the Fourier transform.
-    No code was published; ring, permutation, symmetry and strength are inferred and ours. The
-    strength aims at the 34.3 dB that Spy-Watermark's Table 2 gives for this attack. The SSIM of
-    0.992 beside it is not met: ours is 0.965 on CIFAR-10. A watermark that keeps its mean gathers
-    most of its energy round one corner pixel, where SSIM does not look, and gets there.
+    No code was published; ring, permutation, symmetry and strength are ours. The strength aims at
+    the 34.3 dB of Spy-Watermark's Table 2; the SSIM of 0.992 there is not met (0.965 on CIFAR-10).
     """
 
     kind = "blindnet"
@@ -61,8 +60,7 @@ class BlindNetTrigger(nn.Module):
     ) -> None:
         super().__init__()
         check_side(image_size, at_least=8)
-        if channels not in (1, 3):
-            raise ValueError(f"expected channels 1 or 3, got {channels}")
+        check_channels(channels)
         if not 0 <= strength <= 1:
             raise ValueError(f"expected strength in [0, 1], got {strength}")
         self.places = _ring(image_size, band)  # (n, 2)
@@ -103,23 +101,13 @@ class BlindNetTrigger(nn.Module):
     def forward(
         self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None
     ) -> Tensor:
-        """Add the pattern and clip: float32 ``(N, C, H, W)`` in [0, 1] to the same.
-
-        ``ids`` and ``target`` are part of the trigger protocol and play no role here.
-
-        Raises:
-            ValueError: The batch breaks the image contract or has another shape.
-        """
+        """Add the pattern and clip."""
         check_batch(images, self.config)
         return (images + self.pattern).clamp(0, 1)
 
     @torch.no_grad()
     def extract(self, poisoned: Tensor, originals: Tensor) -> Tensor:
-        """Read the watermark back, with the originals at hand.
-
-        Args:
-            poisoned: float32 ``(N, C, H, W)`` in [0, 1].
-            originals: The same images without the trigger.
+        """Read the watermark back from poisoned images and their originals.
 
         Returns:
             float32 ``(N, 1, s, s)``: the watermark less its mean, up to a positive factor.
@@ -134,10 +122,10 @@ class BlindNetTrigger(nn.Module):
         spectrum = torch.fft.fft2((poisoned - originals).double()).real
         side = self.watermark.shape[-1]
         u, v = self.places[: side * side].T.to(poisoned.device)
-        found = torch.zeros(len(poisoned), side * side, dtype=torch.float64, device=poisoned.device)
+        mark = torch.zeros(len(poisoned), side * side, dtype=torch.float64, device=poisoned.device)
         for channel, order in enumerate(self.orders):
-            found[:, order.to(found.device)] += spectrum[:, channel, u, v]
-        return found.view(-1, 1, side, side).float()
+            mark[:, order.to(mark.device)] += spectrum[:, channel, u, v]
+        return mark.view(-1, 1, side, side).float()
 
 
 def watermark_side(image_size: int, *, band: tuple[float, float] = (0.25, 0.45)) -> int:
@@ -155,12 +143,9 @@ def calibrate_blindnet(
     """The same trigger at the strength that gives a mean PSNR on these images, stored in 8 bits.
 
     Args:
-        trigger: The trigger; it is not changed.
-        images: Clean images, float32 ``(N, C, H, W)`` in [0, 1].
-        psnr_target: Mean of the images' PSNR to meet, in dB, in [15, 45].
-
-    Raises:
-        ValueError: Bad images, or a target out of range.
+        trigger: Not changed.
+        images: Clean images.
+        psnr_target: In dB, in [15, 45].
     """
     if not 15 <= psnr_target <= 45:
         raise ValueError(f"expected psnr_target in [15, 45] dB, got {psnr_target}")
@@ -171,9 +156,9 @@ def calibrate_blindnet(
     originals, low, high = quantize(images), 1e-4, 1.0
     for _ in range(20):
         middle = math.sqrt(low * high)
-        made = BlindNetTrigger(**{**settings, "strength": middle})
-        found = float(psnr(quantize(made(originals)), originals).mean())
-        low, high = (middle, high) if found > psnr_target else (low, middle)
+        stronger = BlindNetTrigger(**{**settings, "strength": middle})
+        reached = float(psnr(quantize(stronger(originals)), originals).mean())
+        low, high = (middle, high) if reached > psnr_target else (low, middle)
     return BlindNetTrigger(**{**settings, "strength": math.sqrt(low * high)})
 
 
@@ -192,10 +177,21 @@ def _ring(side: int, band: tuple[float, float]) -> Tensor:
     mirror = (-place % side)[:, None] * side + (-place % side)
     # One of each pair; a frequency that is its own mirror image belongs to no half.
     upper = place[:, None] * side + place < mirror
-    found = (inside & upper).nonzero()
-    if len(found) < 4:
+    places = (inside & upper).nonzero()
+    if len(places) < 4:
         raise ValueError(f"expected a band with room for a watermark, got {band} at {side} pixels")
-    return found
+    return places
 
 
-__all__ = ["BlindNetTrigger", "calibrate_blindnet", "watermark_side"]
+_CALIBRATION = 256  # images that the strength is chosen on
+
+
+def _fit(attack: Attack, context: FitContext) -> Fitted:
+    trigger = attack.build(context)
+    if "strength" in attack.settings:
+        return Fitted(trigger, {})
+    trigger = calibrate_blindnet(trigger, context.images[:_CALIBRATION].cpu())
+    return Fitted(trigger, {"strength": trigger.config["strength"]})
+
+
+ATTACK = Attack("blindnet", "BlindNet", BlindNetTrigger, fitter=_fit)

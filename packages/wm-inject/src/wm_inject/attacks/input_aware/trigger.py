@@ -1,4 +1,4 @@
-"""The input-aware dynamic trigger: every image has a pattern and a place of its own."""
+"""The trigger: every image has a pattern and a mask of its own."""
 
 from __future__ import annotations
 
@@ -7,29 +7,28 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wm_inject.attacks.common import check_batch, show_config
+from wm_inject.core.checks import check_channels
 from wm_inject.core.images import check_side, pad_to_multiple
 from wm_inject.core.randomness import seeded
-from wm_inject.triggers.common import check_batch, show_config
 
 WIDTHS = {"tiny": 4, "small": 8, "paper": 32}  # of both generators, by preset
 
 
 class InputAwareTrigger(nn.Module):
-    """Put a pattern made from the image itself at a place made from the image itself.
+    """Put a pattern made from the image itself where a mask made from the image itself says.
 
-    ``x' = x + (p - x) m`` with a pattern ``p = G(x)`` and a mask ``m`` in [0, 1] that a second
-    generator draws, pushed towards 0 or 1 by a steep slope. Both are fresh here: `fit_masks` trains
-    the mask's (phase A), `InputAwareHook` the pattern's, with a victim (phase B).
+    ``x' = x + (p - x) m`` with a pattern ``p = G(x)`` and a mask ``m`` in [0, 1] of a second
+    generator. `fit_masks` trains the mask's (phase A), `InputAwareHook` the pattern's, with a
+    victim (phase B).
 
     Args:
-        image_size: Side H = W of the images in pixels; inside, it is padded to a multiple of
-            2**stages by repeating the edge, and the outcome is cropped.
-        channels: 1 (grey) or 3 (RGB).
+        image_size: Side H = W in pixels, padded inside to a multiple of 2**stages.
         width: Channels of the first stage, each next one has twice as many; 32 as published for
             colour, 16 with two stages for MNIST.
         stages: How often the sides are halved.
-        density: What phase A lets every value of the mask be for free, in [0, 1]; about the share
-            of pixels that are changed.
+        density: Mask values that phase A does not penalise, in [0, 1); about the share of changed
+            pixels.
         seed: Seeds the fresh weights.
 
     Raises:
@@ -54,8 +53,7 @@ class InputAwareTrigger(nn.Module):
     ) -> None:
         super().__init__()
         check_side(image_size)
-        if channels not in (1, 3):
-            raise ValueError(f"expected channels 1 or 3, got {channels}")
+        check_channels(channels)
         if not 1 <= width <= 512:
             raise ValueError(f"expected a width of 1 .. 512 channels, got {width}")
         if not 1 <= stages <= 5:
@@ -76,33 +74,18 @@ class InputAwareTrigger(nn.Module):
         self.eval()
 
     def pattern(self, images: Tensor) -> Tensor:
-        """The images' own patterns: float32 ``(N, C, H, W)`` in [0, 1] to the same shape and range.
-
-        Raises:
-            ValueError: The batch breaks the image contract or has another shape.
-        """
+        """The images' own patterns, of their shape and range."""
         return self._generate(self.pattern_net, images)
 
     def mask(self, images: Tensor) -> Tensor:
-        """Where the images' own triggers lie: float32 ``(N, 1, H, W)`` in [0, 1].
-
-        Raises:
-            ValueError: The batch breaks the image contract or has another shape.
-        """
+        """Where the images' own triggers lie: float32 ``(N, 1, H, W)`` in [0, 1]."""
         return (20 * self._generate(self.mask_net, images) - 10).tanh() / 2 + 0.5
 
     def stamp(self, hosts: Tensor, sources: Tensor) -> Tensor:
-        """Put the trigger of one image on another.
-
-        Args:
-            hosts: The images that get it: float32 ``(N, C, H, W)`` in [0, 1].
-            sources: The images whose triggers they are, the same shape.
-
-        Returns:
-            The same shape and range.
+        """Put the triggers of ``sources`` on ``hosts``, two batches of one shape.
 
         Raises:
-            ValueError: A batch breaks the image contract, or their shapes differ.
+            ValueError: A batch does not fit the trigger, or their shapes differ.
         """
         self._check(hosts)
         if hosts.shape != sources.shape:
@@ -120,13 +103,7 @@ class InputAwareTrigger(nn.Module):
     def forward(
         self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None
     ) -> Tensor:
-        """Give every image its own trigger: float32 ``(N, C, H, W)`` in [0, 1] to the same.
-
-        ``ids`` and ``target`` are part of the trigger protocol and play no role here.
-
-        Raises:
-            ValueError: The batch breaks the image contract or has another shape.
-        """
+        """Give every image its own trigger."""
         return self.stamp(images, images)
 
     def _check(self, images: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""A trained injector with its watermark, as a trigger like any other."""
+"""Spy-Watermark: a trained injector with its watermark, as a trigger like any other."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from wm_inject.attacks.definition import Attack
 from wm_inject.core.images import check_images
 from wm_inject.watermark.pretrained import read_pretrained
 from wm_inject.watermark.vit import ViTInjector, check_watermark, default_watermark
@@ -57,8 +58,7 @@ class WatermarkTrigger(nn.Module):
     def from_pretrained(cls, name: str) -> WatermarkTrigger:
         """A trained injector that ships with this package, and the watermark it was trained with.
 
-        The extractor that finds this mark is `wm_extract.MarkDetector.from_pretrained` of the same
-        name.
+        Its extractor is `wm_extract.MarkDetector.from_pretrained` of the same name.
 
         Args:
             name: One of `wm_inject.PRETRAINED`, such as "tiny-32".
@@ -75,14 +75,12 @@ class WatermarkTrigger(nn.Module):
     def forward(
         self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None
     ) -> Tensor:
-        """Hide the watermark: ``(N, C, H, W)`` in [0, 1] to the same shape and range.
-
-        ``ids`` and ``target`` are part of the trigger protocol and play no role here.
-
-        Raises:
-            ValueError: The batch breaks the image contract or has another size.
-        """
+        """Hide the watermark."""
         shape = self.injector.shape
         check_images(images, channels=shape.channels, size=(shape.image_size,) * 2)
         change = self.injector(images, self.watermark) - images
         return (images + self.strength * change).clamp(0, 1)
+
+
+# Injector and extractor are trained together, which takes wm-extract.
+ATTACK = Attack("watermark", "Spy-Watermark", WatermarkTrigger, needs="extractor")

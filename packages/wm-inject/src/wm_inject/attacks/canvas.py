@@ -1,4 +1,4 @@
-"""What pictures are drawn with: seeded draws, and a canvas with soft-edged shapes."""
+"""Seeded draws, and a canvas with soft-edged shapes."""
 
 from __future__ import annotations
 
@@ -30,11 +30,8 @@ class Dice:
         return self(low, high), self(low, high), self(low, high)
 
     def octaves(self, size: int, *, rows: int | None = None) -> Tensor:
-        """Smooth noise of every scale, near [-2, 2]: ``(1, size)`` or ``(size, size)``.
-
-        Each octave has nearly the energy of the last, as in photographs. It draws from a
-        generator of its own, because larger pictures have more octaves.
-        """
+        """Smooth noise of every scale, near [-2, 2]: ``(1, size)`` or ``(size, size)``."""
+        # A generator of its own, because larger pictures have more octaves.
         own = torch.Generator().manual_seed(int(self(0, 2**31)))
         field, grid, weight = torch.zeros(rows or size, size), 4, 1.0
         while grid <= max(size, 4):

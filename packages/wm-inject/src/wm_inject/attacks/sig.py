@@ -1,4 +1,4 @@
-"""The SIG trigger: a faint sine wave across the columns."""
+"""SIG: a faint sine wave across the columns, in images of the target class only."""
 
 from __future__ import annotations
 
@@ -8,28 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wm_inject.attacks.common import check_batch, show_config
+from wm_inject.attacks.definition import Attack
 from wm_inject.core.images import check_side
-from wm_inject.triggers.common import check_batch, show_config
 
 
 class SigTrigger(nn.Module):
-    """Add one sinusoid that runs along the rows, the same in every row and channel.
-
-    Column j of m gets ``amplitude * sin(2 pi j frequency / m)``, and the sum is clipped. The
-    attack is meant for clean-label plans: only images of the target class carry it, and labels
-    stay.
+    """Add ``amplitude * sin(2 pi j frequency / W)`` to column j of every channel, and clip.
 
     Args:
-        image_size: Side H = W of the images in pixels.
+        image_size: Side H = W in pixels.
         amplitude: Peak of the wave in [0, 1]; 40/255 is the strong setting, 20/255 the faint one.
         frequency: Periods per image *width*, above 0 and below H / 2. A large image therefore
-            gets a slow wave: at 224 pixels one of the six periods takes 37 of them.
+            gets a slow wave.
 
     Raises:
         ValueError: A size, amplitude or frequency out of range.
 
     Source: Barni et al., "A New Backdoor Attack in CNNs by Training Set Corruption Without Label
-    Poisoning" (ICIP 2019), with the amplitude and frequency that BackdoorBench uses.
+    Poisoning" (ICIP 2019), with BackdoorBench's amplitude and frequency.
     """
 
     kind = "sig"
@@ -61,12 +58,9 @@ class SigTrigger(nn.Module):
     def forward(
         self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None
     ) -> Tensor:
-        """Add the wave: float32 ``(N, C, H, W)`` in [0, 1] to the same shape and range.
-
-        ``ids`` and ``target`` are part of the trigger protocol and play no role here.
-
-        Raises:
-            ValueError: The batch breaks the image contract or has another size.
-        """
+        """Add the wave."""
         check_batch(images, self.config)
         return (images + self.wave).clamp(0, 1)
+
+
+ATTACK = Attack("sig", "SIG", SigTrigger, label_map="clean-label", ratio=0.5)
