@@ -182,7 +182,7 @@ def _exposures(trial: Trial, plan: PoisonPlan | None, history: Mapping[str, Any]
     sizes = batch_sizes(len(labels), trial.study.train.batch_size)
     poisoned, of_target = 0, None
     if plan is not None and plan.mode == "per_batch":
-        poisoned = sum(int(plan.ratio * size) for size in sizes)
+        poisoned = sum(int((plan.ratio or 0.0) * size) for size in sizes)
     elif plan is not None:
         poisoned = int(plan.choose(labels).sum())
     if plan is not None and plan.label_map == "clean-label":
@@ -570,7 +570,8 @@ def export_models(trial: Trial, store: Store, _: Path) -> Result:
         "classifier": trial.load_victim(store).cpu(),
     }
     absent = {}
-    labels, why = [], "no scan with reverse generators"
+    why = "no scan with reverse generators"
+    labels: list[int] = []
     if "reverse" in trial.study.detectors:
         labels, why = _unlearned(trial, "unlearning-reverse", False, store)
     if labels:

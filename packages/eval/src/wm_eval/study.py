@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from wm_eval import stages as do
-from wm_eval.config import SPLITS, Study, plain
+from wm_eval.config import SPLITS, Part, Study, plain
 from wm_eval.detectors import DETECTORS
 from wm_eval.engine import Result, Stage, file_digest
 from wm_eval.methods import CONTROLS, build_method, detector_of, rescanned
@@ -117,11 +117,11 @@ def _attack(trial: Trial, first: bool) -> Iterator[Stage]:
             yield _scan(trial, detector)
 
 
-def _appearance(trial: Trial, parts: set[str]) -> Iterator[Stage]:
+def _appearance(trial: Trial, parts: set[Part]) -> Iterator[Stage]:
     """What triggered images look like."""
     study = trial.study
     measure, target = study.measure, study.target
-    works: dict[str, tuple[Any, dict[str, Any]]] = {
+    works: dict[Part, tuple[Any, dict[str, Any]]] = {
         "stealth": (do.measure_stealth, {"images": measure.stealth, "target": target}),
         "tiles": (do.draw_tiles, {"pictures": measure.pictures, "target": target}),
     }
