@@ -14,7 +14,7 @@ from typing import NamedTuple
 from wm_eval.pages import page_text
 from wm_eval.pages.attacks import attack_pages
 from wm_eval.pages.calibration import calibration_page
-from wm_eval.pages.detection import detection_page, index_page, seeds_page
+from wm_eval.pages.detection import detection_page, index_page
 from wm_eval.pages.mitigation import mitigation_page, paper_page
 from wm_eval.pages.story import story_page
 from wm_eval.pages.story_text import headline, story_lines
@@ -118,7 +118,7 @@ def _detection(results: Path) -> Iterator[str]:
     for name, (title, note) in SEEDS.items():
         yield from _head(title, name)
         yield from ([f"{note}\n"] if note else [])
-        yield to_markdown(seeds_page(read_study(results / name)).tables[0])
+        yield to_markdown(tables.seeds_table(read_study(results / name)))
 
 
 def _mitigation(results: Path) -> Iterator[str]:
@@ -207,7 +207,7 @@ def _csv_pages(results: Path) -> Iterator[tuple[str, list[Page]]]:
         yield name, [detection_page(study(name))]
     yield "detection-mnist", [paper_page(study("detection-mnist"))]
     for name in SEEDS:
-        yield name, [seeds_page(study(name))]
+        yield name, [detection_page(study(name))]
     for name in MITIGATIONS:
         yield name, [mitigation_page(study(name))]
 

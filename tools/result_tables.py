@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from wm_eval.intervals import wilson
+from wm_eval.numbers import keys, named, spread
+from wm_eval.pages.detection import scans_of, victim_rates
 from wm_eval.records import StudyRecords
 from wm_eval.render import ABSENT, Table, decimal, percent, split_headers, with_interval
-from wm_eval.titles import detector_title
+from wm_eval.titles import CLEAN, detector_title
 
 BENCHMARKS = "speed-bench.json"
 SCANS = {
@@ -27,6 +29,39 @@ _FORMS = (
     ("torchscript", "bfloat16", False),
 )
 _BENCHMARK = re.compile(r".*::test_(?P<test>\w+)(\[(?P<case>.*)\])?")
+
+
+def seeds_table(study: StudyRecords) -> Table:
+    """How many seeds each detector named the target in, by both rules."""
+    rows = []
+    for detector in keys(study, "scan", "detector"):
+        for attack in keys(study, "scan", "attack", detector=detector):
+            scans = scans_of(study, detector, attack)
+            asr = [rates["asr"] for rates in victim_rates(study, attack).values()]
+            indices = [scan["paper_index"] for scan in scans]
+            infinite = None in indices
+            cells = [
+                detector_title(detector),
+                "none" if attack == CLEAN else attack,
+                str(len(scans)),
+                percent(min(asr, default=None)),
+            ]
+            for is_paper in (False, True):
+                target = sum(s["true_target"] in named(s, paper=is_paper) for s in scans)
+                other = sum(bool({*named(s, paper=is_paper)} - {s["true_target"]}) for s in scans)
+                cells.append(ABSENT if attack == CLEAN else f"{target} of {len(scans)}")
+                cells.append(f"{other} of {len(scans)}")
+            mean = None if infinite else spread(indices)
+            rows.append((*cells, ABSENT if mean is None else f"{mean.mean:.2f}"))
+    headers = split_headers(
+        "defence | victims | seeds | lowest ASR | target named | another label named | paper's "
+        "rule: target | paper's rule: another | mean paper's index"
+    )
+    note = (
+        "A clean victim has no target; its ASR is what a BadNets patch does to it. The paper's "
+        "rule is an index above 2 (ordinary median); ours is in docs/recipes.md."
+    )
+    return Table("detection", "MNIST, WaNet's network", headers, tuple(rows), note)
 
 
 def gap_table(study: StudyRecords, gap: StudyRecords) -> Table:
