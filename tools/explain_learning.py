@@ -155,7 +155,7 @@ def train_variant(
     model = Trial(replace(study, victim=victim), seed).fresh()
     train, test = data.train.to(device), data.test.subset(torch.arange(WATCHED)).to(device)
     config = replace(variant.train, seed=seed)
-    learn = partial(train_classifier, model, train, num_classes=data.num_classes, device=device)
+    learn = partial(train_classifier, model, train, device=device)
     if variant.warm:
         # Another seed: the same one would show the same images in the same order once more.
         learn(config=replace(config, epochs=variant.warm, seed=seed + 1))

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from wm_eval.intervals import exact_interval, exact_lower, exact_upper, paired_difference, wilson
-from wm_eval.records import Record, canonical_json, read_record, write_record
+from wm_eval.records import Record, add_record, canonical_json, compact, read_study
 from wm_eval.robustness import Outcomes, compare, summarize
 
 STEADY = settings(derandomize=True, database=None, deadline=None, max_examples=60)
@@ -134,14 +134,15 @@ content = st.recursive(
 @settings(parent=STEADY, max_examples=25)
 @given(st.dictionaries(st.text(), content, max_size=4), st.integers(0, 2**32))
 def test_a_record_comes_back_with_the_same_bytes(values: dict[str, object], seed: int) -> None:
-    record = Record("drawn", {"ratio": 0.1}, seed, "data", values)
-    with TemporaryDirectory() as folder:
-        once, twice = Path(folder, "a.json"), Path(folder, "b.json")
-        write_record(once, record)
-        back = read_record(once)
-        write_record(twice, back)
-        assert once.read_bytes() == twice.read_bytes()
-    assert back.key == record.key
+    record = Record("drawn", {"seed": seed}, {"ratio": 0.1}, {}, "data", values)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        add_record(folder, record, {}, 1.0)
+        once = (folder / "records.jsonl").read_bytes()
+        (back,) = read_study(folder).records
+        compact(folder)
+        assert (folder / "records.jsonl").read_bytes() == once == back.line.encode()
+    assert back.id == record.id
     assert canonical_json(back.values) == canonical_json(values)
     assert json.loads(canonical_json(values)).keys() == values.keys()
 
