@@ -12,7 +12,7 @@ from wm_eval.pages import study_pages
 from wm_eval.pages.attacks import COLUMNS, attack_pages, learning, table1, table2
 from wm_eval.records import Failure, Record, StudyRecords
 from wm_eval.render import Page, Table
-from wm_eval.titles import ATTACKS
+from wm_eval.titles import ATTACKS, attack_title
 
 NONE, PIXEL, BLOCK, ROTATION, GAUSS, PEPPER, SCALE = COLUMNS
 RATES = {"cda": 0.9, "asr": 0.95, "ftr": 0.01}
@@ -171,7 +171,7 @@ def test_each_data_set_has_the_papers_numbers_or_none() -> None:
 
 def test_a_clean_victim_has_no_attack_success(study: Study) -> None:
     study.rates("clean")
-    page, title = table1(study.records), ATTACKS["clean"]
+    page, title = table1(study.records), attack_title("clean")
     assert row(table(page, "table1-cda"), title)["None"] == "90.0"
     assert row(table(page, "table1-ftr"), title)["None"] == "1.0"
     assert title not in [cells[0] for cells in table(page, "table1-asr").rows]
@@ -233,14 +233,14 @@ def test_only_what_was_planned_is_missing() -> None:
     study.rates("wanet")
     study.rates("clean")
     missing = [cells[:2] for cells in table(table1(study.records), "table1-missing").rows]
-    clean = ATTACKS["clean"]
+    clean = attack_title("clean")
     assert missing == [("WaNet", "1"), ("Marksman", "0"), ("Marksman", "1"), (clean, "1")]
 
 
 def test_a_study_of_failures_alone_is_a_table_of_reasons(study: Study) -> None:
     study.fail("victim", "no memory", attack="clean", corruptions="plain", seed=0)
     (page,) = study_pages(study.records)
-    assert row(table(page, "table1-missing"), ATTACKS["clean"])["reason"] == "no memory"
+    assert row(table(page, "table1-missing"), attack_title("clean"))["reason"] == "no memory"
     assert table(page, "table1-coverage").rows[0][3] == "0.0 %"
 
 
@@ -264,7 +264,7 @@ def test_missing_stealth_is_explained_by_what_its_trigger_waited_for(study: Stud
     study.fail("victim", "diverged", attack="input-aware", corruptions="plain", seed=0)
     study.fail("trigger", "too few images", attack="ssba", seed=0)
     missing = table(table2(study.records), "table2-missing")
-    assert row(missing, ATTACKS["input-aware"])["reason"] == "diverged"
+    assert row(missing, attack_title("input-aware"))["reason"] == "diverged"
     assert row(missing, "SSBA")["reason"] == "too few images"
 
 

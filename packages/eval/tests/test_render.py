@@ -28,6 +28,7 @@ from wm_eval.render import (
     with_interval,
     write_files,
 )
+from wm_eval.titles import attack_title, method_title, short_attack_title
 
 NASTY = 'a <b>"x"</b> & 50 % of $y_1^2 {z} ~ #3 \\end | [c]\nnew line that is very, very long'
 PAGE = Page(
@@ -155,3 +156,11 @@ def test_the_html_page_escapes_loads_nothing_and_follows_the_light() -> None:
     assert '<html lang="en">' in text and "prefers-color-scheme: dark" in text
     assert reader.rows == [list(c) for t in PAGE.tables for c in (t.headers, *t.rows)]
     assert "<b>" not in text and text.count('<tr class="paper">') == 1
+
+
+def test_titles() -> None:
+    assert attack_title("badnets") == "BadNets" and attack_title("watermark") == "Spy-Watermark"
+    assert attack_title("input-aware") == "Input-aware (not in the paper)"
+    assert short_attack_title("input-aware") == "Input-aware" and attack_title("zebra") == "zebra"
+    assert attack_title("clean") == "No attack (clean victim)"
+    assert method_title("nad", oracle_label=True) == "NAD, oracle label"

@@ -16,11 +16,11 @@ from wm_eval.records import Record, StudyRecords, read_study
 from wm_eval.titles import (
     ATTACKS,
     CLEAN,
-    SHORT_ATTACKS,
     attack_title,
     detector_title,
     in_order,
     method_title,
+    short_attack_title,
 )
 from wm_inject.core.files import atomic_path
 
@@ -191,7 +191,7 @@ def draw_index(study: StudyRecords, detector: str, path: Path) -> Path:
         if None in indices:
             axes.annotate("infinite", (x, top), ha="center", va="bottom", fontsize=8)
     axes.axhline(THRESHOLD, color=RED, linestyle=DASHES, linewidth=1.2)
-    names = [SHORT_ATTACKS.get(attack, attack) for attack in values]
+    names = [short_attack_title(attack) for attack in values]
     axes.set_xticks(range(len(values)), names, rotation=45, ha="right")
     axes.set_ylim(0, 1.08 * top)
     axes.set_ylabel("anomaly index")

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from wm_eval.numbers import numbers, select, spread
 from wm_eval.records import Record, StudyRecords
-from wm_eval.titles import ATTACKS, SHORT_ATTACKS, in_order
+from wm_eval.titles import ATTACKS, in_order, short_attack_title
 from wm_inject.core.files import atomic_path
 from wm_inject.core.images import load_image
 
@@ -80,7 +80,7 @@ def draw_attacks(
         psnr = spread(select(stealth, "psnr", attack=attack))
         caption = "" if psnr is None else f"{psnr.mean:.1f} dB, "
         gain = columns[attack].values["gain"]
-        heads.append(f"{SHORT_ATTACKS.get(attack, attack)}\n{caption}x {gain}")
+        heads.append(f"{short_attack_title(attack)}\n{caption}x {gain}")
     rows = []
     labels = ("original", "poisoned", "change", "closer:\noriginal", "closer:\npoisoned")
     for i in range(min(images, max(map(len, tiles)))):

@@ -4,28 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from wm_eval import paper
+from wm_inject.attacks import ATTACKS as definitions
+from wm_inject.attacks import list_attacks
+
 CLEAN = "clean"  # the attack of a clean victim
-# In the order of the paper's Table 1; then what it does not have.
-ATTACKS = {
-    "badnets": "BadNets",
-    "blend": "Blend",
-    "refool": "Refool",
-    "blindnet": "BlindNet",
-    "ssba": "SSBA",
-    "sig": "SIG",
-    "ftrojan": "FTrojan",
-    "lf": "LF",
-    "wanet": "WaNet",
-    "marksman": "Marksman",
-    "input-aware": "Input-aware (not in the paper)",
-    "watermark": "Spy-Watermark",
-    "equation2": "Plain blend, equation 2 (not in the paper)",
-    CLEAN: "No attack (clean victim)",
-}
-# For columns of pictures and axes.
-SHORT_ATTACKS = {
-    name: title.partition(" (")[0].partition(",")[0] for name, title in ATTACKS.items()
-}
+# In the order of the tables.
+ATTACKS = (*list_attacks(), "watermark", "equation2", CLEAN)
+_OTHERS = {"equation2": "Plain blend, equation 2", CLEAN: "No attack (clean victim)"}
 CALIBRATED = ("nc", "reverse")  # the detectors whose verdicts have a calibrated error rate
 DETECTORS = {
     "nc": "Neural Cleanse",
@@ -62,8 +48,17 @@ NETWORKS = {
 
 
 def attack_title(name: str) -> str:
-    """What tables call an attack."""
-    return ATTACKS.get(name, name)
+    """What tables call an attack, and whether the attack paper has it."""
+    if name not in (*definitions, *_OTHERS):
+        return name
+    title = _OTHERS[name] if name in _OTHERS else definitions[name].title
+    printed = name == CLEAN or any(attack == name for _, attack, _ in paper.RATES)
+    return title if printed else f"{title} (not in the paper)"
+
+
+def short_attack_title(name: str) -> str:
+    """The same for columns of pictures and axes."""
+    return attack_title(name).partition(" (")[0].partition(",")[0]
 
 
 def detector_title(name: str) -> str:
