@@ -71,11 +71,8 @@ def keys(study: StudyRecords, kind: str, name: str, **key: Any) -> list[Any]:
 
 def planned(study: StudyRecords, name: str) -> list[Any]:
     """What a study was planned with ("attacks", "seeds", "mitigations" ...), as far as it says."""
-    return [
-        value
-        for record in study.select(kind="study")
-        for value in record.values.get("planned", {}).get(name, ())
-    ]
+    plans = [record.values.get("planned", {}) for record in study.select(kind="study")]
+    return list(dict.fromkeys(value for plan in plans for value in plan.get(name, ())))
 
 
 def reason(study: StudyRecords, kinds: Sequence[str], key: Key) -> str:

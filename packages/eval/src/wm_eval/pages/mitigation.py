@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 from wm_eval import paper
@@ -266,17 +267,16 @@ def _change(difference: Mapping[str, Any] | None) -> str:
 def _missing(study: StudyRecords) -> Table:
     """What was planned and has no record, and why."""
     rows = []
-    for attack in planned(study, "attacks"):
-        for method in planned(study, "mitigations"):
-            for fraction in planned(study, "fractions"):
-                for seed in planned(study, "seeds"):
-                    done = {r.key["seed"] for r in _of(study, attack, method, False, fraction)}
-                    if seed in done:
-                        continue
-                    key = {"attack": attack, "method": method, "fraction": fraction, "seed": seed}
-                    why = reason(study, ("mitigation", "scan", "rates", "victim", "images"), key)
-                    titles = (attack_title(attack), method_title(method))
-                    rows.append((*titles, f"{100 * fraction:g} %", str(seed), why))
+    names = ("attacks", "mitigations", "fractions", "seeds")
+    for record in study.select(kind="study"):
+        plan = record.values.get("planned", {})
+        for attack, method, fraction, seed in product(*(plan.get(name, ()) for name in names)):
+            if seed in {r.key["seed"] for r in _of(study, attack, method, False, fraction)}:
+                continue
+            key = {"attack": attack, "method": method, "fraction": fraction, "seed": seed}
+            why = reason(study, ("mitigation", "scan", "rates", "victim", "images"), key)
+            titles = (attack_title(attack), method_title(method))
+            rows.append((*titles, f"{100 * fraction:g} %", str(seed), why))
     headers = ("victim", "method", "clean data", "seed", "reason")
     return Table("mitigation-missing", "What is missing, and why", headers, tuple(rows))
 
