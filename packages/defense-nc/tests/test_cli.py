@@ -178,12 +178,13 @@ def test_wrong_usage_exits_64_before_anything_is_read(arguments, capsys):
     assert not data or arguments[1] in message
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["scan", "--help"], ["--version"]])
-def test_help_and_version(arguments, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        run(*arguments)
-    assert stopped.value.code == 0
-    assert "defense-nc" in capsys.readouterr().out
+def test_help_and_version(capsys, subtests):
+    for arguments in [["--help"], ["scan", "--help"], ["--version"]]:
+        with subtests.test(arguments=arguments):
+            with pytest.raises(SystemExit) as stopped:
+                run(*arguments)
+            assert stopped.value.code == 0
+            assert "defense-nc" in capsys.readouterr().out
 
 
 def test_unlearn_cleans_what_the_scan_names(classifier, scores, tmp_path, capsys):

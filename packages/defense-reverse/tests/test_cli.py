@@ -99,18 +99,18 @@ def test_clean_writes_a_new_classifier_for_a_named_label(classifier, tmp_path, c
     assert not torch.equal(old.head.weight, new.head.weight)
 
 
-@pytest.mark.parametrize(
-    "argv", [[], ["scan"], ["scan", "x"], ["polish"], ["clean", "x", "--data", "digits"]]
-)
-def test_wrong_usage_exits_64(argv):
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    assert stop.value.code == 64
+def test_wrong_usage_exits_64(subtests):
+    for argv in [[], ["scan"], ["scan", "x"], ["polish"], ["clean", "x", "--data", "digits"]]:
+        with subtests.test(argv=argv):
+            with pytest.raises(SystemExit) as stop:
+                main(argv)
+            assert stop.value.code == 64
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["scan", "--help"], ["clean", "--version"]])
-def test_help_and_version_answer(argv, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    assert stop.value.code == 0
-    assert "defense-reverse" in capsys.readouterr().out
+def test_help_and_version_answer(capsys, subtests):
+    for argv in [["--help"], ["scan", "--help"], ["clean", "--version"]]:
+        with subtests.test(argv=argv):
+            with pytest.raises(SystemExit) as stop:
+                main(argv)
+            assert stop.value.code == 0
+            assert "defense-reverse" in capsys.readouterr().out

@@ -86,9 +86,8 @@ def test_warm_up_pays_for_the_image_only_above_its_bound():
     assert float(warmup_loss(number(3), number(0.16), FRE)) == pytest.approx(3 + 16)
 
 
-@pytest.mark.parametrize(
-    ("changed", "before", "loss"),
-    [
+def test_the_generator_pays_for_what_it_breaks(subtests):
+    for changed, before, loss in [
         ({}, {}, 1.0),  # 5 x 0.2
         ({"similarity": -0.5}, {}, 0.0),
         ({"spread": 2.0}, {}, 1 + 20),
@@ -98,10 +97,11 @@ def test_warm_up_pays_for_the_image_only_above_its_bound():
         ({"success": 0.89}, {}, 1 + 3),
         ({"success": 0.0}, {"success": 1.0}, 1 + 6),
         ({"success": 0.9}, {"success": 1.0, "change": 1.0, "spread": 1.0}, 1.0),
-    ],
-)
-def test_the_generator_pays_for_what_it_breaks(changed, before, loss):
-    assert float(generator_loss(asked(**changed), FRE, Excess(**before))) == pytest.approx(loss)
+    ]:
+        with subtests.test(changed=changed, before=before, loss=loss):
+            assert float(generator_loss(asked(**changed), FRE, Excess(**before))) == pytest.approx(
+                loss
+            )
 
 
 def test_the_mask_pays_its_sum_above_three_per_cent():
@@ -142,13 +142,16 @@ def test_the_changes_are_parted_by_the_mask():
     assert float(parted.image) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize(
-    ("image", "benign", "loss"),
-    [(0.3, 3.0, 0.03 - 7), (0.31, 1.0, 0.31), (0.1, 3.1, 0.1), (0.1, 1.0, 0.01 - 7)],
-)
-def test_the_inversion_only_mends_the_image_beyond_a_bound(image, benign, loss):
-    changed = Changes(number(image), number(benign), number(7))
-    assert float(inversion_loss(changed, BTI)) == pytest.approx(loss)
+def test_the_inversion_only_mends_the_image_beyond_a_bound(subtests):
+    for image, benign, loss in [
+        (0.3, 3.0, 0.03 - 7),
+        (0.31, 1.0, 0.31),
+        (0.1, 3.1, 0.1),
+        (0.1, 1.0, 0.01 - 7),
+    ]:
+        with subtests.test(image=image, benign=benign, loss=loss):
+            changed = Changes(number(image), number(benign), number(7))
+            assert float(inversion_loss(changed, BTI)) == pytest.approx(loss)
 
 
 def test_pretraining_keeps_answer_features_and_image():
@@ -173,24 +176,24 @@ def test_batches_give_every_row_once_before_any_again():
     assert len(next(batches(3, 8, torch.Generator().manual_seed(0)))) == 3
 
 
-@pytest.mark.parametrize(
-    ("name", "channels", "size", "shape"),
-    [
+def test_every_body_splits_at_its_last_map(subtests):
+    for name, channels, size, shape in [
         ("resnet10", 3, 16, (64, 2, 2)),
         ("preactresnet10", 3, 16, (64, 2, 2)),
         ("vgg16", 1, 28, (64, 1, 1)),
         ("mobilenetv2", 3, 16, (160, 2, 2)),
         ("wanet-mnist", 1, 28, (8, 4, 4)),
-    ],
-)
-def test_every_body_splits_at_its_last_map(name, channels, size, shape):
-    model = build_classifier(name, num_classes=4, channels=channels, image_size=size, width=8)
-    model.eval()
-    images = torch.rand(2, channels, size, size, generator=torch.Generator().manual_seed(0))
-    split = split_at_last_map(model)
-    assert split.features(images).shape[1:] == shape
-    check_split(split, model, images)
-    assert torch.equal(image_scale(model, images), model.normalize.std)
+    ]:
+        with subtests.test(name=name, channels=channels, size=size, shape=shape):
+            model = build_classifier(
+                name, num_classes=4, channels=channels, image_size=size, width=8
+            )
+            model.eval()
+            images = torch.rand(2, channels, size, size, generator=torch.Generator().manual_seed(0))
+            split = split_at_last_map(model)
+            assert split.features(images).shape[1:] == shape
+            check_split(split, model, images)
+            assert torch.equal(image_scale(model, images), model.normalize.std)
 
 
 def test_a_model_with_features_and_head_splits_there():
@@ -216,9 +219,8 @@ def test_a_model_with_features_and_head_splits_there():
         split_at_last_map(nn.Identity())
 
 
-@pytest.mark.parametrize(
-    ("kind", "changed", "message"),
-    [
+def test_settings_outside_their_range_are_refused(subtests):
+    for kind, changed, message in [
         (FeatureREConfig, {"width": 0}, "width >= 1"),
         (FeatureREConfig, {"steps": 0}, "steps >= 1"),
         (FeatureREConfig, {"lr": 0.0}, "lr > 0"),
@@ -239,12 +241,11 @@ def test_a_model_with_features_and_head_splits_there():
         (BtiDbf, {"batch_size": 1}, "batch_size >= 2"),
         (BtiDbf, {"lr": 0.0}, "lr > 0"),
         (BtiDbf, {"trigger_share": 0.0}, "trigger_share in"),
-    ],
-)
-def test_settings_outside_their_range_are_refused(kind, changed, message):
-    with pytest.raises(ValueError, match=message):
-        kind(**changed)
-    with pytest.raises(ValueError, match="expected a preset in paper, small"):
-        kind.preset("huge")
-    assert kind.preset("small") == kind()
-    assert kind.preset("paper", lr=0.5).lr == 0.5
+    ]:
+        with subtests.test(kind=kind, changed=changed, message=message):
+            with pytest.raises(ValueError, match=message):
+                kind(**changed)
+            with pytest.raises(ValueError, match="expected a preset in paper, small"):
+                kind.preset("huge")
+            assert kind.preset("small") == kind()
+            assert kind.preset("paper", lr=0.5).lr == 0.5

@@ -64,9 +64,10 @@ def test_a_target_that_overtakes_later_is_not_lost_while_it_is_a_candidate():
     assert 0 not in race.left_at
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_a_small_field_stays_whole(count):
-    assert Race().leave({label: 1.0 + label for label in range(count)}, 1) == ()
+def test_a_small_field_stays_whole(subtests):
+    for count in [1, 2, 3, 5]:
+        with subtests.test(count=count):
+            assert Race().leave({label: 1.0 + label for label in range(count)}, 1) == ()
 
 
 def test_nobody_leaves_while_nobody_has_a_score():

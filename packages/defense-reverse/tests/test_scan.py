@@ -93,13 +93,11 @@ def test_bad_input_is_refused(data, channel_model):
         scan(nn.Identity(), images, **quiet)
 
 
-@pytest.mark.parametrize(
-    ("flagged", "case"),
-    [((4,), 1), ((4, 0), 2), ((0, 4, 9), 2), ((0,), 3), ((0, 9), 3), ((), 4)],
-)
-def test_the_four_cases_of_the_paper(flagged, case):
-    assert detection_case(flagged, 4) == case
-    assert detection_case(set(flagged), 4) == case
+def test_the_four_cases_of_the_paper(subtests):
+    for flagged, case in [((4,), 1), ((4, 0), 2), ((0, 4, 9), 2), ((0,), 3), ((0, 9), 3), ((), 4)]:
+        with subtests.test(flagged=flagged, case=case):
+            assert detection_case(flagged, 4) == case
+            assert detection_case(set(flagged), 4) == case
 
 
 def test_negative_labels_have_no_case():

@@ -60,13 +60,13 @@ def test_a_simulated_label_is_met_at_its_threshold():
     assert reached < 0.037 * 1.1
 
 
-@pytest.mark.parametrize(
-    ("start", "factors"),
-    [(-1, {}), (float("nan"), {}), (1, {"growth": 1}), (1, {"shrink": 0.5})],
-)
-def test_bad_factors_are_refused(start, factors):
-    with pytest.raises(ValueError, match="expected"):
-        LambdaSearch(start, **factors)
+def test_bad_factors_are_refused(subtests):
+    for start, factors in [(-1, {}), (float("nan"), {}), (1, {"growth": 1}), (1, {"shrink": 0.5})]:
+        with (
+            subtests.test(start=start, factors=factors),
+            pytest.raises(ValueError, match="expected"),
+        ):
+            LambdaSearch(start, **factors)
 
 
 def test_presets_carry_their_names_and_the_paper_its_constants():
@@ -126,9 +126,8 @@ def test_a_restored_search_goes_on_as_the_first_would():
     ]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
+def test_settings_out_of_range_are_refused(subtests):
+    for changes in [
         {"width": 0},
         {"batch_size": 0},
         {"round_steps": 0},
@@ -155,11 +154,9 @@ def test_a_restored_search_goes_on_as_the_first_would():
         {"milestones": (0.5, 0.5)},
         {"milestones": (0.0,)},
         {"milestones": (1.0,)},
-    ],
-)
-def test_settings_out_of_range_are_refused(changes):
-    with pytest.raises(ValueError, match="expected"):
-        ReverseConfig(**changes)
+    ]:
+        with subtests.test(changes=changes), pytest.raises(ValueError, match="expected"):
+            ReverseConfig(**changes)
 
 
 def test_an_unknown_preset_is_refused():

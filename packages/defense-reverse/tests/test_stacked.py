@@ -55,23 +55,30 @@ def test_each_row_generates_as_its_generator(kind):
         torch.testing.assert_close(one, net(batch), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["apart", "vmapped"])
-@pytest.mark.parametrize("counts", [(4, 4, 4), (4, 2, 3)])
-def test_one_adam_over_all_rows_is_an_adam_of_each(kind, counts):
-    nets = generators()
-    together = stack(copy.deepcopy(nets), kind, lr=1e-2)
-    adams = [torch.optim.Adam(net.parameters(), lr=1e-2) for net in nets]
-    for step in range(5):
-        batches = [images(count, 10 * step + row) for row, count in enumerate(counts)]
-        made = together.generate(batches)
-        # each row has a loss of its own, and the sum is what the stack gets
-        together.step(sum(((row + 1) * x.mean() - 0.2) ** 2 for row, x in enumerate(made)))
-        for row, (net, adam, batch) in enumerate(zip(nets, adams, batches, strict=True)):
-            adam.zero_grad()
-            (((row + 1) * net(batch).mean() - 0.2) ** 2).backward()
-            adam.step()
-    for row, net in enumerate(nets):
-        torch.testing.assert_close(together.weights(row), pack(net), rtol=1e-3, atol=2e-4)
+def test_one_adam_over_all_rows_is_an_adam_of_each(subtests):
+    for kind in ["apart", "vmapped"]:
+        for counts in [(4, 4, 4), (4, 2, 3)]:
+            with subtests.test(kind=kind, counts=counts):
+                nets = generators()
+                together = stack(copy.deepcopy(nets), kind, lr=1e-2)
+                adams = [torch.optim.Adam(net.parameters(), lr=1e-2) for net in nets]
+                for step in range(5):
+                    batches = [images(count, 10 * step + row) for row, count in enumerate(counts)]
+                    made = together.generate(batches)
+                    # each row has a loss of its own, and the sum is what the stack gets
+                    together.step(
+                        sum(((row + 1) * x.mean() - 0.2) ** 2 for row, x in enumerate(made))
+                    )
+                    for row, (net, adam, batch) in enumerate(
+                        zip(nets, adams, batches, strict=True)
+                    ):
+                        adam.zero_grad()
+                        (((row + 1) * net(batch).mean() - 0.2) ** 2).backward()
+                        adam.step()
+                for row, net in enumerate(nets):
+                    torch.testing.assert_close(
+                        together.weights(row), pack(net), rtol=1e-3, atol=2e-4
+                    )
 
 
 def test_rows_that_are_kept_go_on_as_if_nobody_had_left():

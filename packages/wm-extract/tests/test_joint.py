@@ -71,12 +71,13 @@ def test_a_wider_injector_learns_at_a_lower_rate() -> None:
     assert JointConfig.preset("paper", size="large").peak_lr == 2e-4
 
 
-@pytest.mark.parametrize("recipe", ["paper", "released", "robust"])
-def test_every_recipe_takes_a_step(recipe: str) -> None:
-    config = JointConfig.preset(recipe, iterations=1, batch_size=2, extractor_width=4)
-    config = replace(config, depth=1, decoder_depth=1)
-    result = train_jointly(noise(), config=config, progress=False)
-    assert len(result.history) == 1 and not result.injector.training
+def test_every_recipe_takes_a_step(subtests: pytest.Subtests) -> None:
+    for recipe in ["paper", "released", "robust"]:
+        with subtests.test(recipe=recipe):
+            config = JointConfig.preset(recipe, iterations=1, batch_size=2, extractor_width=4)
+            config = replace(config, depth=1, decoder_depth=1)
+            result = train_jointly(noise(), config=config, progress=False)
+            assert len(result.history) == 1 and not result.injector.training
 
 
 def test_same_seed_same_bytes_and_another_seed_not() -> None:
@@ -161,19 +162,16 @@ def test_both_bounds_close_in_together_and_end_where_they_should() -> None:
     assert seen[2] == seen[3] == pytest.approx((40.0, 0.02))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
+def test_config_refuses(subtests: pytest.Subtests) -> None:
+    for change in [
         {"size": "huge"},
         {"optimizer": "lbfgs"},
         {"precision": "float16"},
         {"iterations": 0},
         {"corruption_probability": 1.5},
-    ],
-)
-def test_config_refuses(change: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="expected"):
-        replace(TINY, **change)  # type: ignore[arg-type]
+    ]:
+        with subtests.test(change=change), pytest.raises(ValueError, match="expected"):
+            replace(TINY, **change)  # type: ignore[arg-type]
 
 
 def test_refusals() -> None:
