@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 
-from defense_nc import InvertedTrigger, NeuralCleanse, batched, judge
+from defense_nc import InvertedTrigger, NeuralCleanse, judge
 from defense_nc.cli import main
-from defense_nc.schedule import PRESETS
+from defense_nc.config import PRESETS
+from defense_nc.engines import batched
+from wm_inject.core.resume import ResumeFile
 from wm_inject.runtime import Poisoner, Scanner
 from wm_victim import accuracy, build_classifier, load_classifier, load_dataset, save_classifier
 
@@ -120,17 +122,17 @@ def test_a_scan_goes_on_from_its_checkpoint(classifier, capsys, monkeypatch, tmp
     monkeypatch.setitem(PRESETS, "fast", {"steps": 2, "batches": 1, "batch_size": 4})
     path, options = tmp_path / "state.safetensors", ["--images", 20, "--preset", "fast"]
     monkeypatch.setattr(batched, "_PAUSE", 0.0)
-    save = batched.save_state
+    save = ResumeFile.save
 
-    def killed(*args, **settings):
-        save(*args, **settings)
+    def killed(self, state):
+        save(self, state)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(batched, "save_state", killed)
+    monkeypatch.setattr(ResumeFile, "save", killed)
     arguments = ["scan", classifier, "--data", "digits", *options, "--checkpoint", path]
     assert run(*arguments) == 130
     assert path.exists()
-    monkeypatch.setattr(batched, "save_state", save)
+    monkeypatch.setattr(ResumeFile, "save", save)
     code, resumed = run(*arguments), capsys.readouterr().out
     assert (run(*arguments[:-2]), capsys.readouterr().out) == (code, resumed)
     assert "verdict: " in resumed and not path.exists()

@@ -8,10 +8,10 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from defense_nc.input_detector import CalibratedDetector, auroc, threshold_at
-from defense_nc.input_filter import InputFilter
-from defense_nc.neurons import excitement, put_trigger
-from defense_nc.strip import Strip, strip_entropy
+from defense_nc.input_filters.detector import CalibratedDetector, auroc, threshold_at
+from defense_nc.input_filters.input_filter import InputFilter, excitement
+from defense_nc.input_filters.strip import Strip, strip_entropy
+from defense_nc.trigger import put_trigger
 from wm_inject.core.images import quantize, to_pixels
 from wm_victim import build_classifier
 from wm_victim.activations import last_linear, penultimate
@@ -245,7 +245,7 @@ def test_the_given_model_and_trigger_come_back_as_they_were(data):
 
 
 def test_presets():
-    assert Strip.preset("small") == Strip.preset() == Strip()
+    assert Strip.preset("fast") == Strip.preset() == Strip()
     assert (Strip.preset("paper").overlays, Strip().false_positive_rate) == (100, 0.01)
     assert Strip.preset("paper", overlays=3).overlays == 3
     assert InputFilter.preset("paper", share=0.5) == InputFilter(share=0.5)

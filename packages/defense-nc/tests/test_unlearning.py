@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from defense_nc import InvertedTrigger, NCConfig, Unlearning, invert_trigger
-from defense_nc.unlearning import pass_batches
+from defense_nc.mitigations import pass_batches
 from wm_inject.core.images import quantize
 from wm_victim.toy_backdoors import planted_classifier, planted_images, planted_trigger
 

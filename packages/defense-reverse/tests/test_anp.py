@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from defense_nc.mitigator import check_repair
+from defense_nc.mitigations import check_repair
 from defense_reverse.mitigations.anp import ANP, DisturbedLoss, masked_parameters, normalisations
 from wm_inject.core.images import quantize
 from wm_victim import build_classifier

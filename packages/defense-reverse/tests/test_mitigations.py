@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from defense_nc import Unlearning
-from defense_nc.fine_tune import Sgd, fine_tune, learning_rate
+from defense_nc.mitigations import Sgd, fine_tune, learning_rate
 from defense_reverse.mitigations import FTSAM, NAD, FinePruning, FineTuning
 from wm_victim import CLASSIFIERS, build_classifier
 from wm_victim.toy_backdoors import planted_classifier, planted_images, planted_trigger

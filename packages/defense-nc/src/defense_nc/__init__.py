@@ -1,22 +1,25 @@
 """Neural Cleanse: trigger inversion, anomaly index, calibrated verdicts, mitigation."""
 
 from defense_nc.__about__ import __version__ as __version__
-from defense_nc.batched import invert_triggers
 from defense_nc.config import NCConfig
-from defense_nc.discriminant_filter import DiscriminantFilter
-from defense_nc.filter_export import export_filter
-from defense_nc.fine_tune import Sgd
-from defense_nc.input_detector import CalibratedDetector, InputDetector, auroc, threshold_at
-from defense_nc.input_filter import InputFilter
-from defense_nc.inversion import invert_trigger
+from defense_nc.engines import invert_trigger, invert_triggers
+from defense_nc.engines.cost_schedule import CostSchedule
+from defense_nc.input_filters import (
+    CalibratedDetector,
+    DiscriminantFilter,
+    InputDetector,
+    InputFilter,
+    Strip,
+    auroc,
+    export_filter,
+    strip_entropy,
+    threshold_at,
+)
+from defense_nc.mitigations import NeuronPruning, Unlearning
 from defense_nc.neural_cleanse import NeuralCleanse
-from defense_nc.neuron_pruning import NeuronPruning
 from defense_nc.protocols import Detector, Mitigator, Repaired
 from defense_nc.scan_inputs import ScanInputs, open_scan
-from defense_nc.schedule import CostSchedule
-from defense_nc.strip import Strip, strip_entropy
 from defense_nc.trigger import InvertedTrigger
-from defense_nc.unlearning import Unlearning
 from defense_nc.verdict import (
     AnomalyIndex,
     Calibration,

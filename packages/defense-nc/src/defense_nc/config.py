@@ -44,7 +44,7 @@ class NCConfig:
         engine: How a scan searches: "stacked" takes all labels at once, "single" one after another.
         stack: Images of one pass through the victim, at most; searches beyond wait for their turn.
             None: 256 on a CPU, 8192 on a GPU.
-        race: Labels that can no longer become outliers leave early (`defense_nc.race`).
+        race: Labels that can no longer become outliers leave early (`defense_nc.engines.race`).
         milestones: The steps after which the race compares, rising; those beyond ``steps`` are
             never met.
         candidates: Labels with the smallest masks that go on from the last milestone; twice as many

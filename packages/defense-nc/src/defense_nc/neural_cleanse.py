@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from defense_nc.batched import invert_labels
 from defense_nc.config import NCConfig
-from defense_nc.inversion import invert_in_turn
+from defense_nc.engines.batched import invert_labels
+from defense_nc.engines.sequential import invert_in_turn
 from defense_nc.scan_inputs import open_scan
 from defense_nc.verdict import ScanReport, check_rule, judge_scan
 

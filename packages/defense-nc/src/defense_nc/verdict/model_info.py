@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from wm_inject.core.images import check_images
-from wm_victim.inference import frozen, predict
+from wm_victim.inference import predict
 
 Network = Literal["convolutional", "transformer", "other"]
 
@@ -66,8 +66,7 @@ def describe_model(model: nn.Module, images: Tensor, *, classes: int | None = No
     """
     check_images(images)
     if classes is None:
-        with frozen(model):
-            classes = predict(model, images[:1]).shape[1]
+        classes = predict(model, images[:1]).shape[1]
     # A compiled module has lost its class, yet knows its name.
     names = [str(getattr(m, "original_name", type(m).__name__)) for m in model.modules()]
     network: Network = "other"

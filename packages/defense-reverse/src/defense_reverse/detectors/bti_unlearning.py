@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from defense_nc.mitigator import batches, check_repair, trainable
+from defense_nc.batches import training_batches
+from defense_nc.mitigations import check_repair, trainable
 from defense_nc.protocols import Repaired
 from defense_reverse.detectors.bti_dbf import frequent_label, invert
 from defense_reverse.detectors.bti_losses import BtiDbfConfig
@@ -148,7 +149,7 @@ class BtiDbf:
         with torch.random.fork_rng(devices=devices), torch.enable_grad():
             torch.manual_seed(seed)
             model.train()
-            for rows in batches(len(images), self.batch_size, steps, random):
+            for rows in training_batches(len(images), self.batch_size, steps, random):
                 batch, goal = images[rows.to(images.device)], labels[rows.to(images.device)]
                 share = max(1, round(self.trigger_share * len(batch)))
                 chosen = torch.randperm(len(batch), generator=random)[:share].to(batch.device)

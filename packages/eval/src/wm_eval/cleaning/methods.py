@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from defense_nc.protocols import Mitigator
 
-_UNLEARNING = "defense_nc.unlearning:Unlearning"
+_UNLEARNING = "defense_nc.mitigations.unlearning:Unlearning"
 # Where each lives, and what it is told beside the steps: Neural Cleanse puts its trigger on a fifth
 # of the images, the reverse-generator paper adds a triggered copy of each.
 _HOMES: dict[str, tuple[str, dict[str, Any]]] = {
     "fine-tuning": ("defense_reverse.mitigations.fine_tuning:FineTuning", {}),
     "unlearning-nc": (_UNLEARNING, {"trigger_share": 0.2, "append": False}),
     "unlearning-reverse": (_UNLEARNING, {"trigger_share": 1.0, "append": True}),
-    "neuron-pruning": ("defense_nc.neuron_pruning:NeuronPruning", {}),
+    "neuron-pruning": ("defense_nc.mitigations.neuron_pruning:NeuronPruning", {}),
     "nad": ("defense_reverse.mitigations.nad:NAD", {}),
     "fine-pruning": ("defense_reverse.mitigations.fine_pruning:FinePruning", {}),
     "anp": ("defense_reverse.mitigations.anp:ANP", {}),

@@ -1,19 +1,16 @@
-"""Neural Cleanse's schedule for the price of a large mask."""
+"""Neural Cleanse's schedule for the cost of a large mask."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from defense_nc.config import PRESETS, NCConfig
+from defense_nc.config import NCConfig
 
 
 class CostSchedule:
     """The cost of the mask's norm, raised while the trigger succeeds and lowered while it fails.
 
-    Pure book-keeping: one call per step with what the step saw, so it is tested with scripts.
-
-    Args:
-        config: The schedule's constants.
+    Pure book-keeping: one call per step.
 
     Source: the original's released code; "ports" differ only in starting at ``init_cost``.
     """
@@ -30,24 +27,20 @@ class CostSchedule:
         return f"CostSchedule(cost={self.cost:g}, stop={self.stop})"
 
     def state_dict(self) -> dict[str, float | int | bool | None]:
-        """All that changes, for a checkpoint; None stands for infinity."""
+        """All that changes; None stands for infinity."""
         state = {name: value for name, value in vars(self).items() if name != "_config"}
         return {name: None if value == float("inf") else value for name, value in state.items()}
 
     def load_state_dict(self, state: Mapping[str, float | int | bool | None]) -> None:
-        """Go on from another schedule's state."""
+        """Continue from another schedule's state."""
         for name, value in state.items():
             setattr(self, name, float("inf") if value is None else value)
 
     def update(self, success: float, best_norm: float) -> None:
-        """Take in one step.
-
-        Args:
-            success: Share of the step's images that reached the label, in [0, 1].
-            best_norm: The smallest mask norm so far among successful steps; infinite before one.
+        """Record a step's success in [0, 1], and the smallest norm of a successful step so far.
 
         Raises:
-            ValueError: A share outside [0, 1] or a negative norm.
+            ValueError: A success outside [0, 1] or a negative norm.
         """
         if not 0 <= success <= 1 or not best_norm >= 0:
             raise ValueError(
@@ -55,10 +48,10 @@ class CostSchedule:
             )
         self._watch(best_norm)
         if not self.stop:
-            self._price(succeeded=success >= self._config.threshold)
+            self._adjust(succeeded=success >= self._config.threshold)
 
     def _watch(self, best_norm: float) -> None:
-        """Stop once the cost has gone both ways and the best norm has long stood still."""
+        """Stop once the cost has gone both ways and the best norm has not improved for long."""
         if not self._config.early_stop:
             return
         if best_norm < float("inf"):
@@ -68,14 +61,14 @@ class CostSchedule:
         enough = self._stale >= self._config.early_stop_patience
         self.stop = enough and self._went_up and self._went_down
 
-    def _price(self, *, succeeded: bool) -> None:
+    def _adjust(self, *, succeeded: bool) -> None:
         patience = self._config.patience
         self._free_steps = self._free_steps + 1 if succeeded and self.cost == 0 else 0
         if self._free_steps >= patience:
             self.cost = self._config.init_cost
             self._free_steps = self._above = self._below = 0
             self._went_up = self._went_down = False
-        # The step that ends the free phase counts as the first of the next run, as it does there.
+        # The step that ends the free phase counts as the first of the next run, as in the original.
         self._above = self._above + 1 if succeeded else 0
         self._below = 0 if succeeded else self._below + 1
         if self._above >= patience:
@@ -84,6 +77,3 @@ class CostSchedule:
         elif self._below >= patience:
             self._below, self._went_down = 0, True
             self.cost /= self._config.multiplier**1.5
-
-
-__all__ = ["PRESETS", "CostSchedule", "NCConfig"]

@@ -1,23 +1,23 @@
-"""An input filter that looks where the reversed trigger moves an image, not at single neurons.
+"""An input filter along the direction that best separates clean from triggered activations.
 
-Ours. Neural Cleanse's own filter averages the neurons that the trigger excites most; this one takes
-the direction that best tells the defender's clean images from the same images with the trigger.
+Ours: Neural Cleanse's own filter averages the neurons that the trigger excites most.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from defense_nc.feature_score import FeatureScore
-from defense_nc.input_detector import CalibratedDetector, check_rate, conformal_threshold
-from defense_nc.neurons import put_trigger
+from defense_nc.input_filters.detector import CalibratedDetector, check_rate, conformal_threshold
+from defense_nc.input_filters.feature_score import FeatureScore
+from defense_nc.trigger import put_trigger
 from wm_inject.core.images import check_images, quantize
 from wm_inject.core.plan import Trigger
+from wm_inject.core.presets import preset_of
 from wm_victim.activations import last_linear, penultimate
 
 MIN_IMAGES = 40  # twenty to fit on, twenty for the threshold
@@ -30,13 +30,11 @@ class DiscriminantFilter:
     Args:
         shrinkage: Share of the covariance that is replaced by a multiple of the identity, in
             (0, 1]: there are more neurons than a defender has images.
-        false_positive_rate: Probability, at most, that a clean image is held to be triggered, in
-            (0, 1); half of the images must be as many as one over it.
-
-    Raises:
-        ValueError: A value outside its range.
+        false_positive_rate: Probability, at most, that a clean image is flagged, in (0, 1); half of
+            the images must be as many as one over it.
     """
 
+    name: ClassVar[str] = "discriminant-filter"
     shrinkage: float = 0.1
     false_positive_rate: float = 0.05
 
@@ -46,20 +44,9 @@ class DiscriminantFilter:
         check_rate(self.false_positive_rate)
 
     @classmethod
-    def preset(cls, name: str = "small", **changes: Any) -> DiscriminantFilter:
-        """The settings of this name, small or paper (here the same), with some of them changed.
-
-        Raises:
-            ValueError: No such preset, or a value outside its range.
-        """
-        if name not in ("small", "paper"):
-            raise ValueError(f"expected a preset in small, paper, got {name!r}")
-        return cls(**changes)
-
-    @property
-    def name(self) -> str:
-        """What it is called in records and tables."""
-        return "discriminant-filter"
+    def preset(cls, name: str = "fast", **changes: Any) -> DiscriminantFilter:
+        """Named settings with changes; "paper" and "fast" are the same."""
+        return preset_of(cls, {"paper": {}, "fast": {}}, name, **changes)
 
     def calibrate(
         self,
@@ -71,22 +58,19 @@ class DiscriminantFilter:
     ) -> CalibratedDetector:
         """Fit the direction on one half of the images, and the threshold on the other.
 
+        The score is 0 for the mean clean image and 1 for the mean triggered one.
+
         Args:
-            model: Images in [0, 1] to logits ``(N, K)``; not changed, and kept for scoring.
-            images: Clean float32 ``(N, C, H, W)`` in [0, 1], N at least 40, of all classes; best
-                such that the model was not trained on.
+            images: At least 40, of all classes; best such that the model was not trained on.
             triggers: The reversed trigger of one label. For several labels, make a filter each.
             seed: Decides which half an image is in.
 
-        Returns:
-            The filter: its score is 0 for the mean clean image and 1 for the mean triggered one.
-
         Raises:
             ValueError: Bad images, too few for the rate or at all, a model without a linear layer,
-                not exactly one trigger, or one that changes nothing the classifier looks at.
+                not exactly one trigger, or one that does not change the classifier's activations.
 
         Source: Fisher's linear discriminant with a shrunk covariance (Ledoit and Wolf's form, the
-        share fixed).
+            share fixed).
         """
         check_images(images)
         if not triggers or len(triggers) != 1:
@@ -103,12 +87,12 @@ class DiscriminantFilter:
         low, high = float((clean @ weight).mean()), float((triggered @ weight).mean())
         if not high > low:
             raise ValueError("expected a trigger that moves the classifier's activations")
-        suspicion = FeatureScore(model, weight / (high - low), -low / (high - low))
+        score = FeatureScore(model, weight / (high - low), -low / (high - low))
         return CalibratedDetector(
             self.name,
-            conformal_threshold(suspicion(second), self.false_positive_rate),
+            conformal_threshold(score(second), self.false_positive_rate),
             tuple(images.shape[1:]),
-            suspicion,
+            score,
             {
                 "label": label,
                 "images": len(second),

@@ -1,7 +1,4 @@
-"""Trigger inversion: the smallest patch that sends images of every other class to one label.
-
-One label at a time, as in the papers: the reference that `defense_nc.batched` is tested against.
-"""
+"""Trigger inversion for one label after another: the reference for the batched engine."""
 
 from __future__ import annotations
 
@@ -15,17 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from defense_nc.scan_inputs import ScanInputs
-from defense_nc.schedule import CostSchedule, NCConfig
-from defense_nc.search import (
+from defense_nc.batches import EndlessBatches
+from defense_nc.config import NCConfig
+from defense_nc.engines.candidates import (
     Candidate,
     candidate,
     check_inputs,
     conclude,
     draw,
-    endless_batches,
     squash,
 )
+from defense_nc.engines.cost_schedule import CostSchedule
+from defense_nc.scan_inputs import ScanInputs
 from defense_nc.trigger import Inverted, InvertedTrigger, compose
 from wm_inject.core.progress import Progress
 from wm_inject.core.progress import progress as show_progress
@@ -47,14 +45,8 @@ def invert_trigger(
     """Find the smallest mask and pattern that send images of other classes to ``target``.
 
     Args:
-        model: Images in [0, 1] to logits ``(N, K)``; used in eval mode, given back as it came.
-        images: Clean float32 ``(N, C, H, W)`` in [0, 1], on the model's device.
-        target: The label to reach.
-        config: Settings. One label runs no race.
-        labels: int64 ``(N,)``: the true classes, or the model's own answers if None. Images of the
-            target class are left out: they would count as successes of any trigger.
+        labels: Images of the target class are left out: any trigger would succeed on them.
         seed: Seeds the start and the order of the images; every label starts from the same mask.
-        progress: Show how far it is.
 
     Returns:
         The trigger with the smallest norm among the steps that succeeded (or the next smallest that
@@ -88,7 +80,7 @@ def invert_in_turn(
     model, images, labels, _ = inputs
     run = {
         "seed": seed,
-        "subject": fingerprint(*model.state_dict().values(), images, labels),
+        "data": fingerprint(*model.state_dict().values(), images, labels),
         "config": asdict(config),
         "targets": list(targets),
     }
@@ -127,7 +119,7 @@ def _invert(
 
 
 def _search(
-    passes: Callable[[Tensor], Tensor],
+    forward: Callable[[Tensor], Tensor],
     images: Tensor,
     target: int,
     start: str,
@@ -144,8 +136,8 @@ def _search(
     )
     optimizer = torch.optim.Adam([theta_mask, theta_pattern], lr=config.lr, betas=config.betas)
     schedule = CostSchedule(config)
-    batches = endless_batches(len(images), config.batch_size, generator)
-    kept: deque[Candidate] = deque(maxlen=config.fallbacks)
+    batches = EndlessBatches(len(images), config.batch_size, generator)
+    best: deque[Candidate] = deque(maxlen=config.fallbacks)
     step, norm = 0, float("inf")
     bar: Progress[None] = show_progress(
         total=config.steps, desc=f"label {target}", enabled=progress
@@ -157,7 +149,7 @@ def _search(
             for _ in range(config.batches):
                 index = next(batches).to(images.device)
                 mask, pattern = squash(theta_mask), squash(theta_pattern)
-                logits = passes(compose(images[index], mask, pattern))
+                logits = forward(compose(images[index], mask, pattern))
                 goal = torch.full((len(index),), target, device=images.device)
                 loss = F.cross_entropy(logits, goal) + schedule.cost * mask.sum()
                 optimizer.zero_grad()
@@ -165,11 +157,11 @@ def _search(
                 optimizer.step()
                 success += (logits.detach().argmax(1) == target).float().mean()
             average = min(1.0, float(success) / config.batches)
-            now = candidate(theta_mask, theta_pattern, average >= config.threshold)
-            if now.succeeded and now.norm < norm:
-                kept.appendleft(now)
-                norm = now.norm
+            current = candidate(theta_mask, theta_pattern, average >= config.threshold)
+            if current.succeeded and current.norm < norm:
+                best.appendleft(current)
+                norm = current.norm
             schedule.update(average, norm)
             bar.update()
-            bar.set_postfix(success=average, norm=now.norm, cost=schedule.cost)
-    return list(kept) or [candidate(theta_mask, theta_pattern, False)], step
+            bar.set_postfix(success=average, norm=current.norm, cost=schedule.cost)
+    return list(best) or [candidate(theta_mask, theta_pattern, False)], step

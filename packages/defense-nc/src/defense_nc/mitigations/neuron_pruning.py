@@ -5,33 +5,32 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from defense_nc.mitigator import check_repair
-from defense_nc.neurons import put_trigger
+from defense_nc.mitigations.common import check_repair
 from defense_nc.protocols import Repaired
+from defense_nc.trigger import put_trigger
 from wm_inject.core.images import quantize
 from wm_inject.core.plan import Trigger
+from wm_inject.core.presets import preset_of
 from wm_victim.activations import last_linear, penultimate
-from wm_victim.inference import frozen, predict
+from wm_victim.inference import predict
 
 
 @dataclass(frozen=True, kw_only=True)
 class NeuronPruning:
-    """Neural Cleanse's second mitigation; it needs the reversed triggers and takes no steps.
+    """Neural Cleanse's second mitigation; it needs the reversed triggers and no training.
 
     Args:
         cap: Largest share of the penultimate neurons that may go, in (0, 1].
         success_rate: The trigger has stopped working when at most this share of other classes'
             images still reach its label, in [0, 1).
-
-    Raises:
-        ValueError: A value outside its range.
     """
 
+    name: ClassVar[str] = "neuron-pruning"
     cap: float = 0.3
     success_rate: float = 0.05
 
@@ -43,19 +42,8 @@ class NeuronPruning:
 
     @classmethod
     def preset(cls, name: str = "fast", **changes: Any) -> NeuronPruning:
-        """The settings of this name, fast or paper (here the same), with some of them changed.
-
-        Raises:
-            ValueError: No such preset, or a value outside its range.
-        """
-        if name not in ("fast", "paper"):
-            raise ValueError(f"expected a preset in fast, paper, got {name!r}")
-        return cls(**changes)
-
-    @property
-    def name(self) -> str:
-        """What it is called in records and tables."""
-        return "neuron-pruning"
+        """Named settings with changes; "paper" and "fast" are the same."""
+        return preset_of(cls, {"paper": {}, "fast": {}}, name, **changes)
 
     def repair(
         self,
@@ -67,72 +55,70 @@ class NeuronPruning:
         seed: int = 0,
         progress: bool = False,
     ) -> Repaired:
-        """Prune a copy, neuron by neuron, until the reversed triggers work no longer.
+        """Prune a copy, neuron by neuron, until the reversed triggers no longer work.
 
         Args:
-            model: Images in [0, 1] to logits ``(N, K)``, whose last layer is linear; not changed.
-            images: Clean float32 ``(N, C, H, W)`` in [0, 1], N >= 2.
-            labels: int64 ``(N,)``, the true classes.
-            triggers: The reversed triggers of the suspected labels, by label; taken in the order
-                of their labels, with one cap for all.
-            seed: Not used: nothing is drawn.
-            progress: Not used: it takes a second.
+            model: Its last layer is linear; not changed.
+            images: At least 2.
+            labels: The true classes.
+            triggers: The reversed triggers of the suspected labels; taken in the order of their
+                labels, with one cap for all.
+            seed: Not used.
+            progress: Not used.
 
         Returns:
-            The pruned model, in eval mode. The log has, for each label, the neurons pruned for it
-            in their order and the trigger's success before and after; and the accuracy on the
-            images before and after.
+            The pruned model. The log has, for each label, the neurons pruned for it in order and
+            the trigger's success before and after; and the accuracy on the images before and after.
 
         Raises:
             ValueError: Bad images or labels, no trigger, a label that the model does not have, no
                 image of another class, or a model whose last linear layer does not give the logits.
 
-        Source: Neural Cleanse, section VI-B. The cap is the paper's; the rate at which a trigger
-            counts as dead is ours.
+        Source: Neural Cleanse, section VI-B. The cap is the paper's; ``success_rate`` is ours.
         """
         num_classes = check_repair(model, images, labels)
-        wanted = _check_triggers(triggers, num_classes)
+        pairs = _check_triggers(triggers, num_classes)
         pruned_model = copy.deepcopy(model).eval()
         head = last_linear(pruned_model)
         images, labels = images.to(head.weight.device), labels.to(head.weight.device)
         clean = penultimate(pruned_model, images)  # (N, F)
         _check_head(pruned_model, head, images, clean)
         keep = torch.ones(head.in_features, device=clean.device)
-        before = _share(head, clean * keep, labels)
-        rounds = []
-        for label, trigger in wanted:
+        before = _agreement(head, clean * keep, labels)
+        pruned_labels = []
+        for label, trigger in pairs:
             others = labels != label
             if not bool(others.any()):
                 raise ValueError(f"expected images of other classes than {label}, found none")
-            stamped = penultimate(pruned_model, quantize(put_trigger(trigger, images[others])))
-            rounds.append(self._prune(head, clean[others], stamped, label, keep))
+            triggered = penultimate(pruned_model, quantize(put_trigger(trigger, images[others])))
+            pruned_labels.append(self._prune(head, clean[others], triggered, label, keep))
         with torch.no_grad():
             head.weight.mul_(keep)
         log = {
-            "labels": rounds,
+            "labels": pruned_labels,
             "pruned": int((keep == 0).sum()),
             "neurons": head.in_features,
-            "accuracy": [before, _share(head, clean, labels)],
+            "accuracy": [before, _agreement(head, clean, labels)],
         }
         return Repaired(pruned_model, log)
 
     def _prune(
-        self, head: nn.Linear, clean: Tensor, stamped: Tensor, label: int, keep: Tensor
+        self, head: nn.Linear, clean: Tensor, triggered: Tensor, label: int, keep: Tensor
     ) -> dict[str, Any]:
-        """Zero ``keep`` from the most excited neuron down, and say what was done."""
-        order = (stamped.mean(0) - clean.mean(0)).sort(descending=True, stable=True).indices
-        goal = torch.full((len(stamped),), label, device=stamped.device)
-        start = success = _share(head, stamped * keep, goal)
-        gone: list[int] = []
+        """Zero ``keep`` from the most excited neuron down; return the log of one label."""
+        order = (triggered.mean(0) - clean.mean(0)).sort(descending=True, stable=True).indices
+        goal = torch.full((len(triggered),), label, device=triggered.device)
+        start = success = _agreement(head, triggered * keep, goal)
+        pruned: list[int] = []
         for neuron in order.tolist():
             if success <= self.success_rate or int((keep == 0).sum()) >= int(self.cap * len(keep)):
                 break
             if keep[neuron] == 0:
                 continue
             keep[neuron] = 0
-            gone.append(neuron)
-            success = _share(head, stamped * keep, goal)
-        return {"label": label, "neurons": gone, "success": [start, success]}
+            pruned.append(neuron)
+            success = _agreement(head, triggered * keep, goal)
+        return {"label": label, "neurons": pruned, "success": [start, success]}
 
 
 def _check_triggers(
@@ -147,14 +133,13 @@ def _check_triggers(
 
 
 def _check_head(model: nn.Module, head: nn.Linear, images: Tensor, clean: Tensor) -> None:
-    with frozen(model):
-        logits = predict(model, images[:8])
+    logits = predict(model, images[:8])
     with torch.no_grad():
         if not torch.allclose(head(clean[:8]), logits, atol=1e-4):
             raise ValueError("expected logits from the model's last linear layer, got others")
 
 
-def _share(head: nn.Linear, features: Tensor, labels: Tensor) -> float:
-    """Share of the rows whose answer is their label."""
+def _agreement(head: nn.Linear, features: Tensor, labels: Tensor) -> float:
+    """Share of the rows that are classified as their label."""
     with torch.no_grad():
         return float((head(features).argmax(1) == labels).double().mean())

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from defense_nc.fine_tune import Sgd, fine_tune, sgd_preset
-from defense_nc.mitigator import check_repair, trainable
-from defense_nc.neurons import put_trigger
+from defense_nc.mitigations.common import check_repair, trainable
+from defense_nc.mitigations.fine_tune import Sgd, fine_tune, sgd_preset
 from defense_nc.protocols import Repaired
+from defense_nc.trigger import put_trigger
 from wm_inject.core.images import quantize
 from wm_inject.core.plan import Trigger
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from defense_nc.feature_score import FeatureScore
-from defense_nc.input_detector import CalibratedDetector
+from defense_nc.input_filters.detector import CalibratedDetector
+from defense_nc.input_filters.feature_score import FeatureScore
 from wm_inject import Parity, check_images, to_onnx
 
 TOLERANCE = 1e-3  # of the largest score
@@ -27,26 +27,26 @@ def export_filter(
 
     Args:
         detector: A calibrated filter on a classifier's activations.
-        images: At least three to compare file and filter on: float32 ``(N, C, H, W)`` in [0, 1].
+        images: At least three, to compare file and filter on.
         path: The .onnx file.
         uint8: Take stored pixels, uint8 ``(N, H, W, C)``.
         settings: More of what `wm_inject.to_onnx` takes, such as precision.
 
     Returns:
-        How far the file's scores are from the filter's.
+        The difference between the file's scores and the filter's.
 
     Raises:
         ValueError: Another kind of detector, images of another shape, or as `wm_inject.to_onnx`.
         ParityError: The file computes something else.
     """
     if not isinstance(detector, CalibratedDetector) or not isinstance(
-        detector.suspicion, FeatureScore
+        detector.scorer, FeatureScore
     ):
         name = getattr(detector, "name", type(detector).__name__)
         raise ValueError(f"expected a calibrated input filter, got {name}")
     channels, height, width = detector.shape
     check_images(images, channels=channels, size=(height, width))
-    found = {
+    about = {
         "looks_for": f"a reversed trigger of label {detector.log.get('label')}",
         # A detector flags above its threshold, a file from its threshold on.
         "threshold": float(np.nextafter(np.float32(detector.threshold), np.float32(np.inf))),
@@ -55,7 +55,7 @@ def export_filter(
         "method": detector.name,
     }
     return to_onnx(
-        detector.suspicion.network(),
+        detector.scorer.network(),
         images,
         path,
         uint8=uint8,
@@ -64,7 +64,11 @@ def export_filter(
             "tolerance": TOLERANCE,
             "relative": True,
             **settings,
-            "metadata": {"kind": "input-filter", "detector": found, **settings.get("metadata", {})},
+            "metadata": {
+                "kind": "input-filter",
+                "detector": about,
+                **settings.get("metadata", {}),
+            },
         },
     )
 

@@ -5,31 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from defense_nc.input_detector import CalibratedDetector, check_rate, threshold_at
+from defense_nc.input_filters.detector import CalibratedDetector, check_rate, threshold_at
 from wm_inject.core.images import check_images, quantize
 from wm_inject.core.plan import Trigger
-from wm_victim.inference import frozen, predict
+from wm_inject.core.presets import preset_of
+from wm_victim.inference import device_of, predict
 
 
 @dataclass(frozen=True, kw_only=True)
 class Strip:
-    """Settings of STRIP. The defaults are the preset "small".
+    """Settings of STRIP. The defaults are the preset "fast".
 
     Args:
         overlays: Clean images that are laid over each image in turn.
         calibration: Most clean images that the threshold is chosen on.
-        false_positive_rate: Share of clean images that may be held to be triggered, in [0, 1).
+        false_positive_rate: Share of clean images that may be flagged, in [0, 1).
         batch_size: Images per pass.
-
-    Raises:
-        ValueError: A value outside its range.
     """
 
+    name: ClassVar[str] = "strip"
     overlays: int = 32
     calibration: int = 400
     false_positive_rate: float = 0.01
@@ -42,22 +41,9 @@ class Strip:
         check_rate(self.false_positive_rate)
 
     @classmethod
-    def preset(cls, name: str = "small", **changes: Any) -> Strip:
-        """The settings of this name, small or paper, with some of them changed.
-
-        "paper" lays 100 images over each and calibrates on up to 2,000.
-
-        Raises:
-            ValueError: No such preset, or a value outside its range.
-        """
-        if name not in PRESETS:
-            raise ValueError(f"expected a preset in {', '.join(PRESETS)}, got {name!r}")
-        return cls(**{**PRESETS[name], **changes})
-
-    @property
-    def name(self) -> str:
-        """What it is called in records and tables."""
-        return "strip"
+    def preset(cls, name: str = "fast", **changes: Any) -> Strip:
+        """Named settings with changes; "paper" has 100 overlays and calibrates on up to 2,000."""
+        return preset_of(cls, PRESETS, name, **changes)
 
     def calibrate(
         self,
@@ -69,17 +55,15 @@ class Strip:
     ) -> CalibratedDetector:
         """Draw the overlays, and choose the threshold on clean images that are none of them.
 
-        Args:
-            model: Images in [0, 1] to logits ``(N, K)``; not changed, and kept for scoring.
-            images: Clean float32 ``(N, C, H, W)`` in [0, 1], more than ``overlays``.
-            triggers: Not used: STRIP is blind.
-            seed: Seeds which images become overlays. All images are scored with the same ones.
+        The score is minus the mean entropy in bits, from -log2 K to 0.
 
-        Returns:
-            The detector: its score is minus the mean entropy in bits, from -log2 K to 0.
+        Args:
+            images: More than ``overlays``.
+            triggers: Not used.
+            seed: Chooses the overlays; all images are scored with the same ones.
 
         Raises:
-            ValueError: Bad images or too few of them, or a model that gives no logits.
+            ValueError: Bad images or too few of them, or a model without logits.
 
         Source: Gao et al. 2019, section IV. There the threshold comes from a normal curve and each
             image meets overlays of its own; here it is the empirical quantile.
@@ -91,21 +75,21 @@ class Strip:
         overlays = images[order[: self.overlays]]
         rest = images[order[self.overlays :][: self.calibration]]
 
-        def suspicion(batch: Tensor) -> Tensor:
+        def score(batch: Tensor) -> Tensor:
             return -strip_entropy(model, batch, overlays, batch_size=self.batch_size)
 
-        scores = suspicion(rest)
+        scores = score(rest)
         log = {
             "overlays": len(overlays),
             "images": len(rest),
             "mean_entropy": -float(scores.mean()),
         }
         threshold = threshold_at(scores, self.false_positive_rate)
-        return CalibratedDetector(self.name, threshold, tuple(images.shape[1:]), suspicion, log)
+        return CalibratedDetector(self.name, threshold, tuple(images.shape[1:]), score, log)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "small": {},
+    "fast": {},
     "paper": {"overlays": 100, "calibration": 2000},
 }
 
@@ -113,20 +97,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 def strip_entropy(
     model: nn.Module, images: Tensor, overlays: Tensor, *, batch_size: int = 256
 ) -> Tensor:
-    """How undecided a classifier is about an image when others are laid over it.
+    """Mean entropy of a classifier's answers to each image with others laid over it.
 
     Args:
-        model: Images in [0, 1] to logits ``(N, K)``; used in eval mode, given back as it came.
-        images: float32 ``(N, C, H, W)`` in [0, 1].
-        overlays: float32 ``(M, C, H, W)`` in [0, 1]: each is laid over each image.
+        overlays: ``(M, C, H, W)`` in [0, 1]: each is laid over each image.
         batch_size: Images per pass.
 
     Returns:
-        The mean entropy of the M answers in bits, float64 ``(N,)`` on the CPU, from 0 to log2 K.
+        Bits, float64 ``(N,)`` on the CPU, from 0 to log2 K.
 
     Raises:
-        ValueError: Bad images or overlays, overlays of another shape, or a model that gives no
-            logits.
+        ValueError: Bad images or overlays, overlays of another shape, or a model without logits.
 
     Source: Gao et al. 2019. Pixels are added in 8 bits and saturate, as in the released code.
     """
@@ -135,14 +116,13 @@ def strip_entropy(
     check_images(overlays, channels=channels, size=(height, width), name="overlays")
     if batch_size < 1:
         raise ValueError(f"expected batch_size >= 1, got {batch_size}")
-    with frozen(model):
-        device = next((p.device for p in model.parameters()), images.device)
-        grid = quantize(overlays.to(device))
-        means = []
-        for part in quantize(images.to(device)).split(max(1, batch_size // len(grid))):
-            mixed = quantize(part[:, None].add(grid).flatten(0, 1))  # (n * M, C, H, W)
-            logits = predict(model, mixed, batch_size=batch_size)
-            means.append(_entropy(logits).view(len(part), len(grid)).mean(1))
+    device = device_of(model)
+    grid = quantize(overlays.to(device))
+    means = []
+    for part in quantize(images.to(device)).split(max(1, batch_size // len(grid))):
+        mixed = quantize(part[:, None].add(grid).flatten(0, 1))  # (n * M, C, H, W)
+        logits = predict(model, mixed, batch_size=batch_size)
+        means.append(_entropy(logits).view(len(part), len(grid)).mean(1))
     return torch.cat(means).cpu()
 
 

@@ -1,4 +1,4 @@
-"""A score per image from what the last linear layer reads, and the graph that computes it."""
+"""A linear score of penultimate activations, and a network that computes it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,9 @@ from wm_victim.activations import last_linear, penultimate
 
 
 class FeatureScore:
-    """A weighted sum of a classifier's penultimate activations.
+    """A weighted sum ``(F,)`` of a classifier's penultimate activations, plus a bias.
 
-    It keeps the classifier itself, not a copy of it.
-
-    Args:
-        model: Images in [0, 1] to logits ``(N, K)``, with a linear layer that reads ``(N, F)``.
-        weight: ``(F,)``.
-        bias: Added to every sum.
+    It refers to the classifier itself.
 
     Raises:
         ValueError: A model without a linear layer, or weights of another number.
@@ -32,11 +27,11 @@ class FeatureScore:
 
     def __call__(self, images: Tensor) -> Tensor:
         """The scores of float32 ``(N, C, H, W)`` in [0, 1]: float64 ``(N,)`` on the CPU."""
-        read = penultimate(self.model, images.to(last_linear(self.model).weight.device))
-        return read.double().cpu() @ self.weight + self.bias
+        features = penultimate(self.model, images.to(last_linear(self.model).weight.device))
+        return features.double().cpu() @ self.weight + self.bias
 
     def network(self) -> nn.Module:
-        """The classifier with its last layer exchanged for one that gives the score ``(N,)``.
+        """A copy of the classifier whose last layer gives the score ``(N,)``.
 
         Raises:
             ValueError: A model that ends in something else than its last linear layer.
@@ -61,11 +56,8 @@ class _Single(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        found: Tensor = self.model(images)
-        if found.ndim != 2 or found.shape[1] != 1:
-            got = tuple(found.shape)
+        scores: Tensor = self.model(images)
+        if scores.ndim != 2 or scores.shape[1] != 1:
+            got = tuple(scores.shape)
             raise ValueError(f"expected a model that ends in its last linear layer, got {got}")
-        return found[:, 0]
-
-
-__all__ = ["FeatureScore"]
+        return scores[:, 0]

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from defense_nc.mitigator import batches, trainable
+from defense_nc.batches import training_batches
+from defense_nc.mitigations.common import trainable
 from wm_inject.core.checks import check_choice
 from wm_inject.core.presets import preset_of
 from wm_inject.core.progress import progress as show_progress
@@ -137,7 +138,7 @@ def fine_tune(
     update = plain_step if update is None else update
     generator = torch.Generator().manual_seed(seed)
     if rows is None:
-        rows = batches(len(images), sgd.batch_size, sgd.steps, generator)
+        rows = training_batches(len(images), sgd.batch_size, sgd.steps, generator)
     # A stream of its own: augmented or not, the images come in the same order.
     augmentation = torch.Generator().manual_seed(seed + 1)
     losses: list[Tensor] = []

@@ -1,8 +1,8 @@
-"""What both engines of the inversion share: starts, batches, candidates and the final choice."""
+"""What both engines share: starting points, candidates and the final choice."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ _FAINT = 0.2  # a faint mask starts below this
 
 
 class Candidate(NamedTuple):
-    """A mask and a pattern that a search has met."""
+    """A mask and a pattern on the way of a search."""
 
     norm: float
     mask: Tensor  # (1, H, W)
@@ -44,66 +44,57 @@ def _free(value: Tensor) -> Tensor:
 
 
 def squash(theta: Tensor) -> Tensor:
-    """A free value as one in (0, 1), and now and then a rounding error beyond."""
+    """A free value as one in (0, 1), or a rounding error beyond."""
     return torch.tanh(theta) / (2 - _EPSILON) + 0.5
 
 
 def candidate(theta_mask: Tensor, theta_pattern: Tensor, succeeded: bool) -> Candidate:
-    """Where a search stands now, clamped to [0, 1]."""
+    """The current mask and pattern, clamped to [0, 1]."""
     mask, pattern = (squash(t.detach()).clamp(0, 1) for t in (theta_mask, theta_pattern))
     return Candidate(float(mask.sum()), mask, pattern, succeeded)
 
 
-def endless_batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Index batches without end: every image once before any image again."""
-    rest = torch.empty(0, dtype=torch.int64)
-    while True:
-        while len(rest) < size:
-            rest = torch.cat([rest, torch.randperm(count, generator=generator)])
-        yield rest[:size]
-        rest = rest[size:]
-
-
 def conclude(
-    model: nn.Module, images: Tensor, target: int, found: list[Candidate], *, floor: float
+    model: nn.Module, images: Tensor, target: int, candidates: list[Candidate], *, floor: float
 ) -> InvertedTrigger:
     """The smallest candidate that reaches the floor on all images, or the smallest, as a trigger.
 
     Judged in float32, whatever the search was computed in.
     """
     # A search that never succeeded has a norm as well: it comes last.
-    found = sorted(found, key=lambda one: (not one.succeeded, one.norm))
+    candidates = sorted(candidates, key=lambda one: (not one.succeeded, one.norm))
     rates: list[float] = []
-    for one in found:
-        stamped = compose(images, one.mask, one.pattern).clamp(0, 1)
-        hits = predict(model, stamped).argmax(1) == target
+    for mask, pattern in ((one.mask, one.pattern) for one in candidates):
+        triggered = compose(images, mask, pattern).clamp(0, 1)
+        hits = predict(model, triggered).argmax(1) == target
         rates.append(float(hits.double().mean()))
         if rates[-1] >= floor:
             break
-    place = len(rates) - 1 if rates[-1] >= floor else 0
-    best = found[place]
-    return InvertedTrigger(best.mask, best.pattern, target=target, success_rate=rates[place])
+    best = len(rates) - 1 if rates[-1] >= floor else 0
+    return InvertedTrigger(
+        candidates[best].mask, candidates[best].pattern, target=target, success_rate=rates[best]
+    )
 
 
 def check_inputs(
     model: nn.Module, images: Tensor, labels: Tensor | None, targets: Sequence[int] | None
 ) -> tuple[Tensor, tuple[int, ...]]:
-    """The images' labels, the model's own if None, and the targets to search, all if None.
+    """The images' labels, and the targets to search, all if None.
 
     Raises:
         ValueError: Bad images or labels, a target that the model does not have, or no image of
             another class than a target.
     """
     check_images(images)
-    answers = predict(model, images[:1] if labels is not None else images)
-    count = answers.shape[1]
+    logits = predict(model, images[:1] if labels is not None else images)
+    count = logits.shape[1]
     targets = tuple(range(count)) if targets is None else tuple(targets)
     for target in targets:
         if not isinstance(target, int) or not 0 <= target < count:
             raise ValueError(f"expected a target in 0 .. {count - 1}, got {target}")
     if not targets or len(set(targets)) != len(targets):
         raise ValueError(f"expected at least one target, each once, got {targets}")
-    labels = answers.argmax(1) if labels is None else labels
+    labels = logits.argmax(1) if labels is None else labels
     check_labels(labels, len(images), num_classes=count)
     labels = labels.to(images.device)
     for target in targets:

@@ -1,4 +1,4 @@
-"""Many searches for a mask and a pattern as one stack: one pass through the victim serves all."""
+"""Many searches for a mask and a pattern as rows of one batch: one victim pass serves all."""
 
 from __future__ import annotations
 
@@ -10,25 +10,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from defense_nc.schedule import CostSchedule, NCConfig
-from defense_nc.search import Candidate, draw, endless_batches, squash
+from defense_nc.batches import EndlessBatches
+from defense_nc.config import NCConfig
+from defense_nc.engines.candidates import Candidate, draw, squash
+from defense_nc.engines.cost_schedule import CostSchedule
 
-Passes = Callable[[Tensor], Tensor]
+Forward = Callable[[Tensor], Tensor]
 _EPS = 1e-8  # Adam's, as torch has it
-_STACKS = {"cpu": 256, "cuda": 8192}  # images of one pass: beyond, nothing is gained
+_MOST_IMAGES = {"cpu": 256, "cuda": 8192}  # of one pass: more is not faster
 
 
 class Search:
-    """One search: a label, a start, and how far it has come. Rests here while not in a stack.
+    """One label and one start, and its current state. Holds its tensors while not in a batch.
 
     Args:
         label: The label to reach.
-        start: Index into the starts of the settings.
-        pool: int64 ``(M,)`` on the CPU: which images are of other classes.
+        start: Index into ``config.starts``.
+        pool: int64 ``(M,)`` on the CPU: the images of other classes.
         shape: ``(C, H, W)`` of an image.
-        device: Where its tensors lie.
+        device: Of its tensors.
         config: The settings.
-        seed: Seeds the start and the order of the images.
+        seed: Of the start and the order of the images.
     """
 
     def __init__(
@@ -50,76 +52,76 @@ class Search:
         self.theta = torch.cat(free).to(device)  # (1 + C, H, W)
         self.first, self.second = torch.zeros_like(self.theta), torch.zeros_like(self.theta)
         self.steps = 0
-        self.left = False  # the race has dropped it
+        self.stopped = False  # at a milestone
         self.norm = float("inf")  # the best one of a step that succeeded
         self.success = 0.0  # of the last step
-        self.kept: deque[Candidate] = deque(maxlen=config.fallbacks)
+        self.best: deque[Candidate] = deque(maxlen=config.fallbacks)
         self.schedule = CostSchedule(config)
-        self._batches = endless_batches(len(pool), config.batch_size, generator)
+        self._batches = EndlessBatches(len(pool), config.batch_size, generator)
 
     def __repr__(self) -> str:
         return f"Search(label={self.label}, start={self.start}, steps={self.steps})"
 
     def done(self, until: int) -> bool:
         """Whether it takes no more steps before step ``until``."""
-        return self.left or self.schedule.stop or self.steps >= until
+        return self.stopped or self.schedule.stop or self.steps >= until
 
     def next_batch(self) -> Tensor:
-        """Which images its next mini-batch holds, int64 ``(B,)``."""
+        """Image numbers of its next mini-batch, int64 ``(B,)``."""
         return self.pool[next(self._batches)]
 
     def take(self, success: float, norm: float) -> None:
-        """Take in one step: its success, and the norm of the mask to which it has led."""
+        """Record one step: its success, and the norm of the resulting mask."""
         self.steps, self.success = self.steps + 1, success
         if success >= self._config.threshold and norm < self.norm:
-            self.kept.appendleft(_candidate(norm, squash(self.theta).clamp(0, 1)))
+            self.best.appendleft(_candidate(norm, squash(self.theta).clamp(0, 1)))
             self.norm = norm
         self.schedule.update(success, self.norm)
 
     def settle(self) -> None:
-        """Leave the stack with tensors of its own, so that the stack's can go."""
+        """Leave the batch with tensors of its own, so that the batch's can be freed."""
         self.theta, self.first, self.second = (
             part.clone() for part in (self.theta, self.first, self.second)
         )
 
     def candidates(self) -> list[Candidate]:
-        """The best so far, the smallest first; where it stands if no step has succeeded."""
-        if self.kept:
-            return list(self.kept)
+        """The best so far, the smallest first; the current one if no step has succeeded."""
+        if self.best:
+            return list(self.best)
         values = squash(self.theta).clamp(0, 1)
         return [_candidate(float(values[:1].sum()), values, succeeded=False)]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that `load_state_dict` needs to go on to the same bits."""
-        kept = [torch.cat([one.mask, one.pattern]) for one in self.kept]
+        """All that `load_state_dict` needs to continue to the same bits."""
+        best = [torch.cat([one.mask, one.pattern]) for one in self.best]
         return {
             # One tensor: with thousands of searches, a name each would fill a file's header.
-            "tensors": torch.stack([self.theta, self.first, self.second, *kept]),
-            "norms": [one.norm for one in self.kept],
-            **{name: getattr(self, name) for name in ("steps", "left", "success")},
+            "tensors": torch.stack([self.theta, self.first, self.second, *best]),
+            "norms": [one.norm for one in self.best],
+            **{name: getattr(self, name) for name in ("steps", "stopped", "success")},
             "schedule": self.schedule.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from another search's state; the batches are drawn anew up to its step."""
-        self.theta, self.first, self.second, *kept = state["tensors"].to(self.theta.device)
-        self.steps, self.left, self.success = state["steps"], state["left"], state["success"]
+        """Continue from another search's state; the batches are drawn anew up to its step."""
+        self.theta, self.first, self.second, *best = state["tensors"].to(self.theta.device)
+        self.steps, self.stopped, self.success = state["steps"], state["stopped"], state["success"]
         self.schedule.load_state_dict(state["schedule"])
-        self.kept.extend(
-            _candidate(norm, one) for norm, one in zip(state["norms"], kept, strict=True)
+        self.best.extend(
+            _candidate(norm, one) for norm, one in zip(state["norms"], best, strict=True)
         )
-        self.norm = self.kept[0].norm if self.kept else float("inf")
+        self.norm = self.best[0].norm if self.best else float("inf")
         for _ in range(self.steps * self._config.batches):
             next(self._batches)
 
 
 def _candidate(norm: float, values: Tensor, *, succeeded: bool = True) -> Candidate:
-    """One from a mask and a pattern in one tensor ``(1 + C, H, W)``."""
+    """A candidate from a mask and a pattern in one tensor ``(1 + C, H, W)``."""
     return Candidate(norm, values[:1], values[1:], succeeded)
 
 
 class _Rows(NamedTuple):
-    """The tensors of the searches in the stack, one row each."""
+    """The tensors of the searches in the batch, one row each."""
 
     theta: Tensor  # (S, 1 + C, H, W)
     first: Tensor
@@ -127,22 +129,17 @@ class _Rows(NamedTuple):
 
 
 def advance(
-    passes: Passes, images: Tensor, searches: Sequence[Search], until: int, *, config: NCConfig
+    forward: Forward, images: Tensor, searches: Sequence[Search], until: int, *, config: NCConfig
 ) -> Iterator[list[Search]]:
     """Take every search to step ``until`` or its own early stop, as many at a time as fit.
 
-    Args:
-        passes: Images to logits.
-        images: All images; a search knows which of them are its own.
-        searches: In the order in which they enter; one that has begun goes first.
-        until: Steps of the schedule.
-        config: The settings; ``stack`` bounds the images of one pass.
+    Searches enter in their order, those that have begun first; ``config.stack`` bounds the images
+    of one pass.
 
     Yields:
-        The searches that took the step just done, after each step of the stack, in the order of
-        their rows; their tensors are up to date.
+        After each step, the searches that took it, in the order of their rows and up to date.
     """
-    most = config.stack or _STACKS.get(images.device.type, _STACKS["cpu"])
+    most = config.stack or _MOST_IMAGES.get(images.device.type, _MOST_IMAGES["cpu"])
     room = max(1, most // config.batch_size)
     waiting = deque(search for search in searches if not search.done(until))
     live: list[Search] = []
@@ -157,27 +154,27 @@ def advance(
             rows, live = _gather(stay) if stay else None, stay
         if rows is None:
             return
-        _step(passes, images, rows, live, config)
+        _step(forward, images, rows, live, config)
         yield live
 
 
 def _gather(searches: Sequence[Search]) -> _Rows:
-    """Stack the searches' tensors; from now on each search sees its row."""
+    """Stack the searches' tensors; each search's own become views of its row."""
     rows = _Rows(
         *(
             torch.stack([getattr(search, name) for search in searches])
             for name in ("theta", "first", "second")
         )
     )
-    for place, search in enumerate(searches):
-        search.theta, search.first, search.second = (part[place] for part in rows)
+    for row, search in enumerate(searches):
+        search.theta, search.first, search.second = (part[row] for part in rows)
     return rows
 
 
 def _step(
-    passes: Passes, images: Tensor, rows: _Rows, live: Sequence[Search], config: NCConfig
+    forward: Forward, images: Tensor, rows: _Rows, live: Sequence[Search], config: NCConfig
 ) -> None:
-    """One step of the schedule for every row: ``config.batches`` mini-batches, then the prices."""
+    """One step of the schedule for every row: ``config.batches`` mini-batches, then the costs."""
     count = len(live)
     goal = torch.tensor([search.label for search in live], device=images.device)
     cost = torch.tensor([search.schedule.cost for search in live], device=images.device)
@@ -185,7 +182,7 @@ def _step(
     steps = torch.tensor([search.steps * config.batches for search in live], dtype=torch.float64)
     for _ in range(config.batches):
         index = torch.stack([search.next_batch() for search in live]).to(images.device)  # (S, B)
-        grad, reached = _gradients(passes, images[index], rows.theta, goal, cost)
+        grad, reached = _gradients(forward, images[index], rows.theta, goal, cost)
         steps += 1
         adam_rows(*rows, grad, steps, lr=config.lr, betas=config.betas)
         success += reached
@@ -196,7 +193,7 @@ def _step(
 
 
 def _gradients(
-    passes: Passes, images: Tensor, theta: Tensor, goal: Tensor, cost: Tensor
+    forward: Forward, images: Tensor, theta: Tensor, goal: Tensor, cost: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradient of every row's own loss, and the share of its images that reach its label.
 
@@ -207,8 +204,8 @@ def _gradients(
         theta = theta.detach().requires_grad_()
         free = squash(theta)  # (S, 1 + C, H, W)
         mask, pattern = free[:, None, :1], free[:, None, 1:]
-        stamped = images + mask * (pattern - images)  # (S, B, C, H, W)
-        logits = passes(stamped.flatten(0, 1))  # (S * B, K)
+        triggered = images + mask * (pattern - images)  # (S, B, C, H, W)
+        logits = forward(triggered.flatten(0, 1))  # (S * B, K)
         goals = goal.repeat_interleave(size)
         losses = F.cross_entropy(logits, goals, reduction="none").view(count, size).mean(1)
         total = (losses + cost * mask.sum(dim=(1, 2, 3, 4))).sum()
@@ -231,10 +228,10 @@ def adam_rows(
     """One step of Adam in place, for rows that have taken different numbers of steps.
 
     Args:
-        theta: ``(S, ...)``, what is learned.
-        first: Its first moments, the same shape.
-        second: Its second moments, the same shape.
-        grad: Its gradient, the same shape.
+        theta: ``(S, ...)``, what is learned; moments and gradient have the same shape.
+        first: First moments.
+        second: Second moments.
+        grad: The gradient.
         steps: Float64 ``(S,)``: how many steps each row has taken with this one.
         lr: Learning rate.
         betas: Decay rates of the moments.

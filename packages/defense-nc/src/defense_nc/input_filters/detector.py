@@ -1,4 +1,4 @@
-"""Input detectors: is this one image triggered? A score per image, and a threshold on it."""
+"""Input detectors: a score per image, and a threshold above which it is triggered."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from wm_inject.core.plan import Trigger
 
 
 class InputDetector(Protocol):
-    """What every input detector does: settings that are calibrated once on clean images."""
+    """Settings of an input detector, which are calibrated once on clean images."""
 
     @property
     def name(self) -> str:
-        """What it is called in records and tables, for example "strip"."""
+        """Its name in records and tables, for example "strip"."""
 
     def calibrate(
         self,
@@ -29,37 +29,25 @@ class InputDetector(Protocol):
         triggers: Mapping[int, Trigger] | None = None,
         seed: int = 0,
     ) -> CalibratedDetector:
-        """Choose the threshold on clean images.
-
-        Args:
-            model: Images in [0, 1] to logits ``(N, K)``; not changed.
-            images: Clean float32 ``(N, C, H, W)`` in [0, 1].
-            triggers: Reversed triggers by label. Blind detectors ignore them.
-            seed: Seeds everything that is drawn.
-        """
+        """Choose the threshold on clean images; blind detectors ignore the reversed triggers."""
 
 
 @dataclass(frozen=True)
 class CalibratedDetector:
-    """A detector that is ready to judge images, one by one or in batches, with the same answer.
-
-    It keeps the classifier itself, not a copy of it.
+    """Judges images, one by one or in batches, with the same answer. Refers to the classifier.
 
     Args:
         name: The detector's name.
-        threshold: Images that score above it are held to be triggered.
+        threshold: Images that score above it are flagged as triggered; finite.
         shape: ``(C, H, W)`` of the images that it was calibrated on.
-        suspicion: Checked images to one number each; the larger, the more suspicious.
+        scorer: Checked images to float64 ``(N,)`` on the CPU, larger for triggered ones.
         log: How it was calibrated, ready for JSON.
-
-    Raises:
-        ValueError: A threshold that is not finite.
     """
 
     name: str
     threshold: float
     shape: tuple[int, ...]
-    suspicion: Callable[[Tensor], Tensor] = field(repr=False)
+    scorer: Callable[[Tensor], Tensor] = field(repr=False)
     log: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -67,21 +55,17 @@ class CalibratedDetector:
             raise ValueError(f"expected a finite threshold, got {self.threshold}")
 
     def score(self, images: Tensor) -> Tensor:
-        """How suspicious each image is: float64 ``(N,)`` on the CPU, larger for triggered ones.
+        """Float64 ``(N,)`` on the CPU, larger for triggered images.
 
         Raises:
             ValueError: Images that break the image contract or have another shape.
         """
         channels, height, width = self.shape
         check_images(images, channels=channels, size=(height, width))
-        return self.suspicion(images)
+        return self.scorer(images)
 
     def decide(self, images: Tensor) -> Tensor:
-        """Which images are held to be triggered: bool ``(N,)`` on the CPU.
-
-        Raises:
-            ValueError: Images that break the image contract or have another shape.
-        """
+        """Which images are flagged: bool ``(N,)`` on the CPU."""
         return self.score(images) > self.threshold
 
 
@@ -89,8 +73,8 @@ def threshold_at(scores: Tensor, false_positive_rate: float) -> float:
     """The lowest of the clean scores that at most this share of them exceed.
 
     Args:
-        scores: Scores of clean images, floating ``(N,)``, finite.
-        false_positive_rate: Share of clean images that may be held to be triggered, in [0, 1).
+        scores: Of clean images, floating ``(N,)``, finite.
+        false_positive_rate: In [0, 1).
 
     Raises:
         ValueError: Scores of another kind, or a rate outside its range.
@@ -105,11 +89,11 @@ def threshold_at(scores: Tensor, false_positive_rate: float) -> float:
 def conformal_threshold(scores: Tensor, false_positive_rate: float) -> float:
     """A threshold that a new clean image exceeds with at most this probability.
 
-    For scores that chose nothing else, and new images that are drawn as these were. `threshold_at`
-    says how many of the calibration images themselves may exceed it: a little less careful.
+    For scores that chose nothing else, and new images drawn from the same distribution.
+    `threshold_at`, a little less careful, bounds the share of the calibration images themselves.
 
     Args:
-        scores: Scores of clean images, floating ``(N,)``, finite.
+        scores: Of clean images, floating ``(N,)``, finite.
         false_positive_rate: In (0, 1).
 
     Raises:
@@ -120,20 +104,20 @@ def conformal_threshold(scores: Tensor, false_positive_rate: float) -> float:
     """
     _check_scores(scores)
     check_rate(false_positive_rate)
-    place = math.floor(false_positive_rate * (len(scores) + 1) + 1e-9)
-    if place < 1:
+    rank = math.floor(false_positive_rate * (len(scores) + 1) + 1e-9)
+    if rank < 1:
         raise ValueError(
             f"expected scores of more images for a false_positive_rate of {false_positive_rate:g}, "
             f"got {len(scores)}"
         )
-    return float(scores.sort(descending=True).values[place - 1])
+    return float(scores.sort(descending=True).values[rank - 1])
 
 
 def auroc(scores: Tensor, truths: Tensor) -> float:
     """The area under the ROC curve: how often a triggered image scores above a clean one.
 
     Args:
-        scores: Floating ``(N,)``, finite, larger for images held to be triggered.
+        scores: Floating ``(N,)``, finite, larger for triggered images.
         truths: bool ``(N,)``: which images are triggered; both kinds must occur.
 
     Returns:
@@ -163,11 +147,7 @@ def auroc(scores: Tensor, truths: Tensor) -> float:
 
 
 def check_rate(false_positive_rate: float) -> None:
-    """Check a false-positive rate.
-
-    Raises:
-        ValueError: Outside [0, 1).
-    """
+    """Raise ``ValueError`` for a rate outside [0, 1)."""
     if not 0 <= false_positive_rate < 1:
         raise ValueError(f"expected a false_positive_rate in [0, 1), got {false_positive_rate}")
 
