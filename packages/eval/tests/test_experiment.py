@@ -33,7 +33,6 @@ from wm_eval.stages import chosen_label
 from wm_eval.workspace import Made
 from wm_extract import JointConfig, JointLosses, JointResult, UNetExtractor
 from wm_inject import (
-    ViTInjector,
     WatermarkTrigger,
     default_watermark,
     load_trigger,
@@ -105,8 +104,7 @@ class Fakes:
         self.called("joint")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            shape = config.injector(image_size=images.shape[2], channels=images.shape[1])
-            injector = ViTInjector.from_config(shape).eval()
+            injector = config.injector(image_size=images.shape[2], channels=images.shape[1]).eval()
             extractor = UNetExtractor(channels=images.shape[1], width=4).eval()
         mark = default_watermark(images.shape[2]) if watermark is None else watermark
         return JointResult(injector, extractor, mark, (JointLosses(1, 0.1, 0.2, 0.3),))
@@ -193,7 +191,7 @@ def test_ready_made_weights_fit_the_images_or_are_refused(tmp_path: Path) -> Non
     ):
         with pytest.raises(ValueError, match=told):
             run_study(replace(CONFIG, **settings), tmp_path, progress=False)
-    with pytest.raises(ValueError, match=r"expected ready-made weights in .*'huge'"):
+    with pytest.raises(ValueError, match=r"expected pretrained weights in .*'huge'"):
         replace(CONFIG, pretrained="huge")
     with pytest.raises(ValueError, match="expected pretrained or a watermark"):
         replace(CONFIG, pretrained="tiny-32-grey", watermark="a.png")

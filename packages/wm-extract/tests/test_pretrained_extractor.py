@@ -64,7 +64,7 @@ def test_both_halves_agree_on_the_watermark_and_on_where_they_come_from(
                 WatermarkTrigger.from_pretrained(name),
             )
             assert torch.equal(detector.watermark, trigger.watermark)
-            assert detector.extractor.config["channels"] == trigger.injector.shape.channels
+            assert detector.extractor.config["channels"] == trigger.injector.channels
             assert detector.false_positive_rate == pretrained_card(name)["false_positive_rate"]
             other = json.loads((WEIGHTS / "cards.json").read_text("utf-8"))[name]
             own = ("sha256", "bytes")
@@ -119,7 +119,7 @@ def test_a_pair_does_not_answer_for_noise(digits: torch.Tensor) -> None:
 
 def test_an_unknown_name_and_a_changed_file_are_refused(tmp_path: Path) -> None:
     for call in (MarkDetector.from_pretrained, UNetExtractor.from_pretrained):
-        with pytest.raises(ValueError, match=r"expected ready-made weights in .*tiny-32.*'huge'"):
+        with pytest.raises(ValueError, match=r"expected pretrained weights in .*tiny-32.*'huge'"):
             call("huge")
     folder = Path(shutil.copytree(WEIGHTS, tmp_path / "weights"))
     path = folder / "tiny-32.safetensors"

@@ -1,4 +1,4 @@
-"""Matrix products and norms with fixed weights, as fast as the machine at hand can do them."""
+"""Linear layers fused with what follows them, and norms, with fixed weights."""
 
 from __future__ import annotations
 
@@ -8,33 +8,27 @@ from torch import Tensor
 
 
 class Norm:
-    """A layer norm in float32.
-
-    Args:
-        weight: ``(D,)``.
-        bias: ``(D,)``.
-        eps: Added to the variance.
-    """
+    """A layer norm in float32 over rows ``(M, D)``."""
 
     def __init__(self, weight: Tensor, bias: Tensor, eps: float) -> None:
         self.weight, self.bias, self.eps = weight.float(), bias.float(), eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Rows ``(M, D)`` to the same shape, in float32."""
+        """Normalise the rows."""
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
-class Product:
-    """A linear layer ``(M, K)`` to ``(M, N)``, with what follows it computed in the same pass.
+class FusedLinear:
+    """A linear layer ``(M, K)`` to ``(M, N)``, with what follows it in the same pass.
+
+    The operators of oneDNN are those that torch.compile writes into its CPU code. They have no
+    public name; where they are missing the public ones do the same, more slowly.
 
     Args:
         weight: ``(N, K)``, float32; copied.
         bias: ``(N,)``, float32; copied.
-        dtype: What is multiplied in; sums are kept in float32 by all libraries.
-        rows: The M for which oneDNN lays the weight out; others run as well.
-
-    The operators of oneDNN are those that torch.compile writes into its own CPU code. They have no
-    public name, so that where they are missing the public ones do the same, more slowly.
+        dtype: Of the multiplication; sums are float32.
+        rows: The M for which oneDNN packs the weight; others run as well.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype, rows: int) -> None:
@@ -44,7 +38,7 @@ class Product:
         self.weight = weight.t().contiguous() if self.packed is None else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Rows ``(M, K)`` to ``(M, N)``, in ``dtype``."""
+        """The product, in ``dtype``."""
         return self._product(x, "none", "")
 
     def gelu(self, x: Tensor) -> Tensor:

@@ -1,23 +1,26 @@
-"""How injector and extractor are trained: the settings, and the recipes that mean something."""
+"""The settings of joint training, and the recipes of the paper, its code and this project."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+
+from wm_inject.core.checks import check_choice
+from wm_inject.core.presets import preset_of
 
 if TYPE_CHECKING:
     from wm_extract.corruptions import Corruption, RandomCorruption
-    from wm_inject import ViTConfig
+    from wm_inject import ViTInjector
 
 # AdamW's peak rate relative to that of "tiny". At the same rate a "small" injector saturates the
 # tanh that limits its change and learns no more (docs/weights.md). "base" and "large" are not
-# measured: they go on from "small" as the inverse of the width.
+# measured: they continue from "small" as the inverse of the width.
 _RATES = {"tiny": 1.0, "small": 0.4, "base": 0.2, "large": 0.075}
 
 
 @dataclass(frozen=True)
 class JointConfig:
-    """How injector and extractor are trained. `preset` names the combinations that mean something.
+    """How injector and extractor are trained; `preset` has the recipes.
 
     Args:
         recipe: The preset this came from; it goes into every record.
@@ -37,12 +40,12 @@ class JointConfig:
         corrupt_clean: Corrupt clean images as well before the extractor sees them. Without it,
             the extractor takes the corruption for the mark.
         salt_pepper: Add salt-and-pepper noise to the paper's operations.
-        psnr_floor: Least PSNR of every marked image, in dB, held by the injector itself; None
+        psnr_floor: Least PSNR of every marked image, in dB, enforced by the injector; None
             leaves invisibility to equation 4 alone.
         psnr_start: Where the floor starts; it rises to ``psnr_floor`` over the first 40 % of the
             steps, so that the extractor first learns from a mark that is easy to see.
-        max_change: Largest change of any value, in [0, 1] units, held by the injector too; None
-            leaves it free. It keeps the mark from gathering in one visible place.
+        max_change: Largest change of any value, in [0, 1] units, enforced by the injector too;
+            None leaves it free. It keeps the mark from gathering in one visible corner.
         depth: Encoder blocks.
         decoder_depth: Decoder blocks.
         residual: Add the decoder's output to x instead of reconstructing x.
@@ -80,12 +83,9 @@ class JointConfig:
     precision: Literal["float32", "bfloat16"] = "bfloat16"
 
     def __post_init__(self) -> None:
-        if self.size not in _RATES:
-            raise ValueError(f"expected a size in {', '.join(_RATES)}, got {self.size!r}")
-        if self.optimizer not in ("sgd", "adamw"):
-            raise ValueError(f"expected optimizer sgd or adamw, got {self.optimizer!r}")
-        if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f"expected precision float32 or bfloat16, got {self.precision!r}")
+        check_choice("a size", self.size, _RATES)
+        check_choice("optimizer", self.optimizer, ("sgd", "adamw"))
+        check_choice("precision", self.precision, ("float32", "bfloat16"))
         for name in ("iterations", "batch_size", "warmup", "lr", "extractor_width", "depth"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"expected {name} > 0, got {getattr(self, name)}")
@@ -99,7 +99,9 @@ class JointConfig:
         if self.max_change is not None and not 0 < self.max_change <= 1:
             raise ValueError(f"expected max_change in (0, 1], got {self.max_change}")
         if not 0 <= self.corruption_probability <= 1:
-            raise ValueError(f"expected a probability in [0, 1], got {self.corruption_probability}")
+            raise ValueError(
+                f"expected corruption_probability in [0, 1], got {self.corruption_probability}"
+            )
 
     @classmethod
     def preset(cls, recipe: str = "robust", **changes: Any) -> JointConfig:
@@ -110,63 +112,29 @@ class JointConfig:
                 "released" (the weights, domain and length of the authors' published code, whose
                 augmentation of cover images is not reproduced).
             **changes: Fields to change.
-
-        Raises:
-            ValueError: An unknown recipe or field.
         """
-        paper = cls(
-            recipe="paper",
-            iterations=10_000,
-            optimizer="sgd",
-            lr=2e-4,
-            corrupt_clean=False,
-            salt_pepper=False,
-            psnr_floor=None,
-            psnr_start=None,
-            max_change=None,
-            depth=24,
-            decoder_depth=8,
-            residual=False,
-            precision="float32",
-        )
-        # The released loss is a sum over batch and tokens of a mean per patch, in [-1, 1]: at
-        # batch 16 and 64 tokens 16 * 64 * 4 / 3 of ours; its epsilon is half as large in [0, 1].
-        released = replace(
-            paper,
-            recipe="released",
-            iterations=100_000,
-            image_weight=16 * 64 * 4 / 3,
-            mark_weight=10.0,
-            clean_weight=1.0,
-            epsilon=0.5 / 255,
-            corruption_probability=0.0,
-        )
-        recipes = {"robust": cls(), "paper": paper, "released": released}
-        if recipe not in recipes:
-            raise ValueError(f"expected a recipe in {', '.join(recipes)}, got {recipe!r}")
-        try:
-            return replace(recipes[recipe], **changes)
-        except TypeError as error:
-            raise ValueError(f"expected settings of JointConfig: {error}") from error
+        return preset_of(cls, _PRESETS, recipe, **{"recipe": recipe, **changes})
 
     @property
     def peak_lr(self) -> float:
-        """The largest learning rate of the training: for AdamW, ``lr`` made fit for the size."""
+        """The largest learning rate: for AdamW, ``lr`` scaled for the size."""
         return self.lr * _RATES[self.size] if self.optimizer == "adamw" else self.lr
 
-    def injector(self, *, image_size: int, channels: int) -> ViTConfig:
-        """The injector this configuration trains on images of this shape."""
-        from wm_inject import ViTConfig
+    def injector(self, *, image_size: int, channels: int) -> ViTInjector:
+        """A fresh injector for images of this shape; torch's global generator is used."""
+        from wm_inject.watermark.vit import ViTInjector, vit_config
 
-        shape = ViTConfig.preset(self.size, image_size=image_size, channels=channels)
-        return replace(
-            shape,
+        settings = vit_config(
+            self.size,
+            image_size=image_size,
+            channels=channels,
             depth=self.depth,
             decoder_depth=self.decoder_depth,
             residual=self.residual,
             psnr_floor=self.psnr_floor,
             max_change=self.max_change,
         )
+        return ViTInjector(**settings)
 
     def anti_collapse(self) -> RandomCorruption:
         """The operations of equation 6 with their probability."""
@@ -189,3 +157,31 @@ class JointConfig:
         if self.salt_pepper:
             operations.append(SaltPepper())
         return RandomCorruption(operations, self.corruption_probability)
+
+
+_PAPER: dict[str, Any] = {
+    "iterations": 10_000,
+    "optimizer": "sgd",
+    "lr": 2e-4,
+    "corrupt_clean": False,
+    "salt_pepper": False,
+    "psnr_floor": None,
+    "psnr_start": None,
+    "max_change": None,
+    "depth": 24,
+    "decoder_depth": 8,
+    "residual": False,
+    "precision": "float32",
+}
+# The released loss is a sum over batch and tokens of a mean per patch, in [-1, 1]: at batch 16 and
+# 64 tokens 16 * 64 * 4 / 3 of ours; its epsilon is half as large in [0, 1].
+_RELEASED = {
+    **_PAPER,
+    "iterations": 100_000,
+    "image_weight": 16 * 64 * 4 / 3,
+    "mark_weight": 10.0,
+    "clean_weight": 1.0,
+    "epsilon": 0.5 / 255,
+    "corruption_probability": 0.0,
+}
+_PRESETS: dict[str, dict[str, Any]] = {"robust": {}, "paper": _PAPER, "released": _RELEASED}
