@@ -75,7 +75,7 @@ class NeuralCleanse:
         Returns:
             A report whose scores are the L1 norms of the masks, in pixels, at the effort of the
             labels that were searched longest; ``triggers`` holds an `InvertedTrigger` per label, on
-            the CPU, and ``config["race_log"]`` when each label was stopped.
+            the CPU, and ``log["race_log"]`` when each label was stopped.
 
         Raises:
             ValueError: As `Detector.scan`.
@@ -108,4 +108,4 @@ class NeuralCleanse:
             triggers=triggers,
             seed=seed,
         )
-        return replace(report, config={**report.config, "race_log": inverted.race})
+        return replace(report, log={"race_log": inverted.race})

@@ -21,9 +21,6 @@ class InvertedTrigger(nn.Module):
         target: The label it was searched for.
         success_rate: Share of other classes' clean images that it sends to the label.
         steps: Steps of the search.
-
-    Raises:
-        ValueError: Wrong shape, dtype or range.
     """
 
     kind = "nc"
@@ -71,11 +68,7 @@ class InvertedTrigger(nn.Module):
     def forward(
         self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None
     ) -> Tensor:
-        """Triggered images, in [0, 1]; ``ids`` and ``target`` change nothing.
-
-        Raises:
-            ValueError: Images that break the image contract or have another shape.
-        """
+        """Triggered images, in [0, 1]; ``ids`` and ``target`` change nothing."""
         channels, height, width = self.pattern.shape
         check_images(images, channels=channels, size=(height, width))
         return compose(images, self.mask, self.pattern).clamp(0, 1)

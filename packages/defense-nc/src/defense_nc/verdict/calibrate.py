@@ -1,4 +1,4 @@
-"""Fit a calibration to scans of clean models. Whoever doubts a verdict can do it again."""
+"""Fit a calibration to scans of clean models."""
 
 from __future__ import annotations
 
@@ -30,16 +30,7 @@ def clean_model(
     arch: str,
     name: str = "",
 ) -> CleanModel | None:
-    """What a scan of a clean model contributes to a calibration.
-
-    Args:
-        scores: Float ``(K,)``, >= 0.
-        success_rates: Float ``(K,)`` in [0, 1].
-        floor: The detector's success floor: labels below it are not compared in a scan either.
-        subject: What is known of the model.
-        dataset: Its data set.
-        arch: Its architecture.
-        name: Of the scan's record.
+    """A clean model's part of a calibration, from a scan: scores, rates and floor as for `judge`.
 
     Returns:
         None where so few labels were reached that a scan would be inconclusive.
@@ -66,11 +57,11 @@ def fit_calibration(
     """Fit the null distribution of a detector's scores to clean models.
 
     The tail is that of the labels' p-values, each model judged by the spread of the *other* models
-    like it, as a new model will be.
+    like it, as a new model is.
 
     Args:
-        models: At least five clean models; at least twenty for a verdict worth the name.
-        detector: Name of the defence.
+        models: At least five; at least twenty for a reliable verdict.
+        detector: Name of the method.
         preset: Name of its settings.
         settings: Those settings, ready for JSON.
         versions: Of the packages that made the scores.
@@ -89,8 +80,8 @@ def fit_calibration(
     nominal = []
     for i, (model, values) in enumerate(zip(models, logs, strict=True)):
         others = alike([*models[:i], *models[i + 1 :]], model.subject)
-        lent = prior_of([torch.tensor(other.log_scores).double() for other in others])
-        nominal.append(moderated_p_values(values, lent))
+        prior_of_others = prior_of([torch.tensor(other.log_scores).double() for other in others])
+        nominal.append(moderated_p_values(values, prior_of_others))
     return Calibration(
         detector=detector,
         preset=preset,
@@ -105,7 +96,7 @@ def fit_calibration(
 
 
 def refit(calibration: Calibration) -> Calibration:
-    """Fit a calibration again from the scores that it carries."""
+    """Fit a calibration again from its own scores."""
     again = fit_calibration(
         calibration.models, detector=calibration.detector, preset=calibration.preset
     )
