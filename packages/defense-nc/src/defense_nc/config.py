@@ -18,7 +18,7 @@ class NCConfig:
 
     Args:
         steps: Steps of the schedule, at most.
-        batches: Mini-batches per step; one step of the original is 1000 samples.
+        batches: Mini-batches per step.
         schedule: "original" starts with a free mask (cost 0); "ports" begins at ``init_cost``.
         starts: One search each, the smallest result counts: "random" draws mask and pattern
             uniformly, as the original does; "ones" starts from a white mask of 0.88, as the ports
@@ -130,14 +130,10 @@ class NCConfig:
     def preset(cls, name: str = "fast", **changes: Any) -> NCConfig:
         """Named settings with some of them changed.
 
-        "fast" is the default, and what verdicts are calibrated for: at most 128 mini-batches per
-        search, in long strides. "robust" takes more and smaller steps from four starts; "reference"
-        is robust with one label after another, in float32, without early stopping of labels.
+        Verdicts are calibrated for "fast". "robust" takes more and smaller steps from four starts;
+        "reference" is robust with one label after another, in float32, and no label stops early.
         "paper" is the original's example script: up to 1000 steps of 31 batches per label. "ports"
-        is what the PyTorch ports do (their early stop as written stops never; this one does).
-
-        Raises:
-            ValueError: No such preset, or a value outside its range.
+        is what the PyTorch ports do (their early stop as written never stops; this one does).
         """
         return preset_of(cls, PRESETS, name, **{"name": name, **changes})
 

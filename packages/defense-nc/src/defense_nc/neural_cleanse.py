@@ -27,9 +27,6 @@ class NeuralCleanse:
         alpha: Share of clean models that may be called backdoored, in (0, 1).
         max_ratio: Without a calibration, a suspected label's score is at most this share of the
             median, in (0, 1].
-
-    Raises:
-        ValueError: A rate or share outside its range.
     """
 
     config: NCConfig = field(default_factory=NCConfig)
@@ -76,9 +73,6 @@ class NeuralCleanse:
             A report whose scores are the L1 norms of the masks, in pixels, at the effort of the
             labels that were searched longest; ``triggers`` holds an `InvertedTrigger` per label, on
             the CPU, and ``log["race_log"]`` when each label was stopped.
-
-        Raises:
-            ValueError: As `Detector.scan`.
 
         Source: Neural Cleanse, section IV. The verdict rests on `judge_scan`; the paper's own rule
             is in the report beside it.

@@ -43,7 +43,6 @@ def invert_triggers(
 
     Args:
         targets: The labels to reach, each once; all K if None.
-        labels: Images of a label are left out when its trigger is sought.
         seed: Seeds every label's starts and order of images alike.
 
     Returns:

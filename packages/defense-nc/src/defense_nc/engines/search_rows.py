@@ -21,16 +21,13 @@ _MOST_IMAGES = {"cpu": 256, "cuda": 8192}  # of one pass: more is not faster
 
 
 class Search:
-    """One label and one start, and its current state. Holds its tensors while not in a batch.
+    """One label and one start (an index into ``config.starts``), and its current state.
+
+    It holds its tensors while it is not part of a batch.
 
     Args:
-        label: The label to reach.
-        start: Index into ``config.starts``.
         pool: int64 ``(M,)`` on the CPU: the images of other classes.
         shape: ``(C, H, W)`` of an image.
-        device: Of its tensors.
-        config: The settings.
-        seed: Of the start and the order of the images.
     """
 
     def __init__(
@@ -225,16 +222,7 @@ def adam_rows(
     lr: float,
     betas: tuple[float, float],
 ) -> None:
-    """One step of Adam in place, for rows that have taken different numbers of steps.
-
-    Args:
-        theta: ``(S, ...)``, what is learned; moments and gradient have the same shape.
-        first: First moments.
-        second: Second moments.
-        grad: The gradient.
-        steps: Float64 ``(S,)``: how many steps each row has taken with this one.
-        lr: Learning rate.
-        betas: Decay rates of the moments.
+    """One step of Adam in place on rows ``(S, ...)`` of which each has taken ``steps`` ``(S,)``.
 
     Source: Kingma and Ba 2015, algorithm 1, with torch's epsilon outside the root.
     """

@@ -44,18 +44,10 @@ def invert_trigger(
 ) -> InvertedTrigger:
     """Find the smallest mask and pattern that send images of other classes to ``target``.
 
-    Args:
-        labels: Images of the target class are left out: any trigger would succeed on them.
-        seed: Seeds the start and the order of the images; every label starts from the same mask.
-
     Returns:
         The trigger with the smallest norm among the steps that succeeded (or the next smallest that
         reaches ``config.floor``, or the last one if no step succeeded), with its success rate on
-        all the images used.
-
-    Raises:
-        ValueError: Bad images or labels, a target that the model does not have, or no image of
-            another class.
+        all images of other classes.
 
     Source: Neural Cleanse, equation 3 and released code. There images of the target class are not
         left out.

@@ -55,11 +55,7 @@ class CalibratedDetector:
             raise ValueError(f"expected a finite threshold, got {self.threshold}")
 
     def score(self, images: Tensor) -> Tensor:
-        """Float64 ``(N,)`` on the CPU, larger for triggered images.
-
-        Raises:
-            ValueError: Images that break the image contract or have another shape.
-        """
+        """Float64 ``(N,)`` on the CPU, larger for triggered images."""
         channels, height, width = self.shape
         check_images(images, channels=channels, size=(height, width))
         return self.scorer(images)
@@ -70,14 +66,10 @@ class CalibratedDetector:
 
 
 def threshold_at(scores: Tensor, false_positive_rate: float) -> float:
-    """The lowest of the clean scores that at most this share of them exceed.
-
-    Args:
-        scores: Of clean images, floating ``(N,)``, finite.
-        false_positive_rate: In [0, 1).
+    """The lowest of the clean scores ``(N,)`` that at most this share of them exceed.
 
     Raises:
-        ValueError: Scores of another kind, or a rate outside its range.
+        ValueError: Scores that are not finite floats, or a rate outside [0, 1).
     """
     _check_scores(scores)
     check_rate(false_positive_rate)
@@ -87,20 +79,16 @@ def threshold_at(scores: Tensor, false_positive_rate: float) -> float:
 
 
 def conformal_threshold(scores: Tensor, false_positive_rate: float) -> float:
-    """A threshold that a new clean image exceeds with at most this probability.
+    """A threshold that a new clean image exceeds with at most this probability, in (0, 1).
 
-    For scores that chose nothing else, and new images drawn from the same distribution.
+    For scores ``(N,)`` that chose nothing else, and new images drawn from the same distribution.
     `threshold_at`, a little less careful, bounds the share of the calibration images themselves.
 
-    Args:
-        scores: Of clean images, floating ``(N,)``, finite.
-        false_positive_rate: In (0, 1).
-
     Raises:
-        ValueError: Scores of another kind, a rate outside its range, or too few scores for it.
+        ValueError: As `threshold_at`, or too few scores for the rate.
 
     Source: split conformal prediction: the k-th largest of N scores is exceeded with probability at
-    most k / (N + 1).
+        most k / (N + 1).
     """
     _check_scores(scores)
     check_rate(false_positive_rate)
@@ -114,19 +102,13 @@ def conformal_threshold(scores: Tensor, false_positive_rate: float) -> float:
 
 
 def auroc(scores: Tensor, truths: Tensor) -> float:
-    """The area under the ROC curve: how often a triggered image scores above a clean one.
+    """Area under the ROC curve: the share of (triggered, clean) pairs in which the first is higher.
 
     Args:
         scores: Floating ``(N,)``, finite, larger for triggered images.
         truths: bool ``(N,)``: which images are triggered; both kinds must occur.
 
-    Returns:
-        The share of all pairs of one triggered and one clean image, ties counted half, in [0, 1].
-
-    Raises:
-        ValueError: Scores or truths of another kind, or only one kind of image.
-
-    Source: Mann and Whitney's statistic, from ranks.
+    Source: Mann and Whitney's statistic, from ranks; ties count half.
     """
     _check_scores(scores)
     if not isinstance(truths, Tensor) or truths.dtype != torch.bool:

@@ -63,11 +63,6 @@ class DiscriminantFilter:
         Args:
             images: At least 40, of all classes; best such that the model was not trained on.
             triggers: The reversed trigger of one label. For several labels, make a filter each.
-            seed: Decides which half an image is in.
-
-        Raises:
-            ValueError: Bad images, too few for the rate or at all, a model without a linear layer,
-                not exactly one trigger, or one that does not change the classifier's activations.
 
         Source: Fisher's linear discriminant with a shrunk covariance (Ledoit and Wolf's form, the
             share fixed).

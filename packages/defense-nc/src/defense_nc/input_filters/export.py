@@ -23,17 +23,12 @@ def export_filter(
     uint8: bool = True,
     **settings: Any,
 ) -> Parity:
-    """Write an input filter as ONNX, for `wm_inject.runtime.Scanner`.
+    """Write an input filter as ONNX, for `wm_inject.runtime.Scanner`; compared on 3 or more images.
 
     Args:
         detector: A calibrated filter on a classifier's activations.
-        images: At least three, to compare file and filter on.
-        path: The .onnx file.
         uint8: Take stored pixels, uint8 ``(N, H, W, C)``.
         settings: More of what `wm_inject.to_onnx` takes, such as precision.
-
-    Returns:
-        The difference between the file's scores and the filter's.
 
     Raises:
         ValueError: Another kind of detector, images of another shape, or as `wm_inject.to_onnx`.

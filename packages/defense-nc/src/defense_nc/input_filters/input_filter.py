@@ -51,14 +51,8 @@ class InputFilter:
     ) -> CalibratedDetector:
         """Rank the neurons by how much the reversed trigger excites them; watch the first ones.
 
-        The score of an image is the mean activation of the watched neurons.
-
-        Args:
-            triggers: The reversed trigger of one label. For several labels, make a filter each.
-            seed: Not used.
-
-        Raises:
-            ValueError: Bad images, a model without a linear layer, or not exactly one trigger.
+        The score of an image is the mean activation of the watched neurons. ``triggers`` holds the
+        trigger of one label; for several labels, make a filter each.
 
         Source: Neural Cleanse, section VI-A. The filter's error rate is a choice there as well.
         """

@@ -55,15 +55,8 @@ class Strip:
     ) -> CalibratedDetector:
         """Draw the overlays, and choose the threshold on clean images that are none of them.
 
-        The score is minus the mean entropy in bits, from -log2 K to 0.
-
-        Args:
-            images: More than ``overlays``.
-            triggers: Not used.
-            seed: Chooses the overlays; all images are scored with the same ones.
-
-        Raises:
-            ValueError: Bad images or too few of them, or a model without logits.
+        The score is minus the mean entropy in bits, from -log2 K to 0. All images are scored with
+        the same overlays, which ``seed`` chooses; there must be more images than overlays.
 
         Source: Gao et al. 2019, section IV. There the threshold comes from a normal curve and each
             image meets overlays of its own; here it is the empirical quantile.
@@ -97,17 +90,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 def strip_entropy(
     model: nn.Module, images: Tensor, overlays: Tensor, *, batch_size: int = 256
 ) -> Tensor:
-    """Mean entropy of a classifier's answers to each image with others laid over it.
-
-    Args:
-        overlays: ``(M, C, H, W)`` in [0, 1]: each is laid over each image.
-        batch_size: Images per pass.
+    """Mean entropy in bits of the answers to each image with each of ``overlays`` laid over it.
 
     Returns:
-        Bits, float64 ``(N,)`` on the CPU, from 0 to log2 K.
-
-    Raises:
-        ValueError: Bad images or overlays, overlays of another shape, or a model without logits.
+        Float64 ``(N,)`` on the CPU, from 0 to log2 K.
 
     Source: Gao et al. 2019. Pixels are added in 8 bits and saturate, as in the released code.
     """

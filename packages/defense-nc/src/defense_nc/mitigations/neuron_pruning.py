@@ -57,21 +57,12 @@ class NeuronPruning:
     ) -> Repaired:
         """Prune a copy, neuron by neuron, until the reversed triggers no longer work.
 
-        Args:
-            model: Its last layer is linear; not changed.
-            images: At least 2.
-            labels: The true classes.
-            triggers: The reversed triggers of the suspected labels; taken in the order of their
-                labels, with one cap for all.
-            seed: Not used.
-            progress: Not used.
-
-        Returns:
-            The pruned model. The log has, for each label, the neurons pruned for it in order and
-            the trigger's success before and after; and the accuracy on the images before and after.
+        Labels are taken in order, with one cap for all; nothing is drawn. The log has, for each
+        label, the neurons pruned for it in order and the trigger's success before and after; and
+        the accuracy on the images before and after.
 
         Raises:
-            ValueError: Bad images or labels, no trigger, a label that the model does not have, no
+            ValueError: As `check_repair`, no trigger, a label that the model does not have, no
                 image of another class, or a model whose last linear layer does not give the logits.
 
         Source: Neural Cleanse, section VI-B. The cap is the paper's; ``success_rate`` is ours.

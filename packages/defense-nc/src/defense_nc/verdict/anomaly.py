@@ -1,12 +1,9 @@
 """Is one label's score too small to be chance? The papers' rule, and one for a single scan.
 
-The papers call a label a target when its score lies more than two scaled median absolute deviations
-below the median: a 5 % rule for *one* label and a known distribution. Applied to all of ten labels
-with a median and deviation from the same ten numbers, it flags about a third of clean models with
-normal scores (a sixth with log-normal ones), as a simulation in the tests shows. `outlier_test`
-compares each label with the others only, corrects for their number, and requires an effect: where
-clean labels are within a few per cent of each other, a tenth is significant and means nothing.
-Where clean models were scanned with the same settings, `Calibration.p_values` takes its place.
+The papers' rule, an index above 2, is a 5 % rule for *one* label of a known distribution; applied
+to ten labels it flags about a third of clean models (simulated in the tests). `outlier_test`
+compares each label with the others only, corrects for their number, and requires an effect. Where
+clean models were scanned with the same settings, `Calibration.p_values` takes its place.
 """
 
 from __future__ import annotations
@@ -60,9 +57,6 @@ def mad_index(
     Returns:
         Infinite indices where more than half of the scores are the same number and this one is not.
 
-    Raises:
-        ValueError: Wrong type, shape or dtype, fewer than three scores, or a bad setting.
-
     Source: Neural Cleanse, section IV; equation 6 of the reverse-generator paper.
 
     Examples:
@@ -93,21 +87,15 @@ def outlier_test(scores: Tensor, *, alpha: float = 0.05, max_ratio: float = 0.5)
     """Test each label's log score against the prediction that the other K - 1 labels make for it.
 
     If all labels are clean and their scores log-normal, any label is significant with probability
-    at most ``alpha``, whatever their common size and spread.
+    at most ``alpha``, whatever their common size and spread. Two targets in one model partly mask
+    each other: each widens the other's prediction.
 
     Args:
         scores: Float ``(K,)``, K >= 3, finite, not negative.
         alpha: In (0, 1).
         max_ratio: A suspected label's score is at most this share of the median, in (0, 1].
 
-    Returns:
-        One-sided p-values with K - 2 degrees of freedom, ratios and the suspected labels. Two
-        targets in one model partly mask each other: each widens the other's prediction.
-
-    Raises:
-        ValueError: Wrong type, shape, dtype or range, fewer than three scores, or a bad setting.
-
-    Source: Student's prediction interval for one new observation; ours, in neither paper.
+    Source: Student's prediction interval for one new observation, K - 2 degrees of freedom; ours.
     """
     values = _check(scores)
     if values.min() < 0:

@@ -32,11 +32,7 @@ def clean_model(
 ) -> CleanModel | None:
     """A clean model's part of a calibration, from a scan: scores, rates and floor as for `judge`.
 
-    Returns:
-        None where so few labels were reached that a scan would be inconclusive.
-
-    Raises:
-        ValueError: Wrong type, shape, dtype or range.
+    None where so few labels were reached that a scan would be inconclusive.
     """
     check_scores(scores, success_rates, floor=floor)
     reached = success_rates.double() >= floor - 1e-6
@@ -54,20 +50,10 @@ def fit_calibration(
     settings: Mapping[str, Any] | None = None,
     versions: Mapping[str, str] | None = None,
 ) -> Calibration:
-    """Fit the null distribution of a detector's scores to clean models.
+    """Fit the null distribution of a detector's scores to at least five clean models.
 
-    The tail is that of the labels' p-values, each model judged by the spread of the *other* models
-    like it, as a new model is.
-
-    Args:
-        models: At least five; at least twenty for a reliable verdict.
-        detector: Name of the method.
-        preset: Name of its settings.
-        settings: Those settings, ready for JSON.
-        versions: Of the packages that made the scores.
-
-    Raises:
-        ValueError: Fewer than five models, or one with fewer than four labels.
+    Twenty or more make a reliable verdict. The tail is that of the labels' p-values, each model
+    judged by the spread of the *other* models like it, as a new model is.
 
     Source: ours, on the moments of Smyth (2004).
     """

@@ -106,11 +106,7 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
-        """Read what `to_dict` wrote.
-
-        Raises:
-            ValueError: Missing or unknown fields, or numbers out of range.
-        """
+        """Read what `to_dict` wrote; ``ValueError`` for anything else."""
         try:
             models = tuple(
                 CleanModel(
@@ -149,12 +145,8 @@ def load_calibration(
 ) -> Calibration | None:
     """The calibration shipped for a detector with these settings; None if there is none.
 
-    Args:
-        detector: Name of the method, as in its reports.
-        preset: Name of the settings; None: any.
-        settings: The settings themselves, ready for JSON; None: any.
-        classes: Of the model to be judged: each number of classes has a calibration of its own.
-            Without one for it, the first is returned, and judging with it abstains.
+    Each number of classes has a calibration of its own. Without one for ``classes`` the first is
+    returned, and judging with it abstains. None for the other arguments means any.
     """
     required = None if settings is None else json.loads(json.dumps(dict(settings)))
     fitting = [
@@ -169,11 +161,7 @@ def load_calibration(
 
 
 def read_calibrations(path: Path) -> tuple[Calibration, ...]:
-    """The calibrations in a JSON file.
-
-    Raises:
-        ValueError: A file that holds anything else.
-    """
+    """The calibrations in a JSON file."""
     return _parse(path.read_text(encoding="utf-8"))
 
 

@@ -54,15 +54,12 @@ def judge(
     the cost of reaching a label. The papers' rule is computed over all labels, as the papers do.
 
     Args:
-        detector: Name of the method, for the record.
+        detector: Name of the method.
         scores: Float ``(K,)``, K >= 2, >= 0: small where the label is easy to reach.
         success_rates: Float ``(K,)`` in [0, 1].
         floor: Success rate that makes a score comparable, in [0, 1].
-        alpha: Share of clean models that may be suspected.
         max_ratio: Without a calibration, a suspected score is at most this share of the median.
-        triggers: The reversed trigger of each label.
         config: Settings of the scan, ready for JSON.
-        seed: The scan's seed.
         calibration: The null distribution of these scores, if there is one.
         subject: The model's properties; None: like those of the calibration's models.
 
@@ -70,9 +67,6 @@ def judge(
         backdoored: some label is suspected. inconclusive: a reason to abstain holds
         (``suspected`` still lists the labels that stand out), or without a calibration a label is
         significant yet not far below the median. clean: neither.
-
-    Raises:
-        ValueError: Wrong type, shape, dtype or range.
 
     Source: ours; neither paper states an error rate.
     """
@@ -145,21 +139,7 @@ def judge_scan(
     triggers: Mapping[int, nn.Module] | None = None,
     seed: int = 0,
 ) -> ScanReport:
-    """`judge` with the calibration shipped for this detector and its settings, if there is one.
-
-    Args:
-        detector: As in the calibration.
-        scores: As for `judge`, like what is not listed here.
-        success_rates: As for `judge`.
-        model: The scanned model.
-        images: Those that it was scanned with.
-        settings: Of the detector, ready for JSON; the calibration was made with the same.
-        floor: As for `judge`.
-        alpha: As for `judge`.
-        max_ratio: As for `judge`.
-        triggers: As for `judge`.
-        seed: As for `judge`.
-    """
+    """`judge` with the calibration shipped for this detector and its ``settings``, if any."""
     return judge(
         detector,
         scores,

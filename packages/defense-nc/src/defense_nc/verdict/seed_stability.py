@@ -31,13 +31,7 @@ def scan_until_stable(
         seed: The first seed; further scans take the next numbers.
         max_repeats: Scans at most, >= ``agree``.
         agree: How many scans in a row must agree, >= 2.
-        margin: Factor, >= 1.
-
-    Returns:
-        A report on all scans together; inconclusive, with the tally, if they ran out.
-
-    Raises:
-        ValueError: A setting out of range, or scans that cannot be combined.
+        margin: At least 1.
 
     Source: ours. A simulation in the tests shows that repeats do not raise the false alarm rate.
     """
@@ -69,13 +63,8 @@ def scan_until_stable(
 def combine(reports: Sequence[ScanReport]) -> ScanReport:
     """One report on several scans of the same model, judged by each label's median log score.
 
-    Args:
-        reports: Of the same detector, settings and model; they may differ in seed and scores.
-
-    Returns:
-        A report with the first one's seed and settings. A label counts as reached if half of the
-        scans reached it; score and success rate are the medians of those, and the trigger is that
-        of the scan whose score is nearest.
+    A label counts as reached if half of the scans reached it; score and success rate are the
+    medians of those, and the trigger is that of the scan whose score is nearest.
 
     Raises:
         ValueError: No reports, or reports that differ in more than seed and scores.

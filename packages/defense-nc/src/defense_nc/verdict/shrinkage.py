@@ -58,9 +58,6 @@ def fit_prior(scales: Sequence[float], dfs: Sequence[float]) -> Prior:
         scales: Deviation of the log scores within each model, >= 0, not all 0.
         dfs: Degrees of freedom of each, > 0.
 
-    Raises:
-        ValueError: Fewer than two models, lengths that differ, or numbers out of range.
-
     Source: the moments of Smyth (2004), Linear models and empirical Bayes methods, section 6.2.
     """
     if len(scales) < 2 or len(scales) != len(dfs):
@@ -81,28 +78,16 @@ def fit_prior(scales: Sequence[float], dfs: Sequence[float]) -> Prior:
 
 
 def prior_of(logs: Sequence[Tensor]) -> Prior:
-    """The prior that clean models' log scores, each ``(K,)``, make.
-
-    Raises:
-        ValueError: Fewer than two models, or scores that do not differ.
-    """
+    """The prior of clean models' log scores, each ``(K,)``."""
     scales, dfs = zip(*(robust_scale(values) for values in logs), strict=True)
     return fit_prior([float(scale) for scale in scales], dfs)
 
 
 def moderated_p_values(logs: Tensor, prior: Prior) -> Tensor:
-    """One-sided p-values of each label against the median of the others.
+    """One-sided p-values of each label's log score ``(K,)``, K >= 4, against the others' median.
 
-    Args:
-        logs: Log scores float64 ``(K,)``, K >= 4, of the labels that can be compared.
-        prior: Of clean models.
-
-    Returns:
-        float64 ``(K,)`` in [0, 1]: the probability that one clean label lies this far below, for
-        normal log scores with one spread per model; `Calibration.p_values` corrects the tail.
-
-    Raises:
-        ValueError: Fewer than four labels or a prior out of range.
+    The probability that one clean label lies this far below, for normal log scores with one spread
+    per model; `Calibration.p_values` corrects the tail.
 
     Source: Smyth (2004), the moderated t-statistic; medians in place of means and leaving each
         label out of its own reference are ours.

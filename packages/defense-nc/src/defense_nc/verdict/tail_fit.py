@@ -30,16 +30,10 @@ class Tail(NamedTuple):
 
 
 def fit_tail(p_values: Tensor) -> Tail:
-    """Fit the tail to nominal p-values of clean labels.
+    """Fit the tail to nominal p-values ``(n,)``, n >= 20, of all labels of all clean models.
 
-    The tail is never lighter than the nominal one: a few clean models whose low labels lie close
-    together are no evidence for that.
-
-    Args:
-        p_values: Float ``(n,)`` in [0, 1], n >= 20, of all labels of all clean models together.
-
-    Raises:
-        ValueError: Fewer than twenty, or none of them smaller than the rest.
+    It is never lighter than the nominal one: a few clean models whose low labels lie close together
+    are no evidence for that.
 
     Source: peaks over a threshold with an exponential tail of ``-log p``; ours, in neither paper.
     """
