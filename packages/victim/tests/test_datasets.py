@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from wm_victim import Dataset, ImageSet, defender_subset, load_dataset
-from wm_victim.imagenet10 import CLASSES
+from wm_victim.named_datasets import IMAGENET10_CLASSES
 
 REAL = os.environ.get("WM_DATA", "")
 needs_data = pytest.mark.skipif(not REAL, reason="WM_DATA names no folder with the real data sets")
@@ -271,7 +271,7 @@ def test_a_damaged_tar_is_refused(tmp_path: Path) -> None:
         load_dataset("cifar10", root=tmp_path)
 
 
-WNIDS = list(CLASSES)
+WNIDS = list(IMAGENET10_CLASSES)
 
 
 def jpeg(value: int, size: tuple[int, int], mode: str = "RGB") -> bytes:

@@ -17,7 +17,7 @@ from wm_extract import PAPER_CORRUPTIONS, Corruption, RandomCorruption, named_co
 from wm_inject import load_trigger
 from wm_inject.attacks import Length
 from wm_victim import Dataset, ImageSet, TrainConfig, load_classifier
-from wm_victim.raw import stratified_order
+from wm_victim.dataset_files import stratified_order
 
 _SUFFIX = ".safetensors"
 _TRIGGER = ("name", "profile", "settings", "joint", "weight")
