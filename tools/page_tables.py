@@ -13,7 +13,7 @@ from wm_eval.attacks.tables import table1, table2
 from wm_eval.cleaning.gather import about, read_cleaning
 from wm_eval.cleaning.tables import cleaning_page
 from wm_eval.defence_sections import CLEANINGS, DETECTS, INDICES, POPULATION
-from wm_eval.detectors import HOUSE, detector
+from wm_eval.detectors import CALIBRATED, DETECTORS
 from wm_eval.paper2.index_figure import index_page
 from wm_eval.paper2.tables import pages as detect_pages
 from wm_eval.population.config import EVERYWHERE
@@ -71,7 +71,7 @@ def attack_tables(results: Path) -> Iterator[Table]:
     rows = tuple(
         (_scanner(name), *row) for name, page in pages.items() for row in page.tables[0].rows
     )
-    ours = " and ".join(str(detector(name).title) for name in HOUSE)
+    ours = " and ".join(DETECTORS[name].title for name in CALIBRATED)
     note = _SCANNED.format(ours=ours, about=_defender(pages[INDICES[0]]))
     yield Table("scans", "One victim on CIFAR-10, scanned", headers, rows, note)
 
@@ -194,12 +194,12 @@ def crosses_of(tables: Iterable[Table], title: str) -> list[Table]:
 
 def _scanner(folder: str) -> str:
     name = folder.removeprefix("figure3-cifar10").lstrip("-") or "nc"
-    return str(detector(name).title)
+    return DETECTORS[name].title
 
 
 def index_tables(results: Path, name: str) -> list[Table]:
     """What one detector said of the one victim of each attack."""
-    wanted = detector(name).title
+    wanted = DETECTORS[name].title
     pages = [index_page(results / folder) for folder in INDICES if _scanner(folder) == wanted]
     title = "One victim of each attack, CIFAR-10"
     return [

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from defense_nc import Sgd
 from wm_eval.attacks.gather import TITLES as ATTACK_TITLES
 from wm_eval.cleaning.config import TITLES as METHOD_TITLES
-from wm_eval.detectors import detector
+from wm_eval.detectors import DETECTORS
 from wm_eval.records import write_text
 from wm_eval.tables import Table, to_markdown
 from wm_inject.command.common import run_cli
@@ -52,7 +52,7 @@ class Settings(NamedTuple):
 _T, _R = "wm_inject.attacks", "defense_reverse.mitigations"
 _PROFILES = ("tiny", "small", "paper")
 _SIZES = ("small", "paper")
-_MITIGATION = ("fast", "paper")
+_FAST = ("fast", "paper")
 ATTACK_PAGES: dict[str, tuple[Settings, ...]] = {
     "badnets": (Settings(f"{_T}.badnets:BadNetsTrigger"),),
     "blend": (Settings(f"{_T}.blend:BlendTrigger"),),
@@ -84,12 +84,12 @@ _SPEEDS = ("fast", "robust", "paper")
 DETECTOR_PAGES: dict[str, tuple[str, tuple[Settings, ...]]] = {
     "neural-cleanse": ("nc", (Settings("defense_nc:NCConfig", _SPEEDS),)),
     "reverse-generators": ("reverse", (Settings("defense_reverse:ReverseConfig", _SPEEDS),)),
-    "feature-re": ("feature-re", (Settings("defense_reverse:FeatureREConfig", _SIZES),)),
+    "feature-re": ("feature-re", (Settings("defense_reverse:FeatureREConfig", _FAST),)),
     "bti-dbf": (
         "bti-dbf",
         (
-            Settings("defense_reverse:BtiDbfConfig", _SIZES),
-            Settings("defense_reverse:BtiDbf", _SIZES),
+            Settings("defense_reverse:BtiDbfConfig", _FAST),
+            Settings("defense_reverse:BtiDbfUnlearning", _FAST),
         ),
     ),
 }
@@ -103,11 +103,11 @@ METHOD_PAGES = {
         ("fine-tuning", "control"),
         Settings("defense_reverse:FineTuning", ("fast", "paper", "reverse")),
     ),
-    "fine-pruning": (("fine-pruning",), Settings("defense_reverse:FinePruning", _MITIGATION)),
-    "nad": (("nad",), Settings("defense_reverse:NAD", _MITIGATION)),
-    "anp": (("anp",), Settings("defense_reverse:ANP", _MITIGATION)),
-    "i-bau": (("i-bau",), Settings("defense_reverse:IBAU", _MITIGATION)),
-    "ft-sam": (("ft-sam",), Settings("defense_reverse:FTSAM", (*_MITIGATION, "paper-gtsrb"))),
+    "fine-pruning": (("fine-pruning",), Settings("defense_reverse:FinePruning", _FAST)),
+    "nad": (("nad",), Settings("defense_reverse:NAD", _FAST)),
+    "anp": (("anp",), Settings("defense_reverse:ANP", _FAST)),
+    "i-bau": (("i-bau",), Settings("defense_reverse:IBAU", _FAST)),
+    "ft-sam": (("ft-sam",), Settings("defense_reverse:FTSAM", (*_FAST, "paper-gtsrb"))),
 }
 IMAGE_PAGES = {
     "strip": Settings("defense_nc:Strip", _SIZES),
@@ -124,7 +124,7 @@ def render_pages(results: Path) -> Iterator[tuple[Path, str]]:
         yield Path("attacks", f"{name}.md"), _tail(shown, tables)
     scanned = list(detector_tables(results))
     for page, (name, shown) in DETECTOR_PAGES.items():
-        title = detector(name).title
+        title = DETECTORS[name].title
         tables = [
             *crosses_of(scanned, title),
             *pick(scanned, "detector", {title}),

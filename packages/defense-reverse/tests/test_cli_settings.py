@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from defense_reverse import ReverseGenerator
 from defense_reverse.cli import main
 from wm_victim import build_classifier, save_classifier
 
@@ -57,11 +57,12 @@ def test_what_is_printed_gives_the_same_settings(
 def test_the_settings_reach_the_scan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def scan(model: Any, images: Any, *, config: Any, **told: Any) -> None:
-        asked.append((len(images), config.steps, config.name, told["alpha"], told["seed"]))
+    def scan(detector: ReverseGenerator, model: Any, images: Any, **options: Any) -> None:
+        config = detector.config
+        asked.append((len(images), config.steps, config.name, detector.alpha, options["seed"]))
         raise ValueError("enough")
 
-    monkeypatch.setattr(sys.modules["defense_reverse.scan"], "scan", scan)
+    monkeypatch.setattr(ReverseGenerator, "scan", scan)
     model = build_classifier("wanet-mnist", num_classes=10, channels=1, image_size=28)
     save_classifier(model, tmp_path / "victim.safetensors")
     file = tmp_path / "mine.toml"

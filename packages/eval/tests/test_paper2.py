@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from defense_nc import InvertedTrigger, Repaired, ScanReport, Unlearning, judge
-from defense_reverse import Closeness, ReversedTrigger, UNetGenerator, closeness
+from defense_reverse import Closeness, ReversedTrigger, UNetGenerator, compare_triggers
 from wm_eval.attacks import stages as attack_stages
 from wm_eval.config import DataConfig, VictimConfig
 from wm_eval.paper2 import run as running
@@ -243,7 +243,9 @@ def test_closeness_is_that_of_the_triggers_themselves(finished: tuple[Path, Look
 
     def near(label: int) -> Closeness:
         given = {"ids": test.ids, "target": TINY.target}
-        return closeness(trial.reversed("reverse", label), trial.trigger(), test.images, **given)
+        return compare_triggers(
+            trial.reversed("reverse", label), trial.trigger(), test.images, **given
+        )
 
     known = near(TINY.target)
     others = [near(label).cosine for label in range(10) if label != TINY.target]

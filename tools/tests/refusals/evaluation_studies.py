@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tools.tests.refusals.common import IMAGES, Call, Cases
-from tools.tests.refusals.victim import FLAT, MODEL
+from tools.tests.refusals.common import Call, Cases
 
 import wm_eval as ev
 
@@ -80,12 +79,6 @@ CASES: Mapping[str, Cases] = {
     },
     "summarise_detection": {"no scan": lambda _: ev.summarise_detection({})},
     "detector": {"name": lambda _: ev.detector("strip")},
-    "Detector": {
-        "preset": lambda _: ev.detector("nc").config("secret"),
-        "setting": lambda _: ev.detector("nc").config(steps=0),
-        "images": lambda _: ev.detector("nc").scan(MODEL, IMAGES + 1, progress=False),
-        "no logits": lambda _: ev.detector("nc").scan(FLAT, IMAGES, progress=False),
-    },
     "DetectConfig": {
         "attack": detect(attack="nothing"),
         "detectors": detect(detectors=("nothing",)),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from defense_reverse.closeness import image_closeness
+from defense_reverse.closeness import compare_images
 from wm_eval.measure import poisoned_images
 from wm_eval.paper2.trial import Trial
 from wm_eval.pictures import amplified, residual_gain, save_picture
@@ -34,7 +34,7 @@ def compare_triggers(trial: Trial, detector: str, _: Path) -> Made:
     known = trial.study.space.record(f"scan-{detector}-{config.attack}-{trial.seed}").values
     labels = [row["label"] for row in known["labels"]]
     found = {k: poisoned_images(trial.reversed(detector, k), test) for k in labels}
-    near = {k: image_closeness(found[k], planted, images) for k in labels}
+    near = {k: compare_images(found[k], planted, images) for k in labels}
     others = [one.cosine for label, one in near.items() if label != target]
     values = {
         "attack": config.attack,

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from defense_reverse import ReverseConfig, UNetGenerator
-from defense_reverse.stacked import Stack, filled, fresh, pack, unpack
+from defense_reverse.engines.stack import (
+    GeneratorStack,
+    initial_moments,
+    pack,
+    unpack,
+    with_weights,
+)
 
 ROWS = 3
 
@@ -16,9 +22,9 @@ def generators(**changes: object) -> list[UNetGenerator]:
     return [UNetGenerator(**settings, seed=seed) for seed in range(ROWS)]
 
 
-def stack(nets: list[UNetGenerator], kind: str = "apart", **changes: object) -> Stack:
+def stack(nets: list[UNetGenerator], kind: str = "apart", **changes: object) -> GeneratorStack:
     config = ReverseConfig(stack=kind, precision="float32", **changes)
-    return Stack(nets[0], [fresh(net) for net in nets], taken=0, config=config)
+    return GeneratorStack(nets[0], [initial_moments(net) for net in nets], steps=0, config=config)
 
 
 def images(count: int = 4, seed: int = 0) -> torch.Tensor:
@@ -30,7 +36,7 @@ def test_a_packed_generator_comes_back():
     net = generators()[0]
     vector = pack(net)
     assert vector.shape == (sum(p.numel() for p in net.parameters()),)
-    again = filled(generators()[1], vector)
+    again = with_weights(generators()[1], vector)
     for one, other in zip(net.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other) and other.is_contiguous()
     assert torch.equal(net(images()), again(images()))
@@ -84,14 +90,14 @@ def test_one_adam_over_all_rows_is_an_adam_of_each(subtests):
 def test_rows_that_are_kept_go_on_as_if_nobody_had_left():
     whole, rest = stack(generators()), stack(generators())
 
-    def train(stack: Stack, rows: list[int], steps: range) -> None:
+    def train(stack: GeneratorStack, rows: list[int], steps: range) -> None:
         for step in steps:
             made = stack.generate([images(4, 10 * step + row) for row in rows])
             stack.step(sum(x.square().mean() for x in made))
 
     train(whole, [0, 1, 2], range(4))
     train(rest, [0, 1, 2], range(2))
-    rest = rest.keep([0, 2])
+    rest = rest.select([0, 2])
     train(rest, [0, 2], range(2, 4))
     assert torch.equal(rest.weights(0), whole.weights(0))
     assert torch.equal(rest.weights(1), whole.weights(2))

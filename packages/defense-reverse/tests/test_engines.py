@@ -7,21 +7,31 @@ import pytest
 import torch
 from torch import nn
 
-from defense_reverse import ReverseConfig, pretrain, reverse_engineer, scan, standing
-from defense_reverse.in_turn import reverse_in_turn
-from defense_reverse.standing import Keeper, Reversed, Task
-from defense_reverse.together import reverse_together
-from defense_reverse.trigger import ReversedTrigger
+from defense_nc.scan_inputs import ScanInputs
+from defense_reverse import (
+    ReverseConfig,
+    ReversedTrigger,
+    ReverseGenerator,
+    pretrain,
+    reverse_engineer,
+)
+from defense_reverse.engines import search_in_turn, search_together
+from defense_reverse.engines.task import ScanTask, SearchResult
+from wm_inject.core import resume
 from wm_victim.inference import frozen
 
 K = 6
 
 
-def reverse(model, data, config, *, by=reverse_together, seed=0, **more) -> Reversed:
+def scan(model, images, config, **options):
+    return ReverseGenerator(config).scan(model, images, progress=False, **options)
+
+
+def reverse(model, data, config, *, by=search_together, seed=0, **more) -> SearchResult:
     images, labels = data
     with frozen(model):
         start = pretrain(images, config=config, seed=seed)
-        return by(Task(model, images, labels, K, config, start, seed), **more)
+        return by(ScanTask(ScanInputs(model, images, labels, K), config, start, seed), **more)
 
 
 def same(one: ReversedTrigger, other: ReversedTrigger) -> bool:
@@ -52,8 +62,8 @@ def small(quick):
 def test_both_engines_give_the_same_answer(data, channel_model, small, changes):
     config = replace(small, **changes)
     found = reverse(channel_model, data, config)
-    alone = reverse(channel_model, data, config, by=reverse_in_turn)
-    assert found.steps == alone.steps and found.left_at == {}
+    alone = reverse(channel_model, data, config, by=search_in_turn)
+    assert found.steps == alone.steps and found.stopped_at == {}
     for label, trigger in alone.triggers.items():
         other = found.triggers[label]
         assert other.target == label
@@ -65,7 +75,7 @@ def test_both_engines_give_the_same_answer(data, channel_model, small, changes):
 
 def test_one_by_one_is_reverse_engineer(data, channel_model, small):
     images, labels = data
-    found = reverse(channel_model, data, small, by=reverse_in_turn)
+    found = reverse(channel_model, data, small, by=search_in_turn)
     start = pretrain(images, config=small)
     for label in (0, 2):
         alone = reverse_engineer(
@@ -88,7 +98,7 @@ def test_with_the_race_labels_leave_and_the_planted_one_is_still_named(data, cha
     images, labels = data
     changes = {"candidates": 2, "references": 1, "milestones": (0.6,), "lr": 5e-3}
     config = replace(quick, residual=True, race=True, batch_size=16, **changes)
-    report = scan(channel_model, images, labels=labels, config=config, progress=False)
+    report = scan(channel_model, images, config, labels=labels)
     assert report.suspected == (2,)
     left = report.config["left_at"]
     assert 1 <= len(left) <= 2 and "2" not in left and set(left.values()) == {45}
@@ -131,8 +141,8 @@ def test_a_killed_scan_goes_on_to_the_same_bytes(
     images, labels = data
     changes = {"milestones": (0.3, 0.6), "candidates": 1, "references": 1, "images_at_once": 24}
     config = replace(small, engine=name, race=name == "together", success_floor=0.2, **changes)
-    settings = {"labels": labels, "config": config, "progress": False, "seed": 3}
-    path, real, states = tmp_path / "scan.safetensors", standing.save_state, []
+    options = {"labels": labels, "seed": 3}
+    path, real, states = tmp_path / "scan.safetensors", resume.save_state, []
 
     def save(*args, **more):
         real(*args, **more)
@@ -140,14 +150,14 @@ def test_a_killed_scan_goes_on_to_the_same_bytes(
         if len(states) == saves:
             raise Killed
 
-    monkeypatch.setattr(standing, "save_state", save)
+    monkeypatch.setattr(resume, "save_state", save)
     with pytest.raises(Killed):
-        scan(channel_model, images, **settings, checkpoint=path)
+        scan(channel_model, images, config, **options, checkpoint=path)
     assert path.exists()
-    resumed = scan(channel_model, images, **settings, checkpoint=path)
+    resumed = scan(channel_model, images, config, **options, checkpoint=path)
     assert not path.exists()
     saved_in_two_parts = len(states)
-    whole = scan(channel_model, images, **settings, checkpoint=path)
+    whole = scan(channel_model, images, config, **options, checkpoint=path)
     assert resumed.to_dict() == whole.to_dict()
     assert all(same(whole.triggers[x], resumed.triggers[x]) for x in range(K))
     assert saved_in_two_parts == len(states) / 2  # nothing was done twice
@@ -157,20 +167,21 @@ def test_the_checkpoint_of_another_scan_is_refused(data, channel_model, small, t
     images, labels = data
     start = pretrain(images, config=small)
     path = tmp_path / "scan.safetensors"
-    task = Task(channel_model, images, labels, K, small, start)
-    Keeper(path, task).save({"runs": []})
-    assert Keeper(path, task).load() == {"runs": []}
+    inputs = ScanInputs(channel_model, images, labels, K)
+    task = ScanTask(inputs, small, start)
+    task.resume_file(path).save({"searches": []})
+    assert task.resume_file(path).load() == {"searches": []}
     for other in (
         task._replace(seed=1),
         task._replace(config=replace(small, lr=1e-3)),
-        task._replace(images=1 - images),
-        task._replace(model=nn.Linear(2, 2)),
+        task._replace(inputs=inputs._replace(images=1 - images)),
+        task._replace(inputs=inputs._replace(model=nn.Linear(2, 2))),
     ):
         with pytest.raises(ValueError, match="checkpoint of another run"):
-            Keeper(path, other).load()
+            other.resume_file(path).load()
     path.write_bytes(b"broken")
     with pytest.raises(ValueError, match=r"scan\.safetensors"):
-        Keeper(path, task).load()
+        task.resume_file(path).load()
 
 
 class Wide(nn.Module):
@@ -194,6 +205,6 @@ def test_very_many_labels_fit_a_small_budget():
     changes = {"width": 1, "depth": 1, "steps": 1, "batch_size": 2, "images_at_once": 200}
     config = ReverseConfig.preset("fast", **changes, stack="vmapped")
     labels = torch.tensor([0, 1, 2, 3])
-    report = scan(model, images, labels=labels, config=config, progress=False)
+    report = scan(model, images, config, labels=labels)
     assert len(report.labels) == len(report.triggers) == many
     assert max(model.sizes) == config.images_at_once

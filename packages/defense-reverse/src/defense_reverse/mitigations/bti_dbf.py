@@ -1,11 +1,11 @@
-"""BTI-DBF's unlearning: reverse a trigger, teach a copy that it means nothing, and again."""
+"""BTI-DBF's unlearning: reverse a trigger, unlearn it in a copy, and repeat."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +16,19 @@ from defense_nc.mitigations import check_repair, trainable
 from defense_nc.protocols import Repaired
 from defense_reverse.detectors.bti_dbf import frequent_label, invert
 from defense_reverse.detectors.bti_losses import BtiDbfConfig
-from defense_reverse.detectors.common import check_settings, descend, examine
+from defense_reverse.detectors.common import check_settings, open_split
 from defense_reverse.detectors.split import split_at_last_map
 from defense_reverse.generator import UNetGenerator
+from defense_reverse.label_state import descend
 from wm_inject.core.plan import Trigger
+from wm_inject.core.presets import preset_of
 from wm_inject.core.progress import progress as show_progress
+from wm_inject.core.randomness import seeded
 
 
-@dataclass(frozen=True)
-class BtiDbf:
-    """Rounds of inversion and unlearning. The defaults are the preset "small".
+@dataclass(frozen=True, kw_only=True)
+class BtiDbfUnlearning:
+    """Rounds of inversion and unlearning.
 
     Args:
         inversion: How a trigger is reversed, in every round.
@@ -35,12 +38,11 @@ class BtiDbf:
         lr: Adam's learning rate.
         trigger_share: Share of a batch that goes through the generator, in (0, 1].
 
-    Raises:
-        ValueError: A setting outside its range.
-
-    Source: Xu et al. 2024 and its released code.
+    Source: Xu et al. 2024 and its released code. The label of the first round is the target of all
+        later ones.
     """
 
+    name: ClassVar[str] = "bti-dbf"
     inversion: BtiDbfConfig = field(default_factory=BtiDbfConfig)
     rounds: int = 2
     steps: int = 200
@@ -59,23 +61,13 @@ class BtiDbf:
             raise ValueError(f"expected trigger_share in (0, 1], got {self.trigger_share}")
 
     @classmethod
-    def preset(cls, name: str, **changes: Any) -> BtiDbf:
+    def preset(cls, name: str = "fast", **changes: Any) -> BtiDbfUnlearning:
         """Settings by name, with changes.
 
-        "paper" is five rounds of thirty passes over 2,500 images; "small" is two rounds of a
+        "paper" is five rounds of thirty passes over 2,500 images; "fast" is two rounds of a
         hundred steps.
-
-        Raises:
-            ValueError: An unknown name, or a setting outside its range.
         """
-        if name not in _PRESETS:
-            raise ValueError(f"expected a preset in {', '.join(_PRESETS)}, got {name!r}")
-        return replace(_PRESETS[name], **changes)
-
-    @property
-    def name(self) -> str:
-        """What records and tables call it."""
-        return "bti-dbf"
+        return preset_of(cls, PRESETS, name, **changes)
 
     def repair(
         self,
@@ -89,21 +81,10 @@ class BtiDbf:
     ) -> Repaired:
         """Unlearn what the inversion finds in a copy of the model.
 
-        Args:
-            model: A classifier that `split_at_last_map` takes; not changed.
-            images: Clean float32 ``(N, C, H, W)`` in [0, 1], N >= 2, at least two classes.
-            labels: int64 ``(N,)``, the true classes.
-            triggers: Not used: each round reverses its own.
-            seed: Seeds everything that is drawn.
-            progress: Show how far it is.
-
-        Returns:
-            The copy, and per round the label found and the mean losses.
+        The log has the settings and, per round, the label and the mean losses.
 
         Raises:
-            ValueError: As `check_repair`, images of one class, or a model that cannot be split.
-
-        Source: the released code. The label of the first round is asked of all later ones.
+            ValueError: Images of one class, or a model that cannot be split.
         """
         check_repair(model, images, labels)
         cleaned = copy.deepcopy(model)
@@ -115,12 +96,12 @@ class BtiDbf:
         target: int | None = None
         rounds: list[dict[str, Any]] = []
         for turn in show_progress(range(self.rounds), desc="rounds", enabled=progress):
-            with examine(cleaned, images, labels, None) as seen:
-                found = invert(
-                    seen, self.inversion, seed=seed + turn, target=target, start=generator
-                )
-                label, share = frequent_label(seen, found.generator, self.inversion, seed=seed)
-            generator, target = found.generator, label if target is None else target
+            with open_split(cleaned, images, labels=labels) as inputs:
+                generator = invert(
+                    inputs, self.inversion, seed=seed + turn, target=target, start=generator
+                ).generator
+                label, share = frequent_label(inputs, generator, self.inversion, seed=seed)
+            target = label if target is None else target
             steps = self.steps // self.rounds + (turn < self.steps % self.rounds)
             loss = self._unlearn(
                 cleaned, optimizer, generator, images, labels, steps=steps, seed=seed + turn
@@ -144,10 +125,8 @@ class BtiDbf:
         split = split_at_last_map(model)
         random = torch.Generator().manual_seed(seed)
         totals = {"prediction": 0.0, "features": 0.0}
-        devices = [images.device] if images.device.type == "cuda" else []
-        # Dropout draws from the global generators: seeded here, and given back as they were.
-        with torch.random.fork_rng(devices=devices), torch.enable_grad():
-            torch.manual_seed(seed)
+        # Dropout draws from the global generators.
+        with seeded(seed, images.device), torch.enable_grad():
             model.train()
             for rows in training_batches(len(images), self.batch_size, steps, random):
                 batch, goal = images[rows.to(images.device)], labels[rows.to(images.device)]
@@ -166,9 +145,12 @@ class BtiDbf:
         return totals
 
 
-_PRESETS = {
-    "paper": BtiDbf(
-        inversion=BtiDbfConfig.preset("paper"), rounds=5, steps=5 * 30 * 20, batch_size=128
-    ),
-    "small": BtiDbf(),
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "inversion": BtiDbfConfig.preset("paper"),
+        "rounds": 5,
+        "steps": 5 * 30 * 20,
+        "batch_size": 128,
+    },
+    "fast": {},
 }

@@ -5,32 +5,32 @@ import torch
 from torch import nn
 
 from defense_reverse import ReverseConfig
-from defense_reverse.rounds import Batches, Found, LabelRecord, measure, round_subset
+from defense_reverse.label_state import Candidate, LabelState, measure, round_subset
 
 CONFIG = ReverseConfig(success_floor=0.9, fallbacks=2, patience=3)
-START = Found(0.1, 0.0, torch.zeros(1))
+START = Candidate(0.1, 0.0, torch.zeros(1))
 
 
-def play(*rounds: tuple[float, float], config: ReverseConfig = CONFIG) -> LabelRecord:
-    """A record after rounds of (success rate, residual); the weights number the rounds."""
-    record = LabelRecord(config, START)
+def play(*rounds: tuple[float, float], config: ReverseConfig = CONFIG) -> LabelState:
+    """A state after rounds of (success rate, residual); the weights number the rounds."""
+    state = LabelState(config, START)
     for number, (rate, residual) in enumerate(rounds, 1):
-        record.take(Found(rate, residual, torch.full((1,), float(number))))
-    return record
+        state.update(Candidate(rate, residual, torch.full((1,), float(number))))
+    return state
 
 
-def kept(record: LabelRecord) -> list[int]:
-    return [int(found.weights) for found in record.found]
+def kept(state: LabelState) -> list[int]:
+    return [int(found.weights) for found in state.candidates]
 
 
 def test_above_the_floor_the_smallest_residual_is_the_best():
-    record = play((0.95, 0.5), (1.0, 0.3), (0.92, 0.4))
-    assert record.score == 0.3 and kept(record) == [2, 3]
+    state = play((0.95, 0.5), (1.0, 0.3), (0.92, 0.4))
+    assert state.score == 0.3 and kept(state) == [2, 3]
 
 
 def test_below_the_floor_the_highest_success_is_the_best_and_there_is_no_score():
-    record = play((0.5, 0.9), (0.7, 0.95), (0.6, 0.1))
-    assert record.score == float("inf") and kept(record) == [2, 3]
+    state = play((0.5, 0.9), (0.7, 0.95), (0.6, 0.1))
+    assert state.score == float("inf") and kept(state) == [2, 3]
 
 
 def test_success_counts_before_the_residual():
@@ -38,8 +38,8 @@ def test_success_counts_before_the_residual():
 
 
 def test_a_start_that_reaches_the_floor_counts():
-    record = LabelRecord(CONFIG, Found(1.0, 0.0, torch.zeros(1)))
-    assert record.score == 0
+    state = LabelState(CONFIG, Candidate(1.0, 0.0, torch.zeros(1)))
+    assert state.score == 0
 
 
 def test_the_weight_follows_the_rounds():
@@ -55,43 +55,27 @@ def test_a_label_is_finished_after_rounds_without_a_smaller_residual():
     assert not play(good, *[worse] * 9, config=ReverseConfig(success_floor=0.9)).finished
 
 
-def test_settling_takes_the_next_best_where_the_best_falls_short_on_all_images():
-    record = play((0.95, 0.5), (0.95, 0.3))
+def test_the_best_is_the_next_best_where_the_best_falls_short_on_all_images():
+    state = play((0.95, 0.5), (0.95, 0.3))
     on_all = {2: (0.85, 0.31), 1: (0.93, 0.52)}
-    found = record.settle(lambda weights: on_all[int(weights)])
+    found = state.best(lambda weights: on_all[int(weights)])
     assert (found.success_rate, found.residual, int(found.weights)) == (0.93, 0.52, 1)
 
 
-def test_settling_takes_the_nearest_where_all_fall_short():
-    record = play((0.95, 0.5), (0.95, 0.3))
+def test_the_best_is_the_nearest_where_all_fall_short():
+    state = play((0.95, 0.5), (0.95, 0.3))
     on_all = {2: (0.85, 0.31), 1: (0.8, 0.52)}
-    assert int(record.settle(lambda weights: on_all[int(weights)]).weights) == 2
+    assert int(state.best(lambda weights: on_all[int(weights)]).weights) == 2
 
 
-def test_a_restored_record_goes_on_as_the_first_would():
+def test_a_restored_state_continues_as_the_first_would():
     one = play((0.5, 0.3), (0.95, 0.3), (0.95, 0.4))
-    other = LabelRecord(CONFIG, START)
-    other.restore(one.state())
-    for record in (one, other):
-        record.take(Found(0.92, 0.2, torch.full((1,), 9.0)))
+    other = LabelState(CONFIG, START)
+    other.load_state_dict(one.state_dict())
+    for state in (one, other):
+        state.update(Candidate(0.92, 0.2, torch.full((1,), 9.0)))
     assert kept(one) == kept(other) and one.search.value == other.search.value
-    assert one.state() == other.state()
-
-
-def test_batches_see_every_image_once_before_any_again():
-    indices = torch.tensor([3, 5, 8, 9, 11])
-    batches = Batches(indices, 2, seed=0)
-    drawn = torch.cat([batches.draw() for _ in range(5)])
-    assert sorted(drawn[:5].tolist()) == sorted(drawn[5:].tolist()) == indices.tolist()
-    assert len(Batches(indices, 9, seed=0).draw()) == 5
-
-
-def test_restored_batches_go_on_with_the_same_images():
-    one = Batches(torch.arange(7), 3, seed=1)
-    one.draw()
-    other = Batches(torch.arange(7), 3, seed=2)
-    other.restore(one.state())
-    assert all(torch.equal(one.draw(), other.draw()) for _ in range(6))
+    assert one.state_dict() == other.state_dict()
 
 
 def test_rounds_look_at_a_fixed_draw_of_the_images():
