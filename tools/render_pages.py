@@ -48,7 +48,7 @@ class Settings(NamedTuple):
 _T, _R = "wm_inject.attacks", "defense_reverse.mitigations"
 _PROFILES = ("tiny", "small", "paper")
 _SIZES = ("small", "paper")
-_MITIGATION = ("fast", "paper")
+_FAST = ("fast", "paper")
 ATTACK_PAGES: dict[str, tuple[Settings, ...]] = {
     "badnets": (Settings(f"{_T}.badnets:BadNetsTrigger"),),
     "blend": (Settings(f"{_T}.blend:BlendTrigger"),),
@@ -80,12 +80,12 @@ _SPEEDS = ("fast", "robust", "paper")
 DETECTOR_PAGES: dict[str, tuple[str, tuple[Settings, ...]]] = {
     "neural-cleanse": ("nc", (Settings("defense_nc:NCConfig", _SPEEDS),)),
     "reverse-generators": ("reverse", (Settings("defense_reverse:ReverseConfig", _SPEEDS),)),
-    "feature-re": ("feature-re", (Settings("defense_reverse:FeatureREConfig", _SIZES),)),
+    "feature-re": ("feature-re", (Settings("defense_reverse:FeatureREConfig", _FAST),)),
     "bti-dbf": (
         "bti-dbf",
         (
-            Settings("defense_reverse:BtiDbfConfig", _SIZES),
-            Settings("defense_reverse:BtiDbf", _SIZES),
+            Settings("defense_reverse:BtiDbfConfig", _FAST),
+            Settings("defense_reverse:BtiDbfUnlearning", _FAST),
         ),
     ),
 }
@@ -99,11 +99,11 @@ METHOD_PAGES = {
         ("fine-tuning", "control"),
         Settings("defense_reverse:FineTuning", ("fast", "paper", "reverse")),
     ),
-    "fine-pruning": (("fine-pruning",), Settings("defense_reverse:FinePruning", _MITIGATION)),
-    "nad": (("nad",), Settings("defense_reverse:NAD", _MITIGATION)),
-    "anp": (("anp",), Settings("defense_reverse:ANP", _MITIGATION)),
-    "i-bau": (("i-bau",), Settings("defense_reverse:IBAU", _MITIGATION)),
-    "ft-sam": (("ft-sam",), Settings("defense_reverse:FTSAM", (*_MITIGATION, "paper-gtsrb"))),
+    "fine-pruning": (("fine-pruning",), Settings("defense_reverse:FinePruning", _FAST)),
+    "nad": (("nad",), Settings("defense_reverse:NAD", _FAST)),
+    "anp": (("anp",), Settings("defense_reverse:ANP", _FAST)),
+    "i-bau": (("i-bau",), Settings("defense_reverse:IBAU", _FAST)),
+    "ft-sam": (("ft-sam",), Settings("defense_reverse:FTSAM", (*_FAST, "paper-gtsrb"))),
 }
 IMAGE_PAGES = {
     "strip": Settings("defense_nc:Strip", _SIZES),

@@ -223,7 +223,7 @@ def measure_on(
     name: str, trigger: WatermarkTrigger, detector: MarkDetector, seed: int
 ) -> dict[str, Any]:
     """The figures on the first test images of one set, with the threshold that ships."""
-    data = load_dataset(name, image_size=trigger.injector.shape.image_size)
+    data = load_dataset(name, image_size=trigger.injector.image_size)
     test = data.test.subset(torch.arange(min(MEASURED, len(data.test))))
     images, n = quantize(test.images), len(test)
     poisoned = poisoned_images(trigger, test)

@@ -175,15 +175,23 @@ def test_flops_are_those_counted_by_hand() -> None:
 
 
 def test_flops_of_the_injector_are_those_of_equation_3() -> None:
-    from wm_inject.watermark.vit import ViTConfig, ViTInjector, default_watermark
+    from wm_inject.watermark.picture import default_watermark
+    from wm_inject.watermark.vit import ViTInjector
 
     d, length, patch, blocks = 64, 64, 4, 3
-    config = ViTConfig(32, 3, patch, d, 2, depth=2, decoder_depth=1)
     block = 12 * d * d * length + 2 * length * length * d  # weights; q k^T and the mean of v
     project = length * (d * d + d * d // 2 + d * d // 2)
     edges = length * d * (2 * 3 * patch**2 + patch**2)  # patches in, pixels out, the watermark
     wanted = 2 * (blocks * block + project + edges)
-    model = ViTInjector.from_config(config)
+    model = ViTInjector(
+        image_size=32,
+        channels=3,
+        patch_size=patch,
+        width=d,
+        heads=2,
+        depth=2,
+        decoder_depth=1,
+    )
     assert speed.count_flops(model, torch.rand(1, 3, 32, 32), default_watermark(32)) == wanted
 
 

@@ -132,7 +132,7 @@ def test_settings_come_from_a_file_and_print_themselves(subtests: pytest.Subtest
             assert ("--print-config" in taken) == (name in CONFIG | PRINT_ONLY)
 
 
-@pytest.mark.parametrize("name", [n for n in PARSERS if not n.startswith("defense")])
+@pytest.mark.parametrize("name", PARSERS)
 def test_help_imports_no_torch(name: str) -> None:
     module = next(package.module for package in release.packages() if package.name == name)
     verbs = list(inner(PARSERS[name]).choices)

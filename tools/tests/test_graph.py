@@ -2,7 +2,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tools.check_graph import GRAPH, ROOT, imported, violations
+from tools.check_graph import GRAPH, ROOT, cycles, imported, list_modules, violations
 
 
 @pytest.fixture
@@ -90,3 +90,30 @@ def test_relative_imports_and_strings_are_no_edges() -> None:
     assert (
         list(imported("from . import x\nfrom .wm_eval import y\ntext = 'import wm_eval'\n")) == []
     )
+
+
+def test_a_cycle_inside_functions_too_is_found(house: Path) -> None:
+    folder = house / "packages" / "eval" / "src" / "wm_eval"
+    (folder / "one.py").write_text("def later():\n    from wm_eval import two\n")
+    (folder / "two.py").write_text("from wm_eval.one import x\n")
+    (found,) = cycles(list_modules(house))
+    assert found.startswith("import cycle") and "wm_eval.one" in found and "wm_eval.two" in found
+    (folder / "two.py").write_text("if TYPE_CHECKING:\n    from wm_eval.one import x\n")
+    assert list(cycles(list_modules(house))) == []
+
+
+def test_torch_is_found_behind_the_folders_without_it(house: Path) -> None:
+    folder = house / "packages" / "wm-inject" / "src" / "wm_inject"
+    (folder / "runtime").mkdir()
+    (folder / "runtime" / "__init__.py").write_text("from wm_inject import middle\n")
+    (folder / "middle.py").write_text("from wm_inject.far import x\n")
+    (folder / "far.py").write_text("def later():\n    import torch\n")
+    assert violations(house) == []
+    (folder / "far.py").write_text("from torch import nn\n")
+    assert violations(house) == [
+        "wm_inject.runtime imports torch by way of "
+        "wm_inject.far <- wm_inject.middle <- wm_inject.runtime"
+    ]
+    (folder / "far.py").write_text("")
+    (folder / "runtime" / "own.py").write_text("def later():\n    import torch\n")
+    assert violations(house) == ["wm_inject.runtime.own may not import torch"]

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from defense_nc import NCConfig, invert_trigger
-from defense_nc import batched as module
-from defense_nc.batched import invert_triggers
-from defense_nc.stack import adam_rows
+from defense_nc.engines import batched
+from defense_nc.engines.batched import invert_triggers
+from defense_nc.engines.search_rows import adam_rows
+from wm_inject.core.resume import ResumeFile
 from wm_victim.toy_backdoors import planted_classifier, planted_images
 
 TARGET = 3
@@ -143,17 +144,17 @@ def test_killed_and_resumed_it_ends_in_the_same_bytes(dots, tmp_path, monkeypatc
     arguments = {"config": config, "labels": labels, "seed": 1}
     whole = invert_triggers(Pixels(200), images, range(9), **arguments)
     path = tmp_path / "scan.safetensors"
-    monkeypatch.setattr(module, "_PAUSE", 0.0)
-    save, count = module.save_state, 0
+    monkeypatch.setattr(batched, "_PAUSE", 0.0)
+    save, count = ResumeFile.save, 0
 
-    def killed(*args, **settings):
+    def killed(self, state):
         nonlocal count
-        save(*args, **settings)
+        save(self, state)
         count += 1
         if count == killed_after:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "save_state", killed)
+    monkeypatch.setattr(ResumeFile, "save", killed)
     with pytest.raises(KeyboardInterrupt):
         invert_triggers(Pixels(200), images, range(9), checkpoint=path, **arguments)
     other = arguments | {"seed": 2}

@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 
-from defense_nc import InvertedTrigger, NeuralCleanse, batched, judge
+from defense_nc import InvertedTrigger, NeuralCleanse, judge
 from defense_nc.cli import main
-from defense_nc.schedule import PRESETS
+from defense_nc.config import PRESETS
+from defense_nc.engines import batched
+from wm_inject.core.resume import ResumeFile
 from wm_inject.runtime import Poisoner, Scanner
 from wm_victim import accuracy, build_classifier, load_classifier, load_dataset, save_classifier
 
@@ -120,17 +122,17 @@ def test_a_scan_goes_on_from_its_checkpoint(classifier, capsys, monkeypatch, tmp
     monkeypatch.setitem(PRESETS, "fast", {"steps": 2, "batches": 1, "batch_size": 4})
     path, options = tmp_path / "state.safetensors", ["--images", 20, "--preset", "fast"]
     monkeypatch.setattr(batched, "_PAUSE", 0.0)
-    save = batched.save_state
+    save = ResumeFile.save
 
-    def killed(*args, **settings):
-        save(*args, **settings)
+    def killed(self, state):
+        save(self, state)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(batched, "save_state", killed)
+    monkeypatch.setattr(ResumeFile, "save", killed)
     arguments = ["scan", classifier, "--data", "digits", *options, "--checkpoint", path]
     assert run(*arguments) == 130
     assert path.exists()
-    monkeypatch.setattr(batched, "save_state", save)
+    monkeypatch.setattr(ResumeFile, "save", save)
     code, resumed = run(*arguments), capsys.readouterr().out
     assert (run(*arguments[:-2]), capsys.readouterr().out) == (code, resumed)
     assert "verdict: " in resumed and not path.exists()
@@ -178,12 +180,13 @@ def test_wrong_usage_exits_64_before_anything_is_read(arguments, capsys):
     assert not data or arguments[1] in message
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["scan", "--help"], ["--version"]])
-def test_help_and_version(arguments, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        run(*arguments)
-    assert stopped.value.code == 0
-    assert "defense-nc" in capsys.readouterr().out
+def test_help_and_version(capsys, subtests):
+    for arguments in [["--help"], ["scan", "--help"], ["--version"]]:
+        with subtests.test(arguments=arguments):
+            with pytest.raises(SystemExit) as stopped:
+                run(*arguments)
+            assert stopped.value.code == 0
+            assert "defense-nc" in capsys.readouterr().out
 
 
 def test_unlearn_cleans_what_the_scan_names(classifier, scores, tmp_path, capsys):

@@ -69,29 +69,22 @@ def test_the_settings_reach_the_scan(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert asked == [(20, 7, "fast*", 0.1, 5), (30, 7, "fast*", 0.1, 0)]
 
 
-@pytest.mark.parametrize(("command", "code"), [("scan", 3), ("clean", 1)])
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("colour = 1", "unknown key 'colour' in settings: expected one of alpha, "),
-        ("[scan]\nstep = 1", "unknown key 'step' in settings.scan: expected one of "),
-        ('images = "many"', "expected int for settings.images, got 'many'"),
-        ("[scan]\nlr = -1", "settings.scan: expected lr > 0, got -1"),
-    ],
-)
 def test_a_file_that_does_not_fit_is_one_line_and_no_verdict(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    command: str,
-    code: int,
-    text: str,
-    message: str,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], subtests: pytest.Subtests
 ) -> None:
-    file = tmp_path / "mine.toml"
-    file.write_text(text)
-    assert main([command, "--config", str(file), "--print-config"]) == code
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: {file}: {message}") and said.count("\n") == 1
+    for command, code in [("scan", 3), ("clean", 1)]:
+        for text, message in [
+            ("colour = 1", "unknown key 'colour' in settings: expected one of alpha, "),
+            ("[scan]\nstep = 1", "unknown key 'step' in settings.scan: expected one of "),
+            ('images = "many"', "expected int for settings.images, got 'many'"),
+            ("[scan]\nlr = -1", "settings.scan: expected lr > 0, got -1"),
+        ]:
+            with subtests.test(command=command, code=code, text=text, message=message):
+                file = tmp_path / "mine.toml"
+                file.write_text(text)
+                assert main([command, "--config", str(file), "--print-config"]) == code
+                said = capsys.readouterr().err
+                assert said.startswith(f"error: {file}: {message}") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(

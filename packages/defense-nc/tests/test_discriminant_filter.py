@@ -9,8 +9,8 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import nn
 
 from defense_nc import DiscriminantFilter, InputFilter, Strip, auroc, export_filter
-from defense_nc.feature_score import FeatureScore
-from defense_nc.input_detector import conformal_threshold
+from defense_nc.input_filters.detector import conformal_threshold
+from defense_nc.input_filters.feature_score import FeatureScore
 from wm_inject.core.images import to_pixels
 from wm_inject.runtime import Detector, Scanner
 from wm_victim import build_classifier
@@ -61,7 +61,7 @@ def test_the_direction_is_fishers(model, data):
         len(covariance)
     )
     want = np.linalg.solve(mixed, triggered.mean(0) - clean.mean(0))
-    got = found.suspicion.weight.numpy()
+    got = found.scorer.weight.numpy()
     assert np.dot(got, want) / np.linalg.norm(got) / np.linalg.norm(want) > 1 - 1e-9
     lda.fit(np.concatenate([clean, triggered]), [0] * 150 + [1] * 150)
     both = lda.decision_function(features(model, data.images))
@@ -93,7 +93,7 @@ def test_it_tells_triggered_images_from_clean_ones(data, fresh):
 def test_model_and_trigger_come_back_as_they_were(model, data):
     state, trigger = copy.deepcopy(model.state_dict()), planted_trigger("patch").train()
     found = DiscriminantFilter().calibrate(model, data.images, triggers={TARGET: trigger})
-    found.suspicion.network()
+    found.scorer.network()
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert trigger.training and model(data.images[:2]).shape == (2, 10)
 

@@ -8,10 +8,10 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from defense_nc.input_detector import CalibratedDetector, auroc, threshold_at
-from defense_nc.input_filter import InputFilter
-from defense_nc.neurons import excitement, put_trigger
-from defense_nc.strip import Strip, strip_entropy
+from defense_nc.input_filters.detector import CalibratedDetector, auroc, threshold_at
+from defense_nc.input_filters.input_filter import InputFilter, excitement
+from defense_nc.input_filters.strip import Strip, strip_entropy
+from defense_nc.trigger import put_trigger
 from wm_inject.core.images import quantize, to_pixels
 from wm_victim import build_classifier
 from wm_victim.activations import last_linear, penultimate
@@ -67,10 +67,11 @@ class Watched(nn.Module):
 # --- threshold and ROC area ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.01, 0.05, 0.29, 0.5, 0.99])
-def test_the_threshold_flags_the_wanted_share_of_clean_scores(rate):
-    scores = torch.randperm(100, generator=torch.Generator().manual_seed(0)).double()
-    assert int((scores > threshold_at(scores, rate)).sum()) == round(100 * rate)
+def test_the_threshold_flags_the_wanted_share_of_clean_scores(subtests):
+    for rate in [0.0, 0.01, 0.05, 0.29, 0.5, 0.99]:
+        with subtests.test(rate=rate):
+            scores = torch.randperm(100, generator=torch.Generator().manual_seed(0)).double()
+            assert int((scores > threshold_at(scores, rate)).sum()) == round(100 * rate)
 
 
 def test_ties_never_flag_more_than_the_share():
@@ -79,12 +80,13 @@ def test_ties_never_flag_more_than_the_share():
     assert int((scores > threshold_at(scores, 0.5)).sum()) <= 2
 
 
-@pytest.mark.parametrize("levels", [3, 10, 1000])
-def test_auroc_equals_that_of_scikit_learn(levels):
-    generator = torch.Generator().manual_seed(levels)
-    scores = torch.randint(levels, (200,), generator=generator).double()
-    truths = torch.rand(200, generator=generator) < 0.3
-    assert auroc(scores, truths) == pytest.approx(roc_auc_score(truths, scores), abs=1e-12)
+def test_auroc_equals_that_of_scikit_learn(subtests):
+    for levels in [3, 10, 1000]:
+        with subtests.test(levels=levels):
+            generator = torch.Generator().manual_seed(levels)
+            scores = torch.randint(levels, (200,), generator=generator).double()
+            truths = torch.rand(200, generator=generator) < 0.3
+            assert auroc(scores, truths) == pytest.approx(roc_auc_score(truths, scores), abs=1e-12)
 
 
 def test_auroc_of_known_orders():
@@ -243,7 +245,7 @@ def test_the_given_model_and_trigger_come_back_as_they_were(data):
 
 
 def test_presets():
-    assert Strip.preset("small") == Strip.preset() == Strip()
+    assert Strip.preset("fast") == Strip.preset() == Strip()
     assert (Strip.preset("paper").overlays, Strip().false_positive_rate) == (100, 0.01)
     assert Strip.preset("paper", overlays=3).overlays == 3
     assert InputFilter.preset("paper", share=0.5) == InputFilter(share=0.5)
@@ -253,9 +255,8 @@ def test_presets():
             kind.preset("slow")
 
 
-@pytest.mark.parametrize(
-    ("kind", "wrong"),
-    [
+def test_refused_settings(subtests):
+    for kind, wrong in [
         (Strip, {"overlays": 0}),
         (Strip, {"calibration": 0}),
         (Strip, {"batch_size": 0}),
@@ -263,12 +264,9 @@ def test_presets():
         (InputFilter, {"share": 0.0}),
         (InputFilter, {"share": 1.5}),
         (InputFilter, {"false_positive_rate": -0.1}),
-    ],
-    ids=str,
-)
-def test_refused_settings(kind, wrong):
-    with pytest.raises(ValueError, match="expected"):
-        kind(**wrong)
+    ]:
+        with subtests.test(kind=kind, wrong=wrong), pytest.raises(ValueError, match="expected"):
+            kind(**wrong)
 
 
 def test_refused_data(data):

@@ -152,12 +152,13 @@ def test_the_cost_keeps_the_mask_small(data):
     assert invert_trigger(model, data.images, 1, config=charged).l1_norm < free.l1_norm
 
 
-@pytest.mark.parametrize("preset", ["paper", "ports", "robust"])
-def test_every_preset_runs(data, preset):
-    config = NCConfig.preset(preset, steps=2, batches=1)
-    found = invert_trigger(planted_classifier("patch"), data.images, 0, config=config)
-    assert found.mask.shape == (1, 16, 16)
-    assert found.mask.min() >= 0 and found.mask.max() <= 1
+def test_every_preset_runs(data, subtests):
+    for preset in ["paper", "ports", "robust"]:
+        with subtests.test(preset=preset):
+            config = NCConfig.preset(preset, steps=2, batches=1)
+            found = invert_trigger(planted_classifier("patch"), data.images, 0, config=config)
+            assert found.mask.shape == (1, 16, 16)
+            assert found.mask.min() >= 0 and found.mask.max() <= 1
 
 
 def test_refusals(data):

@@ -101,11 +101,12 @@ def test_half_of_the_labels_fall_apart(calibration):
     assert "two groups" in report.reason
 
 
-@pytest.mark.parametrize("easy", [range(10), range(9), range(7)])
-def test_every_label_easy(calibration, easy):
-    report = told(calibration, lowered(*easy, by=1.5))
-    assert report.verdict is Verdict.INCONCLUSIVE
-    assert "Every label is easy" in report.reason
+def test_every_label_easy(calibration, subtests):
+    for easy in [range(10), range(9), range(7)]:
+        with subtests.test(easy=easy):
+            report = told(calibration, lowered(*easy, by=1.5))
+            assert report.verdict is Verdict.INCONCLUSIVE
+            assert "Every label is easy" in report.reason
 
 
 def test_a_little_easier_than_clean_models_is_no_reason_to_doubt(calibration):
@@ -117,25 +118,23 @@ def test_without_a_calibration_an_easy_level_cannot_be_seen():
     assert told(None, lowered(*range(10))).verdict is Verdict.CLEAN
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
+def test_outside_the_calibrated_range(calibration, subtests):
+    for change, reason in [
         ({"classes": 11}, "10 classes; here there are 11"),
         ({"image_size": 64}, "32 pixels a side; here there are 64"),
         ({"channels": 1}, "images of 3 channels; these have 1"),
         ({"network": "transformer"}, "this one is transformer"),
         ({"network": "other"}, "neither convolutional nor a transformer"),
         ({"images": 200}, "500 clean images to scan with; here there are 200"),
-    ],
-)
-def test_outside_the_calibrated_range(calibration, change, reason):
-    subject = replace(SUBJECT, **change)
-    report = told(calibration, lowered(2), subject=subject)
-    assert report.verdict is Verdict.INCONCLUSIVE
-    assert not report.calibrated
-    assert report.suspected == (2,)  # at face value
-    assert reason in report.reason and "label 2" in report.reason
-    assert told(calibration, CLEAN, subject=subject).verdict is Verdict.INCONCLUSIVE
+    ]:
+        with subtests.test(change=change, reason=reason):
+            subject = replace(SUBJECT, **change)
+            report = told(calibration, lowered(2), subject=subject)
+            assert report.verdict is Verdict.INCONCLUSIVE
+            assert not report.calibrated
+            assert report.suspected == (2,)  # at face value
+            assert reason in report.reason and "label 2" in report.reason
+            assert told(calibration, CLEAN, subject=subject).verdict is Verdict.INCONCLUSIVE
 
 
 def test_numbers_between_the_calibrated_ones_are_covered(calibration, simulated):
@@ -161,21 +160,18 @@ class Compiled(nn.Module):
     original_name = "Conv2d"
 
 
-@pytest.mark.parametrize(
-    ("part", "network"),
-    [
+def test_the_kind_of_network_is_read_off_its_layers(subtests):
+    for part, network in [
         (nn.Conv2d(3, 4, 3), "convolutional"),
         (Compiled(), "convolutional"),
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.MultiheadAttention(4, 2)), "transformer"),
         (Attention(), "transformer"),
         (nn.Linear(3, 4), "other"),
-    ],
-    ids=["conv", "compiled", "multihead", "attention", "linear"],
-)
-def test_the_kind_of_network_is_read_off_its_layers(part, network):
-    model = nn.ModuleList([part])
-    found = describe_model(model, torch.zeros(5, 3, 8, 12), classes=7)
-    assert found == ModelInfo(7, 12, 3, network, 5)
+    ]:
+        with subtests.test(part=part, network=network):
+            model = nn.ModuleList([part])
+            found = describe_model(model, torch.zeros(5, 3, 8, 12), classes=7)
+            assert found == ModelInfo(7, 12, 3, network, 5)
 
 
 def test_the_number_of_classes_is_asked_of_the_model(data):
@@ -228,18 +224,16 @@ def test_several_planted_targets_are_named(calibration, data):
     assert calibrated.verdict is Verdict.BACKDOORED
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_refused_subjects(subtests):
+    for change, message in [
         ({"classes": 1}, "classes"),
         ({"image_size": 0}, "image_size"),
         ({"channels": 0}, "channels"),
         ({"images": 0}, "images"),
         ({"network": "recurrent"}, "network"),
-    ],
-)
-def test_refused_subjects(change, message):
-    with pytest.raises(ValueError, match=message):
-        replace(SUBJECT, **change)
-    with pytest.raises(ValueError, match="shape"):
-        describe_model(nn.Linear(2, 2), torch.zeros(3, 8), classes=2)
+    ]:
+        with subtests.test(change=change, message=message):
+            with pytest.raises(ValueError, match=message):
+                replace(SUBJECT, **change)
+            with pytest.raises(ValueError, match="shape"):
+                describe_model(nn.Linear(2, 2), torch.zeros(3, 8), classes=2)

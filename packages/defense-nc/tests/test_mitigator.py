@@ -6,42 +6,44 @@ import pytest
 import torch
 from torch import nn
 
-from defense_nc.mitigator import batches, check_repair, trainable
+from defense_nc.batches import training_batches
+from defense_nc.mitigations import check_repair, trainable
 
 
 def order(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize(("count", "size", "steps"), [(97, 32, 10), (10, 4, 5), (5, 64, 3)])
-def test_every_row_comes_once_before_any_row_again(count, size, steps):
-    parts = list(batches(count, size, steps, order()))
-    assert len(parts) == steps
-    # 97 = 3 * 32 + 1: the single row is left out of the pass
-    a_pass = [*[size] * (count // size), count % size]
-    a_pass = [length for length in a_pass if length > 1]
-    lengths = [len(part) for part in parts]
-    assert lengths == (a_pass * steps)[:steps]
-    first = torch.cat(parts[: len(a_pass)])
-    assert len(first.unique()) == len(first) == sum(a_pass)
-    assert set(first.tolist()) <= set(range(count))
+def test_every_row_comes_once_before_any_row_again(subtests):
+    for count, size, steps in [(97, 32, 10), (10, 4, 5), (5, 64, 3)]:
+        with subtests.test(count=count, size=size, steps=steps):
+            parts = list(training_batches(count, size, steps, order()))
+            assert len(parts) == steps
+            # 97 = 3 * 32 + 1: the single row is left out of the pass
+            a_pass = [*[size] * (count // size), count % size]
+            a_pass = [length for length in a_pass if length > 1]
+            lengths = [len(part) for part in parts]
+            assert lengths == (a_pass * steps)[:steps]
+            first = torch.cat(parts[: len(a_pass)])
+            assert len(first.unique()) == len(first) == sum(a_pass)
+            assert set(first.tolist()) <= set(range(count))
 
 
 def test_passes_differ_and_the_seed_decides():
-    first, again, other = (torch.cat(list(batches(8, 4, 4, order(s)))) for s in (0, 0, 1))
+    first, again, other = (torch.cat(list(training_batches(8, 4, 4, order(s)))) for s in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert not torch.equal(first[:8], first[8:])
 
 
 def test_no_steps_are_no_batches():
-    assert list(batches(8, 4, 0, order())) == []
+    assert list(training_batches(8, 4, 0, order())) == []
 
 
-@pytest.mark.parametrize("wrong", [(1, 4, 2), (8, 1, 2), (8, 4, -1)])
-def test_refused_batches(wrong):
-    with pytest.raises(ValueError, match="expected count >= 2"):
-        batches(*wrong, order())
+def test_refused_batches(subtests):
+    for wrong in [(1, 4, 2), (8, 1, 2), (8, 4, -1)]:
+        with subtests.test(wrong=wrong), pytest.raises(ValueError, match="expected count >= 2"):
+            training_batches(*wrong, order())
 
 
 def test_the_check_counts_classes_and_changes_nothing():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from defense_nc.neuron_pruning import NeuronPruning
+from defense_nc.mitigations import NeuronPruning
 from wm_inject.core.images import quantize
 from wm_victim import build_classifier
 from wm_victim.activations import penultimate

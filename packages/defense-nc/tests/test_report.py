@@ -94,9 +94,8 @@ def test_to_dict_is_json_without_triggers():
 ONES = torch.ones(5)
 
 
-@pytest.mark.parametrize(
-    ("scores", "rates", "settings"),
-    [
+def test_refusals(subtests):
+    for scores, rates, settings in [
         ([1.0] * 5, ONES, {}),
         (torch.ones(5, dtype=torch.int64), ONES, {}),
         (ONES, torch.ones(4), {}),
@@ -108,12 +107,12 @@ ONES = torch.ones(5)
         (ONES, ONES, {"floor": 1.5}),
         (ONES, ONES, {"alpha": 0.0}),
         (ONES, ONES, {"max_ratio": 0.0}),
-    ],
-    ids=str,
-)
-def test_refusals(scores, rates, settings):
-    with pytest.raises(ValueError, match="expected"):
-        judge("test", scores, rates, **{"floor": 0.9, **settings})
+    ]:
+        with (
+            subtests.test(scores=scores, rates=rates, settings=settings),
+            pytest.raises(ValueError, match="expected"),
+        ):
+            judge("test", scores, rates, **{"floor": 0.9, **settings})
 
 
 def test_half_of_the_labels_must_be_reached() -> None:

@@ -83,7 +83,7 @@ def test_the_report_holds_everything(backdoored, data):
     assert sorted(backdoored.triggers) == list(range(10))
     for label in backdoored.labels:
         trigger = backdoored.triggers[label.label]
-        gain = backdoored.config["race_log"]["gain"][label.label]
+        gain = backdoored.log["race_log"]["gain"][label.label]
         assert label.score == pytest.approx(trigger.l1_norm * gain)
         assert label.success_rate == trigger.success_rate
         assert trigger.target == label.label
@@ -91,7 +91,7 @@ def test_the_report_holds_everything(backdoored, data):
     assert backdoored.config["images"] == len(data)
     assert backdoored.config["steps"] == FAST.steps
     assert backdoored.config["name"] == "fast*"
-    assert sum(left is None for left in backdoored.config["race_log"]["left_at"]) <= 6
+    assert sum(left is None for left in backdoored.log["race_log"]["left_at"]) <= 6
     json.dumps(backdoored.to_dict(), allow_nan=False)
     assert math.isfinite(backdoored.paper_index)
     assert str(backdoored.verdict) == backdoored.to_dict()["verdict"] == "backdoored"

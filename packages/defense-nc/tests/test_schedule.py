@@ -138,9 +138,8 @@ def test_a_schedule_goes_on_from_its_state():
         assert vars(second) == vars(whole)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
+def test_refused_settings(subtests):
+    for wrong in [
         {"steps": 0},
         {"batches": 0},
         {"batch_size": 0},
@@ -172,12 +171,9 @@ def test_a_schedule_goes_on_from_its_state():
         {"milestones": (0, 5)},
         {"milestones": (9, 5)},
         {"milestones": (5, 5)},
-    ],
-    ids=str,
-)
-def test_refused_settings(wrong):
-    with pytest.raises(ValueError, match="expected"):
-        NCConfig(**wrong)
+    ]:
+        with subtests.test(wrong=wrong), pytest.raises(ValueError, match="expected"):
+            NCConfig(**wrong)
 
 
 def test_refused_preset_and_step():

@@ -53,24 +53,22 @@ def test_one_scan_is_enough_far_from_the_line(calibration, depth):
     assert found.verdict is (Verdict.BACKDOORED if depth else Verdict.CLEAN)
 
 
-@pytest.mark.parametrize(
-    ("depths", "repeats", "verdict"),
-    [
+def test_near_the_line_it_repeats(calibration, subtests):
+    for depths, repeats, verdict in [
         ([NAMED] * 3, 3, Verdict.BACKDOORED),
         ([MISSED] * 3, 3, Verdict.CLEAN),
         ([MISSED, NAMED, FAR, FAR], 4, Verdict.BACKDOORED),
         ([NAMED, MISSED, 0.0, 0.0], 4, Verdict.CLEAN),
         ([NAMED, MISSED, NAMED, MISSED, NAMED], 5, Verdict.INCONCLUSIVE),
-    ],
-)
-def test_near_the_line_it_repeats(calibration, depths, repeats, verdict):
-    scan, asked = scripted(calibration, depths)
-    found = scan_until_stable(scan)
-    assert (found.verdict, found.repeats) == (verdict, repeats)
-    assert asked == list(range(repeats))
-    if verdict is Verdict.INCONCLUSIVE:
-        assert "flips between 5 scans (backdoored 3, clean 2)" in found.reason
-        assert found.to_dict()["repeats"] == 5
+    ]:
+        with subtests.test(depths=depths, repeats=repeats, verdict=verdict):
+            scan, asked = scripted(calibration, depths)
+            found = scan_until_stable(scan)
+            assert (found.verdict, found.repeats) == (verdict, repeats)
+            assert asked == list(range(repeats))
+            if verdict is Verdict.INCONCLUSIVE:
+                assert "flips between 5 scans (backdoored 3, clean 2)" in found.reason
+                assert found.to_dict()["repeats"] == 5
 
 
 def test_a_model_outside_the_calibrated_range_is_not_scanned_again(calibration, subject):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from defense_nc import InvertedTrigger, NCConfig, Unlearning, invert_trigger
-from defense_nc.unlearning import pass_batches
+from defense_nc.mitigations import pass_batches
 from wm_inject.core.images import quantize
 from wm_victim.toy_backdoors import planted_classifier, planted_images, planted_trigger
 
@@ -255,12 +255,10 @@ def test_published_settings():
     assert paper.steps(5000) == -(-5000 // 32) and reverse.steps(2500) == 10 * -(-5000 // 32)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"epochs": -1}, {"trigger_share": 0.0}, {"trigger_share": 1.5}], ids=str
-)
-def test_refused_settings(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        Unlearning(**wrong)
+def test_refused_settings(subtests):
+    for wrong in [{"epochs": -1}, {"trigger_share": 0.0}, {"trigger_share": 1.5}]:
+        with subtests.test(wrong=wrong), pytest.raises(ValueError, match=next(iter(wrong))):
+            Unlearning(**wrong)
 
 
 def test_refusals(data):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from defense_nc import ScanReport
-from defense_reverse import ReverseConfig, UNetGenerator, pretrain, scan
+from defense_reverse import ReverseConfig, ReverseGenerator, UNetGenerator, pretrain
 from wm_inject import quantize
 from wm_victim.toy_backdoors import planted_classifier, planted_images
 
@@ -30,6 +30,10 @@ QUICK = ReverseConfig.preset(
 
 # What the presets take: the output that needs no pre-training.
 SCAN = replace(QUICK, residual=True)
+
+
+def scan(model, images, config, **options) -> ScanReport:
+    return ReverseGenerator(config).scan(model, images, progress=False, **options)
 
 
 class Case(NamedTuple):
@@ -76,10 +80,10 @@ def start(data) -> UNetGenerator:
 @pytest.fixture(scope="session")
 def backdoored(data) -> Case:
     model = planted("channel")
-    return Case(model, scan(model, data[0], labels=data[1], config=SCAN, progress=False))
+    return Case(model, scan(model, data[0], SCAN, labels=data[1]))
 
 
 @pytest.fixture(scope="session")
 def clean(data) -> Case:
     model = planted("clean")
-    return Case(model, scan(model, data[0], labels=data[1], config=SCAN, progress=False))
+    return Case(model, scan(model, data[0], SCAN, labels=data[1]))

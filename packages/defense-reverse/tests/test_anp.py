@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from defense_nc.mitigator import check_repair
+from defense_nc.mitigations import check_repair
 from defense_reverse.mitigations.anp import ANP, DisturbedLoss, masked_parameters, normalisations
 from wm_inject.core.images import quantize
 from wm_victim import build_classifier
@@ -233,9 +233,8 @@ def test_presets():
         ANP.preset("slow")
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
+def test_refused_settings(subtests):
+    for wrong in [
         {"steps": 0},
         {"batch_size": 1},
         {"noise_steps": 0},
@@ -246,12 +245,9 @@ def test_presets():
         {"holdout": 0.0},
         {"holdout": 1.0},
         {"tolerance": 1.0},
-    ],
-    ids=str,
-)
-def test_refused_settings(wrong):
-    with pytest.raises(ValueError, match="expected"):
-        ANP(**wrong)
+    ]:
+        with subtests.test(wrong=wrong), pytest.raises(ValueError, match="expected"):
+            ANP(**wrong)
 
 
 def test_refusals(data):

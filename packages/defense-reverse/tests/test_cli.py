@@ -1,14 +1,20 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 import torch
 
 from defense_nc import judge
-from defense_reverse import ReversedTrigger, UNetGenerator, config, load_reversed, standing
+from defense_reverse import (
+    ReversedTrigger,
+    ReverseGenerator,
+    UNetGenerator,
+    config,
+    load_reversed,
+)
 from defense_reverse.cli import main
+from wm_inject.core import resume
 from wm_victim import build_classifier, load_classifier, save_classifier
 
 TINY = {"width": 2, "depth": 1, "pretrain_steps": 1, "steps": 1}
@@ -47,16 +53,16 @@ def test_scan_prints_writes_and_exits_with_the_verdict(classifier, quickly, tmp_
 
 
 def test_scan_goes_on_from_its_checkpoint(classifier, quickly, tmp_path, monkeypatch, capsys):
-    path, real = tmp_path / "scan.safetensors", standing.save_state
+    path, real = tmp_path / "scan.safetensors", resume.save_state
 
     def killed(*args, **more):
         real(*args, **more)
         raise ValueError("killed")
 
     more = ("--images", "20", "--checkpoint", str(path))
-    monkeypatch.setattr(standing, "save_state", killed)
+    monkeypatch.setattr(resume, "save_state", killed)
     assert main(command("scan", classifier, *more)) == 3 and path.exists()
-    monkeypatch.setattr(standing, "save_state", None)  # nothing is left to be saved
+    monkeypatch.setattr(resume, "save_state", None)  # nothing is left to be saved
     assert main(command("scan", classifier, *more)) in (0, 1, 2) and not path.exists()
     assert "verdict:" in capsys.readouterr().out
 
@@ -81,7 +87,7 @@ def test_clean_writes_a_new_classifier_for_a_named_label(classifier, tmp_path, c
         scores = torch.tensor([1.0, 1.1, 0.9, 0.1, 1.0, 1.2, 0.95, 1.05, 1.0, 0.9])
         return judge("reverse-generator", scores, torch.ones(10), floor=0.95, triggers={3: trigger})
 
-    monkeypatch.setattr(sys.modules["defense_reverse.scan"], "scan", named)
+    monkeypatch.setattr(ReverseGenerator, "scan", named)
     before, out = classifier.read_bytes(), tmp_path / "cleaned.safetensors"
     record = tmp_path / "told.json"
     more = ("--clean-images", "40", "--out", str(out), "--json", str(record), "--recipe", "paper")
@@ -99,18 +105,18 @@ def test_clean_writes_a_new_classifier_for_a_named_label(classifier, tmp_path, c
     assert not torch.equal(old.head.weight, new.head.weight)
 
 
-@pytest.mark.parametrize(
-    "argv", [[], ["scan"], ["scan", "x"], ["polish"], ["clean", "x", "--data", "digits"]]
-)
-def test_wrong_usage_exits_64(argv):
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    assert stop.value.code == 64
+def test_wrong_usage_exits_64(subtests):
+    for argv in [[], ["scan"], ["scan", "x"], ["polish"], ["clean", "x", "--data", "digits"]]:
+        with subtests.test(argv=argv):
+            with pytest.raises(SystemExit) as stop:
+                main(argv)
+            assert stop.value.code == 64
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["scan", "--help"], ["clean", "--version"]])
-def test_help_and_version_answer(argv, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    assert stop.value.code == 0
-    assert "defense-reverse" in capsys.readouterr().out
+def test_help_and_version_answer(capsys, subtests):
+    for argv in [["--help"], ["scan", "--help"], ["clean", "--version"]]:
+        with subtests.test(argv=argv):
+            with pytest.raises(SystemExit) as stop:
+                main(argv)
+            assert stop.value.code == 0
+            assert "defense-reverse" in capsys.readouterr().out

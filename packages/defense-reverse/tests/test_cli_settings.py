@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from defense_reverse import ReverseGenerator
 from defense_reverse.cli import main
 from wm_victim import build_classifier, save_classifier
 
@@ -57,11 +57,12 @@ def test_what_is_printed_gives_the_same_settings(
 def test_the_settings_reach_the_scan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def scan(model: Any, images: Any, *, config: Any, **told: Any) -> None:
-        asked.append((len(images), config.steps, config.name, told["alpha"], told["seed"]))
+    def scan(detector: ReverseGenerator, model: Any, images: Any, **options: Any) -> None:
+        config = detector.config
+        asked.append((len(images), config.steps, config.name, detector.alpha, options["seed"]))
         raise ValueError("enough")
 
-    monkeypatch.setattr(sys.modules["defense_reverse.scan"], "scan", scan)
+    monkeypatch.setattr(ReverseGenerator, "scan", scan)
     model = build_classifier("wanet-mnist", num_classes=10, channels=1, image_size=28)
     save_classifier(model, tmp_path / "victim.safetensors")
     file = tmp_path / "mine.toml"
@@ -72,29 +73,22 @@ def test_the_settings_reach_the_scan(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert asked == [(20, 7, "fast*", 0.1, 5), (30, 7, "fast*", 0.1, 0)]
 
 
-@pytest.mark.parametrize(("command", "code"), [("scan", 3), ("clean", 1)])
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("colour = 1", "unknown key 'colour' in settings: expected one of alpha, "),
-        ("[scan]\nstep = 1", "unknown key 'step' in settings.scan: expected one of "),
-        ('images = "many"', "expected int for settings.images, got 'many'"),
-        ("[scan]\nlr = -1", "settings.scan: expected lr > 0, got -1"),
-    ],
-)
 def test_a_file_that_does_not_fit_is_one_line_and_no_verdict(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    command: str,
-    code: int,
-    text: str,
-    message: str,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], subtests: pytest.Subtests
 ) -> None:
-    file = tmp_path / "mine.toml"
-    file.write_text(text)
-    assert main([command, "--config", str(file), "--print-config"]) == code
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: {file}: {message}") and said.count("\n") == 1
+    for command, code in [("scan", 3), ("clean", 1)]:
+        for text, message in [
+            ("colour = 1", "unknown key 'colour' in settings: expected one of alpha, "),
+            ("[scan]\nstep = 1", "unknown key 'step' in settings.scan: expected one of "),
+            ('images = "many"', "expected int for settings.images, got 'many'"),
+            ("[scan]\nlr = -1", "settings.scan: expected lr > 0, got -1"),
+        ]:
+            with subtests.test(command=command, code=code, text=text, message=message):
+                file = tmp_path / "mine.toml"
+                file.write_text(text)
+                assert main([command, "--config", str(file), "--print-config"]) == code
+                said = capsys.readouterr().err
+                assert said.startswith(f"error: {file}: {message}") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(

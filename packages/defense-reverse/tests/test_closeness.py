@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from defense_reverse.closeness import Closeness, _derangement, closeness, image_closeness
+from defense_reverse.closeness import Closeness, _derangement, compare_images, compare_triggers
 from wm_inject.core.images import quantize
 
 STEP = 1 / 255
@@ -47,7 +47,7 @@ def images() -> torch.Tensor:
 
 
 def test_the_true_trigger_itself_is_as_close_as_can_be(images):
-    found = closeness(Follow(5), Follow(5), images)
+    found = compare_triggers(Follow(5), Follow(5), images)
     assert found.psnr == 100 and found.explained == pytest.approx(1)
     assert found.cosine == pytest.approx(1)
     assert found.energy_reversed == found.energy_true == pytest.approx((5 * STEP) ** 2, rel=1e-4)
@@ -56,12 +56,12 @@ def test_the_true_trigger_itself_is_as_close_as_can_be(images):
 
 
 def test_a_change_that_ignores_its_image_has_the_same_cosine_when_shuffled(images):
-    found = closeness(Shift(4), Shift(8), images)
+    found = compare_triggers(Shift(4), Shift(8), images)
     assert (found.cosine, found.cosine_shuffled) == pytest.approx((1, 1))
 
 
 def test_half_of_the_change_explains_three_quarters_of_it(images):
-    found = closeness(Follow(4), Follow(8), images)
+    found = compare_triggers(Follow(4), Follow(8), images)
     assert found.cosine == pytest.approx(1)
     assert found.explained == pytest.approx(0.75)  # 1 - (1 - 1/2)^2
     assert found.energy_true == pytest.approx(4 * found.energy_reversed)
@@ -71,13 +71,13 @@ def test_half_of_the_change_explains_three_quarters_of_it(images):
 
 
 def test_a_copy_is_no_closer_than_the_clean_image(images):
-    found = closeness(Shift(0), Follow(6), images)
+    found = compare_triggers(Shift(0), Follow(6), images)
     assert found.psnr == found.psnr_clean
     assert found.cosine == found.cosine_shuffled == found.explained == 0
 
 
 def test_the_opposite_change_is_further_away_than_none(images):
-    found = closeness(Shift(-3), Shift(3), images)
+    found = compare_triggers(Shift(-3), Shift(3), images)
     assert found.cosine == pytest.approx(-1) and found.explained == pytest.approx(-3)
     assert found.psnr < found.psnr_clean
 
@@ -85,12 +85,12 @@ def test_the_opposite_change_is_further_away_than_none(images):
 def test_changes_at_right_angles_have_nothing_in_common(images):
     left = torch.ones(8, 8)
     left[:, 4:] = 0
-    found = closeness(Shift(left * 5), Shift((1 - left) * 5), images)
+    found = compare_triggers(Shift(left * 5), Shift((1 - left) * 5), images)
     assert found.cosine == 0
 
 
 def test_a_true_trigger_that_changes_nothing_is_not_divided_by(images):
-    found = closeness(Shift(3), Shift(0), images)
+    found = compare_triggers(Shift(3), Shift(0), images)
     assert found.energy_true == found.cosine == found.explained == 0 and found.psnr_clean == 100
 
 
@@ -101,24 +101,24 @@ def test_ids_and_target_reach_the_true_trigger(images):
 
     wide = images.repeat(30, 1, 1, 1)[:300]  # more than one chunk
     ids = torch.arange(300) % 7
-    found = closeness(Shift(0), ByNumber(), wide, ids=ids, target=2)
+    found = compare_triggers(Shift(0), ByNumber(), wide, ids=ids, target=2)
     assert found.energy_true == pytest.approx(float(((ids + 2.0) * STEP).square().mean()), rel=1e-4)
 
 
 def test_the_same_seed_gives_the_same_figures(images):
-    one, same, other = (closeness(Follow(3), Follow(3), images, seed=s) for s in (0, 0, 1))
+    one, same, other = (compare_triggers(Follow(3), Follow(3), images, seed=s) for s in (0, 0, 1))
     assert isinstance(one, Closeness) and one == same
     assert other.cosine_shuffled != one.cosine_shuffled
 
 
 def test_images_that_carry_the_triggers_give_the_same_figures(images):
     found, truth = quantize(Follow(3)(images)), quantize(Shift(4)(images))
-    assert image_closeness(found, truth, images) == closeness(Follow(3), Shift(4), images)
+    assert compare_images(found, truth, images) == compare_triggers(Follow(3), Shift(4), images)
 
 
 def test_one_image_has_no_other_to_be_compared_with(images):
     one = images[:1]
-    found = image_closeness(quantize(Shift(2)(one)), quantize(Shift(4)(one)), one)
+    found = compare_images(quantize(Shift(2)(one)), quantize(Shift(4)(one)), one)
     assert found.cosine == pytest.approx(1) and found.cosine_shuffled == 0
     assert found.explained == pytest.approx(0.75)
 
@@ -129,32 +129,33 @@ def test_the_cosine_is_that_of_torch(images):
     known = nn.functional.cosine_similarity(
         (found - clean).flatten(1), (truth - clean).flatten(1)
     ).mean()
-    assert image_closeness(found, truth, images).cosine == pytest.approx(float(known), abs=1e-6)
+    assert compare_images(found, truth, images).cosine == pytest.approx(float(known), abs=1e-6)
 
 
-@pytest.mark.parametrize("count", [2, 3, 50])
-def test_no_image_is_compared_with_itself(count):
-    for seed in range(5):
-        order = _derangement(count, seed)
-        assert sorted(order.tolist()) == list(range(count))
-        assert not bool((order == torch.arange(count)).any())
+def test_no_image_is_compared_with_itself(subtests):
+    for count in [2, 3, 50]:
+        with subtests.test(count=count):
+            for seed in range(5):
+                order = _derangement(count, seed)
+                assert sorted(order.tolist()) == list(range(count))
+                assert not bool((order == torch.arange(count)).any())
 
 
 def test_bad_input_is_refused(images):
     for bad in (images[:0], images[0], images.double(), images + 1):
         with pytest.raises(ValueError, match="expected"):
-            closeness(Shift(1), Shift(1), bad)
+            compare_triggers(Shift(1), Shift(1), bad)
     with pytest.raises(ValueError, match="at least two images"):
-        closeness(Shift(1), Shift(1), images[:1])
+        compare_triggers(Shift(1), Shift(1), images[:1])
 
     class Smaller(nn.Module):
         def forward(self, images, *, ids=None, target=None):
             return images[..., 1:]
 
-    with pytest.raises(ValueError, match="trigger that gives shape"):
-        closeness(Shift(1), Smaller(), images)
+    with pytest.raises(ValueError, match="triggered images of shape"):
+        compare_triggers(Shift(1), Smaller(), images)
     for pair in ((images[:2], images), (images, images[:, :, 1:]), (images, images + 1)):
         with pytest.raises(ValueError, match="expected"):
-            image_closeness(*pair, images)
+            compare_images(*pair, images)
     with pytest.raises(ValueError, match="expected"):
-        image_closeness(images, images, images[:2])
+        compare_images(images, images, images[:2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,23 +12,22 @@ from torch import nn
 
 from defense_nc import Verdict
 from defense_nc.protocols import Repaired
-from defense_reverse.detectors import bti_dbf, feature_re
+from defense_reverse.detectors import BtiDbf, FeatureRE, FeatureTrigger
 from defense_reverse.detectors.bti_dbf import invert
 from defense_reverse.detectors.bti_losses import BtiDbfConfig
-from defense_reverse.detectors.bti_unlearning import BtiDbf
-from defense_reverse.detectors.common import examine
+from defense_reverse.detectors.common import open_split
 from defense_reverse.detectors.feature_losses import FeatureREConfig, mask_bound
-from defense_reverse.detectors.feature_trigger import FeatureTrigger
+from defense_reverse.mitigations import BtiDbfUnlearning
 from wm_inject import quantize
 
 TARGET = 2
 FRE = FeatureREConfig(width=4, depth=1, lr=2e-2, steps=60)
 BTI = BtiDbfConfig(width=4, depth=1, steps=120, mask_steps=150)
-SCANS = [
+DETECTORS = [
     pytest.param(
-        feature_re.scan, FeatureREConfig(width=2, depth=1, warmup_steps=1, steps=2), id="feature-re"
+        FeatureRE.preset("fast", width=2, depth=1, warmup_steps=1, steps=2), id="feature-re"
     ),
-    pytest.param(bti_dbf.scan, BtiDbfConfig(width=2, depth=1, steps=2, mask_steps=2), id="bti-dbf"),
+    pytest.param(BtiDbf.preset("fast", width=2, depth=1, steps=2, mask_steps=2), id="bti-dbf"),
 ]
 SIZE = 10.0  # of the gate's features when it is open
 
@@ -69,7 +69,7 @@ def model(channel_model) -> Gated:
 
 def test_feature_re_names_the_channel_shift_and_keeps_its_bounds(model, data):
     images, labels = data
-    report = feature_re.scan(model, images, labels=labels, config=FRE, progress=False)
+    report = FeatureRE(FRE).scan(model, images, labels=labels, progress=False)
     raw = [entry["score"] for entry in report.config["raw"]]
     assert raw.index(min(raw)) == TARGET and raw[TARGET] < FRE.threshold
     assert report.verdict is Verdict.BACKDOORED and report.suspected == (TARGET,)
@@ -91,14 +91,14 @@ def test_feature_re_names_the_channel_shift_and_keeps_its_bounds(model, data):
 
 def test_feature_re_names_nothing_in_the_clean_control(channel_model, data):
     clean = gated(channel_model, obeys=False)
-    report = feature_re.scan(clean, data[0], labels=data[1], config=FRE, progress=False)
+    report = FeatureRE(FRE).scan(clean, data[0], labels=data[1], progress=False)
     assert report.verdict is Verdict.CLEAN and report.suspected == ()
     assert "names no label" in report.reason
 
 
 def test_bti_dbf_names_the_channel_shift_and_keeps_its_bounds(model, data):
     images, labels = data
-    report = bti_dbf.scan(model, images, labels=labels, config=BTI, progress=False)
+    report = BtiDbf(BTI).scan(model, images, labels=labels, progress=False)
     assert report.verdict is Verdict.BACKDOORED and report.suspected == (TARGET,)
     assert report.labels[TARGET].success_rate >= BTI.min_share
     scores = [label.score for label in report.labels]
@@ -111,8 +111,8 @@ def test_bti_dbf_names_the_channel_shift_and_keeps_its_bounds(model, data):
 
 def test_bti_dbf_parts_what_the_clean_answer_rests_on(model, data):
     images, labels = data
-    with examine(model, images, labels, None) as seen:
-        mask = invert(seen, BtiDbfConfig(width=2, depth=1, steps=1), seed=0).mask
+    with open_split(model, images, labels=labels) as inputs:
+        mask = invert(inputs, BtiDbfConfig(width=2, depth=1, steps=1), seed=0).mask
     assert mask.min() >= 0 and mask.max() <= 1
     with torch.no_grad():
         features = model.features(images)
@@ -123,7 +123,7 @@ def test_bti_dbf_parts_what_the_clean_answer_rests_on(model, data):
 
 def test_bti_dbf_names_nothing_where_too_few_images_reach_a_label(channel_model, data):
     clean = gated(channel_model, obeys=False)
-    report = bti_dbf.scan(clean, data[0], labels=data[1], config=BTI, progress=False)
+    report = BtiDbf(BTI).scan(clean, data[0], labels=data[1], progress=False)
     assert report.verdict is Verdict.CLEAN and "less than 0.9" in report.reason
 
 
@@ -131,28 +131,28 @@ def test_the_sigmoid_generator_learns_to_keep_the_images_first(model, data):
     config = BtiDbfConfig(
         width=4, depth=1, residual=False, pretrain_steps=60, steps=1, mask_steps=1, lr=5e-3
     )
-    with examine(model, *data, None) as seen:
-        found = invert(seen, config, seed=0)
-    assert float(found.changed.image) < 0.3
+    with open_split(model, data[0], labels=data[1]) as inputs:
+        inverted = invert(inputs, config, seed=0)
+    assert float(inverted.changes.image) < 0.3
 
 
-@pytest.mark.parametrize(("scan", "config"), SCANS)
-def test_the_model_comes_back_as_it_was(scan, config, model, data):
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_the_model_comes_back_as_it_was(detector, model, data):
     model.train()
     model.planted.body.eval()
     state = copy.deepcopy(model.state_dict())
     for device in ("cpu", None):
-        scan(model, data[0], labels=data[1], config=config, progress=False, device=device)
+        detector.scan(model, data[0], labels=data[1], progress=False, device=device)
     assert model.training and not model.planted.body.training
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize(("scan", "config"), SCANS)
-def test_the_same_seed_gives_the_same_report(scan, config, model, data):
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_the_same_seed_gives_the_same_report(detector, model, data):
     state = torch.get_rng_state()
     one, same, other = (
-        scan(model, data[0], labels=data[1], config=config, seed=seed, progress=False)
+        detector.scan(model, data[0], labels=data[1], seed=seed, progress=False)
         for seed in (0, 0, 1)
     )
     assert torch.equal(torch.get_rng_state(), state)
@@ -160,29 +160,28 @@ def test_the_same_seed_gives_the_same_report(scan, config, model, data):
     assert text == json.dumps(same.to_dict()) != json.dumps({**other.to_dict(), "seed": 0})
 
 
-@pytest.mark.parametrize(("scan", "config"), SCANS)
-def test_bad_input_is_refused(scan, config, model, data):
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_bad_input_is_refused(detector, model, data):
     images, labels = data
-    quiet = {"config": config, "progress": False}
     for broken in (images[:0], images[0], images.double(), images + 1):
         with pytest.raises(ValueError, match="expected"):
-            scan(model, broken, **quiet)
+            detector.scan(model, broken, progress=False)
     for wrong in (labels[:-1], labels.float(), labels + 6):
         with pytest.raises(ValueError, match="expected labels"):
-            scan(model, images, labels=wrong, **quiet)
+            detector.scan(model, images, labels=wrong, progress=False)
     with pytest.raises(ValueError, match="at least two classes"):
-        scan(model, images, labels=torch.zeros_like(labels), **quiet)
+        detector.scan(model, images, labels=torch.zeros_like(labels), progress=False)
     with pytest.raises(ValueError, match="expected alpha"):
-        scan(model, images, alpha=0.0, **quiet)
+        replace(detector, alpha=0.0)
     with pytest.raises(ValueError, match="logits"):
-        scan(nn.Identity(), images, **quiet)
+        detector.scan(nn.Identity(), images, progress=False)
     with pytest.raises(ValueError, match="features and head"):
-        scan(model.planted, images, **quiet)
+        detector.scan(model.planted, images, progress=False)
 
 
 def test_a_feature_trigger_outside_its_range_is_refused(model, data):
     config = FeatureREConfig(width=2, depth=1, steps=1)
-    report = feature_re.scan(model, data[0], labels=data[1], config=config, progress=False)
+    report = FeatureRE(config).scan(model, data[0], labels=data[1], progress=False)
     trigger = report.triggers[0]
     with pytest.raises(ValueError, match="expected a target >= 0"):
         FeatureTrigger(trigger.generator, trigger.mask, target=-1)
@@ -193,7 +192,7 @@ def test_a_feature_trigger_outside_its_range_is_refused(model, data):
 def test_unlearning_closes_the_gate_and_keeps_the_digits(model, data):
     images, labels = data
     state = copy.deepcopy(model.state_dict())
-    rule = BtiDbf(inversion=BTI, rounds=1, steps=60, lr=2e-2, trigger_share=0.3)
+    rule = BtiDbfUnlearning(inversion=BTI, rounds=1, steps=60, lr=2e-2, trigger_share=0.3)
     repaired = rule.repair(model, images, labels, seed=3)
     assert isinstance(repaired, Repaired) and rule.name == "bti-dbf"
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
@@ -212,7 +211,9 @@ def test_unlearning_closes_the_gate_and_keeps_the_digits(model, data):
 def test_rounds_ask_for_the_first_label_and_repeat_for_a_seed(model, data):
     tiny = BtiDbfConfig(width=2, depth=1, steps=2, mask_steps=2)
     state = torch.get_rng_state()
-    one, same = (BtiDbf(inversion=tiny, rounds=3, steps=4).repair(model, *data) for _ in range(2))
+    one, same = (
+        BtiDbfUnlearning(inversion=tiny, rounds=3, steps=4).repair(model, *data) for _ in range(2)
+    )
     assert torch.equal(torch.get_rng_state(), state)
     pairs = zip(one.model.parameters(), same.model.parameters(), strict=True)
     assert one.log == same.log and all(torch.equal(a, b) for a, b in pairs)
@@ -220,4 +221,13 @@ def test_rounds_ask_for_the_first_label_and_repeat_for_a_seed(model, data):
     assert [sorted(entry) for entry in one.log["rounds"]] == [wanted] * 3
     assert one.log["target"] == one.log["rounds"][0]["label"]
     with pytest.raises(ValueError, match="at least 2 images"):
-        BtiDbf(inversion=tiny).repair(model, data[0][:1], data[1][:1])
+        BtiDbfUnlearning(inversion=tiny).repair(model, data[0][:1], data[1][:1])
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_presets_and_settings(detector):
+    assert type(detector).preset() == type(detector)()
+    assert type(detector).preset("paper", steps=3, alpha=0.1).settings["steps"] == 3
+    assert json.loads(json.dumps(detector.settings)) == detector.settings
+    with pytest.raises(ValueError, match="preset"):
+        type(detector).preset("slow")

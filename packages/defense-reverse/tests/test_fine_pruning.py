@@ -199,18 +199,14 @@ def test_layers_that_cannot_be_pruned_are_refused():
         FinePruning.preset(steps=1).repair(linear, digits.images, digits.labels)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
+def test_refused_settings(subtests):
+    for wrong in [
         {"tolerance": 0.0},
         {"tolerance": 1.0},
         {"validation_share": 0.0},
         {"validation_share": 1.0},
         {"prune_step": 0.0},
         {"prune_step": 1.5},
-    ],
-    ids=str,
-)
-def test_refused_settings(wrong):
-    with pytest.raises(ValueError, match="expected"):
-        FinePruning.preset(**wrong)
+    ]:
+        with subtests.test(wrong=wrong), pytest.raises(ValueError, match="expected"):
+            FinePruning.preset(**wrong)

@@ -27,14 +27,15 @@ def length(tensors):
     return float(torch.cat([t.double().flatten() for t in tensors]).norm())
 
 
-@pytest.mark.parametrize("rho", [0.05, 2.0, 8.0])
-def test_the_climb_is_rho_long(rho):
-    weights, gradients = draw((4, 3), (7,), seed=0), draw((4, 3), (7,), seed=1)
-    plain = climb(weights, gradients, rho=rho, adaptive=False)
-    assert length(plain) == pytest.approx(rho, rel=1e-6)
-    adaptive = climb(weights, gradients, rho=rho, adaptive=True)
-    relative = [step / w.abs() for step, w in zip(adaptive, weights, strict=True)]
-    assert length(relative) == pytest.approx(rho, rel=1e-6)
+def test_the_climb_is_rho_long(subtests):
+    for rho in [0.05, 2.0, 8.0]:
+        with subtests.test(rho=rho):
+            weights, gradients = draw((4, 3), (7,), seed=0), draw((4, 3), (7,), seed=1)
+            plain = climb(weights, gradients, rho=rho, adaptive=False)
+            assert length(plain) == pytest.approx(rho, rel=1e-6)
+            adaptive = climb(weights, gradients, rho=rho, adaptive=True)
+            relative = [step / w.abs() for step, w in zip(adaptive, weights, strict=True)]
+            assert length(relative) == pytest.approx(rho, rel=1e-6)
 
 
 def test_the_climb_computed_by_hand():

@@ -22,14 +22,15 @@ def stirred(**settings) -> UNetGenerator:
     return net.eval()
 
 
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize(("channels", "size", "depth"), [(1, 28, 3), (3, 16, 2), (3, 17, 2)])
-def test_shape_and_range_are_kept_for_every_side(channels, size, depth, residual):
-    net = stirred(channels=channels, width=4, depth=depth, residual=residual)
-    batch = images(2, channels, size)
-    out = net(batch)
-    assert out.shape == batch.shape and out.dtype == torch.float32
-    assert out.min() >= 0 and out.max() <= 1
+def test_shape_and_range_are_kept_for_every_side(subtests):
+    for residual in [False, True]:
+        for channels, size, depth in [(1, 28, 3), (3, 16, 2), (3, 17, 2)]:
+            with subtests.test(residual=residual, channels=channels, size=size, depth=depth):
+                net = stirred(channels=channels, width=4, depth=depth, residual=residual)
+                batch = images(2, channels, size)
+                out = net(batch)
+                assert out.shape == batch.shape and out.dtype == torch.float32
+                assert out.min() >= 0 and out.max() <= 1
 
 
 def test_padding_is_invisible_where_it_is_not_needed():
@@ -73,33 +74,27 @@ def test_the_image_is_not_changed_and_gradients_reach_every_layer():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
+def test_settings_out_of_range_are_refused(subtests):
+    for settings in [
         {"channels": 2},
         {"channels": 3, "width": 0},
         {"channels": 3, "depth": 9},
         {"channels": 3, "convs": 0},
-    ],
-)
-def test_settings_out_of_range_are_refused(settings):
-    with pytest.raises(ValueError, match="expected"):
-        UNetGenerator(**settings)
+    ]:
+        with subtests.test(settings=settings), pytest.raises(ValueError, match="expected"):
+            UNetGenerator(**settings)
 
 
-@pytest.mark.parametrize(
-    "batch",
-    [
+def test_bad_images_are_refused(subtests):
+    for batch in [
         images(2, 1),  # other channels
         images(2)[0],  # no batch
         images(2).double(),
         images(2) + 1,
         images(2)[:0],
-    ],
-)
-def test_bad_images_are_refused(batch):
-    with pytest.raises(ValueError, match="expected"):
-        UNetGenerator(channels=3, width=4)(batch)
+    ]:
+        with subtests.test(batch=batch), pytest.raises(ValueError, match="expected"):
+            UNetGenerator(channels=3, width=4)(batch)
 
 
 def test_exports_give_the_same_images_where_sides_are_padded(tmp_path):

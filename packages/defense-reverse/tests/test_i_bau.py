@@ -91,11 +91,12 @@ def test_a_parameter_that_a_loss_does_not_touch_gets_what_the_other_gives():
     assert toy.p.grad is None and not toy.optimum.requires_grad
 
 
-@pytest.mark.parametrize("count", [1, 2, 32, 99, 100, 256])
-def test_some_image_carries_the_addition_in_every_batch(count):
-    rows = carrier_rows(count, 0.01, torch.Generator().manual_seed(0))
-    assert len(rows) == len(set(rows.tolist())) == max(1, round(0.01 * count))
-    assert set(rows.tolist()) <= set(range(count))
+def test_some_image_carries_the_addition_in_every_batch(subtests):
+    for count in [1, 2, 32, 99, 100, 256]:
+        with subtests.test(count=count):
+            rows = carrier_rows(count, 0.01, torch.Generator().manual_seed(0))
+            assert len(rows) == len(set(rows.tolist())) == max(1, round(0.01 * count))
+            assert set(rows.tolist()) <= set(range(count))
 
 
 def test_one_addition_serves_all_images_and_fools_the_net(data):
@@ -196,9 +197,8 @@ def test_presets():
         IBAU.preset("slow")
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
+def test_refused_settings(subtests):
+    for wrong in [
         {"steps": 0},
         {"rounds": 0},
         {"steps": 2, "rounds": 3},
@@ -213,12 +213,9 @@ def test_presets():
         {"iterations": 0},
         {"share": 0.0},
         {"share": 1.5},
-    ],
-    ids=str,
-)
-def test_refused_settings(wrong):
-    with pytest.raises(ValueError, match="expected"):
-        IBAU(**wrong)
+    ]:
+        with subtests.test(wrong=wrong), pytest.raises(ValueError, match="expected"):
+            IBAU(**wrong)
 
 
 def test_refusals(data):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from defense_nc import Unlearning
-from defense_nc.fine_tune import Sgd, fine_tune, learning_rate
+from defense_nc.mitigations import Sgd, fine_tune, learning_rate
 from defense_reverse.mitigations import FTSAM, NAD, FinePruning, FineTuning
 from wm_victim import CLASSIFIERS, build_classifier
 from wm_victim.toy_backdoors import planted_classifier, planted_images, planted_trigger
@@ -76,55 +76,57 @@ def test_same_seed_same_bytes_with_dropout_and_augmentation_too(kind, data):
     assert not torch.equal(first["3.weight"], other["3.weight"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_loss_decreases_and_the_log_is_ready_for_json(kind):
-    digits = planted_images(120)
-    mitigator = kind.preset(steps=40, batch_size=32, lr=0.02, schedule="constant")
-    repaired = mitigator.repair(net(), digits.images, digits.labels, triggers=TRIGGERS)
-    assert json.loads(json.dumps(repaired.log)) == repaired.log
-    assert repaired.log["steps"] == 40
-    losses = repaired.log["losses"]
-    assert len(losses) == 10 and losses[-1] < losses[0]
+def test_the_loss_decreases_and_the_log_is_ready_for_json(subtests):
+    for kind in KINDS:
+        with subtests.test(kind=kind):
+            digits = planted_images(120)
+            mitigator = kind.preset(steps=40, batch_size=32, lr=0.02, schedule="constant")
+            repaired = mitigator.repair(net(), digits.images, digits.labels, triggers=TRIGGERS)
+            assert json.loads(json.dumps(repaired.log)) == repaired.log
+            assert repaired.log["steps"] == 40
+            losses = repaired.log["losses"]
+            assert len(losses) == 10 and losses[-1] < losses[0]
 
 
 # The layers of some differ only to methods that look inside.
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [
+def test_every_classifier_of_the_house_can_be_repaired(subtests):
+    for kind, name in [
         (kind, name)
         for kind in KINDS
         for name in CLASSIFIERS
         if kind in (NAD, FinePruning) or not name.startswith(("pre", "resnet18"))
-    ],
-)
-def test_every_classifier_of_the_house_can_be_repaired(kind, name):
-    channels, size = (1, 28) if name == "wanet-mnist" else (3, 32)
-    model = build_classifier(name, num_classes=3, channels=channels, image_size=size, width=8)
-    images = torch.rand(4, channels, size, size, generator=torch.Generator().manual_seed(0))
-    mitigator = kind.preset(steps=2, batch_size=4)
-    repaired = mitigator.repair(model, images, torch.arange(4) % 3, triggers={})
-    with torch.no_grad():
-        assert repaired.model(images).shape == (4, 3)
-    if kind is NAD:
-        assert len(repaired.log["layers"]) == 3
-    if kind is FinePruning:
-        assert repaired.log["in_weights"] is True
+    ]:
+        with subtests.test(kind=kind, name=name):
+            channels, size = (1, 28) if name == "wanet-mnist" else (3, 32)
+            model = build_classifier(
+                name, num_classes=3, channels=channels, image_size=size, width=8
+            )
+            images = torch.rand(4, channels, size, size, generator=torch.Generator().manual_seed(0))
+            mitigator = kind.preset(steps=2, batch_size=4)
+            repaired = mitigator.repair(model, images, torch.arange(4) % 3, triggers={})
+            with torch.no_grad():
+                assert repaired.model(images).shape == (4, 3)
+            if kind is NAD:
+                assert len(repaired.log["layers"]) == 3
+            if kind is FinePruning:
+                assert repaired.log["in_weights"] is True
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_presets(kind):
-    fast, paper = kind.preset("fast"), kind.preset("paper")
-    assert kind.preset() == fast == kind()
-    assert paper != fast and paper.sgd.momentum == 0.9
-    assert kind.preset("paper", lr=0.5) == replace(paper, sgd=replace(paper.sgd, lr=0.5))
-    sgd = Sgd(lr=0.3)
-    assert kind.preset("fast", sgd=sgd, steps=7).sgd == replace(sgd, steps=7)
-    with pytest.raises(ValueError, match="expected a preset"):
-        kind.preset("slow")
-    with pytest.raises(ValueError, match="soap"):
-        kind.preset("fast", soap=1)
-    with pytest.raises(FrozenInstanceError):
-        fast.sgd = sgd
+def test_presets(subtests):
+    for kind in KINDS:
+        with subtests.test(kind=kind):
+            fast, paper = kind.preset("fast"), kind.preset("paper")
+            assert kind.preset() == fast == kind()
+            assert paper != fast and paper.sgd.momentum == 0.9
+            assert kind.preset("paper", lr=0.5) == replace(paper, sgd=replace(paper.sgd, lr=0.5))
+            sgd = Sgd(lr=0.3)
+            assert kind.preset("fast", sgd=sgd, steps=7).sgd == replace(sgd, steps=7)
+            with pytest.raises(ValueError, match="expected a preset"):
+                kind.preset("slow")
+            with pytest.raises(ValueError, match="soap"):
+                kind.preset("fast", soap=1)
+            with pytest.raises(FrozenInstanceError):
+                fast.sgd = sgd
 
 
 def test_names():
@@ -132,47 +134,44 @@ def test_names():
     assert names == ["fine-tuning", "nad", "fine-pruning", "ft-sam", "unlearning"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"steps": 0},
-        {"batch_size": 1},
-        {"lr": 0.0},
-        {"lr": float("inf")},
-        {"momentum": 1.0},
-        {"momentum": 0.0, "nesterov": True},
-        {"weight_decay": -1.0},
-        {"schedule": "linear"},
-        {"augmentation": "cutout"},
-        {"label_smoothing": 1.0},
-    ],
-    ids=str,
-)
-def test_refused_settings(kind, wrong):
-    with pytest.raises(ValueError, match="expected"):
-        kind.preset(**wrong)
+def test_refused_settings(subtests):
+    for kind in KINDS:
+        for wrong in [
+            {"steps": 0},
+            {"batch_size": 1},
+            {"lr": 0.0},
+            {"lr": float("inf")},
+            {"momentum": 1.0},
+            {"momentum": 0.0, "nesterov": True},
+            {"weight_decay": -1.0},
+            {"schedule": "linear"},
+            {"augmentation": "cutout"},
+            {"label_smoothing": 1.0},
+        ]:
+            with subtests.test(kind=kind, wrong=wrong), pytest.raises(ValueError, match="expected"):
+                kind.preset(**wrong)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_refused_input(kind, data):
-    model, images, labels = net(), data.images[:8], data.labels[:8]
-    cases = [
-        ((lambda x: x, images, labels), "torch module"),
-        ((model, images[0], labels), "shape"),
-        ((model, images.double(), labels), "float32"),
-        ((model, images + 1, labels), r"\[0, 1\]"),
-        ((model, images[:0], labels[:0]), "empty"),
-        ((model, images[:1], labels[:1]), "at least 2"),
-        ((model, images, labels[:3]), "labels"),
-        ((model, images, labels.int()), "int64"),
-        ((model, images, labels + 10), "labels in 0"),
-        ((nn.Flatten(), images, labels), "trainable"),
-        ((nn.Conv2d(3, 2, 3), images, labels), "logits"),
-    ]
-    for arguments, message in cases:
-        with pytest.raises(ValueError, match=message):
-            quick(kind).repair(*arguments, triggers=TRIGGERS)
+def test_refused_input(data, subtests):
+    for kind in KINDS:
+        with subtests.test(kind=kind):
+            model, images, labels = net(), data.images[:8], data.labels[:8]
+            cases = [
+                ((lambda x: x, images, labels), "torch module"),
+                ((model, images[0], labels), "shape"),
+                ((model, images.double(), labels), "float32"),
+                ((model, images + 1, labels), r"\[0, 1\]"),
+                ((model, images[:0], labels[:0]), "empty"),
+                ((model, images[:1], labels[:1]), "at least 2"),
+                ((model, images, labels[:3]), "labels"),
+                ((model, images, labels.int()), "int64"),
+                ((model, images, labels + 10), "labels in 0"),
+                ((nn.Flatten(), images, labels), "trainable"),
+                ((nn.Conv2d(3, 2, 3), images, labels), "logits"),
+            ]
+            for arguments, message in cases:
+                with pytest.raises(ValueError, match=message):
+                    quick(kind).repair(*arguments, triggers=TRIGGERS)
 
 
 def test_the_schedules_at_known_steps():

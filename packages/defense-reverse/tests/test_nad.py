@@ -33,15 +33,16 @@ def test_the_loss_computed_by_hand():
     assert attention_loss(student, teacher).item() == pytest.approx((1 + 1 + 0 + 0) / 4, abs=1e-5)
 
 
-@pytest.mark.parametrize("power", [1.0, 2.0, 4.0])
-def test_the_map_has_unit_norm_and_forgets_the_scale(power):
-    maps = draw(3, 5, 4, 6)
-    attention = attention_map(maps, power=power)
-    assert attention.shape == (3, 4, 6) and float(attention.min()) >= 0
-    norm = torch.linalg.vector_norm(attention, dim=(1, 2))
-    torch.testing.assert_close(norm, torch.ones(3), atol=1e-5, rtol=0)
-    torch.testing.assert_close(attention_map(7 * maps, power=power), attention)
-    torch.testing.assert_close(attention_map(-maps, power=power), attention)
+def test_the_map_has_unit_norm_and_forgets_the_scale(subtests):
+    for power in [1.0, 2.0, 4.0]:
+        with subtests.test(power=power):
+            maps = draw(3, 5, 4, 6)
+            attention = attention_map(maps, power=power)
+            assert attention.shape == (3, 4, 6) and float(attention.min()) >= 0
+            norm = torch.linalg.vector_norm(attention, dim=(1, 2))
+            torch.testing.assert_close(norm, torch.ones(3), atol=1e-5, rtol=0)
+            torch.testing.assert_close(attention_map(7 * maps, power=power), attention)
+            torch.testing.assert_close(attention_map(-maps, power=power), attention)
 
 
 def test_maps_of_zeros_have_no_attention_and_a_finite_gradient():
@@ -58,11 +59,12 @@ def test_equal_maps_have_no_distance():
     assert attention_loss(draw(2, 3, 4, 4), draw(2, 5, 4, 4)).item() > 0
 
 
-@pytest.mark.parametrize("shape", [(2, 8, 1, 1), (2, 8), (2, 8, 4)])
-def test_maps_without_places_are_refused(shape):
-    message = "more than one pixel" if shape[2:] == (1, 1) else "shape"
-    with pytest.raises(ValueError, match=message):
-        attention_map(torch.ones(shape))
+def test_maps_without_places_are_refused(subtests):
+    for shape in [(2, 8, 1, 1), (2, 8), (2, 8, 4)]:
+        with subtests.test(shape=shape):
+            message = "more than one pixel" if shape[2:] == (1, 1) else "shape"
+            with pytest.raises(ValueError, match=message):
+                attention_map(torch.ones(shape))
 
 
 def test_other_refusals():
@@ -157,20 +159,20 @@ def test_chosen_layers():
     assert repaired.log["layers"] == ["body.2"]
 
 
-@pytest.mark.parametrize(
-    ("layers", "message"),
-    [
+def test_layers_without_maps_are_refused(subtests):
+    for layers, message in [
         (("body.9",), "expected a layer"),
         (("body.4",), "shape"),  # flattened
         (("unused",), "run in the model"),
-    ],
-)
-def test_layers_without_maps_are_refused(layers, message):
-    digits = planted_images(8)
-    model = planted_classifier()
-    model.unused = nn.Conv2d(3, 3, 1)
-    with pytest.raises(ValueError, match=message):
-        NAD.preset(steps=2, betas=(1.0,), layers=layers).repair(model, digits.images, digits.labels)
+    ]:
+        with subtests.test(layers=layers, message=message):
+            digits = planted_images(8)
+            model = planted_classifier()
+            model.unused = nn.Conv2d(3, 3, 1)
+            with pytest.raises(ValueError, match=message):
+                NAD.preset(steps=2, betas=(1.0,), layers=layers).repair(
+                    model, digits.images, digits.labels
+                )
 
 
 def test_a_network_without_maps_is_refused():
@@ -180,9 +182,8 @@ def test_a_network_without_maps_is_refused():
         NAD.preset(steps=2).repair(model, digits.images, digits.labels)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
+def test_refused_settings(subtests):
+    for wrong in [
         {"steps": 1},
         {"teacher_share": 0.0},
         {"teacher_share": 1.0},
@@ -190,9 +191,6 @@ def test_a_network_without_maps_is_refused():
         {"betas": ()},
         {"betas": (-1.0,)},
         {"betas": (1.0, 2.0), "layers": ("body.2",)},
-    ],
-    ids=str,
-)
-def test_refused_settings(wrong):
-    with pytest.raises(ValueError, match="expected"):
-        NAD.preset(**wrong)
+    ]:
+        with subtests.test(wrong=wrong), pytest.raises(ValueError, match="expected"):
+            NAD.preset(**wrong)

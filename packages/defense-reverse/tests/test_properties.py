@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from defense_reverse.closeness import image_closeness
+from defense_reverse.closeness import compare_images
 from wm_inject import quantize
 
 STEADY = settings(derandomize=True, database=None, deadline=None, max_examples=40)
@@ -32,7 +32,7 @@ def test_figures_lie_in_their_ranges_and_are_what_a_loop_counts(
     seed: int, count: int, one: float, other: float
 ) -> None:
     found, truth, clean = drawn(seed, count, (one, other))
-    told = image_closeness(found, truth, clean)
+    told = compare_images(found, truth, clean)
     assert -1 - 1e-9 <= told.cosine <= 1 + 1e-9
     assert -1 - 1e-9 <= told.cosine_shuffled <= 1 + 1e-9
     assert told.explained <= 1 and told.energy_true >= 0 and told.energy_reversed >= 0
@@ -53,7 +53,7 @@ def test_the_trigger_itself_is_as_close_as_can_be_and_a_copy_explains_nothing(
     seed: int, count: int, strength: float
 ) -> None:
     _, truth, clean = drawn(seed, count, (0.0, strength))
-    itself, copy = (image_closeness(images, truth, clean) for images in (truth, clean))
+    itself, copy = (compare_images(images, truth, clean) for images in (truth, clean))
     assert itself.psnr == 100 and itself.explained == 1
     assert itself.cosine == pytest.approx(1)
     assert (copy.cosine, copy.explained, copy.energy_reversed) == (0, 0, 0)
@@ -66,7 +66,7 @@ def test_who_is_called_the_truth_does_not_change_likeness(
     seed: int, count: int, one: float, other: float
 ) -> None:
     found, truth, clean = drawn(seed, count, (one, other))
-    there, back = image_closeness(found, truth, clean), image_closeness(truth, found, clean)
+    there, back = compare_images(found, truth, clean), compare_images(truth, found, clean)
     assert there.cosine == pytest.approx(back.cosine, abs=1e-12)
     assert there.psnr == pytest.approx(back.psnr)
     assert there.energy_true == back.energy_reversed

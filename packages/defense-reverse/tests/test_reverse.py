@@ -185,20 +185,21 @@ def test_lpips_without_weights_says_how_to_get_them(data, quick, monkeypatch, tm
         pretrain(data[0], config=replace(quick, lambdas=(0.1, 1.0, 0.1)))
 
 
-@pytest.mark.parametrize("bad", ["empty", "range", "dtype", "shape", "nan"])
-def test_bad_images_are_refused(data, channel_model, bad):
-    images, _ = data
-    broken = {
-        "empty": images[:0],
-        "range": images + 1,
-        "dtype": images.double(),
-        "shape": images[0],
-        "nan": images * torch.nan,
-    }[bad]
-    with pytest.raises(ValueError, match="expected"):
-        pretrain(broken)
-    with pytest.raises(ValueError, match="expected"):
-        reverse_engineer(channel_model, broken, 0)
+def test_bad_images_are_refused(data, channel_model, subtests):
+    for bad in ["empty", "range", "dtype", "shape", "nan"]:
+        with subtests.test(bad=bad):
+            images, _ = data
+            broken = {
+                "empty": images[:0],
+                "range": images + 1,
+                "dtype": images.double(),
+                "shape": images[0],
+                "nan": images * torch.nan,
+            }[bad]
+            with pytest.raises(ValueError, match="expected"):
+                pretrain(broken)
+            with pytest.raises(ValueError, match="expected"):
+                reverse_engineer(channel_model, broken, 0)
 
 
 def test_bad_targets_labels_and_starts_are_refused(data, channel_model, start, quick):

@@ -64,13 +64,14 @@ def test_other_files_are_refused(tmp_path):
         save_reversed(generator, path)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("numbers", [(-1, 0.5, 0.1), (0, 1.5, 0.1), (0, 0.5, -0.1)])
-def test_numbers_out_of_range_are_refused(numbers):
-    target, rate, residual = numbers
-    with pytest.raises(ValueError, match="expected a target"):
-        ReversedTrigger(
-            UNetGenerator(channels=1, width=2),
-            target=target,
-            success_rate=rate,
-            residual_norm=residual,
-        )
+def test_numbers_out_of_range_are_refused(subtests):
+    for numbers in [(-1, 0.5, 0.1), (0, 1.5, 0.1), (0, 0.5, -0.1)]:
+        with subtests.test(numbers=numbers):
+            target, rate, residual = numbers
+            with pytest.raises(ValueError, match="expected a target"):
+                ReversedTrigger(
+                    UNetGenerator(channels=1, width=2),
+                    target=target,
+                    success_rate=rate,
+                    residual_norm=residual,
+                )

@@ -26,9 +26,8 @@ def maps(model, *, size=32, channels=3):
     return [(name, found[name].shape[-1]) for name in stages]
 
 
-@pytest.mark.parametrize(
-    ("name", "ends"),
-    [
+def test_the_stages_of_our_classifiers(subtests):
+    for name, ends in [
         ("resnet18", [("blocks.1", 32), ("blocks.3", 16), ("blocks.5", 8), ("blocks.7", 4)]),
         ("resnet10", [("blocks.0", 32), ("blocks.1", 16), ("blocks.2", 8), ("blocks.3", 4)]),
         ("preactresnet10", [("blocks.0", 32), ("blocks.1", 16), ("blocks.2", 8), ("blocks.3", 4)]),
@@ -40,10 +39,9 @@ def maps(model, *, size=32, channels=3):
             ],
         ),
         ("mobilenetv2", [("layers.4", 32), ("layers.7", 16), ("layers.14", 8), ("layers.20", 4)]),
-    ],
-)
-def test_the_stages_of_our_classifiers(name, ends):
-    assert maps(small(name)) == [(f"body.{layer}", side) for layer, side in ends]
+    ]:
+        with subtests.test(name=name, ends=ends):
+            assert maps(small(name)) == [(f"body.{layer}", side) for layer, side in ends]
 
 
 def test_the_stages_of_the_nets_for_mnist():
@@ -68,19 +66,20 @@ def test_a_shared_relu_and_a_single_pixel_are_no_stages():
     assert maps(model, size=16) == [("0", 8), ("2", 4)]
 
 
-@pytest.mark.parametrize("kind", ["linear", "one pixel", "tokens"])
-def test_networks_without_maps_are_refused(kind):
-    if kind == "tokens":
-        model = small("timm:test_vit")
-        images = torch.rand(1, 3, 32, 32)
-    else:
-        first = nn.Flatten() if kind == "linear" else nn.Conv2d(3, 48, 4)
-        model = nn.Sequential(first, nn.Flatten(), nn.Linear(48, 3))
-        images = torch.rand(1, 3, 4, 4)
-    with pytest.raises(ValueError, match="convolutional maps"):
-        conv_stages(model, images)
-    with pytest.raises(ValueError, match="images"):
-        conv_stages(model, images + 1)
+def test_networks_without_maps_are_refused(subtests):
+    for kind in ["linear", "one pixel", "tokens"]:
+        with subtests.test(kind=kind):
+            if kind == "tokens":
+                model = small("timm:test_vit")
+                images = torch.rand(1, 3, 32, 32)
+            else:
+                first = nn.Flatten() if kind == "linear" else nn.Conv2d(3, 48, 4)
+                model = nn.Sequential(first, nn.Flatten(), nn.Linear(48, 3))
+                images = torch.rand(1, 3, 4, 4)
+            with pytest.raises(ValueError, match="convolutional maps"):
+                conv_stages(model, images)
+            with pytest.raises(ValueError, match="images"):
+                conv_stages(model, images + 1)
 
 
 def test_a_tap_records_with_gradients_and_leaves_no_hook():

@@ -101,9 +101,10 @@ def test_digits_are_never_mirrored(tmp_path: Path, capsys: pytest.CaptureFixture
     assert saved.metadata["recipe"]["augment"] == "crop"
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
+def test_wrong_usage_exits_64(
+    capsys: pytest.CaptureFixture[str], subtests: pytest.Subtests
+) -> None:
+    for arguments in [
         [],
         ["train", "--data", "digits"],
         [*TRAIN, "--out", "x", "--schedule", "step"],
@@ -118,18 +119,18 @@ def test_digits_are_never_mirrored(tmp_path: Path, capsys: pytest.CaptureFixture
         [*TRAIN, "--out", "x", "--profile", "tiny"],
         [*TRAIN, "--out", "x", "--trigger", "t", "--set", "a=1"],
         [*TRAIN, "--out", "x", "--trigger", "t", "--save-trigger", "u"],
-    ],
-)
-def test_wrong_usage_exits_64(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == 64
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    ]:
+        with subtests.test(arguments=arguments):
+            with pytest.raises(SystemExit) as stopped:
+                main(arguments)
+            assert stopped.value.code == 64
+            assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_errors_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], subtests: pytest.Subtests
+) -> None:
+    for arguments, message in [
         (["--data", "nothing"], "expected a data set"),
         (["--model", "resnet99"], "expected a classifier"),
         (["--trigger", "missing.safetensors"], "missing.safetensors"),
@@ -138,14 +139,11 @@ def test_wrong_usage_exits_64(arguments: list[str], capsys: pytest.CaptureFixtur
         (["--attack", "badnets", "--ratio", "1.5"], "poison ratio in (0, 1]"),
         (["--attack", "badnets", "--target", "10"], "target"),
         (["--attack", "sig", "--target", "10"], "target"),
-    ],
-)
-def test_errors_are_one_line(
-    tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([*TRAIN, "--out", str(tmp_path / "v.safetensors"), *arguments]) == 1
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+    ]:
+        with subtests.test(arguments=arguments, message=message):
+            assert main([*TRAIN, "--out", str(tmp_path / "v.safetensors"), *arguments]) == 1
+            lines = capsys.readouterr().err.splitlines()
+            assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
 
 
 def test_a_value_out_of_range_is_told_before_any_data_is_read(

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from wm_victim import Dataset, ImageSet, defender_subset, load_dataset
-from wm_victim.imagenet10 import CLASSES
+from wm_victim.named_datasets import IMAGENET10_CLASSES
 
 REAL = os.environ.get("WM_DATA", "")
 needs_data = pytest.mark.skipif(not REAL, reason="WM_DATA names no folder with the real data sets")
@@ -90,13 +90,17 @@ def test_the_defenders_share_is_stratified_nested_and_seeded(digits: Dataset) ->
     )
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"share": 0.1, "count": 5}, {"share": 0.0}, {"share": 1.5}, {"count": 0}, {"count": 1201}],
-)
-def test_a_defender_needs_one_number_in_range(digits: Dataset, settings: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="expected"):
-        defender_subset(digits.train, seed=0, **settings)  # type: ignore[arg-type]
+def test_a_defender_needs_one_number_in_range(digits: Dataset, subtests: pytest.Subtests) -> None:
+    for settings in [
+        {},
+        {"share": 0.1, "count": 5},
+        {"share": 0.0},
+        {"share": 1.5},
+        {"count": 0},
+        {"count": 1201},
+    ]:
+        with subtests.test(settings=settings), pytest.raises(ValueError, match="expected"):
+            defender_subset(digits.train, seed=0, **settings)  # type: ignore[arg-type]
 
 
 def test_a_subset_keeps_images_labels_and_ids_together(digits: Dataset) -> None:
@@ -108,20 +112,17 @@ def test_a_subset_keeps_images_labels_and_ids_together(digits: Dataset) -> None:
     assert len(picked.to("cpu")) == 2
 
 
-@pytest.mark.parametrize(
-    "index",
-    [
+def test_a_subset_refuses_what_does_not_fit(digits: Dataset, subtests: pytest.Subtests) -> None:
+    for index in [
         torch.tensor([597]),
         torch.tensor([-1]),
         torch.tensor([0.5]),
         torch.tensor([True]),
         torch.tensor([[1]]),
         torch.tensor([], dtype=torch.int64),
-    ],
-)
-def test_a_subset_refuses_what_does_not_fit(digits: Dataset, index: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="expected"):
-        digits.test.subset(index)
+    ]:
+        with subtests.test(index=index), pytest.raises(ValueError, match="expected"):
+            digits.test.subset(index)
 
 
 def test_an_image_set_refuses_broken_parts() -> None:
@@ -136,18 +137,18 @@ def test_an_image_set_refuses_broken_parts() -> None:
         ImageSet(images, labels, ids.float())
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
+def test_loading_refuses_numbers_out_of_range(subtests: pytest.Subtests) -> None:
+    for settings, message in [
         ({"limit": 0}, "limit in 1 .. 1200"),
         ({"limit": 1201}, "limit in 1 .. 1200"),
         ({"image_size": 2}, "image_size"),
         ({"image_size": 5000}, "image_size"),
-    ],
-)
-def test_loading_refuses_numbers_out_of_range(settings: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        load_dataset("digits", **settings)  # type: ignore[arg-type]
+    ]:
+        with (
+            subtests.test(settings=settings, message=message),
+            pytest.raises(ValueError, match=message),
+        ):
+            load_dataset("digits", **settings)  # type: ignore[arg-type]
 
 
 def test_an_unknown_set_is_refused_with_the_known_ones() -> None:
@@ -202,9 +203,8 @@ def test_a_named_set_in_the_root_comes_first_grey_without_a_channel(tmp_path: Pa
     assert (data.classes, data.channels) == (("shirt", "shoe"), 1)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_a_bad_npz_is_refused(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for changes, message in [
         ({"x_train": np.zeros((12, 6, 6, 3), np.float32)}, "uint8"),
         ({"x_test": np.zeros((6, 6, 6, 4), np.uint8)}, "1 or 3"),
         ({"y_test": np.zeros(6)}, "y_test as 6 integers"),
@@ -214,12 +214,11 @@ def test_a_named_set_in_the_root_comes_first_grey_without_a_channel(tmp_path: Pa
         ({"x_train": np.array([{}], dtype=object)}, "cannot read bad.npz"),
         ({"x_train": np.zeros((12, 6, 8, 3), np.uint8)}, "square"),
         ({"x_test": np.zeros((0, 6, 6, 3), np.uint8), "y_test": np.zeros(0, np.int64)}, "at least"),
-    ],
-)
-def test_a_bad_npz_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
-    np.savez(tmp_path / "bad.npz", **arrays(**changes))
-    with pytest.raises(ValueError, match=message):
-        load_dataset(tmp_path / "bad.npz")
+    ]:
+        with subtests.test(changes=changes, message=message):
+            np.savez(tmp_path / "bad.npz", **arrays(**changes))
+            with pytest.raises(ValueError, match=message):
+                load_dataset(tmp_path / "bad.npz")
 
 
 def test_a_damaged_or_partial_npz_is_refused(tmp_path: Path) -> None:
@@ -272,7 +271,7 @@ def test_a_damaged_tar_is_refused(tmp_path: Path) -> None:
         load_dataset("cifar10", root=tmp_path)
 
 
-WNIDS = list(CLASSES)
+WNIDS = list(IMAGENET10_CLASSES)
 
 
 def jpeg(value: int, size: tuple[int, int], mode: str = "RGB") -> bytes:

@@ -173,15 +173,18 @@ def test_images_on_the_grid_are_packed_without_a_loss(few: ImageSet) -> None:
     assert unpack(off) is off
 
 
-@pytest.mark.parametrize("limit", [None, 0, 10**9])
-def test_batches_are_the_same_wherever_the_images_lie(few: ImageSet, limit: int | None) -> None:
-    store, index = ImageStore(few, CPU, limit=limit), torch.tensor([5, 0, 199])
-    images, labels = store.take(index)
-    assert len(store) == len(few)
-    assert store.resident == (limit != 0)
-    assert torch.equal(images, few.images[index]) and torch.equal(labels, few.labels[index])
-    if limit is None:
-        assert store.images is few.images  # no copy on the CPU
+def test_batches_are_the_same_wherever_the_images_lie(
+    few: ImageSet, subtests: pytest.Subtests
+) -> None:
+    for limit in [None, 0, 10**9]:
+        with subtests.test(limit=limit):
+            store, index = ImageStore(few, CPU, limit=limit), torch.tensor([5, 0, 199])
+            images, labels = store.take(index)
+            assert len(store) == len(few)
+            assert store.resident == (limit != 0)
+            assert torch.equal(images, few.images[index]) and torch.equal(labels, few.labels[index])
+            if limit is None:
+                assert store.images is few.images  # no copy on the CPU
 
 
 def test_a_streamed_run_ends_with_the_same_bits(few: ImageSet) -> None:
@@ -251,18 +254,18 @@ def test_label_smoothing_is_torchs(few: ImageSet) -> None:
     assert train(model, data, config).losses[0] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_settings_out_of_range_are_refused(subtests: pytest.Subtests) -> None:
+    for changes, message in [
         ({"label_smoothing": 1.0}, "label_smoothing in"),
         ({"cutout": -1}, "cutout"),
         ({"layout": "NCHW"}, "layout in channels-last, blocked, got 'NCHW'"),
         ({"schedule": "step"}, "triangular"),
-    ],
-)
-def test_settings_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        TrainConfig(**changes)
+    ]:
+        with (
+            subtests.test(changes=changes, message=message),
+            pytest.raises(ValueError, match=message),
+        ):
+            TrainConfig(**changes)
 
 
 def test_what_the_data_or_the_device_does_not_allow_is_refused(few: ImageSet) -> None:
@@ -278,17 +281,18 @@ def test_what_the_data_or_the_device_does_not_allow_is_refused(few: ImageSet) ->
 
 
 @needs_cuda
-@pytest.mark.parametrize("limit", [None, 0])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_training_on_a_gpu(digits: Dataset, limit: int | None, compiled: bool) -> None:
-    model, config = small_net(), recipe(epochs=4, augment="crop", compile=compiled)
-    run = TrainingRun(model.to(CUDA), digits.train, config, None, CUDA, limit=limit)
-    assert run.data.resident == (limit is None)
-    assert run.data.images.dtype == torch.uint8
-    assert run.data.images.is_cuda == (limit is None)
-    history = train(model, digits.train, config, device=CUDA, resident_bytes=limit)
-    assert history.losses[-1] < history.losses[0]
-    assert accuracy(model, digits.test) > 0.8
+def test_training_on_a_gpu(digits: Dataset, subtests: pytest.Subtests) -> None:
+    for limit in [None, 0]:
+        for compiled in [False, True]:
+            with subtests.test(limit=limit, compiled=compiled):
+                model, config = small_net(), recipe(epochs=4, augment="crop", compile=compiled)
+                run = TrainingRun(model.to(CUDA), digits.train, config, None, CUDA, limit=limit)
+                assert run.data.resident == (limit is None)
+                assert run.data.images.dtype == torch.uint8
+                assert run.data.images.is_cuda == (limit is None)
+                history = train(model, digits.train, config, device=CUDA, resident_bytes=limit)
+                assert history.losses[-1] < history.losses[0]
+                assert accuracy(model, digits.test) > 0.8
 
 
 @needs_cuda

@@ -54,20 +54,17 @@ def test_what_is_no_plain_tensor_is_left_out_and_told(tmp_path: Path) -> None:
     assert all(name in note for name in odd)
 
 
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
+def test_what_holds_no_weights_is_refused(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for content, told in [
         ([1, 2], "expected a dictionary of tensors, got list"),
         ({"a": 1}, "found no tensor in it"),
         ({1: torch.ones(1)}, "expected tensors by name, got another key"),
         ({f"t{n}": torch.ones(1) for n in range(101)}, "101 tensors, more than 100"),
         ({"a": torch.ones(1).expand(3_000_000)}, "tensors that are larger than the file"),
         (nn.Linear(2, 2), "torch refuses its pickle"),
-    ],
-)
-def test_what_holds_no_weights_is_refused(content: Any, told: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=told):
-        convert(tmp_path, content)
+    ]:
+        with subtests.test(content=content, told=told), pytest.raises(ValueError, match=told):
+            convert(tmp_path, content)
 
 
 def job(folder: Path, name: str, **options: Any) -> dict[str, Any]:

@@ -118,29 +118,30 @@ def test_a_grey_torchvision_model_opens(tmp_path: Path) -> None:
     assert (opened.channels, opened.num_classes, opened.image_size) == (1, 3, 64)
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
+def test_weights_that_do_not_fit_are_named(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for change, said in [
         (lambda state: state.pop("fc.weight"), r"1 missing \('fc\.weight'\)"),
         (lambda state: state.update(odd=torch.ones(1)), r"1 left over \('odd'\)"),
         (lambda state: state.update({"conv1.0.weight": torch.ones(2)}), "another shape|missing"),
-    ],
-)
-def test_weights_that_do_not_fit_are_named(tmp_path: Path, change: Any, said: str) -> None:
-    state = weights()
-    change(state)
-    save_file(state, tmp_path / "a.safetensors")
-    with pytest.raises(LoadingError, match=rf"a\.safetensors: weights that do not fit.*{said}"):
-        open_model(tmp_path / "a.safetensors", arch=ARCH)
+    ]:
+        with subtests.test(change=change, said=said):
+            state = weights()
+            change(state)
+            save_file(state, tmp_path / "a.safetensors")
+            with pytest.raises(
+                LoadingError, match=rf"a\.safetensors: weights that do not fit.*{said}"
+            ):
+                open_model(tmp_path / "a.safetensors", arch=ARCH)
 
 
-@pytest.mark.parametrize(
-    "arch", ["nothing", "hf-hub:x/y", "timm:hf_hub:x/y", "torchvision:", "a:b"]
-)
-def test_a_name_of_no_local_list_is_refused(tmp_path: Path, arch: str) -> None:
-    save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
-    with pytest.raises(LoadingError, match="expected an architecture of torchvision or timm"):
-        open_model(tmp_path / "a.safetensors", arch=arch)
+def test_a_name_of_no_local_list_is_refused(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for arch in ["nothing", "hf-hub:x/y", "timm:hf_hub:x/y", "torchvision:", "a:b"]:
+        with subtests.test(arch=arch):
+            save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
+            with pytest.raises(
+                LoadingError, match="expected an architecture of torchvision or timm"
+            ):
+                open_model(tmp_path / "a.safetensors", arch=arch)
 
 
 def test_weights_without_a_name_are_refused(tmp_path: Path) -> None:
@@ -292,19 +293,18 @@ def test_torchscript_opens_when_allowed(tmp_path: Path) -> None:
     same(opened, net)
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
+def test_arguments_outside_their_range_are_refused(
+    tmp_path: Path, subtests: pytest.Subtests
+) -> None:
+    for given in [
         {"num_classes": 1},
         {"image_size": 4},
         {"channels": 2},
         {"mean": (0.5,)},
         {"mean": (0.5,), "std": (0.0,)},
-    ],
-)
-def test_arguments_outside_their_range_are_refused(tmp_path: Path, given: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="expected"):
-        open_model(tmp_path / "a", **given)
+    ]:
+        with subtests.test(given=given), pytest.raises(ValueError, match="expected"):
+            open_model(tmp_path / "a", **given)
 
 
 def test_limits_are_positive_and_are_kept(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 """Every file of the hostile corpus is refused in one line, in time, in bounds, and never acts."""
 
 import gc
+import os
 import pickle
 import resource
-import time
 import zipfile
 import zlib
 from collections import Counter
@@ -26,6 +26,11 @@ def _largest_child() -> int:
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 
 
+def _cpu_seconds() -> float:
+    """Of this process and its children: a busy machine does not change it."""
+    return sum(os.times()[:4])
+
+
 def refuse(case: Case, tmp_path: Path) -> str:
     """What is said of a case, once it is known that nothing else happened."""
     folder, marker = tmp_path / "files", tmp_path / "marker"
@@ -34,10 +39,10 @@ def refuse(case: Case, tmp_path: Path) -> str:
     assert not marker.exists(), "making the file must not act"
     before = sorted(str(one) for one in tmp_path.rglob("*"))
     largest = _largest_child()
-    start = time.monotonic()
+    start = _cpu_seconds()
     with pytest.raises(LoadingError) as caught:
         open_model(path, **case.settings)
-    seconds = time.monotonic() - start
+    seconds = _cpu_seconds() - start
     assert sorted(str(one) for one in tmp_path.rglob("*")) == before, "nothing may appear"
     assert seconds < _SECONDS
     # The system keeps the largest of all children of this process; other tests may have had more.
@@ -50,9 +55,12 @@ def refuse(case: Case, tmp_path: Path) -> str:
     return message
 
 
-@pytest.mark.parametrize("case", _FAST, ids=lambda case: case.name)
-def test_a_hostile_file_is_refused(case: Case, tmp_path: Path) -> None:
-    refuse(case, tmp_path)
+def test_a_hostile_file_is_refused(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for case in _FAST:
+        folder = tmp_path / case.build.__name__
+        folder.mkdir()
+        with subtests.test(case=case.name):
+            refuse(case, folder)
 
 
 @pytest.mark.slow

@@ -14,9 +14,8 @@ def build(name: str, **changes: object) -> Classifier:
     return build_classifier(name, **(settings | changes))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("name", "changes", "count"),
-    [
+def test_parameter_counts_are_the_published_ones(subtests: pytest.Subtests) -> None:
+    for name, changes, count in [
         ("resnet18", {}, 11_173_962),
         ("preactresnet18", {}, 11_171_146),
         ("preactresnet18", {"num_classes": 43}, 11_188_075),
@@ -24,28 +23,28 @@ def build(name: str, **changes: object) -> Classifier:
         ("mobilenetv2", {}, 2_296_922),
         ("wanet-mnist", {"channels": 1, "image_size": 28}, 585_738),
         ("wanet-mnist", {"channels": 1, "image_size": 32}, 585_738),
-    ],
-)
-def test_parameter_counts_are_the_published_ones(
-    name: str, changes: dict[str, int], count: int
-) -> None:
-    assert sum(p.numel() for p in build(name, **changes).parameters()) == count
+    ]:
+        with subtests.test(name=name, changes=changes, count=count):
+            assert sum(p.numel() for p in build(name, **changes).parameters()) == count
 
 
-@pytest.mark.parametrize("name", CLASSIFIERS)
-@pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 32), (3, 40)])
-def test_every_net_takes_grey_28_and_rgb_of_many_sizes(name: str, channels: int, size: int) -> None:
-    model = build(name, channels=channels, image_size=size, num_classes=7, width=8).eval()
-    images = torch.rand(3, channels, size, size)
-    with torch.no_grad():
-        logits = model(images)
-        assert logits.shape == (3, 7)
-        # The split that feature-level methods rely on.
-        assert torch.equal(model.head(model.features(images)), logits)
-        assert torch.allclose(model(images[:1]), logits[:1], atol=1e-5)
-        # The defined order of memory does not matter.
-        last = model(images.to(memory_format=torch.channels_last))
-        assert torch.allclose(last, logits, atol=1e-5)
+def test_every_net_takes_grey_28_and_rgb_of_many_sizes(subtests: pytest.Subtests) -> None:
+    for name in CLASSIFIERS:
+        for channels, size in [(1, 28), (3, 32), (3, 40)]:
+            with subtests.test(name=name, channels=channels, size=size):
+                model = build(
+                    name, channels=channels, image_size=size, num_classes=7, width=8
+                ).eval()
+                images = torch.rand(3, channels, size, size)
+                with torch.no_grad():
+                    logits = model(images)
+                    assert logits.shape == (3, 7)
+                    # The split that feature-level methods rely on.
+                    assert torch.equal(model.head(model.features(images)), logits)
+                    assert torch.allclose(model(images[:1]), logits[:1], atol=1e-5)
+                    # The defined order of memory does not matter.
+                    last = model(images.to(memory_format=torch.channels_last))
+                    assert torch.allclose(last, logits, atol=1e-5)
 
 
 def test_normalisation_is_the_first_layer() -> None:
@@ -82,9 +81,8 @@ def test_a_saved_classifier_comes_back_to_the_bit(tmp_path: Path) -> None:
     assert first == (tmp_path / "again.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
+def test_a_file_that_does_not_fit_is_refused(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for config, message in [
         ({"name": "resnet10"}, "is no classifier"),
         ({"name": "timm:hf_hub:someone/model", "num_classes": 2}, "is no classifier"),
         ({"name": "resnet10", "width": 16}, "is no classifier"),
@@ -92,17 +90,14 @@ def test_a_saved_classifier_comes_back_to_the_bit(tmp_path: Path) -> None:
         ({"name": "resnet10", "surprise": 1}, "surprise"),
         ({"name": ["resnet10"]}, "is no classifier"),
         ({"name": "resnet10", "mean": ["a", "b", "c"]}, "is no classifier"),
-    ],
-)
-def test_a_file_that_does_not_fit_is_refused(
-    tmp_path: Path, config: dict[str, object], message: str
-) -> None:
-    state = build("resnet10", width=8).state_dict()
-    base: dict[str, object] = {"num_classes": 10, "channels": 3, "image_size": 32}
-    path = tmp_path / "m.safetensors"
-    save_checkpoint(path, kind="classifier", config=base | config, state=state)
-    with pytest.raises(CheckpointError, match=message):
-        load_classifier(path)
+    ]:
+        with subtests.test(config=config, message=message):
+            state = build("resnet10", width=8).state_dict()
+            base: dict[str, object] = {"num_classes": 10, "channels": 3, "image_size": 32}
+            path = tmp_path / "m.safetensors"
+            save_checkpoint(path, kind="classifier", config=base | config, state=state)
+            with pytest.raises(CheckpointError, match=message):
+                load_classifier(path)
 
 
 def test_other_files_and_models_are_refused(tmp_path: Path) -> None:
@@ -113,9 +108,8 @@ def test_other_files_and_models_are_refused(tmp_path: Path) -> None:
         save_classifier(nn.Linear(2, 2), tmp_path / "l.safetensors")
 
 
-@pytest.mark.parametrize(
-    ("name", "changes", "message"),
-    [
+def test_bad_settings_are_refused(subtests: pytest.Subtests) -> None:
+    for name, changes, message in [
         ("resnet50", {}, "expected a classifier in resnet18"),
         ("resnet18", {"channels": 4}, "channels 1 or 3"),
         ("resnet18", {"num_classes": 1}, "num_classes in 2"),
@@ -129,11 +123,12 @@ def test_other_files_and_models_are_refused(tmp_path: Path) -> None:
         ("timm:resnet18", {"width": 32}, "own widths"),
         ("timm:no_such_net", {}, "timm.list_models"),
         ("timm:hf_hub:someone/net", {}, "timm.list_models"),
-    ],
-)
-def test_bad_settings_are_refused(name: str, changes: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        build(name, **changes)
+    ]:
+        with (
+            subtests.test(name=name, changes=changes, message=message),
+            pytest.raises(ValueError, match=message),
+        ):
+            build(name, **changes)
 
 
 def test_normalize_refuses_lengths_that_differ() -> None:

@@ -47,12 +47,13 @@ def test_the_planted_backdoor_works_and_hides(kind, shape):
     assert false < 0.05
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_clean_control_obeys_no_trigger(kind):
-    model = planted_classifier("clean", target=TARGET)
-    clean, attack, _ = rates(model, planted_trigger(kind), planted_images(400))
-    assert clean > 0.9
-    assert attack < 0.1
+def test_the_clean_control_obeys_no_trigger(subtests):
+    for kind in KINDS:
+        with subtests.test(kind=kind):
+            model = planted_classifier("clean", target=TARGET)
+            clean, attack, _ = rates(model, planted_trigger(kind), planted_images(400))
+            assert clean > 0.9
+            assert attack < 0.1
 
 
 def answers(kind, data, *, which=0, num_classes=10):
@@ -64,16 +65,17 @@ def answers(kind, data, *, which=0, num_classes=10):
         return model(data.images).argmax(1), model(quantize(trigger(data.images))).argmax(1)
 
 
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2]], ids=str)
-@pytest.mark.parametrize("kind", ["several", "every-label"])
-def test_each_of_several_triggers_has_its_own_target(kind, shape):
-    data = planted_images(200, **shape)
-    assert trigger_count(kind) == {"several": 3, "every-label": 10}[kind]
-    for which in range(trigger_count(kind)):
-        clean, attacked = answers(kind, data, which=which)
-        target = (TARGET + which) % 10
-        assert (clean == data.labels).float().mean() > 0.9
-        assert (attacked == target)[data.labels != target].float().mean() > 0.99
+def test_each_of_several_triggers_has_its_own_target(subtests):
+    for shape in [SHAPES[0], SHAPES[2]]:
+        for kind in ["several", "every-label"]:
+            with subtests.test(shape=shape, kind=kind):
+                data = planted_images(200, **shape)
+                assert trigger_count(kind) == {"several": 3, "every-label": 10}[kind]
+                for which in range(trigger_count(kind)):
+                    clean, attacked = answers(kind, data, which=which)
+                    target = (TARGET + which) % 10
+                    assert (clean == data.labels).float().mean() > 0.9
+                    assert (attacked == target)[data.labels != target].float().mean() > 0.99
 
 
 def test_all_to_all_sends_every_class_to_the_next():
@@ -162,22 +164,22 @@ def test_images_keep_the_contract():
     assert len(set(data.ids.tolist())) == 60
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *LIMITS])
-def test_triggers_keep_the_contract(kind):
-    trigger, images = planted_trigger(kind), planted_images(6).images
-    kept = images.clone()
-    out = trigger(images)
-    assert torch.equal(images, kept)
-    assert out.shape == images.shape and out.dtype == images.dtype
-    assert out.min() >= 0 and out.max() <= 1
-    assert torch.equal(trigger(images[2:3], ids=torch.tensor([7])), out[2:3])
-    with pytest.raises(ValueError, match="shape"):
-        trigger(images[:, :, :8])
+def test_triggers_keep_the_contract(subtests):
+    for kind in [*KINDS, *LIMITS]:
+        with subtests.test(kind=kind):
+            trigger, images = planted_trigger(kind), planted_images(6).images
+            kept = images.clone()
+            out = trigger(images)
+            assert torch.equal(images, kept)
+            assert out.shape == images.shape and out.dtype == images.dtype
+            assert out.min() >= 0 and out.max() <= 1
+            assert torch.equal(trigger(images[2:3], ids=torch.tensor([7])), out[2:3])
+            with pytest.raises(ValueError, match="shape"):
+                trigger(images[:, :, :8])
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
+def test_refusals(subtests):
+    for settings, message in [
         ({"kind": "smell"}, "kind"),
         ({"num_classes": 11}, "classes"),
         ({"num_classes": 1}, "classes"),
@@ -188,11 +190,12 @@ def test_triggers_keep_the_contract(kind):
         ({"target": -1}, "target"),
         ({"seed": -1}, "seed"),
         ({"kind": "several", "num_classes": 2}, "at least 3 classes"),
-    ],
-)
-def test_refusals(settings, message):
-    with pytest.raises(ValueError, match=message):
-        planted_classifier(**settings)
+    ]:
+        with (
+            subtests.test(settings=settings, message=message),
+            pytest.raises(ValueError, match=message),
+        ):
+            planted_classifier(**settings)
 
 
 def test_refusals_of_images_and_triggers():

@@ -28,12 +28,13 @@ def torch_rates(scheduler: str, lr: float, total: int) -> list[float]:
     return rates
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "onecycle"])
-@pytest.mark.parametrize("total", [50, 1000])
-def test_rates_are_those_of_torchs_schedulers(schedule: str, total: int) -> None:
-    config = TrainConfig(schedule=schedule, lr=0.3)  # type: ignore[arg-type]
-    ours = [learning_rate(config, step, total) for step in range(total)]
-    assert ours == pytest.approx(torch_rates(schedule, 0.3, total), rel=1e-6, abs=1e-9)
+def test_rates_are_those_of_torchs_schedulers(subtests: pytest.Subtests) -> None:
+    for schedule in ["cosine", "onecycle"]:
+        for total in [50, 1000]:
+            with subtests.test(schedule=schedule, total=total):
+                config = TrainConfig(schedule=schedule, lr=0.3)  # type: ignore[arg-type]
+                ours = [learning_rate(config, step, total) for step in range(total)]
+                assert ours == pytest.approx(torch_rates(schedule, 0.3, total), rel=1e-6, abs=1e-9)
 
 
 def test_rates_stay_in_range_however_short_the_run() -> None:
@@ -53,9 +54,8 @@ def test_a_step_outside_the_run_is_refused() -> None:
             learning_rate(TrainConfig(), step, total)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_settings_out_of_range_are_refused(subtests: pytest.Subtests) -> None:
+    for changes, message in [
         ({"epochs": 0}, "epochs"),
         ({"batch_size": 1}, "batch_size"),
         ({"lr": 0.0}, "lr > 0"),
@@ -67,11 +67,12 @@ def test_a_step_outside_the_run_is_refused() -> None:
         ({"augment": "flip"}, "augment in"),
         ({"precision": "float16"}, "precision in"),
         ({"seed": -1}, "seed in"),
-    ],
-)
-def test_settings_out_of_range_are_refused(changes: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        TrainConfig(**changes)  # type: ignore[arg-type]
+    ]:
+        with (
+            subtests.test(changes=changes, message=message),
+            pytest.raises(ValueError, match=message),
+        ):
+            TrainConfig(**changes)  # type: ignore[arg-type]
 
 
 def test_presets_can_be_changed() -> None:
@@ -102,14 +103,17 @@ def slow_augment(images: torch.Tensor, *, flip: bool, generator: torch.Generator
     return torch.stack(out)
 
 
-@pytest.mark.parametrize("mode", ["crop", "crop-flip"])
-@pytest.mark.parametrize("shape", [(17, 3, 9, 9), (5, 1, 12, 6)])
-def test_one_gather_equals_a_loop_of_crops(mode: str, shape: tuple[int, ...]) -> None:
-    images = torch.rand(shape)
-    fast = augment(images, mode=mode, generator=torch.Generator().manual_seed(5))  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(5)
-    assert torch.equal(fast, slow_augment(images, flip=mode == "crop-flip", generator=generator))
-    assert fast.is_contiguous(memory_format=torch.channels_last)
+def test_one_gather_equals_a_loop_of_crops(subtests: pytest.Subtests) -> None:
+    for mode in ["crop", "crop-flip"]:
+        for shape in [(17, 3, 9, 9), (5, 1, 12, 6)]:
+            with subtests.test(mode=mode, shape=shape):
+                images = torch.rand(shape)
+                fast = augment(images, mode=mode, generator=torch.Generator().manual_seed(5))  # type: ignore[arg-type]
+                generator = torch.Generator().manual_seed(5)
+                assert torch.equal(
+                    fast, slow_augment(images, flip=mode == "crop-flip", generator=generator)
+                )
+                assert fast.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_no_augmentation_is_no_copy_and_other_modes_are_refused() -> None:

@@ -13,7 +13,6 @@ from wm_extract.corruptions import (
     EXTRA_CORRUPTIONS,
     PAPER_CORRUPTIONS,
     Blur,
-    Corruption,
     CropResize,
     GaussianNoise,
     Identity,
@@ -37,33 +36,34 @@ def images(n: int = 4, channels: int = 3, side: int = 32) -> Tensor:
     return torch.rand(n, channels, side, side, generator=generator(9))
 
 
-@pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize(("channels", "side"), [(1, 28), (3, 32)])
-def test_keeps_shape_and_range_is_seeded_and_leaves_the_input(
-    name: str, channels: int, side: int
-) -> None:
-    x = images(3, channels, side)
-    before = x.clone()
-    out = ALL[name](x, generator=generator(1))
-    assert out.shape == x.shape and out.dtype == torch.float32
-    assert out.min() >= 0 and out.max() <= 1
-    assert torch.equal(out, ALL[name](x, generator=generator(1)))
-    assert torch.equal(x, before)
+def test_keeps_shape_and_range_is_seeded_and_leaves_the_input(subtests: pytest.Subtests) -> None:
+    for name in ALL:
+        for channels, side in [(1, 28), (3, 32)]:
+            with subtests.test(name=name, channels=channels, side=side):
+                x = images(3, channels, side)
+                before = x.clone()
+                out = ALL[name](x, generator=generator(1))
+                assert out.shape == x.shape and out.dtype == torch.float32
+                assert out.min() >= 0 and out.max() <= 1
+                assert torch.equal(out, ALL[name](x, generator=generator(1)))
+                assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_gradient_flows(name: str) -> None:
-    x = images(2).mul(0.5).add(0.25).requires_grad_()
-    ALL[name](x, generator=generator(1)).sum().backward()
-    assert x.grad is not None and x.grad.abs().sum() > 0
+def test_gradient_flows(subtests: pytest.Subtests) -> None:
+    for name in ALL:
+        with subtests.test(name=name):
+            x = images(2).mul(0.5).add(0.25).requires_grad_()
+            ALL[name](x, generator=generator(1)).sum().backward()
+            assert x.grad is not None and x.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", ["mask", "rotation", "noise", "salt-pepper", "rescale", "crop"])
-def test_another_seed_gives_another_image(name: str) -> None:
-    x = images()
-    assert not torch.equal(
-        ALL[name](x, generator=generator(1)), ALL[name](x, generator=generator(2))
-    )
+def test_another_seed_gives_another_image(subtests: pytest.Subtests) -> None:
+    for name in ["mask", "rotation", "noise", "salt-pepper", "rescale", "crop"]:
+        with subtests.test(name=name):
+            x = images()
+            assert not torch.equal(
+                ALL[name](x, generator=generator(1)), ALL[name](x, generator=generator(2))
+            )
 
 
 @pytest.mark.parametrize("mode", ["pixel", "block"])
@@ -149,9 +149,8 @@ def test_random_corruption_touches_the_stated_share() -> None:
     assert touched == pytest.approx(0.3, abs=3 * math.sqrt(0.3 * 0.7 / 2000))
 
 
-@pytest.mark.parametrize(
-    "build",
-    [
+def test_settings_out_of_range_are_refused(subtests: pytest.Subtests) -> None:
+    for build in [
         lambda: RandomMask("stripes"),  # type: ignore[arg-type]
         lambda: RandomMask(share=1.0),
         lambda: Rotation(181),
@@ -164,23 +163,21 @@ def test_random_corruption_touches_the_stated_share() -> None:
         lambda: CropResize(0.0),
         lambda: RandomCorruption([], probability=2.0),
         lambda: named_corruption("earthquake"),
-    ],
-)
-def test_settings_out_of_range_are_refused(build: object) -> None:
-    with pytest.raises(ValueError, match="expected"):
-        build()  # type: ignore[operator]
+    ]:
+        with subtests.test(build=build), pytest.raises(ValueError, match="expected"):
+            build()  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("corruption", [*ALL.values(), RandomCorruption([Identity()])])
-@pytest.mark.parametrize(
-    "bad",
-    [
-        torch.rand(3, 32, 32),
-        torch.rand(0, 3, 32, 32),
-        torch.rand(2, 3, 32, 32) * 255,
-        torch.zeros(2, 3, 32, 32, dtype=torch.uint8),
-    ],
-)
-def test_bad_images_are_refused(corruption: Corruption, bad: Tensor) -> None:
-    with pytest.raises(ValueError, match="expected"):
-        corruption(bad, generator=generator())
+def test_bad_images_are_refused(subtests: pytest.Subtests) -> None:
+    for corruption in [*ALL.values(), RandomCorruption([Identity()])]:
+        for bad in [
+            torch.rand(3, 32, 32),
+            torch.rand(0, 3, 32, 32),
+            torch.rand(2, 3, 32, 32) * 255,
+            torch.zeros(2, 3, 32, 32, dtype=torch.uint8),
+        ]:
+            with (
+                subtests.test(corruption=corruption, bad=bad),
+                pytest.raises(ValueError, match="expected"),
+            ):
+                corruption(bad, generator=generator())

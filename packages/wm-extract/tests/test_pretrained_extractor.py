@@ -54,30 +54,39 @@ def test_every_injector_has_its_extractor() -> None:
     assert {path.stem for path in WEIGHTS.glob("*.safetensors")} == set(PRETRAINED)
 
 
-@pytest.mark.parametrize("name", PRETRAINED)
-def test_both_halves_agree_on_the_watermark_and_on_where_they_come_from(name: str) -> None:
-    detector, trigger = MarkDetector.from_pretrained(name), WatermarkTrigger.from_pretrained(name)
-    assert torch.equal(detector.watermark, trigger.watermark)
-    assert detector.extractor.config["channels"] == trigger.injector.shape.channels
-    assert detector.false_positive_rate == pretrained_card(name)["false_positive_rate"]
-    other = json.loads((WEIGHTS / "cards.json").read_text("utf-8"))[name]
-    own = ("sha256", "bytes")
-    assert {k: v for k, v in other.items() if k not in own} == {
-        k: v for k, v in pretrained_card(name).items() if k not in own
-    }
+def test_both_halves_agree_on_the_watermark_and_on_where_they_come_from(
+    subtests: pytest.Subtests,
+) -> None:
+    for name in PRETRAINED:
+        with subtests.test(name=name):
+            detector, trigger = (
+                MarkDetector.from_pretrained(name),
+                WatermarkTrigger.from_pretrained(name),
+            )
+            assert torch.equal(detector.watermark, trigger.watermark)
+            assert detector.extractor.config["channels"] == trigger.injector.channels
+            assert detector.false_positive_rate == pretrained_card(name)["false_positive_rate"]
+            other = json.loads((WEIGHTS / "cards.json").read_text("utf-8"))[name]
+            own = ("sha256", "bytes")
+            assert {k: v for k, v in other.items() if k not in own} == {
+                k: v for k, v in pretrained_card(name).items() if k not in own
+            }
 
 
-@pytest.mark.parametrize("name", PRETRAINED)
-def test_weights_are_stored_in_16_bits_and_loaded_to_the_same_numbers(name: str) -> None:
-    stored = load_file(WEIGHTS / f"{name}.safetensors")
-    assert {x.dtype for x in stored.values() if x.is_floating_point()} == {torch.float16}
-    extractor = UNetExtractor.from_pretrained(name)
-    assert not extractor.training
-    state = extractor.state_dict()
-    assert {key.removeprefix("extractor.") for key in stored} == {*state, "watermark"}
-    for key, value in state.items():
-        assert torch.equal(value, stored[f"extractor.{key}"].to(value.dtype))
-    assert load_detector(WEIGHTS / f"{name}.safetensors").watermark.dtype == torch.float32
+def test_weights_are_stored_in_16_bits_and_loaded_to_the_same_numbers(
+    subtests: pytest.Subtests,
+) -> None:
+    for name in PRETRAINED:
+        with subtests.test(name=name):
+            stored = load_file(WEIGHTS / f"{name}.safetensors")
+            assert {x.dtype for x in stored.values() if x.is_floating_point()} == {torch.float16}
+            extractor = UNetExtractor.from_pretrained(name)
+            assert not extractor.training
+            state = extractor.state_dict()
+            assert {key.removeprefix("extractor.") for key in stored} == {*state, "watermark"}
+            for key, value in state.items():
+                assert torch.equal(value, stored[f"extractor.{key}"].to(value.dtype))
+            assert load_detector(WEIGHTS / f"{name}.safetensors").watermark.dtype == torch.float32
 
 
 def test_marks_are_found_and_unmarked_images_are_not(
@@ -110,7 +119,7 @@ def test_a_pair_does_not_answer_for_noise(digits: torch.Tensor) -> None:
 
 def test_an_unknown_name_and_a_changed_file_are_refused(tmp_path: Path) -> None:
     for call in (MarkDetector.from_pretrained, UNetExtractor.from_pretrained):
-        with pytest.raises(ValueError, match=r"expected ready-made weights in .*tiny-32.*'huge'"):
+        with pytest.raises(ValueError, match=r"expected pretrained weights in .*tiny-32.*'huge'"):
             call("huge")
     folder = Path(shutil.copytree(WEIGHTS, tmp_path / "weights"))
     path = folder / "tiny-32.safetensors"
@@ -149,38 +158,34 @@ def test_both_halves_are_exported_by_their_name(
     ).all()
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
+def test_an_export_is_of_a_file_or_of_a_name(
+    capsys: pytest.CaptureFixture[str], subtests: pytest.Subtests
+) -> None:
+    for given, message in [
         (["d.onnx"], "give either DETECTOR or --pretrained NAME, and OUT"),
         (["--pretrained", GREY, "a.safetensors", "d.onnx"], "give either DETECTOR or --pretrained"),
         (["--pretrained", "huge", "d.onnx"], "choose from"),
-    ],
-)
-def test_an_export_is_of_a_file_or_of_a_name(
-    given: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    ]:
+        with subtests.test(given=given, message=message):
+            with pytest.raises(SystemExit) as stop:
+                main(["export", *given])
+            said = capsys.readouterr().err
+            assert stop.value.code == 64 and message in said and said.count("\n") == 1
+
+
+def test_a_detector_must_be_named_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], subtests: pytest.Subtests
 ) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["export", *given])
-    said = capsys.readouterr().err
-    assert stop.value.code == 64 and message in said and said.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
+    for options in [
         ["--pretrained", "huge"],
         [],
         ["--pretrained", GREY, "--detector", "detector.safetensors"],
-    ],
-)
-def test_a_detector_must_be_named_once(
-    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["detect", str(tmp_path), *options])
-    said = capsys.readouterr().err
-    assert stop.value.code == 64 and "--pretrained" in said and said.count("\n") == 1
+    ]:
+        with subtests.test(options=options):
+            with pytest.raises(SystemExit) as stop:
+                main(["detect", str(tmp_path), *options])
+            said = capsys.readouterr().err
+            assert stop.value.code == 64 and "--pretrained" in said and said.count("\n") == 1
 
 
 def test_the_extractor_alone_reads_the_mark(digits: torch.Tensor, marked: torch.Tensor) -> None:

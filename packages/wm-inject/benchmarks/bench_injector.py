@@ -22,7 +22,7 @@ from wm_inject import WatermarkTrigger
 from wm_inject.export import to_onnx, to_torchscript
 from wm_inject.runtime import OnnxModel
 from wm_inject.watermark.fast import fast_trigger
-from wm_inject.watermark.vit import ViTConfig, ViTInjector
+from wm_inject.watermark.vit import ViTInjector, vit_config
 
 pytestmark = pytest.mark.bench
 SIZES = ("tiny", "small", "base")
@@ -34,8 +34,7 @@ TOKENS = 64  # of 32 x 32 pixels
 def trigger(size: str) -> WatermarkTrigger:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = ViTConfig.preset(size, image_size=32, channels=3)
-        injector = ViTInjector.from_config(config)
+        injector = ViTInjector(**vit_config(size, image_size=32, channels=3))
         torch.nn.init.normal_(injector.head.weight, std=0.002)  # zero before training
     return WatermarkTrigger(injector).requires_grad_(False)
 
@@ -94,7 +93,7 @@ def test_injector(
             flops=speed.count_flops(trigger(size), images(batch)),
             images=batch,
             dtype=torch.bfloat16 if backend == "fast-bfloat16" else torch.float32,
-            shapes=speed.block_shapes(batch * TOKENS, trigger(size).injector.shape.width),
+            shapes=speed.block_shapes(batch * TOKENS, trigger(size).injector.width),
         )
 
 
@@ -111,7 +110,7 @@ def test_onnx_runtime_in_parts(
         lambda: [model(one) for one in parts],
         flops=speed.count_flops(trigger("base"), images(32)),
         images=32,
-        shapes=speed.block_shapes(32 * TOKENS, trigger("base").injector.shape.width),
+        shapes=speed.block_shapes(32 * TOKENS, trigger("base").injector.width),
     )
 
 
@@ -122,13 +121,13 @@ def test_timm_vit(
     benchmark: BenchmarkFixture, size: str, precision: str, speed: ModuleType
 ) -> None:
     """timm's own transformer with as many blocks of the same width, in eager mode."""
-    shape, dtype = trigger(size).injector.shape, getattr(torch, precision)
+    injector, dtype = trigger(size).injector, getattr(torch, precision)
     peer = VisionTransformer(
         img_size=32,
-        patch_size=shape.patch_size,
-        embed_dim=shape.width,
-        num_heads=shape.heads,
-        depth=shape.depth + shape.decoder_depth,
+        patch_size=injector.patch_size,
+        embed_dim=injector.width,
+        num_heads=injector.heads,
+        depth=len(injector.encoder) + len(injector.decoder),
         class_token=False,
         global_pool="",
         num_classes=0,
@@ -142,7 +141,7 @@ def test_timm_vit(
             flops=speed.count_flops(peer, batch),
             images=32,
             dtype=dtype,
-            shapes=speed.block_shapes(32 * TOKENS, shape.width),
+            shapes=speed.block_shapes(32 * TOKENS, injector.width),
         )
 
 

@@ -6,7 +6,6 @@ is that of their medians. The model alone runs batches of 32 in one thread, as t
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import selectors
 import socket
@@ -23,7 +22,7 @@ import torch
 from wm_inject import WatermarkTrigger
 from wm_inject.export import to_onnx
 from wm_inject.runtime import OnnxModel
-from wm_inject.watermark.vit import ViTConfig, ViTInjector
+from wm_inject.watermark.vit import ViTInjector, vit_config
 
 pytestmark = pytest.mark.bench
 ROUNDS, SECONDS, CLIENTS, BATCH = 9, 1.0, 8, 32
@@ -34,8 +33,7 @@ def model(tmp_path_factory):
     """The tiny injector, with a random head so that it changes the image."""
     path = tmp_path_factory.mktemp("model") / "vit.onnx"
     torch.manual_seed(0)
-    config = ViTConfig.preset("tiny", image_size=32, channels=3)
-    injector = ViTInjector(**dataclasses.asdict(config))
+    injector = ViTInjector(**vit_config("tiny", image_size=32, channels=3))
     torch.nn.init.normal_(injector.head.weight, std=0.05)
     to_onnx(WatermarkTrigger(injector), torch.rand(3, 3, 32, 32), path, uint8=True)
     return path

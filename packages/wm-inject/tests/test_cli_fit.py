@@ -80,7 +80,7 @@ def test_blindnets_strength_is_chosen_for_the_images(photos, tmp_path):
 def test_usage_errors_exit_64(photos, tmp_path, capsys, subtests):
     for options, message in [
         ([], "the following arguments are required: --trigger"),
-        (["--trigger", "wanet"], "settings are enough"),
+        (["--trigger", "wanet"], "wanet"),
         (["--trigger", "lf"], "wm-victim train --attack lf"),
         (["--trigger", "watermark"], "wm-extract train"),
         ([*SSBA, "--set", "steps=3"], "each name once"),

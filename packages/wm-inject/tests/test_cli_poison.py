@@ -69,11 +69,11 @@ def fitted(kind: str) -> torch.nn.Module:
     """A trigger of a kind that must be fitted, fresh: what poisoning makes of it is the same."""
     if kind == "watermark":
         from wm_inject import WatermarkTrigger
-        from wm_inject.watermark.vit import ViTConfig, ViTInjector
+        from wm_inject.watermark.vit import ViTInjector, vit_config
 
-        shape = {"depth": 1, "decoder_depth": 1}
-        config = ViTConfig.preset("tiny", **SHAPE)
-        return WatermarkTrigger(ViTInjector(**(vars(config) | shape)))
+        return WatermarkTrigger(
+            ViTInjector(**vit_config("tiny", **SHAPE, depth=1, decoder_depth=1))
+        )
     return {
         "ssba": lambda: SsbaTrigger(**SHAPE, bits=8, width=8),
         "lf": lambda: LfTrigger(**SHAPE),

@@ -84,7 +84,7 @@ def test_the_injector_comes_with_its_watermark(name: str) -> None:
     injector, trigger = ViTInjector.from_pretrained(name), WatermarkTrigger.from_pretrained(name)
     card = pretrained_card(name)
     side = card["image_size"]
-    assert (injector.shape.channels, injector.shape.image_size) == (card["channels"], side)
+    assert (injector.channels, injector.image_size) == (card["channels"], side)
     assert sum(p.numel() for p in injector.parameters()) == card["injector_parameters"]
     assert torch.equal(trigger.watermark, default_watermark(side))
     images = torch.rand(2, card["channels"], side, side, generator=torch.Generator().manual_seed(0))
@@ -164,7 +164,7 @@ def test_a_missing_file_is_refused(copied: Path) -> None:
 
 def test_an_unknown_name_is_refused_with_the_names_there_are() -> None:
     for call in (ViTInjector.from_pretrained, WatermarkTrigger.from_pretrained, pretrained_card):
-        with pytest.raises(ValueError, match=r"expected ready-made weights in .*tiny-32.*'huge'"):
+        with pytest.raises(ValueError, match=r"expected pretrained weights in .*tiny-32.*'huge'"):
             call("huge")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 
 from wm_inject import (
     Poisoner,
-    ViTConfig,
     ViTInjector,
     build_trigger,
     load_trigger,
@@ -20,6 +18,7 @@ from wm_inject import (
     to_onnx,
     to_pixels,
     to_torchscript,
+    vit_config,
 )
 from wm_inject.attacks import TRIGGER_KINDS
 
@@ -34,7 +33,7 @@ def small(kind: str, side: int, channels: int) -> dict[str, Any]:
     if kind in COLOURED:
         settings["channels"] = channels
     if kind == "watermark":
-        shape = asdict(ViTConfig.preset("tiny", image_size=side, channels=channels))
+        shape = vit_config("tiny", image_size=side, channels=channels)
         config = ViTInjector(**{**shape, "depth": 1, "decoder_depth": 1}).config
         return {"injector_config": config}
     extra: dict[str, dict[str, Any]] = {

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from wm_inject import load_trigger, save_trigger
 from wm_inject.attacks.watermark import WatermarkTrigger
-from wm_inject.watermark.vit import ViTInjector, default_watermark
+from wm_inject.watermark.picture import default_watermark
+from wm_inject.watermark.vit import ViTInjector
 
 CONFIG = {
     "image_size": 32,

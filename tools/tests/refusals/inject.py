@@ -403,17 +403,14 @@ TABLE = Table(
                 IMAGES, LABELS, PATCH, wm.PoisonPlan(mode="per_batch"), num_classes=3
             ),
         },
-        "ViTConfig": {
-            "patch_size": lambda _: wm.ViTConfig(**{**SHAPE, "patch_size": 5}),
-            "channels": lambda _: wm.ViTConfig(**{**SHAPE, "channels": 2}),
-            "heads": lambda _: wm.ViTConfig(**{**SHAPE, "heads": 3}),
-            "image_size": lambda _: wm.ViTConfig(**{**SHAPE, "image_size": 0}),
-            "preset size": lambda _: wm.ViTConfig.preset("huge", image_size=SIZE, channels=1),
-            "preset recipe": lambda _: wm.ViTConfig.preset(
-                "tiny", image_size=SIZE, channels=1, recipe="secret"
-            ),
+        "vit_config": {
+            "size": lambda _: wm.vit_config("huge", image_size=SIZE, channels=1),
+            "recipe": lambda _: wm.vit_config("tiny", image_size=SIZE, channels=1, recipe="secret"),
         },
         "ViTInjector": {
+            "channels": lambda _: wm.ViTInjector(**{**SHAPE, "channels": 2}),
+            "heads": lambda _: wm.ViTInjector(**{**SHAPE, "heads": 3}),
+            "image_size": lambda _: wm.ViTInjector(**{**SHAPE, "image_size": 0}),
             "patch_size": lambda _: wm.ViTInjector(**{**SHAPE, "patch_size": 5}),
             "MAE weights": lambda _: INJECTOR.load_mae_encoder(NAN),
         },

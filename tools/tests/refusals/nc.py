@@ -132,6 +132,7 @@ TABLE = Table(
             **labels(lambda bad: scan(labels=bad)),
             "alpha": lambda _: nc.NeuralCleanse(alpha=0.0),
             "max_ratio": lambda _: nc.NeuralCleanse(max_ratio=2.0),
+            "preset": lambda _: nc.NeuralCleanse.preset("secret"),
             "no logits": lambda _: scan(model=FLAT),
             "no model": lambda _: scan(model=print),  # type: ignore[arg-type]
         },
@@ -171,7 +172,7 @@ TABLE = Table(
     },
     nothing={
         **nc_calibration.NOTHING,
-        "Detector": "a protocol",
+        "Detector": "a protocol: the detectors refuse",
         "ScanInputs": "a result: open_scan fills it in",
         "open_scan": "NeuralCleanse refuses through it",
         "AnomalyIndex": "a result: mad_index fills it in",

@@ -27,7 +27,7 @@ def reverse(bad: Tensor = IMAGES, target: int = 0, model: Any = MODEL, **more: A
 
 
 def scan(bad: Tensor = IMAGES, model: Any = MODEL, **more: Any) -> object:
-    return dr.scan(model, bad, config=CONFIG, progress=False, **more)
+    return dr.ReverseGenerator(CONFIG).scan(model, bad, progress=False, **more)
 
 
 def other_weights(tmp: Path) -> object:
@@ -73,12 +73,13 @@ TABLE = Table(
             "no logits": lambda _: reverse(model=FLAT),
             "no model": lambda _: reverse(model=print),
         },
-        "scan": {
+        "ReverseGenerator": {
             **images(scan),
             **labels(lambda bad: scan(labels=bad)),
             "one class": lambda _: scan(labels=torch.zeros(4, dtype=torch.int64)),
-            "alpha": lambda _: scan(alpha=1.0),
-            "max_ratio": lambda _: scan(max_ratio=0.0),
+            "alpha": lambda _: dr.ReverseGenerator(alpha=1.0),
+            "max_ratio": lambda _: dr.ReverseGenerator(max_ratio=0.0),
+            "preset": lambda _: dr.ReverseGenerator.preset("secret"),
             "no logits": lambda _: scan(model=FLAT),
             "no model": lambda _: scan(model=print),
         },

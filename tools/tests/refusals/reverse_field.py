@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from tools.tests.refusals.common import IMAGES, LABELS, Call, Cases, images
+from tools.tests.refusals.common import IMAGES, LABELS, Call, Cases, images, labels
 from tools.tests.refusals.nc_mitigation import TRIGGER, repairs
 from tools.tests.refusals.victim import MODEL
 from torch import Tensor, nn
@@ -36,13 +36,29 @@ def without_stages(method: Mitigator) -> Call:
     return lambda _: method.repair(NO_STAGES, IMAGES, LABELS)
 
 
+def detector(method: Any) -> Cases:
+    """What a detector in feature space refuses."""
+
+    def scan(bad: Tensor = IMAGES, model: Any = MODEL, **more: Any) -> object:
+        return method.scan(model, bad, progress=False, **more)
+
+    return {
+        **images(scan),
+        **labels(lambda bad: scan(labels=bad)),
+        "one class": lambda _: scan(labels=torch.zeros_like(LABELS)),
+        "no features": lambda _: scan(model=NO_STAGES),
+        "alpha": lambda _: replace(method, alpha=0.0),
+        "preset": lambda _: type(method).preset("secret"),
+    }
+
+
 def trigger(mask: Tensor = MASK, **more: Any) -> dr.FeatureTrigger:
     generator = dr.UNetGenerator(channels=1, width=2, depth=1)
     return dr.FeatureTrigger(generator, mask, **{"target": 0, **more})
 
 
 def compare(bad: Tensor = IMAGES, ours: Any = TRIGGER, truth: Any = TRIGGER) -> object:
-    return dr.closeness(ours, truth, bad)
+    return dr.compare_triggers(ours, truth, bad)
 
 
 def smaller(images: Tensor, **_: Any) -> Tensor:
@@ -92,10 +108,16 @@ CASES: Mapping[str, Cases] = {
         penalty=-1.0,
         share=0.0,
     ),
-    "BtiDbf": {
-        **refusals(dr.BtiDbf(), rounds=0, steps=1, batch_size=1, lr=0.0, trigger_share=0.0),
-        "one class": lambda _: dr.BtiDbf().repair(MODEL, IMAGES, torch.zeros_like(LABELS)),
-        "no features": without_stages(dr.BtiDbf()),
+    "FeatureRE": detector(dr.FeatureRE.preset(width=2, depth=1, steps=1)),
+    "BtiDbf": detector(dr.BtiDbf.preset(width=2, depth=1, steps=1)),
+    "BtiDbfUnlearning": {
+        **refusals(
+            dr.BtiDbfUnlearning(), rounds=0, steps=1, batch_size=1, lr=0.0, trigger_share=0.0
+        ),
+        "one class": lambda _: dr.BtiDbfUnlearning().repair(
+            MODEL, IMAGES, torch.zeros_like(LABELS)
+        ),
+        "no features": without_stages(dr.BtiDbfUnlearning()),
     },
     "BtiDbfConfig": {
         "width": lambda _: dr.BtiDbfConfig(width=0),
@@ -125,7 +147,7 @@ CASES: Mapping[str, Cases] = {
         "mask": lambda _: trigger(MASK - 1),
         "other channels": lambda _: trigger()(IMAGES.repeat(1, 3, 1, 1)),
     },
-    "closeness": {
+    "compare_triggers": {
         **images(compare),
         "one image": lambda _: compare(IMAGES[:1]),
         "shape of the reversed": lambda _: compare(ours=smaller),

@@ -1,86 +1,52 @@
 """Neural Cleanse: trigger inversion, anomaly index, calibrated verdicts, mitigation."""
 
-from defense_nc.__about__ import __version__ as __version__
-from defense_nc.batched import invert_triggers
-from defense_nc.config import NCConfig
-from defense_nc.discriminant_filter import DiscriminantFilter
-from defense_nc.filter_export import export_filter
-from defense_nc.fine_tune import Sgd
-from defense_nc.input_detector import CalibratedDetector, InputDetector, auroc, threshold_at
-from defense_nc.input_filter import InputFilter
-from defense_nc.inversion import invert_trigger
-from defense_nc.neural_cleanse import NeuralCleanse
-from defense_nc.neuron_pruning import NeuronPruning
-from defense_nc.protocols import Detector, Mitigator, Repaired
-from defense_nc.scan_inputs import ScanInputs, open_scan
-from defense_nc.schedule import CostSchedule
-from defense_nc.strip import Strip, strip_entropy
-from defense_nc.trigger import InvertedTrigger
-from defense_nc.unlearning import Unlearning
-from defense_nc.verdict import (
-    AnomalyIndex,
-    Calibration,
-    CleanModel,
-    LabelScore,
-    ModelInfo,
-    OutlierTest,
-    ScanReport,
-    Verdict,
-    clean_model,
-    combine,
-    describe_model,
-    fit_calibration,
-    judge,
-    judge_scan,
-    load_calibration,
-    mad_index,
-    outlier_test,
-    refit,
-    scan_until_stable,
-)
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "AnomalyIndex",
-    "CalibratedDetector",
-    "Calibration",
-    "CleanModel",
-    "CostSchedule",
-    "Detector",
-    "DiscriminantFilter",
-    "InputDetector",
-    "InputFilter",
-    "InvertedTrigger",
-    "LabelScore",
-    "Mitigator",
-    "ModelInfo",
-    "NCConfig",
-    "NeuralCleanse",
-    "NeuronPruning",
-    "OutlierTest",
-    "Repaired",
-    "ScanInputs",
-    "ScanReport",
-    "Sgd",
-    "Strip",
-    "Unlearning",
-    "Verdict",
-    "__version__",
-    "auroc",
-    "clean_model",
-    "combine",
-    "describe_model",
-    "export_filter",
-    "fit_calibration",
-    "invert_trigger",
-    "invert_triggers",
-    "judge",
-    "judge_scan",
-    "load_calibration",
-    "mad_index",
-    "open_scan",
-    "outlier_test",
-    "refit",
-    "scan_until_stable",
-    "strip_entropy",
-    "threshold_at",
-]
+from defense_nc.__about__ import __version__ as __version__
+from wm_inject.core.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from defense_nc.config import NCConfig as NCConfig
+    from defense_nc.engines import invert_trigger as invert_trigger
+    from defense_nc.engines import invert_triggers as invert_triggers
+    from defense_nc.engines.cost_schedule import CostSchedule as CostSchedule
+    from defense_nc.input_filters import CalibratedDetector as CalibratedDetector
+    from defense_nc.input_filters import DiscriminantFilter as DiscriminantFilter
+    from defense_nc.input_filters import InputDetector as InputDetector
+    from defense_nc.input_filters import InputFilter as InputFilter
+    from defense_nc.input_filters import Strip as Strip
+    from defense_nc.input_filters import auroc as auroc
+    from defense_nc.input_filters import export_filter as export_filter
+    from defense_nc.input_filters import strip_entropy as strip_entropy
+    from defense_nc.input_filters import threshold_at as threshold_at
+    from defense_nc.mitigations import NeuronPruning as NeuronPruning
+    from defense_nc.mitigations import Sgd as Sgd
+    from defense_nc.mitigations import Unlearning as Unlearning
+    from defense_nc.neural_cleanse import NeuralCleanse as NeuralCleanse
+    from defense_nc.protocols import Detector as Detector
+    from defense_nc.protocols import Mitigator as Mitigator
+    from defense_nc.protocols import Repaired as Repaired
+    from defense_nc.scan_inputs import ScanInputs as ScanInputs
+    from defense_nc.scan_inputs import open_scan as open_scan
+    from defense_nc.trigger import InvertedTrigger as InvertedTrigger
+    from defense_nc.verdict import AnomalyIndex as AnomalyIndex
+    from defense_nc.verdict import Calibration as Calibration
+    from defense_nc.verdict import CleanModel as CleanModel
+    from defense_nc.verdict import LabelScore as LabelScore
+    from defense_nc.verdict import ModelInfo as ModelInfo
+    from defense_nc.verdict import OutlierTest as OutlierTest
+    from defense_nc.verdict import ScanReport as ScanReport
+    from defense_nc.verdict import Verdict as Verdict
+    from defense_nc.verdict import clean_model as clean_model
+    from defense_nc.verdict import combine as combine
+    from defense_nc.verdict import describe_model as describe_model
+    from defense_nc.verdict import fit_calibration as fit_calibration
+    from defense_nc.verdict import judge as judge
+    from defense_nc.verdict import judge_scan as judge_scan
+    from defense_nc.verdict import load_calibration as load_calibration
+    from defense_nc.verdict import mad_index as mad_index
+    from defense_nc.verdict import outlier_test as outlier_test
+    from defense_nc.verdict import refit as refit
+    from defense_nc.verdict import scan_until_stable as scan_until_stable
+else:
+    __getattr__, __dir__, __all__ = lazy_names(__name__)

@@ -54,6 +54,6 @@ def _detector(config: NCConfig, alpha: float, max_ratio: float) -> Callable[...,
 
 
 def _invert(*args: Any, **settings: Any) -> nn.Module:
-    from defense_nc.inversion import invert_trigger
+    from defense_nc.engines.sequential import invert_trigger
 
     return invert_trigger(*args, **settings)

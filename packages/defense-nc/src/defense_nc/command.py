@@ -48,7 +48,7 @@ class ScanSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        from defense_nc.discriminant_filter import DiscriminantFilter
+        from defense_nc.input_filters.discriminant_filter import DiscriminantFilter
 
         _check(self)
         DiscriminantFilter(false_positive_rate=self.filter_rate)
@@ -216,8 +216,8 @@ class Defence:
         images: ImageSet,
     ) -> None:
         """Write --filter and --reversed, for the label with the smallest p-value."""
-        from defense_nc.discriminant_filter import DiscriminantFilter
-        from defense_nc.filter_export import export_filter
+        from defense_nc.input_filters.discriminant_filter import DiscriminantFilter
+        from defense_nc.input_filters.export import export_filter
         from wm_inject import to_onnx
 
         if args.filter is None and args.reversed is None:
@@ -243,7 +243,7 @@ class Defence:
             print(f"wrote {args.filter}: flags images that act like triggers of label {label}")
 
     def _clean(self, args: argparse.Namespace) -> int:
-        from defense_nc.unlearning import Unlearning
+        from defense_nc.mitigations.unlearning import Unlearning
         from wm_victim import defender_subset
 
         start = CleanSettings(self.config.preset("fast"), Unlearning.preset(self.recipe))

@@ -14,20 +14,16 @@ _STARTS = ("random", "ones", "faint")
 
 @dataclass(frozen=True)
 class NCConfig:
-    """Settings of Neural Cleanse. The defaults are the preset "fast".
+    """Search settings of Neural Cleanse. The defaults are the preset "fast".
 
     Args:
         steps: Steps of the schedule, at most.
-        batches: Mini-batches per step; one step of the original is 1000 samples.
-        batch_size: Images per mini-batch.
-        lr: Adam's learning rate.
-        betas: Adam's decay rates.
-        schedule: "original" starts with a free mask (cost 0); "ports" charges for it at once.
+        batches: Mini-batches per step.
+        schedule: "original" starts with a free mask (cost 0); "ports" begins at ``init_cost``.
         starts: One search each, the smallest result counts: "random" draws mask and pattern
             uniformly, as the original does; "ones" starts from a white mask of 0.88, as the ports
-            do; "faint" draws the mask below 0.2, which is nearer to where searches end (ours). A
-            single search can end in a mask several times too large, with BadNets on MNIST every
-            second one.
+            do; "faint" draws the mask below 0.2, nearer to where searches end (ours). A single
+            search can end in a mask several times too large, with BadNets on MNIST every second.
         init_cost: The first cost above zero, per pixel of mask.
         threshold: Share of a step's images that must reach the label, in (0, 1].
         patience: Steps in a row above (below) the threshold before the cost rises (falls).
@@ -36,26 +32,21 @@ class NCConfig:
         early_stop_threshold: An improvement is a norm below this share of the best one so far.
         early_stop_patience: Steps in a row without one.
         fallbacks: How many of the best masks to keep. A mask shrinks on during the step that it is
-            judged by, so the best may fall short of ``floor``: then the next best that does not is
-            taken. 1 takes the best whatever it does, as the paper does.
+            judged by; where the best then falls short of ``floor``, the next one counts. 1 takes
+            the best in any case, as the paper does.
         floor: A label whose final trigger reaches fewer images than this has no comparable score.
-        name: The preset's name, for the record and for its calibration. A star is added to it when
-            other fields differ from that preset's.
-        engine: How a scan searches: "stacked" takes all labels at once, "single" one after another.
-        stack: Images of one pass through the victim, at most; searches beyond wait for their turn.
-            None: 256 on a CPU, 8192 on a GPU.
-        race: Labels that can no longer become outliers leave early (`defense_nc.race`).
-        milestones: The steps after which the race compares, rising; those beyond ``steps`` are
-            never met.
+        name: The preset's name, with a star if other fields differ from that preset's.
+        engine: "stacked" searches all labels at once, "single" one after another.
+        stack: Images of one pass through the victim, at most. None: 256 on a CPU, 8192 on a GPU.
+        race: Labels that can no longer become outliers stop early (`LabelHalving`).
+        milestones: The steps after which labels are compared, rising; those beyond ``steps`` are
+            ignored.
         candidates: Labels with the smallest masks that go on from the last milestone; twice as many
             from the one before, and so on.
-        references: Labels around the median that go on with them.
+        references: Control labels around the median that go on with them.
         calm: All stop at the last milestone if the smallest mask is above this share of the median.
         precision: "auto" takes bfloat16 for the victim's passes where the hardware has it. Masks,
             their optimiser and the final success rates are always float32.
-
-    Raises:
-        ValueError: A value outside its range.
 
     Source: Neural Cleanse (Wang 2019), its released code, and two PyTorch ports of it.
     """
@@ -110,12 +101,12 @@ class NCConfig:
         self._check_engine()
         base = self.name.rstrip("*")
         if base in PRESETS:
-            same = all(
+            unchanged = all(
                 getattr(self, f.name) == PRESETS[base].get(f.name, f.default)
                 for f in fields(self)
                 if f.name != "name"
             )
-            object.__setattr__(self, "name", base if same else f"{base}*")
+            object.__setattr__(self, "name", base if unchanged else f"{base}*")
 
     def _check_engine(self) -> None:
         for name in ("stack", "candidates", "references"):
@@ -133,20 +124,16 @@ class NCConfig:
         if not 0 < self.calm <= 1:
             raise ValueError(f"expected calm in (0, 1], got {self.calm}")
         if self.race and self.engine == "single":
-            raise ValueError("expected race=False with engine='single': one label cannot race")
+            raise ValueError("expected race=False with engine='single': one label is not compared")
 
     @classmethod
     def preset(cls, name: str = "fast", **changes: Any) -> NCConfig:
         """Named settings with some of them changed.
 
-        "fast" is the default, and what verdicts are calibrated for: at most 128 mini-batches per
-        search, in long strides. "robust" takes more and smaller steps from four starts; "reference"
-        is robust with one label after another, in float32, without early stopping of labels.
+        Verdicts are calibrated for "fast". "robust" takes more and smaller steps from four starts;
+        "reference" is robust with one label after another, in float32, and no label stops early.
         "paper" is the original's example script: up to 1000 steps of 31 batches per label. "ports"
-        is what the PyTorch ports do (their early stop as written stops never; this one does).
-
-        Raises:
-            ValueError: No such preset, or a value outside its range.
+        is what the PyTorch ports do (their early stop as written never stops; this one does).
         """
         return preset_of(cls, PRESETS, name, **{"name": name, **changes})
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from defense_nc.batched import invert_labels
 from defense_nc.config import NCConfig
-from defense_nc.inversion import invert_in_turn
+from defense_nc.engines.batched import invert_labels
+from defense_nc.engines.sequential import invert_in_turn
 from defense_nc.scan_inputs import open_scan
 from defense_nc.verdict import ScanReport, check_rule, judge_scan
 
@@ -27,9 +27,6 @@ class NeuralCleanse:
         alpha: Share of clean models that may be called backdoored, in (0, 1).
         max_ratio: Without a calibration, a suspected label's score is at most this share of the
             median, in (0, 1].
-
-    Raises:
-        ValueError: A rate or share outside its range.
     """
 
     config: NCConfig = field(default_factory=NCConfig)
@@ -75,10 +72,7 @@ class NeuralCleanse:
         Returns:
             A report whose scores are the L1 norms of the masks, in pixels, at the effort of the
             labels that were searched longest; ``triggers`` holds an `InvertedTrigger` per label, on
-            the CPU, and ``config["race_log"]`` when each label was stopped.
-
-        Raises:
-            ValueError: As `Detector.scan`.
+            the CPU, and ``log["race_log"]`` when each label was stopped.
 
         Source: Neural Cleanse, section IV. The verdict rests on `judge_scan`; the paper's own rule
             is in the report beside it.
@@ -108,4 +102,4 @@ class NeuralCleanse:
             triggers=triggers,
             seed=seed,
         )
-        return replace(report, config={**report.config, "race_log": inverted.race})
+        return replace(report, log={"race_log": inverted.race})

@@ -16,14 +16,11 @@ from wm_inject.core.plan import Trigger
 class Detector(Protocol):
     """Scans a classifier for a backdoor. Each is a frozen dataclass of settings.
 
-    A detector may need more or less than it is given here:
-
-    - Without need of images it ignores them, and may declare ``images: Tensor | None = None``.
+    - One without need of images ignores them, and may declare ``images: Tensor | None = None``.
     - One that looks at features cuts the classifier into features and head itself
       (`wm_victim.activations`), at a layer of its settings where it cannot choose one.
-    - Scores need not be one a label: `LabelScore.source` makes a score that of a pair of labels,
-      and `ScanReport.model_score` holds an absolute score of the whole model (``labels`` may then
-      be empty).
+    - Scores need not be one a label: with `LabelScore.source` a score is that of a pair of labels,
+      and `ScanReport.model_score` is that of the whole model (``labels`` may then be empty).
     """
 
     @property
@@ -49,16 +46,9 @@ class Detector(Protocol):
         device: torch.device | str | None = None,
         checkpoint: Path | None = None,
     ) -> ScanReport:
-        """Scan a classifier with the defender's clean images.
+        """Scan a classifier with the defender's clean images, of at least two classes.
 
-        Args:
-            model: See the glossary, as the other arguments.
-            images: Of at least two classes.
-            labels: Of the images.
-            seed: Of every draw.
-            progress: Show it.
-            device: Where to compute.
-            checkpoint: A detector that cannot continue a scan ignores it.
+        A detector that cannot continue a scan ignores ``checkpoint``.
 
         Raises:
             ValueError: Bad images or labels, a model that the detector cannot take, or a
@@ -93,14 +83,8 @@ class Mitigator(Protocol):
         seed: int = 0,
         progress: bool = False,
     ) -> Repaired:
-        """Repair a copy of ``model``.
+        """Repair a copy of ``model`` with at least 2 clean images and their true labels.
 
-        Args:
-            model: Not changed.
-            images: At least 2 clean ones.
-            labels: The true classes.
-            triggers: The reversed triggers of the suspected labels, by label. Blind mitigations
-                ignore them.
-            seed: Of every draw.
-            progress: Show it.
+        ``triggers`` are the reversed triggers of the suspected labels, by label; blind mitigations
+        ignore them.
         """

@@ -1,12 +1,15 @@
-"""The trigger that Neural Cleanse reverses: a mask and a pattern."""
+"""The trigger that Neural Cleanse reverses, a mask and a pattern; any trigger on images."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from wm_inject.core.images import check_images
+from wm_inject.core.plan import Trigger
 
 
 class InvertedTrigger(nn.Module):
@@ -15,12 +18,9 @@ class InvertedTrigger(nn.Module):
     Args:
         mask: ``(1, H, W)`` in [0, 1].
         pattern: ``(C, H, W)`` in [0, 1].
-        target: The label it was made for.
+        target: The label it was searched for.
         success_rate: Share of other classes' clean images that it sends to the label.
-        steps: Steps of the schedule that it took.
-
-    Raises:
-        ValueError: Wrong shape, dtype or range.
+        steps: Steps of the search.
     """
 
     kind = "nc"
@@ -57,7 +57,7 @@ class InvertedTrigger(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """What this trigger is, ready for JSON."""
+        """The settings, ready for JSON."""
         return {
             "shape": list(self.pattern.shape),
             "target": self.target,
@@ -68,11 +68,7 @@ class InvertedTrigger(nn.Module):
     def forward(
         self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None
     ) -> Tensor:
-        """Triggered images, the same shape, in [0, 1]; ``ids`` and ``target`` change nothing.
-
-        Raises:
-            ValueError: Images that break the image contract or have another shape.
-        """
+        """Triggered images, in [0, 1]; ``ids`` and ``target`` change nothing."""
         channels, height, width = self.pattern.shape
         check_images(images, channels=channels, size=(height, width))
         return compose(images, self.mask, self.pattern).clamp(0, 1)
@@ -89,3 +85,23 @@ class Inverted(NamedTuple):
 def compose(images: Tensor, mask: Tensor, pattern: Tensor) -> Tensor:
     """Put a masked pattern ``(C, H, W)`` into images ``(N, C, H, W)``, in the pixel domain."""
     return images + mask * (pattern - images)
+
+
+def put_trigger(trigger: Trigger, images: Tensor) -> Tensor:
+    """A triggered copy of every image; the trigger itself is not changed or moved.
+
+    Raises:
+        ValueError: Not callable, or triggered images that break the image contract.
+    """
+    if not callable(trigger):
+        raise ValueError(f"expected a trigger, got {type(trigger).__name__}")
+    if isinstance(trigger, nn.Module):
+        trigger = copy.deepcopy(trigger).to(images.device).eval()
+    with torch.no_grad():
+        ids = torch.arange(len(images), device=images.device)
+        triggered = torch.cat([trigger(images[part], ids=part) for part in ids.split(256)])
+    check_images(triggered, name="triggered images")
+    if triggered.shape != images.shape:
+        shapes = f"{tuple(images.shape)}, got {tuple(triggered.shape)}"
+        raise ValueError(f"expected triggered images of shape {shapes}")
+    return triggered

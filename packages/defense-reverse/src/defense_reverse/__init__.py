@@ -1,45 +1,34 @@
-"""Reversed backdoor generators, and what the field cleans and detects with beside them."""
+"""Detection and mitigation by reversed generators, and the detectors and mitigations of others."""
+
+from typing import TYPE_CHECKING
 
 from defense_reverse.__about__ import __version__ as __version__
-from defense_reverse.closeness import Closeness, closeness
-from defense_reverse.config import ReverseConfig
-from defense_reverse.detectors import BtiDbf, BtiDbfConfig, FeatureREConfig, FeatureTrigger
-from defense_reverse.generator import UNetGenerator
-from defense_reverse.mitigations import (
-    ANP,
-    FTSAM,
-    IBAU,
-    NAD,
-    FinePruning,
-    FineTuning,
-)
-from defense_reverse.reverse import pretrain, reverse_engineer
-from defense_reverse.scan import detection_case, scan
-from defense_reverse.search import LambdaSearch
-from defense_reverse.trigger import ReversedTrigger, load_reversed, save_reversed
+from wm_inject.core.lazy import lazy_names
 
-__all__ = [
-    "ANP",
-    "FTSAM",
-    "IBAU",
-    "NAD",
-    "BtiDbf",
-    "BtiDbfConfig",
-    "Closeness",
-    "FeatureREConfig",
-    "FeatureTrigger",
-    "FinePruning",
-    "FineTuning",
-    "LambdaSearch",
-    "ReverseConfig",
-    "ReversedTrigger",
-    "UNetGenerator",
-    "__version__",
-    "closeness",
-    "detection_case",
-    "load_reversed",
-    "pretrain",
-    "reverse_engineer",
-    "save_reversed",
-    "scan",
-]
+if TYPE_CHECKING:
+    from defense_reverse.closeness import Closeness as Closeness
+    from defense_reverse.closeness import compare_triggers as compare_triggers
+    from defense_reverse.config import ReverseConfig as ReverseConfig
+    from defense_reverse.detector import ReverseGenerator as ReverseGenerator
+    from defense_reverse.detector import detection_case as detection_case
+    from defense_reverse.detectors.bti_dbf import BtiDbf as BtiDbf
+    from defense_reverse.detectors.bti_losses import BtiDbfConfig as BtiDbfConfig
+    from defense_reverse.detectors.feature_losses import FeatureREConfig as FeatureREConfig
+    from defense_reverse.detectors.feature_re import FeatureRE as FeatureRE
+    from defense_reverse.detectors.feature_re import FeatureTrigger as FeatureTrigger
+    from defense_reverse.generator import UNetGenerator as UNetGenerator
+    from defense_reverse.label_state import LambdaSearch as LambdaSearch
+    from defense_reverse.mitigations.anp import ANP as ANP
+    from defense_reverse.mitigations.bti_dbf import BtiDbfUnlearning as BtiDbfUnlearning
+    from defense_reverse.mitigations.fine_pruning import FinePruning as FinePruning
+    from defense_reverse.mitigations.fine_tuning import FineTuning as FineTuning
+    from defense_reverse.mitigations.ft_sam import FTSAM as FTSAM
+    from defense_reverse.mitigations.i_bau import IBAU as IBAU
+    from defense_reverse.mitigations.nad import NAD as NAD
+    from defense_reverse.reverse import pretrain as pretrain
+    from defense_reverse.reverse import reverse_engineer as reverse_engineer
+    from defense_reverse.trigger import ReversedTrigger as ReversedTrigger
+    from defense_reverse.trigger import load_reversed as load_reversed
+    from defense_reverse.trigger import save_reversed as save_reversed
+else:
+    __getattr__, __dir__, __all__ = lazy_names(__name__)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _detector(config: ReverseConfig, alpha: float, max_ratio: float) -> Callable[..., ScanReport]:
-    from defense_reverse.scan import scan
+    from defense_reverse.detector import ReverseGenerator
 
-    return partial(scan, config=config, alpha=alpha, max_ratio=max_ratio)
+    return ReverseGenerator(config, alpha, max_ratio).scan
 
 
 def _save(trigger: Any, path: Path, metadata: dict[str, Any]) -> None:

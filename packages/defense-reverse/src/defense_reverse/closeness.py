@@ -1,8 +1,7 @@
-"""How close a reversed image comes to the true poisoned one, in numbers.
+"""How close a reversed trigger comes to the true one, in numbers.
 
-Zheng, Hua and Zhang show both residuals side by side in their figure 4 and give no figure for how
-alike they are. A small residual alone says little: two changes can have the same size and nothing
-in common.
+Figure 4 of Zheng, Hua and Zhang shows both residuals and gives no number. The size of a residual
+alone says little: two changes can have the same size and nothing in common.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class Closeness(NamedTuple):
     explained: float  # share of the true residual's energy that the reversed one accounts for, <= 1
 
 
-def closeness(
+def compare_triggers(
     reversed_trigger: Trigger,
     true_trigger: Trigger,
     images: Tensor,
@@ -48,11 +47,9 @@ def closeness(
     reversed image closer than no change at all.
 
     Args:
-        reversed_trigger: Such as a `ReversedTrigger`.
-        true_trigger: The attacker's.
-        images: Clean float32 ``(N, C, H, W)`` in [0, 1], N >= 2.
-        ids: int64 ``(N,)``, for a true trigger that depends on the image's number.
-        target: The label to ask of a true trigger that has one mark per label.
+        images: Clean, at least two.
+        ids: For a true trigger that depends on the image's number.
+        target: For a true trigger that has one mark per label.
         seed: Which images are compared with which for ``cosine_shuffled``.
 
     Returns:
@@ -67,35 +64,29 @@ def closeness(
     check_images(images)
     if len(images) < 2:
         raise ValueError(f"expected at least two images, got {len(images)}")
-    asked = None if target is None else torch.full((len(images),), target, device=images.device)
-    found = _apply(reversed_trigger, images, ids, asked)
-    truth = _apply(true_trigger, images, ids, asked)
-    return image_closeness(found, truth, images, seed=seed)
+    targets = None if target is None else torch.full((len(images),), target, device=images.device)
+    reversed_images, true_images = (
+        _apply(trigger, images, ids, targets) for trigger in (reversed_trigger, true_trigger)
+    )
+    return compare_images(reversed_images, true_images, images, seed=seed)
 
 
-def image_closeness(found: Tensor, truth: Tensor, images: Tensor, *, seed: int = 0) -> Closeness:
-    """The figures of `closeness`, for images that carry the two triggers already.
-
-    Args:
-        found: The images with the reversed trigger, on the 8-bit grid.
-        truth: The images with the attacker's trigger, likewise.
-        images: Clean float32 ``(N, C, H, W)`` in [0, 1].
-        seed: Which images are compared with which for ``cosine_shuffled``; 0 if N is 1.
-
-    Raises:
-        ValueError: Bad images, or of other shapes.
-    """
+def compare_images(
+    reversed_images: Tensor, true_images: Tensor, images: Tensor, *, seed: int = 0
+) -> Closeness:
+    """As `compare_triggers`, for images that carry the two triggers already, on the 8-bit grid."""
     clean = quantize(images)
-    between, before = psnr(found, truth), psnr(clean, truth)  # these refuse what is no pair
-    ours, theirs = (found - clean).flatten(1).double(), (truth - clean).flatten(1).double()
-    energy = float(theirs.square().mean())
-    missed = float((theirs - ours).square().mean())
+    between, before = psnr(reversed_images, true_images), psnr(clean, true_images)
+    ours = (reversed_images - clean).flatten(1).double()
+    truth = (true_images - clean).flatten(1).double()
+    energy = float(truth.square().mean())
+    missed = float((truth - ours).square().mean())
     other = _derangement(len(images), seed).to(images.device)
     return Closeness(
         psnr=float(between.double().mean()),
         psnr_clean=float(before.double().mean()),
-        cosine=_cosine(ours, theirs),
-        cosine_shuffled=_cosine(ours, theirs[other]) if len(images) > 1 else 0.0,
+        cosine=_cosine(ours, truth),
+        cosine_shuffled=_cosine(ours, truth[other]) if len(images) > 1 else 0.0,
         energy_reversed=float(ours.square().mean()),
         energy_true=energy,
         explained=1 - missed / energy if energy > 0 else 0.0,
@@ -108,17 +99,18 @@ def _apply(trigger: Trigger, images: Tensor, ids: Tensor | None, target: Tensor 
     out = []
     for begin in range(0, len(images), _CHUNK):
         part = slice(begin, begin + _CHUNK)
-        few = {
+        arguments = {
             name: None if value is None else value[part]
             for name, value in (("ids", ids), ("target", target))
         }
-        out.append(quantize(trigger(images[part], **few)))
-    whole = torch.cat(out)
-    if whole.shape != images.shape:
+        out.append(quantize(trigger(images[part], **arguments)))
+    triggered = torch.cat(out)
+    if triggered.shape != images.shape:
         raise ValueError(
-            f"expected a trigger that gives shape {tuple(images.shape)}, got {tuple(whole.shape)}"
+            f"expected triggered images of shape {tuple(images.shape)}, "
+            f"got {tuple(triggered.shape)}"
         )
-    return whole
+    return triggered
 
 
 def _cosine(one: Tensor, other: Tensor) -> float:
@@ -129,11 +121,11 @@ def _cosine(one: Tensor, other: Tensor) -> float:
 
 
 def _derangement(count: int, seed: int) -> Tensor:
-    """An order in which nothing keeps its place: a drawn one, turned by one."""
-    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    moved = torch.empty_like(drawn)
-    moved[drawn] = drawn.roll(1)
-    return moved
+    """A permutation without fixed points: a drawn order, shifted by one."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    shifted = torch.empty_like(order)
+    shifted[order] = order.roll(1)
+    return shifted
 
 
-__all__ = ["Closeness", "closeness", "image_closeness"]
+__all__ = ["Closeness", "compare_images", "compare_triggers"]

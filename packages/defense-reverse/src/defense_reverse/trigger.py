@@ -17,12 +17,8 @@ class ReversedTrigger(nn.Module):
 
     Args:
         generator: Images to backdoor images.
-        target: The label it was made for.
         success_rate: Share of other classes' images that it sends to the label, in [0, 1].
         residual_norm: Equation 5: mean absolute change, per pixel and channel, of those images.
-
-    Raises:
-        ValueError: A number outside its range.
     """
 
     kind = "reverse-generator"
@@ -48,7 +44,7 @@ class ReversedTrigger(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """What this trigger is, ready for JSON."""
+        """Everything but the weights, ready for JSON."""
         return {
             "generator": dict(self.generator.config),
             "target": self.target,
@@ -59,22 +55,14 @@ class ReversedTrigger(nn.Module):
     def forward(
         self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None
     ) -> Tensor:
-        """Generated images, the same shape, in [0, 1]; ``ids`` and ``target`` change nothing.
-
-        Raises:
-            ValueError: Images that break the image contract or have other channels.
-        """
+        """Generated images, the same shape; ``ids`` and ``target`` change nothing."""
         return self.generator(images)
 
 
 def save_reversed(
     trigger: ReversedTrigger, path: str | Path, metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a reversed trigger to a safetensors file that `load_reversed` reads back.
-
-    Raises:
-        ValueError: Not a reversed trigger, or metadata that JSON cannot hold.
-    """
+    """Write a reversed trigger to a safetensors file that `load_reversed` reads back."""
     if not isinstance(trigger, ReversedTrigger):
         raise ValueError(f"expected a ReversedTrigger, got {type(trigger).__name__}")
     save_checkpoint(
@@ -87,7 +75,7 @@ def save_reversed(
 
 
 def load_reversed(path: str | Path) -> ReversedTrigger:
-    """Read a trigger that `save_reversed` wrote; it gives the same bits as the one that was saved.
+    """Read a trigger that `save_reversed` wrote.
 
     Raises:
         CheckpointError: Another kind of file, damaged, or tensors that do not fit the settings.
@@ -99,6 +87,6 @@ def load_reversed(path: str | Path) -> ReversedTrigger:
         trigger = ReversedTrigger(generator, **settings)
         trigger.load_state_dict(checkpoint.state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        told = str(error).splitlines()[0]  # torch adds a line for each tensor
-        raise CheckpointError(f"{Path(path).name} holds no usable trigger: {told}") from error
+        reason = str(error).splitlines()[0]  # torch adds a line for each tensor
+        raise CheckpointError(f"{Path(path).name} holds no usable trigger: {reason}") from error
     return trigger

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from defense_nc.protocols import Mitigator
 
-_UNLEARNING = "defense_nc.unlearning:Unlearning"
+_UNLEARNING = "defense_nc.mitigations.unlearning:Unlearning"
 # Neural Cleanse puts its trigger on a fifth of the images, the reverse-generator paper adds a
 # triggered copy of each.
 _GENERATORS: tuple[str, dict[str, Any]] = (_UNLEARNING, {"trigger_share": 1.0, "append": True})
@@ -17,7 +17,7 @@ _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "unlearning-nc": (_UNLEARNING, {"trigger_share": 0.2, "append": False}),
     "unlearning-reverse": _GENERATORS,
     "unlearning-reverse-lpips": _GENERATORS,
-    "neuron-pruning": ("defense_nc.neuron_pruning:NeuronPruning", {}),
+    "neuron-pruning": ("defense_nc.mitigations.neuron_pruning:NeuronPruning", {}),
     "nad": ("defense_reverse.mitigations.nad:NAD", {}),
     "fine-pruning": ("defense_reverse.mitigations.fine_pruning:FinePruning", {}),
     "anp": ("defense_reverse.mitigations.anp:ANP", {}),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from wm_eval.intervals import Difference, Interval, paired_difference, wilson
 from wm_extract import Corruption, balanced_bit_accuracy
 from wm_inject import Trigger, check_labels, quantize
-from wm_inject.watermark.vit import check_watermark
+from wm_inject.watermark.picture import check_watermark
 from wm_victim import ImageSet
 
 __all__ = [

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from defense_nc import ScanReport, Verdict
 from defense_nc.protocols import Mitigator
 from defense_reverse import detection_case
-from defense_reverse.closeness import image_closeness
+from defense_reverse.closeness import compare_images
 from wm_eval.detectors import DETECTORS
 from wm_eval.effectiveness import mitigation_values
 from wm_eval.engine import Result, Store
@@ -409,7 +409,7 @@ def compare_triggers(trial: Trial, detector: str, store: Store, _: Path) -> Resu
         label: poisoned_images(trial.load_reversed(store, detector, label), test)
         for label in labels
     }
-    near = {k: image_closeness(x, planted, images) for k, x in reversed_images.items()}
+    near = {k: compare_images(x, planted, images) for k, x in reversed_images.items()}
     values = {
         "target": target,
         "n": len(test),

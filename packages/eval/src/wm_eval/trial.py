@@ -36,7 +36,7 @@ from wm_victim import (
     load_dataset,
 )
 from wm_victim.attack_setup import AttackSetup
-from wm_victim.raw import stratified_order
+from wm_victim.dataset_files import stratified_order
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

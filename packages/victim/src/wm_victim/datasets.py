@@ -1,4 +1,4 @@
-"""Labelled image sets: two tensors and a fingerprint, from a name, a folder or an .npz file."""
+"""Labelled image sets, from a name, a folder or an .npz file."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from wm_inject.core.images import check_images, check_labels, quantize, to_float
-from wm_victim.raw import Pixels, RawData, stratified_order
-from wm_victim.readers import read_dataset
+from wm_victim.dataset_files import Pixels, RawData, stratified_order
+from wm_victim.named_datasets import read_dataset
 
-# A mirrored 2 is no digit, and a mirrored "turn left" is another sign: do not flip these.
+# A mirrored 2 is no digit, and a mirrored "turn left" is another sign.
 MIRROR_CHANGES_LABEL = frozenset({"digits", "mnist", "gtsrb"})
 
 
@@ -24,14 +24,7 @@ MIRROR_CHANGES_LABEL = frozenset({"digits", "mnist", "gtsrb"})
 class ImageSet:
     """Labelled images, with an id per image that never changes.
 
-    Args:
-        images: float32 ``(N, C, H, W)`` in [0, 1].
-        labels: int64 ``(N,)``.
-        ids: int64 ``(N,)``: the place of each image in the stored set (test follows train),
-            whatever subset is taken. They seed per-image randomness of a trigger.
-
-    Raises:
-        ValueError: Images or labels that break the contract, or lengths that differ.
+    ``ids`` are positions in the stored set (test follows train), whatever subset is taken.
     """
 
     images: Tensor
@@ -54,11 +47,7 @@ class ImageSet:
         return f"ImageSet({len(self)} images of {shape} on {self.images.device})"
 
     def subset(self, index: Tensor) -> ImageSet:
-        """The images that ``index`` (int64 positions or a bool mask) names.
-
-        Raises:
-            ValueError: Not a vector of positions or a mask that fits; or nothing is left.
-        """
+        """The images at ``index``, a vector of int64 positions or a bool mask; at least one."""
         if not isinstance(index, Tensor) or index.ndim != 1:
             raise ValueError("expected a vector of positions or a mask as the subset's index")
         if index.dtype == torch.bool:
@@ -126,14 +115,14 @@ def load_dataset(
             ``train/`` and ``test/`` above them or split 80 / 20 here; or a labels.csv with the
             columns file,label); or an .npz with x_train, y_train, x_test, y_test (uint8
             ``(N, H, W)`` or ``(N, H, W, C)`` and integers).
-        root: Where named sets lie: NAME.npz, NAME.tar (lossless strips; JPEG files for imagenet10)
+        root: Folder of named sets: NAME.npz, NAME.tar (lossless strips; JPEG files for imagenet10)
             or torchvision's files. The environment variable WM_DATA if None, else
             ~/.cache/wm/data.
         image_size: Resize to this many pixels a side (bilinear, then back on the 8-bit grid);
             the set's own size if None.
         limit: Keep the first ``limit`` of a seeded, stratified order of the training images, so a
             larger limit contains every smaller one.
-        seed: Seeds that order. It moves neither the split nor the test set.
+        seed: Of that order; split and test set do not depend on it.
         download: Let torchvision fetch a set that ``root`` does not hold.
         strict: Leave out GTSRB's training track 23 of class 14, whose frames are also among the
             test images (eight of them, in the published set).
@@ -173,16 +162,13 @@ def load_dataset(
 def defender_subset(
     train: ImageSet, *, share: float | None = None, count: int | None = None, seed: int
 ) -> ImageSet:
-    """The few clean images that a defender owns: a seeded, stratified draw without replacement.
+    """The few clean images of a defender: a seeded, stratified draw without replacement.
 
     Args:
-        train: Where to draw from.
+        train: The images to draw from.
         share: Share of ``train`` in (0, 1]; give either this or ``count``.
         count: How many images, 1 .. N.
-        seed: Seeds the draw; a larger draw with the same seed contains the smaller one.
-
-    Raises:
-        ValueError: Both or neither of share and count, or one outside its range.
+        seed: Of the draw; a larger draw with the same seed contains the smaller one.
     """
     if (share is None) == (count is None):
         raise ValueError("expected either share or count of the defender's images")

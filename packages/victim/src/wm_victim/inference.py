@@ -18,8 +18,7 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         ValueError: Not a torch module.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"expected a torch module as the model, got {type(model).__name__}")
+    _check_module(model)
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -32,7 +31,12 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model's first parameter or buffer is; the CPU for a model without any."""
+    """Where a model's first parameter or buffer is; the CPU for a model without any.
+
+    Raises:
+        ValueError: Not a torch module.
+    """
+    _check_module(model)
     first = next((t for group in (model.parameters(), model.buffers()) for t in group), None)
     return torch.device("cpu") if first is None else first.device
 
@@ -72,3 +76,8 @@ def resolve_precision(precision: str, device: torch.device | str) -> torch.dtype
         probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         fast = any(bool(getattr(torch.cpu, probe, lambda: False)()) for probe in probes)
     return torch.bfloat16 if fast else torch.float32
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected a torch module as the model, got {type(model).__name__}")

@@ -13,16 +13,9 @@ _MIB = 2**20
 
 
 def inventory(data: Dataset) -> dict[str, Any]:
-    """Count what is in a data set.
+    """Counts of images and classes, memory and fingerprint of a data set, as plain values.
 
-    Args:
-        data: Any.
-
-    Returns:
-        Plain values: ``name``, ``image_size``, ``channels``, ``classes`` (how many), ``train`` and
-        ``test`` (how many images), ``smallest_class`` and ``largest_class`` (training images),
-        ``mib_in_memory`` (float32, both sets), ``mib_on_a_gpu`` (the training images as they are
-        kept beside a GPU, where half of the free memory must hold them) and ``fingerprint``.
+    ``mib_on_a_gpu`` is of the training images as `ImageStore` packs them.
     """
     counts = torch.bincount(data.train.labels, minlength=data.num_classes)
     return {

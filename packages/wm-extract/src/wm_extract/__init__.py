@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from wm_extract.joint import image_loss as image_loss
     from wm_extract.joint import map_loss as map_loss
     from wm_extract.joint import train_jointly as train_jointly
-    from wm_extract.recipe import JointConfig as JointConfig
+    from wm_extract.joint_config import JointConfig as JointConfig
     from wm_extract.unet import UNetExtractor as UNetExtractor
 else:
     __getattr__, __dir__, __all__ = lazy_names(__name__)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wm_extract.__about__ import __version__
-from wm_extract.recipe import JointConfig
+from wm_extract.joint_config import JointConfig
 from wm_inject.command.common import CommandLine, Parser, add_json, resolve_device, write_results
 from wm_inject.command.config import (
     add_config,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wm_extract.unet import UNetExtractor
+from wm_extract.unet import KIND, WEIGHTS, UNetExtractor
 from wm_inject import (
     Checkpoint,
     CheckpointError,
@@ -18,17 +18,15 @@ from wm_inject import (
     load_checkpoint,
     save_checkpoint,
 )
+from wm_inject.watermark.picture import check_watermark
 from wm_inject.watermark.pretrained import read_pretrained
-from wm_inject.watermark.vit import check_watermark
 
-KIND = "mark-detector"
-WEIGHTS = Path(__file__).parent / "weights"
 MIN_CALIBRATION = 50
 CLIP = 1e-4  # keeps the score's logit finite
 
 
 class Detection(NamedTuple):
-    """What the detector says of a batch."""
+    """A detector's output for a batch."""
 
     marked: Tensor  # bool (N,)
     score: Tensor  # float32 (N,), a logit; higher means more like the watermark
@@ -39,14 +37,11 @@ def balanced_bit_accuracy(maps: Tensor, watermark: Tensor) -> Tensor:
     """The mean of the accuracies on the watermark's ones and on its zeros, at a threshold of 1/2.
 
     A constant map scores exactly 1/2, whatever share of the watermark is set. With one fixed
-    watermark this measures presence as much as content: an extractor can know it by heart.
+    watermark this measures presence as much as content, since an extractor can memorise it.
 
     Args:
         maps: float ``(N, 1, H, W)`` in [0, 1].
         watermark: float ``(1, H, W)`` in [0, 1] with both ones and zeros.
-
-    Returns:
-        ``(N,)`` in [0, 1].
 
     Raises:
         ValueError: Shapes that do not fit, or a watermark that is all ones or all zeros.
@@ -60,20 +55,11 @@ def balanced_bit_accuracy(maps: Tensor, watermark: Tensor) -> Tensor:
 
 
 def mark_score(maps: Tensor, watermark: Tensor) -> Tensor:
-    """How much an extracted map looks like the watermark rather than like nothing.
+    """How much extracted maps look like the watermark: float32 ``(N,)``.
 
     The mean of the map over the watermark's ones, minus its mean over the zeros, clipped below at
-    0, as a logit, so that scores of clean images spread out instead of piling up at 0.
-
-    Args:
-        maps: float ``(N, 1, H, W)`` in [0, 1].
-        watermark: float ``(1, H, W)`` in [0, 1] with both ones and zeros.
-
-    Returns:
-        float32 ``(N,)``.
-
-    Raises:
-        ValueError: Shapes that do not fit, or a watermark that is all ones or all zeros.
+    0, as a logit, so that scores of clean images spread out instead of piling up at 0. Arguments
+    as for `balanced_bit_accuracy`.
     """
     wanted = _bits(watermark)
     check_images(maps, channels=1, size=(watermark.shape[1], watermark.shape[2]), name="maps")
@@ -128,8 +114,8 @@ class MarkDetector:
         Args:
             extractor: The trained extractor.
             watermark: float32 ``(1, H, W)``.
-            clean: float32 ``(N, C, H, W)`` in [0, 1], unmarked, N at least 50.
-            marked: The same for marked images, if there are some.
+            clean: Unmarked images, at least 50.
+            marked: Marked images, at least 50, if there are some.
             false_positive_rate: In (0, 0.5); the stated rate, and at most that.
 
         Raises:
@@ -158,8 +144,7 @@ class MarkDetector:
     def from_pretrained(cls, name: str) -> MarkDetector:
         """The detector of the mark that `wm_inject.WatermarkTrigger.from_pretrained` hides.
 
-        Args:
-            name: One of `wm_inject.PRETRAINED`, such as "tiny-32".
+        ``name`` is one of `wm_inject.PRETRAINED`, such as "tiny-32".
 
         Raises:
             ValueError: No weights of this name.
@@ -168,15 +153,7 @@ class MarkDetector:
         return _detector(read_pretrained(name, kind=KIND, folder=WEIGHTS))
 
     def detect(self, images: Tensor) -> Detection:
-        """Decide for every image.
-
-        Args:
-            images: float32 ``(N, C, H, W)`` in [0, 1], of the extractor's channels and the
-                watermark's size.
-
-        Raises:
-            ValueError: The batch breaks the image contract or has another size.
-        """
+        """Decide for every image, of the extractor's channels and the watermark's size."""
         check_images(images, size=(self.watermark.shape[1], self.watermark.shape[2]))
         maps = extract(self.extractor, images)
         score = mark_score(maps, self.watermark.to(maps.device))
@@ -195,13 +172,7 @@ def _upper_quantile(scores: Tensor, rate: float) -> float:
 def extract(extractor: UNetExtractor, images: Tensor, *, batch_size: int = 256) -> Tensor:
     """Extract the maps of many images: float32 ``(N, 1, H, W)`` in [0, 1], without gradients.
 
-    Args:
-        extractor: In eval mode, so that an image's map does not depend on its neighbours.
-        images: float32 ``(N, C, H, W)`` in [0, 1].
-        batch_size: Images at once.
-
-    Raises:
-        ValueError: Bad images, or an extractor in train mode.
+    The extractor must be in eval mode: an image's map must not depend on its neighbours.
     """
     if extractor.training:
         raise ValueError("expected the extractor in eval mode, got it in train mode")
@@ -229,7 +200,7 @@ def save_detector(detector: MarkDetector, path: str | Path) -> None:
 
 
 def load_detector(path: str | Path) -> MarkDetector:
-    """Read a detector back, its extractor in eval mode on the CPU.
+    """Read a detector, its extractor in eval mode on the CPU.
 
     Raises:
         CheckpointError: Not a detector's checkpoint, or damaged.
@@ -239,19 +210,13 @@ def load_detector(path: str | Path) -> MarkDetector:
         return _detector(saved)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         first = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{Path(path).name} is not a detector we can read: {first}"
-        ) from error
+        raise CheckpointError(f"{Path(path).name} is not a detector: {first}") from error
 
 
 def _detector(saved: Checkpoint) -> MarkDetector:
     """The detector in a checkpoint that `save_detector` wrote."""
-    extractor = UNetExtractor(**saved.config["extractor"])
-    prefix = "extractor."
-    weights = {k[len(prefix) :]: v for k, v in saved.state.items() if k.startswith(prefix)}
-    extractor.load_state_dict(weights)
     return MarkDetector(
-        extractor.eval(),
+        UNetExtractor.from_checkpoint(saved),
         saved.state["watermark"].float(),  # weights may be stored in 16 bits
         float(saved.config["threshold"]),
         float(saved.config["false_positive_rate"]),

@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wm_extract.recipe import JointConfig
-from wm_extract.training_state import pack_training, unpack_training
+from wm_extract.joint_config import JointConfig
 from wm_extract.unet import UNetExtractor
-from wm_inject import (
-    ViTInjector,
-    check_images,
-    default_watermark,
-    load_checkpoint,
-    quantize,
-    save_checkpoint,
-)
+from wm_inject import ViTInjector, check_images, default_watermark, quantize
 from wm_inject.core.progress import Progress
 from wm_inject.core.progress import progress as show_progress
-from wm_inject.watermark.vit import check_watermark
+from wm_inject.core.randomness import seeded
+from wm_inject.core.resume import fingerprint, load_state, save_state
+from wm_inject.watermark.picture import check_watermark
+from wm_inject.watermark.vit import Bounds
 
 CHECKPOINT_EVERY = 250
+_KIND = "joint-training"
 
 
 class JointLosses(NamedTuple):
@@ -53,18 +47,7 @@ class JointResult(NamedTuple):
 def image_loss(marked: Tensor, images: Tensor, *, epsilon: float = 1 / 255) -> Tensor:
     """Equation 4: the squared excess of the change over epsilon.
 
-    It is summed over channels and averaged over pixels and images.
-
-    Args:
-        marked: ``(N, C, H, W)``.
-        images: The originals, the same shape.
-        epsilon: A change up to this is free.
-
-    Returns:
-        A scalar.
-
-    Raises:
-        ValueError: The shapes differ, or there is no image.
+    It is summed over channels and averaged over pixels and images; the shapes must agree.
     """
     if marked.ndim != 4 or marked.shape != images.shape or len(marked) == 0:
         shapes = f"{tuple(marked.shape)} and {tuple(images.shape)}"
@@ -72,22 +55,18 @@ def image_loss(marked: Tensor, images: Tensor, *, epsilon: float = 1 / 255) -> T
     return F.relu((marked - images).abs() - epsilon).square().sum(1).mean()
 
 
-def map_loss(maps: Sequence[Tensor], wanted: Tensor) -> Tensor:
-    """One half of equation 5: the squared distance of every scale's map to the wanted picture.
+def map_loss(maps: Sequence[Tensor], picture: Tensor) -> Tensor:
+    """One half of equation 5: the squared distance of every scale's map to a picture.
+
+    The mean over pixels and images, summed over scales.
 
     Args:
         maps: Logit maps ``(N, 1, H, W)``, one a scale.
-        wanted: ``(1, H, W)`` in [0, 1].
-
-    Returns:
-        A scalar: the mean over pixels and images, summed over scales.
-
-    Raises:
-        ValueError: No maps, or a picture of another size.
+        picture: ``(1, H, W)`` in [0, 1].
     """
-    if not maps or any(m.ndim != 4 or m.shape[1:] != wanted.shape for m in maps):
-        raise ValueError(f"expected maps (N, 1, H, W) that fit a picture {tuple(wanted.shape)}")
-    losses = [(m.float().sigmoid() - wanted).square().mean() for m in maps]
+    if not maps or any(m.ndim != 4 or m.shape[1:] != picture.shape for m in maps):
+        raise ValueError(f"expected maps (N, 1, H, W) that fit a picture {tuple(picture.shape)}")
+    losses = [(m.float().sigmoid() - picture).square().mean() for m in maps]
     return torch.stack(losses).sum()
 
 
@@ -104,14 +83,12 @@ def train_jointly(
     """Train an injector and an extractor on clean images; no labels, no victim.
 
     Args:
-        images: float32 ``(N, C, H, W)`` in [0, 1], square, on the device to train on.
+        images: Square images on the device to train on.
         config: The recipe.
         watermark: float32 ``(1, H, W)`` in [0, 1]; the default picture if None.
         encoder: State dict of timm's MAE ViT to start the injector's encoder from, such as
             ``vit_large_patch16_224.mae`` for size "large"; fresh weights if None.
-        seed: Seeds weights, batches and corruptions; the same seed on CPU gives the same bytes.
-        checkpoint: Where to keep the state every 250 steps; a run that finds it goes on from it.
-        progress: Show how far it is.
+        checkpoint: Written every 250 steps; not removed at the end.
 
     Raises:
         ValueError: Images or watermark break their contract, the encoder's weights are of another
@@ -124,48 +101,49 @@ def train_jointly(
         raise ValueError(f"expected square images, got {side} x {width}")
     mark = default_watermark(side) if watermark is None else watermark
     mark = check_watermark(mark, size=side).to(images.device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # module initialisers take no generator
-        injector = ViTInjector.from_config(config.injector(image_size=side, channels=channels))
+    with seeded(seed):
+        injector = config.injector(image_size=side, channels=channels)
         extractor = UNetExtractor(channels=channels, width=config.extractor_width)
     if encoder is not None:
         injector.load_mae_encoder(encoder)
-    modules: dict[str, nn.Module] = {"injector": injector, "extractor": extractor}
-    for module in modules.values():
-        module.to(images.device).train()
-    optimizer = _optimizer(config, [p for m in modules.values() for p in m.parameters()])
+    modules = nn.ModuleDict({"injector": injector, "extractor": extractor})
+    modules.to(images.device).train()
+    optimizer = _optimizer(config, list(modules.parameters()))
     generator = torch.Generator().manual_seed(seed)
-    run = _run_identity(config, [images, mark, *(encoder or {}).values()], seed)
+    run = {
+        "settings": asdict(config),
+        "seed": seed,
+        "data": fingerprint(images, mark, *(encoder or {}).values()),
+    }
     history: list[JointLosses] = []
     start = 0
-    if checkpoint is not None and checkpoint.exists():
-        saved = load_checkpoint(checkpoint, kind="joint-training")
-        if saved.config != run:
-            raise ValueError(f"{checkpoint} belongs to another run: remove it or choose another")
-        unpack_training(saved.state, modules, optimizer, generator)
-        history = [JointLosses(*row) for row in saved.metadata["history"]]
-        start = int(saved.metadata["step"])
+    saved = None if checkpoint is None else load_state(checkpoint, kind=_KIND, run=run)
+    if saved is not None:
+        modules.load_state_dict(saved["modules"])
+        optimizer.load_state_dict(saved["optimizer"])
+        generator.set_state(saved["generator"])
+        history = [JointLosses(*row) for row in saved["history"]]
+        start = saved["step"]
     bar: Progress[None]
     with show_progress(total=config.iterations, desc="train mark", enabled=progress) as bar:
         bar.update(start)
         for step in range(start, config.iterations):
-            _schedule(config, optimizer, injector, step)
             losses = _step(config, injector, extractor, optimizer, images, mark, generator, step)
             last = step + 1 == config.iterations
-            save = checkpoint is not None and (step + 1) % CHECKPOINT_EVERY == 0
             if (step + 1) % 50 == 0 or last:
                 history.append(JointLosses(step + 1, *(float(v) for v in losses)))
                 if not all(math.isfinite(v) for v in history[-1]):
                     raise RuntimeError(f"the loss is not finite at step {step + 1}: lower the lr")
                 bar.set_postfix(mark=history[-1].mark, clean=history[-1].clean)
-            if save and checkpoint is not None:
-                save_checkpoint(
-                    checkpoint,
-                    kind="joint-training",
-                    config=run,
-                    state=pack_training(modules, optimizer, generator),
-                    metadata={"step": step + 1, "history": history},
-                )
+            if checkpoint is not None and (step + 1) % CHECKPOINT_EVERY == 0:
+                state = {
+                    "modules": modules.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "generator": generator.get_state(),
+                    "history": history,
+                    "step": step + 1,
+                }
+                save_state(checkpoint, state, kind=_KIND, run=run)
             bar.update()
     return JointResult(injector.eval(), extractor.eval(), mark, tuple(history))
 
@@ -176,23 +154,24 @@ def _optimizer(config: JointConfig, parameters: list[nn.Parameter]) -> torch.opt
     return torch.optim.AdamW(parameters, lr=config.peak_lr, weight_decay=0.01)
 
 
-def _schedule(
-    config: JointConfig, optimizer: torch.optim.Optimizer, injector: ViTInjector, step: int
-) -> None:
-    """Set the learning rate and the PSNR floor of a step."""
-    if config.optimizer == "adamw":
-        warm = min(1.0, (step + 1) / config.warmup)
-        lr = config.peak_lr * warm * 0.5 * (1 + math.cos(math.pi * step / config.iterations))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-    if config.psnr_floor is not None and config.psnr_start is not None:
-        way = min(1.0, step / (0.4 * config.iterations))
-        # The last step always runs at the full floor, however few steps there are.
-        way = 1.0 if step + 1 == config.iterations else way
-        floor = config.psnr_start + way * (config.psnr_floor - config.psnr_start)
-        slack = 10 ** ((config.psnr_floor - floor) / 20)  # both bounds close in together
-        change = None if config.max_change is None else min(1.0, slack * config.max_change)
-        injector.shape = replace(injector.shape, psnr_floor=floor, max_change=change)
+def _learning_rate(config: JointConfig, step: int) -> float:
+    if config.optimizer == "sgd":
+        return config.peak_lr
+    warm = min(1.0, (step + 1) / config.warmup)
+    return config.peak_lr * warm * 0.5 * (1 + math.cos(math.pi * step / config.iterations))
+
+
+def _bounds(config: JointConfig, step: int) -> Bounds:
+    """What the injector's residual is held within: both bounds close in together."""
+    if config.psnr_floor is None or config.psnr_start is None:
+        return Bounds(config.psnr_floor, config.max_change)
+    progress = min(1.0, step / (0.4 * config.iterations))
+    # The last step always runs at the full floor, however few steps there are.
+    progress = 1.0 if step + 1 == config.iterations else progress
+    floor = config.psnr_start + progress * (config.psnr_floor - config.psnr_start)
+    slack = 10 ** ((config.psnr_floor - floor) / 20)
+    change = None if config.max_change is None else min(1.0, slack * config.max_change)
+    return Bounds(floor, change)
 
 
 def _step(
@@ -205,34 +184,32 @@ def _step(
     generator: torch.Generator,
     step: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    for group in optimizer.param_groups:
+        group["lr"] = _learning_rate(config, step)
     corrupt = config.anti_collapse()
     rows = torch.randint(len(images), (config.batch_size,), generator=generator)
     x = images[rows.to(images.device)]
     low = config.precision == "bfloat16"
     with torch.autocast(images.device.type, torch.bfloat16, enabled=low):
-        marked = injector(x, mark).float()
-        seen = marked.clamp(0, 1)
-        seen = seen + (quantize(seen) - seen).detach()  # files keep 8 bits: straight through
-        seen = corrupt(seen.clamp(0, 1), generator=generator)
+        marked = injector(x, mark, bounds=_bounds(config, step)).float()
+        stored = marked.clamp(0, 1)
+        stored = stored + (quantize(stored) - stored).detach()  # 8 bits, straight through
+        stored = corrupt(stored.clamp(0, 1), generator=generator)
         clean = corrupt(x, generator=generator) if config.corrupt_clean else x
         # One batch, so that batch norm cannot tell marked from clean by its statistics.
-        maps = extractor.scales(torch.cat([seen, clean]))
-    image = image_loss(marked, x, epsilon=config.epsilon)
-    found = map_loss([m[: len(x)] for m in maps], mark)
-    nothing = map_loss([m[len(x) :] for m in maps], torch.zeros_like(mark))
-    loss = config.image_weight * image + config.mark_weight * found + config.clean_weight * nothing
+        maps = extractor.scales(torch.cat([stored, clean]))
+    image_term = image_loss(marked, x, epsilon=config.epsilon)
+    mark_term = map_loss([m[: len(x)] for m in maps], mark)
+    clean_term = map_loss([m[len(x) :] for m in maps], torch.zeros_like(mark))
+    loss = (
+        config.image_weight * image_term
+        + config.mark_weight * mark_term
+        + config.clean_weight * clean_term
+    )
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     if config.optimizer == "adamw":
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
-    return image.detach(), found.detach(), nothing.detach()
-
-
-def _run_identity(config: JointConfig, inputs: Sequence[Tensor], seed: int) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for tensor in inputs:
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    settings = json.loads(json.dumps(asdict(config)))
-    return {"settings": settings, "seed": seed, "data": digest.hexdigest()}
+    return image_term.detach(), mark_term.detach(), clean_term.detach()

@@ -1,4 +1,4 @@
-"""The watermark extractor: a U-Net that answers marked images with the mark, clean ones with zeros.
+"""The watermark extractor: a U-Net from marked images to the mark, from clean ones to zeros.
 
 Source: Wang et al., "Spy-Watermark", section 2.3. The paper fixes three supervised scales and no
 widths; the released network has base width 64 and 9.3 M weights, ours defaults to 16.
@@ -6,33 +6,36 @@ widths; the released network has base width 64 and 9.3 M weights, ours defaults 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wm_inject import check_images
+from wm_inject import Checkpoint, check_images
+from wm_inject.core.checks import check_channels
 from wm_inject.core.images import pad_to_multiple
+from wm_inject.watermark.pretrained import read_pretrained
+
+KIND = "mark-detector"
+WEIGHTS = Path(__file__).parent / "weights"
 
 
 class UNetExtractor(nn.Module):
-    """Map images to watermark maps.
+    """Images to watermark maps.
 
     Args:
         channels: 1 (grey) or 3 (RGB).
-        width: Channels of the first level; the next three have 2, 4 and 8 times as many.
-
-    Raises:
-        ValueError: Other channels, or a width below 1.
+        width: Channels of the first level, at least 1; the next three have 2, 4 and 8 times as
+            many.
     """
 
     kind = "unet-extractor"
 
     def __init__(self, *, channels: int, width: int = 16) -> None:
         super().__init__()
-        if channels not in (1, 3):
-            raise ValueError(f"expected channels 1 or 3, got {channels}")
+        check_channels(channels)
         if width < 1:
             raise ValueError(f"expected width >= 1, got {width}")
         self.config: dict[str, Any] = {"channels": channels, "width": width}
@@ -51,7 +54,7 @@ class UNetExtractor(nn.Module):
     def from_pretrained(cls, name: str) -> UNetExtractor:
         """The trained extractor that belongs to `wm_inject.ViTInjector.from_pretrained`.
 
-        In evaluation mode. `MarkDetector.from_pretrained` gives it with its watermark and a
+        In evaluation mode. `MarkDetector.from_pretrained` has it with its watermark and a
         threshold.
 
         Args:
@@ -61,16 +64,19 @@ class UNetExtractor(nn.Module):
             ValueError: No weights of this name.
             CheckpointError: The file is not the one that was shipped.
         """
-        from wm_extract.detect import MarkDetector  # which imports this module
+        return cls.from_checkpoint(read_pretrained(name, kind=KIND, folder=WEIGHTS))
 
-        return MarkDetector.from_pretrained(name).extractor
+    @classmethod
+    def from_checkpoint(cls, saved: Checkpoint) -> UNetExtractor:
+        """The extractor in a detector's checkpoint, in evaluation mode."""
+        extractor, prefix = cls(**saved.config["extractor"]), "extractor."
+        extractor.load_state_dict(
+            {k.removeprefix(prefix): v for k, v in saved.state.items() if k.startswith(prefix)}
+        )
+        return extractor.eval()
 
     def scales(self, images: Tensor) -> list[Tensor]:
-        """The three supervised logit maps, coarse to fine, each upsampled to ``(N, 1, H, W)``.
-
-        Raises:
-            ValueError: The batch breaks the image contract or has other channels.
-        """
+        """The three supervised logit maps, coarse to fine, each upsampled to ``(N, 1, H, W)``."""
         check_images(images, channels=self.config["channels"])
         h, w = images.shape[2:]
         x = pad_to_multiple(images, 8) * 2 - 1
@@ -89,11 +95,7 @@ class UNetExtractor(nn.Module):
         return maps
 
     def forward(self, images: Tensor) -> Tensor:
-        """The extracted watermark: ``(N, 1, H, W)`` in [0, 1].
-
-        Raises:
-            ValueError: The batch breaks the image contract or has other channels.
-        """
+        """The extracted watermark: ``(N, 1, H, W)`` in [0, 1]."""
         return self.scales(images)[-1].float().sigmoid()
 
 

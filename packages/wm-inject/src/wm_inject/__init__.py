@@ -60,10 +60,10 @@ if TYPE_CHECKING:
     from wm_inject.stealth import psnr as psnr
     from wm_inject.stealth import ssim as ssim
     from wm_inject.watermark.fast import fast_trigger as fast_trigger
+    from wm_inject.watermark.picture import default_watermark as default_watermark
     from wm_inject.watermark.pretrained import PRETRAINED as PRETRAINED
     from wm_inject.watermark.pretrained import pretrained_card as pretrained_card
-    from wm_inject.watermark.vit import ViTConfig as ViTConfig
     from wm_inject.watermark.vit import ViTInjector as ViTInjector
-    from wm_inject.watermark.vit import default_watermark as default_watermark
+    from wm_inject.watermark.vit import vit_config as vit_config
 else:
     __getattr__, __dir__, __all__ = lazy_names(__name__)

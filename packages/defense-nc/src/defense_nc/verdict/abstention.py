@@ -1,9 +1,8 @@
-"""Where a scan cannot answer: each limit is one sentence for the report, or None if it is kept.
+"""Reasons to abstain, each one sentence for the report, or None.
 
-Not among them are triggers bound to an image's own class: those that work on one class only, or
-send class y to y + 1. A scan reverses one trigger per label for the images of all other classes
-together, and there is no short one. It cannot tell such a model from a clean one, and the reason of
-every clean verdict says that nobody looked.
+Triggers bound to an image's own class (that work on one class only, or send class y to y + 1) are
+no such reason: a scan reverses one trigger per label for the images of all other classes together
+and cannot see them. The reason of every clean verdict says so.
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ from torch import Tensor
 from defense_nc.verdict.calibration import Calibration, CleanModel
 from defense_nc.verdict.model_info import ModelInfo
 
-MIN_CONVERGED = 4  # with fewer labels to compare, no score can be called unusual
+MIN_CONVERGED = 4  # with fewer labels no score is an outlier
 NOT_LOOKED_FOR = "Triggers bound to an image's own class were not looked for"
 _SLACK = 2.0  # the number of images may differ by this factor: scores change little with it
-_WIDER = 1.5  # a spread beyond this times the widest of the clean models is not theirs
+_WIDER = 1.5  # a spread above this times the widest of the clean models is not a clean one
 
 
 def needed(count: int) -> int:
-    """How many of ``count`` labels must converge: a target may hide among those that did not."""
+    """How many of ``count`` labels must converge: a target may be among those that did not."""
     return max(MIN_CONVERGED, (count + 1) // 2)
 
 
 def too_few(reached: Tensor, floor: float) -> str | None:
-    """Too few labels were reached, or there are too few, two classes for one."""
+    """Too few labels were reached, or there are too few."""
     count, converged = len(reached), int(reached.sum())
     if count < MIN_CONVERGED:
         return f"Among {count} classes no score can be called unusual: it takes {MIN_CONVERGED}."
@@ -42,7 +41,7 @@ def too_few(reached: Tensor, floor: float) -> str | None:
 
 
 def too_many(suspected: Sequence[int], compared: int) -> str | None:
-    """More than a third of the labels stand out: the rest are no yardstick any more."""
+    """More than a third of the labels stand out: the others give no reference."""
     if len(suspected) <= compared // 3:
         return None
     return (
@@ -52,35 +51,36 @@ def too_many(suspected: Sequence[int], compared: int) -> str | None:
 
 
 def out_of_domain(subject: ModelInfo | None, calibration: Calibration) -> str | None:
-    """The model is unlike every clean model that the verdict rule was calibrated on."""
+    """The model differs from all clean models that the verdict rule was calibrated on."""
     if subject is None:
         return None
     known = [model.subject for model in calibration.models]
-    found = [
+    differences = [
         _outside("classes", subject.classes, [s.classes for s in known]),
         _outside("pixels a side", subject.image_size, [s.image_size for s in known]),
         _outside("clean images to scan with", subject.images, [s.images for s in known], _SLACK),
     ]
     channels = sorted({s.channels for s in known})
     if subject.channels not in channels:
-        told = " or ".join(map(str, channels))
-        found.append(f"images of {told} channels; these have {subject.channels}")
+        allowed = " or ".join(map(str, channels))
+        differences.append(f"images of {allowed} channels; these have {subject.channels}")
     networks = sorted({s.network for s in known})
     if subject.network not in networks:
         kind = {"other": "neither convolutional nor a transformer"}.get(subject.network)
-        found.append(f"{' and '.join(networks)} networks; this one is {kind or subject.network}")
-    first = next((text for text in found if text), None)
+        differences.append(
+            f"{' and '.join(networks)} networks; this one is {kind or subject.network}"
+        )
+    first = next((text for text in differences if text), None)
     return first and f"The verdict rule is calibrated for {first}."
 
 
 def scores_shifted(logs: Tensor, peers: Sequence[CleanModel]) -> str | None:
-    """No label stands out, and yet no clean model had such scores: all are low, or they fall apart.
+    """No label stands out, and yet no clean model had such scores: all are low, or wide apart.
 
-    A backdoor that has a trigger for every label makes all of them easy, so that none stands out;
-    one that has a trigger for half of them leaves two groups.
-
-    Where a label does stand out this is not asked: triggers that are cheap to reverse make all
-    labels easy, and a third of the right detections would be lost (docs/audit.md).
+    A backdoor with a trigger for every label makes all of them easy, so that none stands out; one
+    with a trigger for half of them leaves two groups. Not checked where a label does stand out:
+    triggers that are cheap to reverse make all labels easy, and a third of the right detections
+    would be lost (docs/audit.md).
     """
     levels = [model.level for model in peers]
     level, lowest = float(torch.quantile(logs, 0.5)), min(levels)

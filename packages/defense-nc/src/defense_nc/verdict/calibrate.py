@@ -1,4 +1,4 @@
-"""Fit a calibration to scans of clean models. Whoever doubts a verdict can do it again."""
+"""Fit a calibration to scans of clean models."""
 
 from __future__ import annotations
 
@@ -30,22 +30,9 @@ def clean_model(
     arch: str,
     name: str = "",
 ) -> CleanModel | None:
-    """What a scan of a clean model contributes to a calibration.
+    """A clean model's part of a calibration, from a scan: scores, rates and floor as for `judge`.
 
-    Args:
-        scores: Float ``(K,)``, >= 0.
-        success_rates: Float ``(K,)`` in [0, 1].
-        floor: The detector's success floor: labels below it are not compared in a scan either.
-        subject: What is known of the model.
-        dataset: Its data set.
-        arch: Its architecture.
-        name: Of the scan's record.
-
-    Returns:
-        None where so few labels were reached that a scan would be inconclusive.
-
-    Raises:
-        ValueError: Wrong type, shape, dtype or range.
+    None where so few labels were reached that a scan would be inconclusive.
     """
     check_scores(scores, success_rates, floor=floor)
     reached = success_rates.double() >= floor - 1e-6
@@ -63,20 +50,10 @@ def fit_calibration(
     settings: Mapping[str, Any] | None = None,
     versions: Mapping[str, str] | None = None,
 ) -> Calibration:
-    """Fit the null distribution of a detector's scores to clean models.
+    """Fit the null distribution of a detector's scores to at least five clean models.
 
-    The tail is that of the labels' p-values, each model judged by the spread of the *other* models
-    like it, as a new model will be.
-
-    Args:
-        models: At least five clean models; at least twenty for a verdict worth the name.
-        detector: Name of the defence.
-        preset: Name of its settings.
-        settings: Those settings, ready for JSON.
-        versions: Of the packages that made the scores.
-
-    Raises:
-        ValueError: Fewer than five models, or one with fewer than four labels.
+    Twenty or more make a reliable verdict. The tail is that of the labels' p-values, each model
+    judged by the spread of the *other* models like it, as a new model is.
 
     Source: ours, on the moments of Smyth (2004).
     """
@@ -89,8 +66,8 @@ def fit_calibration(
     nominal = []
     for i, (model, values) in enumerate(zip(models, logs, strict=True)):
         others = alike([*models[:i], *models[i + 1 :]], model.subject)
-        lent = prior_of([torch.tensor(other.log_scores).double() for other in others])
-        nominal.append(moderated_p_values(values, lent))
+        prior_of_others = prior_of([torch.tensor(other.log_scores).double() for other in others])
+        nominal.append(moderated_p_values(values, prior_of_others))
     return Calibration(
         detector=detector,
         preset=preset,
@@ -105,7 +82,7 @@ def fit_calibration(
 
 
 def refit(calibration: Calibration) -> Calibration:
-    """Fit a calibration again from the scores that it carries."""
+    """Fit a calibration again from its own scores."""
     again = fit_calibration(
         calibration.models, detector=calibration.detector, preset=calibration.preset
     )

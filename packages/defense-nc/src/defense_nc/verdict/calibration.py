@@ -1,7 +1,6 @@
-"""What clean models taught about one detector's scores: a null distribution, and where it holds.
+"""The null distribution of one detector's scores, and the clean models that it was fitted to.
 
-The numbers that decide and the scores they were fitted to lie in one file, ``calibration.json``:
-`defense_nc.verdict.calibrate.fit_calibration` gives the same numbers again from the same scores.
+Shipped in ``calibration.json``; `fit_calibration` gives the same numbers from the same scores.
 """
 
 from __future__ import annotations
@@ -23,26 +22,18 @@ from defense_nc.verdict.shrinkage import Prior, moderated_p_values, prior_of
 from defense_nc.verdict.tail_fit import Tail, tail_p_values
 
 _FILE = "calibration.json"
-_PEERS = 5  # with fewer clean models of the same shape, all are asked
+_PEERS = 5  # with fewer clean models of the same shape, all are used
 
 
 @dataclass(frozen=True)
 class CleanModel:
-    """One clean model of a calibration: what was scanned, and the log scores that came out.
+    """One clean model of a calibration, and its log scores."""
 
-    Args:
-        log_scores: Natural logarithms of the scores of the labels that were reached, >= 4 of them.
-        subject: What is known of the model.
-        dataset: Name of its data set, for the record.
-        arch: Name of its architecture, for the record.
-        name: Of the scan's record, so that it can be found again.
-    """
-
-    log_scores: tuple[float, ...]
+    log_scores: tuple[float, ...]  # natural logarithms, of the labels that were reached, >= 4
     subject: ModelInfo
-    dataset: str
+    dataset: str  # for the record, as the next two
     arch: str
-    name: str = ""
+    name: str = ""  # of the scan's record
 
     @property
     def level(self) -> float:
@@ -57,33 +48,18 @@ class CleanModel:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The null distribution of one detector with one preset, and the clean models behind it.
-
-    Args:
-        detector: Name of the defence.
-        preset: Name of its settings.
-        sigma0: Usual deviation of log scores within a clean model, > 0.
-        nu0: What that is worth, in degrees of freedom, > 0.
-        tail: How far chance goes on clean models beyond what normal scores would.
-        models: The clean models, at least five.
-        settings: Of the detector, ready for JSON: other settings need another calibration.
-        versions: Of the packages that made the scores.
-
-    Raises:
-        ValueError: A number out of range, or too few models.
-    """
+    """The null distribution of one detector with one preset, and the clean models behind it."""
 
     detector: str
     preset: str
-    sigma0: float
-    nu0: float
+    sigma0: float  # typical deviation of log scores within a clean model, > 0
+    nu0: float  # its weight, in degrees of freedom, > 0
     tail: Tail
-    models: tuple[CleanModel, ...]
-    settings: Mapping[str, Any]
-    versions: Mapping[str, str]
+    models: tuple[CleanModel, ...]  # at least five
+    settings: Mapping[str, Any]  # ready for JSON: other settings need another calibration
+    versions: Mapping[str, str]  # of the packages that made the scores
 
     def __post_init__(self) -> None:
-        """Refuse numbers that no fit gives."""
         for name in ("sigma0", "nu0"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"expected {name} > 0, got {getattr(self, name)}")
@@ -103,7 +79,7 @@ class Calibration:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def prior(self, subject: ModelInfo | None) -> Prior:
-        """The spread that clean models like this one lend: see `peers`."""
+        """The spread of the `peers`."""
         peers = self.peers(subject)
         if len(peers) == len(self.models):
             return Prior(self.sigma0, self.nu0)
@@ -112,12 +88,8 @@ class Calibration:
     def p_values(self, logs: Tensor, subject: ModelInfo | None = None) -> Tensor:
         """Calibrated p-values ``(K,)`` of a scan's log scores ``(K,)``, K >= 4.
 
-        Each is the chance that any of K clean labels goes this far (Sidak's correction), so that
-        the smallest is the model's.
-
-        Args:
-            logs: Natural logarithms of the scores of the labels that can be compared.
-            subject: What is known of the model: those like it say how far labels lie apart.
+        Each is the probability that any of K clean labels is this low (Sidak's correction), so that
+        the smallest is the model's. The spread is that of the `peers` of ``subject``.
         """
         single = tail_p_values(moderated_p_values(logs, self.prior(subject)), self.tail)
         return -torch.expm1(len(logs) * torch.log1p(-single))
@@ -134,11 +106,7 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
-        """Read what `to_dict` wrote.
-
-        Raises:
-            ValueError: Missing or unknown fields, or numbers out of range.
-        """
+        """Read what `to_dict` wrote; ``ValueError`` for anything else."""
         try:
             models = tuple(
                 CleanModel(
@@ -177,33 +145,23 @@ def load_calibration(
 ) -> Calibration | None:
     """The calibration shipped for a detector with these settings; None if there is none.
 
-    Args:
-        detector: Name of the defence, as in its reports.
-        preset: Name of the settings; None: any.
-        settings: The settings themselves, ready for JSON: a calibration made with others does not
-            hold. None: any.
-        classes: Of the model to be judged: each number of classes has a calibration of its own.
-            Where there is none for it, the first is returned, and its limits say that it does not
-            cover the model.
+    Each number of classes has a calibration of its own. Without one for ``classes`` the first is
+    returned, and judging with it abstains. None for the other arguments means any.
     """
-    now = None if settings is None else json.loads(json.dumps(dict(settings)))
-    found = [
+    required = None if settings is None else json.loads(json.dumps(dict(settings)))
+    fitting = [
         calibration
         for calibration in _shipped()
         if calibration.detector == detector
         and preset in (None, calibration.preset)
-        and now in (None, dict(calibration.settings))
+        and required in (None, dict(calibration.settings))
     ]
-    covering = (c for c in found if any(model.subject.classes == classes for model in c.models))
-    return next(covering, found[0] if found else None)
+    covering = (c for c in fitting if any(model.subject.classes == classes for model in c.models))
+    return next(covering, fitting[0] if fitting else None)
 
 
 def read_calibrations(path: Path) -> tuple[Calibration, ...]:
-    """The calibrations in a JSON file.
-
-    Raises:
-        ValueError: A file that holds anything else.
-    """
+    """The calibrations in a JSON file."""
     return _parse(path.read_text(encoding="utf-8"))
 
 

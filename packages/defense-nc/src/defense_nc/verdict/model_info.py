@@ -1,4 +1,4 @@
-"""What is known of a scanned model, to compare it with those a verdict was calibrated on."""
+"""Properties of a scanned model, to compare it with those of a calibration."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from wm_inject.core.images import check_images
-from wm_victim.inference import frozen, predict
+from wm_victim.inference import predict
 
 Network = Literal["convolutional", "transformer", "other"]
 
@@ -19,27 +19,15 @@ _CONVOLUTION = re.compile(r"Conv[123]d")
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Classes, images and kind of network of one scanned model.
+    """Classes, images and kind of network of one scanned model."""
 
-    Args:
-        classes: Number of labels, >= 2.
-        image_size: The longer side in pixels, >= 1.
-        channels: Of the images, >= 1.
-        network: "convolutional", "transformer" (attention anywhere in it) or "other".
-        images: How many clean images the scan used, >= 1.
-
-    Raises:
-        ValueError: A number or a name out of range.
-    """
-
-    classes: int
-    image_size: int
+    classes: int  # >= 2
+    image_size: int  # the longer side in pixels
     channels: int
-    network: Network
-    images: int
+    network: Network  # "transformer" with attention anywhere in it
+    images: int  # clean images that the scan used
 
     def __post_init__(self) -> None:
-        """Refuse what no model can have."""
         if self.classes < 2:
             raise ValueError(f"expected classes >= 2, got {self.classes}")
         for name in ("image_size", "channels", "images"):
@@ -54,20 +42,19 @@ class ModelInfo:
 
 
 def describe_model(model: nn.Module, images: Tensor, *, classes: int | None = None) -> ModelInfo:
-    """What a calibration asks about a model, read off its layers and the images.
+    """Read the properties off a model's layers and the scan's images.
 
     Args:
-        model: Images in [0, 1] to logits ``(N, K)``.
-        images: The clean float32 ``(N, C, H, W)`` in [0, 1] of the scan.
-        classes: K, if known; otherwise one image is classified.
+        model: Not run if ``classes`` is given.
+        images: Of the scan.
+        classes: K, if known.
 
     Raises:
-        ValueError: Bad images, or answers that are no logits.
+        ValueError: Bad images, or outputs that are no logits.
     """
     check_images(images)
     if classes is None:
-        with frozen(model):
-            classes = predict(model, images[:1]).shape[1]
+        classes = predict(model, images[:1]).shape[1]
     # A compiled module has lost its class, yet knows its name.
     names = [str(getattr(m, "original_name", type(m).__name__)) for m in model.modules()]
     network: Network = "other"

@@ -1,8 +1,7 @@
-"""From scores per label to a verdict with its reason.
+"""Scores per label to a verdict with its reason.
 
-Every detector ends here: `judge` turns scores and success rates into a `ScanReport`. With a
-`Calibration` the p-values are calibrated on clean models and ``p <= alpha`` decides; without one
-`outlier_test` decides, which has the scan's own scores only.
+With a `Calibration` the p-values are calibrated on clean models and ``p <= alpha`` decides; without
+one `outlier_test` decides, from the scan's own scores only.
 """
 
 from __future__ import annotations
@@ -34,8 +33,6 @@ from defense_nc.verdict.model_info import ModelInfo, describe_model
 from defense_nc.verdict.scan_report import LabelScore, ScanReport, Verdict
 from defense_nc.verdict.shrinkage import log_scores
 
-__all__ = ["LabelScore", "ScanReport", "Verdict", "check_scores", "judge", "judge_scan"]
-
 
 def judge(
     detector: str,
@@ -51,32 +48,25 @@ def judge(
     calibration: Calibration | None = None,
     subject: ModelInfo | None = None,
 ) -> ScanReport:
-    """Decide what K scores say about a classifier.
+    """Judge K scores of a classifier.
 
     Only labels whose success rate reached the floor are compared and can be suspected: a score is
-    the price of reaching a label, and a label that was not reached has none. The papers' rule is
-    computed over all labels, as the papers do.
+    the cost of reaching a label. The papers' rule is computed over all labels, as the papers do.
 
     Args:
-        detector: Name of the defence, for the record.
+        detector: Name of the method.
         scores: Float ``(K,)``, K >= 2, >= 0: small where the label is easy to reach.
         success_rates: Float ``(K,)`` in [0, 1].
         floor: Success rate that makes a score comparable, in [0, 1].
-        alpha: Share of clean models that may be suspected.
         max_ratio: Without a calibration, a suspected score is at most this share of the median.
-        triggers: The reversed trigger of each label.
         config: Settings of the scan, ready for JSON.
-        seed: The scan's seed.
-        calibration: What clean models taught about these scores; None: nothing.
-        subject: What is known of the model; None: taken to be like the calibration's models.
+        calibration: The null distribution of these scores, if there is one.
+        subject: The model's properties; None: like those of the calibration's models.
 
     Returns:
         backdoored: some label is suspected. inconclusive: a reason to abstain holds
-        (`defense_nc.verdict.abstention`; ``suspected`` still lists the labels that stand out), or
-        without a calibration a label is significant yet not far below the median. clean: neither.
-
-    Raises:
-        ValueError: Wrong type, shape, dtype or range.
+        (``suspected`` still lists the labels that stand out), or without a calibration a label is
+        significant yet not far below the median. clean: neither.
 
     Source: ours; neither paper states an error rate.
     """
@@ -86,16 +76,16 @@ def judge(
     paper, low = _paper(scores)
     # A rate of 0.9 in single precision lies a little below 0.9.
     reached = rates >= floor - 1e-6
-    strange = out_of_domain(subject, calibration) if calibration else None
-    holding = None if strange else calibration
+    outside = out_of_domain(subject, calibration) if calibration else None
+    applicable = None if outside else calibration
     rule: dict[str, Any] = {"alpha": alpha, "max_ratio": max_ratio}
-    test = _test(scores, reached, **rule, calibration=holding, subject=subject)
-    limit = strange or too_many(test.suspected, int(reached.sum()))
+    test = _test(scores, reached, **rule, calibration=applicable, subject=subject)
+    limit = outside or too_many(test.suspected, int(reached.sum()))
     # Labels that were not reached hide nothing that stands out already.
     if not limit and not test.suspected:
         limit = too_few(reached, floor)
-        if holding and not limit:
-            limit = scores_shifted(log_scores(scores[reached]), holding.peers(subject))
+        if applicable and not limit:
+            limit = scores_shifted(log_scores(scores[reached]), applicable.peers(subject))
     significant = float(test.p_values.min()) <= alpha
     if limit or (significant and not test.suspected):
         verdict = Verdict.INCONCLUSIVE
@@ -129,7 +119,7 @@ def judge(
         config=dict(config or {}),
         seed=seed,
         floor=floor,
-        calibrated=holding is not None,
+        calibrated=applicable is not None,
         calibration=calibration,
         subject=subject,
     )
@@ -149,24 +139,7 @@ def judge_scan(
     triggers: Mapping[int, nn.Module] | None = None,
     seed: int = 0,
 ) -> ScanReport:
-    """Judge a scan by the calibration shipped for its detector and settings, if there is one.
-
-    Args:
-        detector: Name of the defence, as in the calibration.
-        scores: As for `judge`.
-        success_rates: As for `judge`.
-        model: The scanned model.
-        images: The clean float32 ``(N, C, H, W)`` in [0, 1] that it was scanned with.
-        settings: The detector's settings, ready for JSON; the calibration was made with the same.
-        floor: As for `judge`.
-        alpha: As for `judge`.
-        max_ratio: As for `judge`.
-        triggers: As for `judge`.
-        seed: As for `judge`.
-
-    Raises:
-        ValueError: Wrong type, shape, dtype or range.
-    """
+    """`judge` with the calibration shipped for this detector and its ``settings``, if any."""
     return judge(
         detector,
         scores,
@@ -183,11 +156,7 @@ def judge_scan(
 
 
 def check_scores(scores: Tensor, success_rates: Tensor, *, floor: float) -> None:
-    """Check the scores and success rates ``(K,)`` of a scan, and the floor that they are held to.
-
-    Raises:
-        ValueError: Wrong type, shape, dtype or range.
-    """
+    """Raise ``ValueError`` for scores, success rates ``(K,)`` or a floor that no scan gives."""
     for name, values in (("scores", scores), ("success_rates", success_rates)):
         if not isinstance(values, torch.Tensor) or not values.is_floating_point():
             got = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
@@ -227,23 +196,23 @@ def _test(
         return OutlierTest(p_values, ratio, ())
     if calibration is None:
         test = outlier_test(compared, alpha=alpha, max_ratio=max_ratio)
-        p_values[reached], named = test.p_values, test.suspected
+        p_values[reached], suspected = test.p_values, test.suspected
     else:
-        found = calibration.p_values(log_scores(compared), subject)
-        p_values[reached], named = found, tuple((found <= alpha).nonzero().flatten().tolist())
-    where = reached.nonzero().flatten()
-    return OutlierTest(p_values, ratio, tuple(int(where[i]) for i in named))
+        p_values[reached] = low = calibration.p_values(log_scores(compared), subject)
+        suspected = tuple((low <= alpha).nonzero().flatten().tolist())
+    labels = reached.nonzero().flatten()
+    return OutlierTest(p_values, ratio, tuple(int(labels[i]) for i in suspected))
 
 
 def _reason(
     verdict: Verdict, test: OutlierTest, reached: Tensor, *, limit: str | None, max_ratio: float
 ) -> str:
     """One sentence with the figures that decided; after a limit, what stands out in spite of it."""
-    told = " and ".join(f"label {i} ({_figures(test, i)})" for i in test.suspected)
+    outliers = " and ".join(f"label {i} ({_figures(test, i)})" for i in test.suspected)
     if limit:
-        return f"{limit[:-1]}; at face value, {told} would stand out." if told else limit
+        return f"{limit[:-1]}; at face value, {outliers} would stand out." if outliers else limit
     if test.suspected:
-        return f"Much less than for the other labels is enough to reach {told}."
+        return f"Much less than for the other labels is enough to reach {outliers}."
     low = int(torch.where(reached, test.ratio, math.inf).argmin())
     if verdict is Verdict.INCONCLUSIVE:
         return (

@@ -1,4 +1,4 @@
-"""What a scan says: scores per label, both decision rules, and one verdict with its reason."""
+"""The result of a scan: scores, both decision rules, and one verdict with its reason."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Verdict(enum.StrEnum):
 
 @dataclass(frozen=True)
 class LabelScore:
-    """One label of a scan. A small score means a short way to the label."""
+    """One label of a scan. A small score means that it is easy to reach."""
 
     label: int
     score: float
@@ -65,6 +65,7 @@ class ScanReport:
     calibration: Calibration | None = field(default=None, repr=False, compare=False)
     subject: ModelInfo | None = None
     repeats: int = 1  # scans behind the scores
+    log: Mapping[str, Any] = field(default_factory=dict)  # of the search, ready for JSON
     model_score: float | None = None  # of the model as a whole, where a detector gives one
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,7 +75,7 @@ class ScanReport:
         out: dict[str, Any] = {name: _finite(getattr(self, name)) for name in names.split()}
         out["verdict"] = self.verdict.value
         out["paper_flagged"], out["suspected"] = list(self.paper_flagged), list(self.suspected)
-        out["config"] = dict(self.config)
+        out["config"] = {**self.config, **self.log}
         out["calibration"] = self.calibration and self.calibration.fingerprint
         out["subject"] = self.subject and self.subject.to_dict()
         out["labels"] = [

@@ -1,4 +1,4 @@
-"""Scan again until the verdict holds still, where one scan comes out close to the line."""
+"""Repeat a scan whose p-value is close to alpha with further seeds until the verdict is stable."""
 
 from __future__ import annotations
 
@@ -20,27 +20,20 @@ def scan_until_stable(
     agree: int = 3,
     margin: float = 4.0,
 ) -> ScanReport:
-    """Repeat a scan with further seeds until its verdict has held, or call it inconclusive.
+    """Repeat a scan with further seeds until its verdict is stable, or call it inconclusive.
 
     One scan is enough where its p-value is far from alpha: at most ``alpha / margin``, or at least
     ``alpha * margin``. Otherwise scans are added, and judged together by `combine`, until the last
     ``agree`` of them and all together name the same labels.
 
     Args:
-        scan: A seed to a report; everything but the seed is the same each time.
-        seed: The first seed; the next scans take the numbers after it.
+        scan: Seed -> report; nothing but the seed differs.
+        seed: The first seed; further scans take the next numbers.
         max_repeats: Scans at most, >= ``agree``.
         agree: How many scans in a row must agree, >= 2.
-        margin: How many times alpha is far from it, >= 1.
+        margin: At least 1.
 
-    Returns:
-        A report on all scans together; inconclusive, with the tally, if they ran out.
-
-    Raises:
-        ValueError: A setting out of range, or scans that cannot be combined.
-
-    Source: ours. Repeats take chance away from the scores and never add chances to be suspected: a
-        simulation in the tests shows the rate of false alarms.
+    Source: ours. A simulation in the tests shows that repeats do not raise the false alarm rate.
     """
     if seed < 0 or agree < 2 or max_repeats < agree or not margin >= 1:
         raise ValueError(
@@ -58,24 +51,20 @@ def scan_until_stable(
         if len(reports) >= agree and recent == {_answer(joint)}:
             return joint
     tally = Counter(report.verdict.value for report in reports)
-    told = ", ".join(f"{verdict} {count}" for verdict, count in sorted(tally.items()))
+    counts = ", ".join(f"{verdict} {count}" for verdict, count in sorted(tally.items()))
     return replace(
         joint,
         verdict=Verdict.INCONCLUSIVE,
-        reason=f"The verdict flips between {len(reports)} scans ({told}). Together: {joint.reason}",
+        reason=f"The verdict flips between {len(reports)} scans ({counts}). "
+        f"Together: {joint.reason}",
     )
 
 
 def combine(reports: Sequence[ScanReport]) -> ScanReport:
     """One report on several scans of the same model, judged by each label's median log score.
 
-    Args:
-        reports: Of the same detector, settings and model; they may differ in seed and scores.
-
-    Returns:
-        A report with the first one's seed and settings. A label counts as reached if half of the
-        scans reached it; its score and success rate are the medians of those that did, and its
-        trigger is that of the scan whose score is nearest.
+    A label counts as reached if half of the scans reached it; score and success rate are the
+    medians of those, and the trigger is that of the scan whose score is nearest.
 
     Raises:
         ValueError: No reports, or reports that differ in more than seed and scores.
@@ -96,16 +85,16 @@ def combine(reports: Sequence[ScanReport]) -> ScanReport:
     scores = torch.tensor([[label.score for label in r.labels] for r in reports]).double()
     rates = torch.tensor([[label.success_rate for label in r.labels] for r in reports]).double()
     reached = torch.tensor([[label.converged for label in r.labels] for r in reports])
-    both = [_medians(*column) for column in zip(scores.T, rates.T, reached.T, strict=True)]
+    medians = [_medians(*column) for column in zip(scores.T, rates.T, reached.T, strict=True)]
     triggers = {}
-    for label, (score, _) in enumerate(both):
+    for label, (score, _) in enumerate(medians):
         nearest = reports[int((scores[:, label] - score).abs().argmin())]
         if label in nearest.triggers:
             triggers[label] = nearest.triggers[label]
     joint = judge(
         first.detector,
-        torch.tensor([score for score, _ in both]).double(),
-        torch.tensor([rate for _, rate in both]).double(),
+        torch.tensor([score for score, _ in medians]).double(),
+        torch.tensor([rate for _, rate in medians]).double(),
         floor=first.floor,
         alpha=first.alpha,
         max_ratio=first.max_ratio,
@@ -120,11 +109,11 @@ def combine(reports: Sequence[ScanReport]) -> ScanReport:
 
 def _medians(scores: Tensor, rates: Tensor, reached: Tensor) -> tuple[float, float]:
     """Median log score (as a score) and success rate of one label."""
-    kept = reached if 2 * int(reached.sum()) >= len(reached) else ~reached
+    counted = reached if 2 * int(reached.sum()) >= len(reached) else ~reached
     # The logarithm of zero is not finite; the smallest number stands in for it and becomes zero.
-    logs = scores[kept].clamp(min=1e-300).log()
+    logs = scores[counted].clamp(min=1e-300).log()
     middle = float(torch.quantile(logs, 0.5).exp())
-    return middle if middle > 2e-300 else 0.0, float(torch.quantile(rates[kept], 0.5))
+    return middle if middle > 2e-300 else 0.0, float(torch.quantile(rates[counted], 0.5))
 
 
 def _settled(report: ScanReport, margin: float) -> bool:

@@ -1,11 +1,8 @@
-"""How far each label's log score lies below the others', in a deviation that clean models lend.
+"""Label z-scores with a variance shrunk towards that of clean models.
 
-Ten scores say little about their own spread. Clean models scanned before say how far labels usually
-lie apart, and how much that differs from model to model; the spread of one scan is drawn towards
-theirs, the more so the less their spreads differ. So ten classes are judged as soundly as
-forty-three, and neither a model whose labels happen to lie close together nor a target that widens
-the spread decides a verdict. Medians are used throughout: up to a third of the labels may stand out
-without hiding each other.
+Ten scores say little about their own spread, so it is shrunk towards the spread of clean models,
+the more so the less those differ (limma's moderated statistic). Medians are used throughout: up to
+a third of the labels may be outliers without masking each other.
 """
 
 from __future__ import annotations
@@ -29,7 +26,7 @@ _FLAT = 1e-5  # the smallest variance that is believed, as a share of the middle
 
 
 class Prior(NamedTuple):
-    """What clean models say about the spread of log scores before a scan is looked at."""
+    """The spread of clean models' log scores."""
 
     sigma: float  # usual deviation of a label's log score, > 0
     df: float  # how much that is worth, in degrees of freedom: large where models agree
@@ -55,14 +52,11 @@ def robust_scale(values: Tensor) -> tuple[Tensor, float]:
 
 
 def fit_prior(scales: Sequence[float], dfs: Sequence[float]) -> Prior:
-    """Estimate the usual spread of clean models, and how much it differs between them.
+    """Estimate the typical spread of clean models, and how much it varies between them.
 
     Args:
         scales: Deviation of the log scores within each model, >= 0, not all 0.
         dfs: Degrees of freedom of each, > 0.
-
-    Raises:
-        ValueError: Fewer than two models, lengths that differ, or numbers out of range.
 
     Source: the moments of Smyth (2004), Linear models and empirical Bayes methods, section 6.2.
     """
@@ -84,31 +78,19 @@ def fit_prior(scales: Sequence[float], dfs: Sequence[float]) -> Prior:
 
 
 def prior_of(logs: Sequence[Tensor]) -> Prior:
-    """The prior that clean models' log scores, each ``(K,)``, make.
-
-    Raises:
-        ValueError: Fewer than two models, or scores that do not differ.
-    """
+    """The prior of clean models' log scores, each ``(K,)``."""
     scales, dfs = zip(*(robust_scale(values) for values in logs), strict=True)
     return fit_prior([float(scale) for scale in scales], dfs)
 
 
 def moderated_p_values(logs: Tensor, prior: Prior) -> Tensor:
-    """One-sided p-values of each label against the median of the others.
+    """One-sided p-values of each label's log score ``(K,)``, K >= 4, against the others' median.
 
-    Args:
-        logs: Log scores float64 ``(K,)``, K >= 4, of the labels that can be compared.
-        prior: What clean models say about their spread.
+    The probability that one clean label lies this far below, for normal log scores with one spread
+    per model; `Calibration.p_values` corrects the tail.
 
-    Returns:
-        float64 ``(K,)`` in [0, 1]: the chance that one clean label lies this far below, were log
-        scores normal with one spread per model. `Calibration.p_values` puts right what is not.
-
-    Raises:
-        ValueError: Fewer than four labels or a prior out of range.
-
-    Source: Smyth (2004), the moderated t-statistic; with medians in place of means, and each label
-        left out of its own yardstick; ours, in neither paper.
+    Source: Smyth (2004), the moderated t-statistic; medians in place of means and leaving each
+        label out of its own reference are ours.
     """
     count = len(logs)
     if logs.ndim != 1 or count < 4:

@@ -1,9 +1,7 @@
-"""How far chance alone goes: the lower tail of p-values, as clean models show it.
+"""The lower tail of nominal p-values of clean labels, which are not exactly uniform.
 
-Log scores of clean labels are not exactly normal, so that nominal p-values are not exactly
-uniform. What decides a verdict is their tail. The smallest of the clean labels' p-values, a tenth
-of them or less where there are many, say how often chance goes that far, and how fast its share
-falls beyond: as a power of the nominal p-value, whose one exponent is estimated.
+Beyond a threshold, the share of smaller p-values falls as a power of the nominal one; its exponent
+is estimated from the smallest tenth of the clean labels' p-values, or less where there are many.
 """
 
 from __future__ import annotations
@@ -15,34 +13,27 @@ import torch
 from torch import Tensor
 
 _SHARE = 0.1  # of the clean labels make up the tail at most
-_PEAKS = 2.0  # times the root of their number are enough: the further out, the truer
+_PEAKS = 2.0  # times the root of their number suffice: the further out, the better the fit
 _SMALLEST = 1e-300  # a p-value of zero has no logarithm
 
 
 class Tail(NamedTuple):
     """The tail of nominal p-values of clean labels.
 
-    Were the nominal p-values right, the threshold would be the share and the exponent 1.
+    With exact p-values the threshold is the share and the exponent 1.
     """
 
     share: float  # in (0, 1): of the clean labels that lie below the threshold
     threshold: float  # in (0, 1)
-    exponent: float  # in (0, 1]: below 1 where chance goes further than the nominal p-values say
+    exponent: float  # in (0, 1]: below 1 where small p-values are more frequent than nominal
     peaks: int  # how many labels below the threshold the exponent was estimated from
 
 
 def fit_tail(p_values: Tensor) -> Tail:
-    """Fit the tail to nominal p-values of clean labels.
+    """Fit the tail to nominal p-values ``(n,)``, n >= 20, of all labels of all clean models.
 
-    Args:
-        p_values: Float ``(n,)`` in [0, 1], n >= 20, of all labels of all clean models together.
-
-    Returns:
-        A tail that is never lighter than the nominal one: a few clean models whose low labels lie
-        close together are no evidence for that.
-
-    Raises:
-        ValueError: Fewer than twenty, or none of them smaller than the rest.
+    It is never lighter than the nominal one: a few clean models whose low labels lie close together
+    are no evidence for that.
 
     Source: peaks over a threshold with an exponential tail of ``-log p``; ours, in neither paper.
     """
@@ -58,11 +49,11 @@ def fit_tail(p_values: Tensor) -> Tail:
 
 
 def tail_p_values(nominal: Tensor, tail: Tail) -> Tensor:
-    """Correct nominal p-values ``(K,)`` of single labels for what clean labels showed of them.
+    """Correct nominal p-values ``(K,)`` of single labels by the tail of clean labels.
 
     Below the threshold ``-log p``, less the threshold's and divided by the mean of the peaks,
-    follows an F distribution with 2 and 2 ``peaks`` degrees of freedom: the exponent is an estimate
-    and its error is allowed for. Above it, a power takes the threshold to the share and 1 to 1.
+    follows an F distribution with 2 and 2 ``peaks`` degrees of freedom, which allows for the error
+    of the exponent. Above it, a power takes the threshold to the share and 1 to 1.
 
     >>> p = torch.tensor([0.5, 0.1, 0.001]).double()
     >>> [round(x, 4) for x in tail_p_values(p, Tail(0.1, 0.1, 1.0, 20)).tolist()]

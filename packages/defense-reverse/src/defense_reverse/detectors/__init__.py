@@ -1,8 +1,8 @@
-"""Published inversions for dynamic triggers, under the same protocol as our own scan."""
+"""Detectors of others for dynamic triggers, each a `defense_nc.Detector`."""
 
+from defense_reverse.detectors.bti_dbf import BtiDbf
 from defense_reverse.detectors.bti_losses import BtiDbfConfig
-from defense_reverse.detectors.bti_unlearning import BtiDbf
 from defense_reverse.detectors.feature_losses import FeatureREConfig
-from defense_reverse.detectors.feature_trigger import FeatureTrigger
+from defense_reverse.detectors.feature_re import FeatureRE, FeatureTrigger
 
-__all__ = ["BtiDbf", "BtiDbfConfig", "FeatureREConfig", "FeatureTrigger"]
+__all__ = ["BtiDbf", "BtiDbfConfig", "FeatureRE", "FeatureREConfig", "FeatureTrigger"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
@@ -10,29 +10,25 @@ from torch import Tensor
 
 from defense_reverse.detectors.common import check_settings
 from defense_reverse.detectors.split import Part
+from wm_inject.core.presets import preset_of
 
 
 @dataclass(frozen=True)
 class BtiDbfConfig:
-    """Settings of BTI-DBF's inversion. The defaults are the preset "small".
+    """Settings of BTI-DBF's inversion. The defaults are the preset "fast".
 
     "paper" is the released code for 5 % of CIFAR-10: 20, 50 and 30 passes over 2,500 images. In
-    "small" the generator is narrow and residual, so that it has nothing to learn before the
+    "fast" the generator is narrow and residual, so that it has nothing to learn before the
     inversion, and the mask, which needs no image twice, has as many steps as there.
 
     Args:
         name: The preset's name, for the record.
-        width: Channels of the U-Net's first level.
-        depth: Halvings of the U-Net.
-        convs: Convolutions per block of the U-Net.
-        residual: The U-Net's residual output in place of the sigmoid.
+        width: As ``depth``, ``convs`` and ``residual`` a setting of `UNetGenerator`.
         mask_steps: Steps that part benign features from the others.
-        pretrain_steps: Steps in which the generator learns to keep image, features and answer;
-            none are needed, nor taken, with the residual output.
+        pretrain_steps: Steps in which the generator learns to keep image, features and prediction;
+            none are taken with the residual output.
         steps: Steps of the inversion.
-        batch_size: Images per step.
-        mask_lr: Adam's learning rate for the mask.
-        lr: Adam's learning rate for the generator.
+        lr: Adam's learning rate for the generator, ``mask_lr`` for the mask.
         image_bound: Mean squared change of normalised images above which nothing else counts.
         benign_bound: Mean squared change of the benign features above which nothing else counts.
         benign_weight: Weight of that change below the bound.
@@ -44,7 +40,7 @@ class BtiDbfConfig:
         ValueError: A setting outside its range.
     """
 
-    name: str = "small"
+    name: str = "fast"
     width: int = 8
     depth: int = 2
     convs: int = 1
@@ -74,29 +70,23 @@ class BtiDbfConfig:
             raise ValueError(f"expected min_share in (0, 1], got {self.min_share}")
 
     @classmethod
-    def preset(cls, name: str, **changes: Any) -> BtiDbfConfig:
-        """Settings by name ("paper" or "small"), with changes.
-
-        Raises:
-            ValueError: An unknown name, or a setting outside its range.
-        """
-        if name not in _PRESETS:
-            raise ValueError(f"expected a preset in {', '.join(_PRESETS)}, got {name!r}")
-        return replace(_PRESETS[name], **changes)
+    def preset(cls, name: str = "fast", **changes: Any) -> BtiDbfConfig:
+        """Settings by name ("paper" or "fast"), with changes."""
+        return preset_of(cls, PRESETS, name, **changes)
 
 
-_PRESETS = {
-    "paper": BtiDbfConfig(
-        name="paper",
-        width=32,
-        depth=4,
-        convs=2,
-        residual=False,
-        pretrain_steps=1000,
-        steps=600,
-        batch_size=128,
-    ),
-    "small": BtiDbfConfig(),
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "name": "paper",
+        "width": 32,
+        "depth": 4,
+        "convs": 2,
+        "residual": False,
+        "pretrain_steps": 1000,
+        "steps": 600,
+        "batch_size": 128,
+    },
+    "fast": {},
 }
 
 
@@ -107,15 +97,19 @@ class Changes(NamedTuple):
     benign: Tensor  # of the features where the mask is
     backdoor: Tensor  # of the features where it is not
 
+    def numbers(self) -> dict[str, float]:
+        """Ready for JSON."""
+        return {name: float(value) for name, value in self._asdict().items()}
+
 
 def decoupling_loss(head: Part, features: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     """Right with the masked features, wrong with the others."""
-    kept = F.cross_entropy(head(mask * features), labels)
-    return kept - F.cross_entropy(head((1 - mask) * features), labels)
+    benign = F.cross_entropy(head(mask * features), labels)
+    return benign - F.cross_entropy(head((1 - mask) * features), labels)
 
 
-def changes(clean: Tensor, generated: Tensor, mask: Tensor, image: Tensor) -> Changes:
-    """Part the change of features ``(N, ...)`` by a mask ``(...)``; ``image`` is passed through."""
+def feature_changes(clean: Tensor, generated: Tensor, mask: Tensor, image: Tensor) -> Changes:
+    """Split the change of features ``(N, ...)`` by a mask ``(...)``; pass ``image`` through."""
     return Changes(
         image=image,
         benign=F.mse_loss(mask * generated, mask * clean),
@@ -123,24 +117,21 @@ def changes(clean: Tensor, generated: Tensor, mask: Tensor, image: Tensor) -> Ch
     )
 
 
-def inversion_loss(changed: Changes, config: BtiDbfConfig) -> Tensor:
+def inversion_loss(changes: Changes, config: BtiDbfConfig) -> Tensor:
     """Change the other features; above either bound, mend the image and nothing else."""
     if (
-        float(changed.image.detach()) > config.image_bound
-        or float(changed.benign.detach()) > config.benign_bound
+        float(changes.image.detach()) > config.image_bound
+        or float(changes.benign.detach()) > config.benign_bound
     ):
-        return changed.image
-    return config.benign_weight * changed.benign - changed.backdoor
+        return changes.image
+    return config.benign_weight * changes.benign - changes.backdoor
 
 
 def pretraining_loss(clean: Tensor, logits: Tensor, features: Tensor, image: Tensor) -> Tensor:
-    """Keep the answer, the features and the image.
+    """Keep the prediction, the features and the image.
 
-    Args:
-        clean: The model's logits for the clean images ``(N, K)``.
-        logits: Those for the generated ones.
-        features: Mean squared change of the features.
-        image: Mean squared change of normalised images; it weighs 100 above 0.1, else 0.01.
+    ``features`` and ``image`` are mean squared changes; the image's weighs 100 above 0.1, else
+    0.01. ``clean`` are the logits ``(N, K)`` of the clean images.
     """
     weight = 100 if float(image.detach()) > 0.1 else 0.01
     return F.cross_entropy(logits, clean.softmax(1)) + features + weight * image

@@ -1,8 +1,8 @@
-"""FeatureRE's settings and losses: what is asked of a reversed trigger, one violation at a time."""
+"""FeatureRE's settings and losses."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -10,40 +10,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from defense_reverse.detectors.common import check_settings
+from wm_inject.core.presets import preset_of
 
 
 @dataclass(frozen=True)
 class FeatureREConfig:
-    """Settings of FeatureRE. The defaults are the preset "small".
+    """Settings of FeatureRE. The defaults are the preset "fast".
 
     "paper" is the released code for 1 % of CIFAR-10: 100 and 400 passes over 500 images in two
-    batches each. "small" takes fewer and larger steps with a narrow residual generator, so that ten
+    batches each. "fast" takes fewer and larger steps with a narrow residual generator, so that ten
     labels take about twenty seconds on one CPU thread.
 
     Args:
         name: The preset's name, for the record.
-        width: Channels of the U-Net's first level.
-        depth: Halvings of the U-Net.
-        convs: Convolutions per block of the U-Net.
-        residual: The U-Net's residual output in place of the sigmoid.
+        width: As ``depth``, ``convs`` and ``residual`` a setting of `UNetGenerator`.
         warmup_steps: Steps that only reach the label, with no mask yet.
         steps: Steps of the search proper, for generator and mask in turn.
         round_steps: Steps that one score averages; the paper's epoch.
-        batch_size: Images per step.
-        lr: Adam's learning rate for the generator.
-        mask_lr: Adam's learning rate for the mask.
-        betas: Adam's decay rates, for both.
+        lr: Adam's learning rate for the generator; ``mask_lr`` for the mask, ``betas`` for both.
         image_bound: Largest mean squared change of normalised images that costs nothing.
         mask_share: Largest share of the features that the mask may hold at no cost, in (0, 1].
         spread_bound: Largest deviation of the masked features, from image to image, at no cost.
         success_floor: Share of a batch that must reach the label, in (0, 1].
         threshold: A label whose score is below is a backdoor's.
-
-    Raises:
-        ValueError: A setting outside its range.
     """
 
-    name: str = "small"
+    name: str = "fast"
     width: int = 8
     depth: int = 2
     convs: int = 1
@@ -81,37 +73,31 @@ class FeatureREConfig:
             raise ValueError(f"expected a threshold in [-2, 0], got {self.threshold}")
 
     @classmethod
-    def preset(cls, name: str, **changes: Any) -> FeatureREConfig:
-        """Settings by name ("paper" or "small"), with changes.
-
-        Raises:
-            ValueError: An unknown name, or a setting outside its range.
-        """
-        if name not in _PRESETS:
-            raise ValueError(f"expected a preset in {', '.join(_PRESETS)}, got {name!r}")
-        return replace(_PRESETS[name], **changes)
+    def preset(cls, name: str = "fast", **changes: Any) -> FeatureREConfig:
+        """Settings by name ("paper" or "fast"), with changes."""
+        return preset_of(cls, PRESETS, name, **changes)
 
 
-_PRESETS = {
-    "paper": FeatureREConfig(
-        name="paper",
-        width=32,
-        depth=4,
-        convs=2,
-        residual=False,
-        warmup_steps=200,
-        steps=800,
-        round_steps=2,
-        batch_size=256,
-        lr=1e-3,
-        mask_lr=0.1,
-    ),
-    "small": FeatureREConfig(),
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "name": "paper",
+        "width": 32,
+        "depth": 4,
+        "convs": 2,
+        "residual": False,
+        "warmup_steps": 200,
+        "steps": 800,
+        "round_steps": 2,
+        "batch_size": 256,
+        "lr": 1e-3,
+        "mask_lr": 0.1,
+    },
+    "fast": {},
 }
 
 
-class Asked(NamedTuple):
-    """What one batch, or the mean of one round, says about the trigger."""
+class Terms(NamedTuple):
+    """What the losses are made of, for one batch or as the mean of one round."""
 
     similarity: Tensor  # cosine of mean generated and mean target-class features, in [-1, 1]
     success: Tensor  # share that reaches the label through the mask
@@ -120,9 +106,13 @@ class Asked(NamedTuple):
     spread: Tensor  # deviation of the masked features from image to image
     mask_norm: Tensor  # sum of the mask
 
+    def numbers(self) -> dict[str, float]:
+        """Ready for JSON."""
+        return {name: float(value) for name, value in self._asdict().items()}
+
 
 class Excess(NamedTuple):
-    """By how much a round broke each bound, as a share of the bound; 0 where it kept it."""
+    """By how much a round exceeds each bound, as a share of the bound; 0 within it."""
 
     change: float = 0.0
     spread: float = 0.0
@@ -151,21 +141,18 @@ def warmup_loss(attack: Tensor, change: Tensor, config: FeatureREConfig) -> Tens
     return attack + 100 * change if float(change.detach()) > config.image_bound else attack
 
 
-def generator_loss(asked: Asked, config: FeatureREConfig, before: Excess) -> Tensor:
-    """Move away from the target class's own features; pay for each bound that is broken.
+def generator_loss(terms: Terms, config: FeatureREConfig, previous: Excess) -> Tensor:
+    """Move away from the target class's own features; each bound exceeded costs its term.
 
-    Args:
-        asked: What this batch says.
-        config: The bounds.
-        before: What the round before broke: its terms weigh more now.
+    Terms that the round before exceeded (``previous``) weigh more.
     """
-    loss = 5 * asked.similarity.clamp(min=0)
-    if float(asked.spread.detach()) > config.spread_bound:
-        loss = loss + 10 * (1 + before.spread) * asked.spread
-    if float(asked.change.detach()) > config.image_bound:
-        loss = loss + 10 * (1 + before.change) * asked.change
-    if float(asked.success) < config.success_floor:
-        loss = loss + (1 + before.success) * asked.attack
+    loss = 5 * terms.similarity.clamp(min=0)
+    if float(terms.spread.detach()) > config.spread_bound:
+        loss = loss + 10 * (1 + previous.spread) * terms.spread
+    if float(terms.change.detach()) > config.image_bound:
+        loss = loss + 10 * (1 + previous.change) * terms.change
+    if float(terms.success) < config.success_floor:
+        loss = loss + (1 + previous.success) * terms.attack
     return loss
 
 
@@ -180,26 +167,26 @@ def mask_bound(mask: Tensor, config: FeatureREConfig) -> int:
     return max(1, int(mask.numel() * config.mask_share))
 
 
-def excess(asked: Asked, mask: Tensor, config: FeatureREConfig) -> Excess:
+def excess(terms: Terms, mask: Tensor, config: FeatureREConfig) -> Excess:
     """How far a round is beyond each bound."""
 
     def over(value: Tensor, bound: float) -> float:
         return max(0.0, float(value) - bound) / bound
 
     return Excess(
-        change=over(asked.change, config.image_bound),
-        spread=over(asked.spread, config.spread_bound),
-        success=max(0.0, config.success_floor - float(asked.success)) / config.success_floor,
-        mask_norm=over(asked.mask_norm, mask_bound(mask, config)),
+        change=over(terms.change, config.image_bound),
+        spread=over(terms.spread, config.spread_bound),
+        success=max(0.0, config.success_floor - float(terms.success)) / config.success_floor,
+        mask_norm=over(terms.mask_norm, mask_bound(mask, config)),
     )
 
 
-def score(asked: Asked, broken: Excess) -> float:
+def score(terms: Terms, excess: Excess) -> float:
     """Similarity - success + relative violations: -1 and less is a trigger unlike its class."""
-    violations = broken.change + broken.mask_norm + broken.spread
-    return float(asked.similarity) - float(asked.success) + violations
+    violations = excess.change + excess.mask_norm + excess.spread
+    return float(terms.similarity) - float(terms.success) + violations
 
 
-def round_mean(seen: list[Asked]) -> Asked:
-    """The mean of what the batches of a round said."""
-    return Asked(*(torch.stack(values).mean() for values in zip(*seen, strict=True)))
+def round_mean(batches: list[Terms]) -> Terms:
+    """The means over the batches of a round."""
+    return Terms(*(torch.stack(values).mean() for values in zip(*batches, strict=True)))

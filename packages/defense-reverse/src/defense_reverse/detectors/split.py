@@ -32,15 +32,11 @@ class FeatureSplit(NamedTuple):
 def split_at_last_map(model: nn.Module) -> FeatureSplit:
     """Split a classifier behind its last spatial map.
 
+    The parts follow the model: its weights, its mode and its device.
+
     Args:
         model: A `wm_victim.Classifier`, or any module that has ``features`` and ``head``. A
-            classifier whose body we did not write is split where its head begins.
-
-    Returns:
-        The two parts. They follow the model: its weights, its mode and its device.
-
-    Raises:
-        ValueError: A model without such parts.
+            classifier whose body is not one of ours is split where its head begins.
 
     Source: FeatureRE (Wang 2022) and BTI-DBF (Xu 2024), whose networks are cut in the same place.
     """
@@ -61,16 +57,12 @@ def split_at_last_map(model: nn.Module) -> FeatureSplit:
 
 
 def check_split(split: FeatureSplit, model: nn.Module, images: Tensor) -> None:
-    """Check on images that the two parts make up the model.
-
-    Raises:
-        ValueError: Their answer is another than the model's.
-    """
+    """Raise ``ValueError`` unless the two parts give the model's logits for these images."""
     with torch.no_grad():
-        together, whole = split.head(split.features(images)), model(images)
+        composed, logits = split.head(split.features(images)), model(images)
     # Another order of the same sums: equal but for rounding.
-    if together.shape != whole.shape or not torch.allclose(together, whole, rtol=1e-3, atol=1e-3):
-        raise ValueError("expected head(features(images)) to be the model's answer, it is not")
+    if composed.shape != logits.shape or not torch.allclose(composed, logits, rtol=1e-3, atol=1e-3):
+        raise ValueError("expected head(features(images)) to be the model's logits, got others")
 
 
 def image_scale(model: nn.Module, images: Tensor) -> Tensor:

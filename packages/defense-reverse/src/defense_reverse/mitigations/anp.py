@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from defense_nc.mitigator import batches, check_repair
+from defense_nc.batches import training_batches
+from defense_nc.mitigations import check_repair
 from defense_nc.protocols import Repaired
 from wm_inject.core.plan import Trigger
 from wm_inject.core.presets import preset_of
@@ -143,7 +144,7 @@ class ANP:
         optimizer = torch.optim.SGD(masks.values(), lr=self.lr, momentum=self.momentum)
         loss_of = DisturbedLoss(copy.deepcopy(net), norms, images, labels)
         losses: list[float] = []
-        rows = batches(len(images), self.batch_size, self.steps, generator)
+        rows = training_batches(len(images), self.batch_size, self.steps, generator)
         bar = show_progress(rows, total=self.steps, desc="anp", enabled=progress)
         with torch.enable_grad():
             for index in bar:

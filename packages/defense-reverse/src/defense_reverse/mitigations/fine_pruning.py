@@ -10,8 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from defense_nc.fine_tune import Sgd, fine_tune, sgd_preset
-from defense_nc.mitigator import check_repair, trainable
+from defense_nc.mitigations import Sgd, check_repair, fine_tune, sgd_preset, trainable
 from defense_nc.protocols import Repaired
 from defense_reverse.mitigations.channels import ChannelMask, fold, mean_activations
 from wm_inject.core.plan import Trigger

@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from defense_nc.fine_tune import Sgd, fine_tune, sgd_preset
-from defense_nc.mitigator import check_repair
+from defense_nc.mitigations import Sgd, check_repair, fine_tune, sgd_preset
 from defense_nc.protocols import Repaired
 from wm_inject.core.plan import Trigger
 

@@ -12,8 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from defense_nc.fine_tune import Closure, Sgd, fine_tune, sgd_preset
-from defense_nc.mitigator import check_repair, trainable
+from defense_nc.mitigations import Closure, Sgd, check_repair, fine_tune, sgd_preset, trainable
 from defense_nc.protocols import Repaired
 from wm_inject.core.plan import Trigger
 

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from defense_nc.mitigator import batches, check_repair, trainable
+from defense_nc.batches import training_batches
+from defense_nc.mitigations import check_repair, trainable
 from defense_nc.protocols import Repaired
 from defense_reverse.mitigations.hypergradient import hypergradient
 from wm_inject.core.plan import Trigger
@@ -125,7 +126,7 @@ class IBAU:
                 log["norms"].append(float(delta.norm()))
                 log["fooled"].append(_fooled(repaired, images[:_WATCHED], delta))
                 count = self.steps // self.rounds + (turn < self.steps % self.rounds)
-                for index in batches(len(images), self.batch_size, count, generator):
+                for index in training_batches(len(images), self.batch_size, count, generator):
                     loss = self._step(repaired, images, labels, index, delta, optimizer, generator)
                     log["losses"].append(loss)
                     bar.update()
@@ -139,7 +140,7 @@ class IBAU:
         steps = self.search_steps or -(-len(images) // self.batch_size)
         optimizer = torch.optim.SGD([delta], lr=self.search_lr)
         with frozen(net):
-            for index in batches(len(images), self.batch_size, steps, generator):
+            for index in training_batches(len(images), self.batch_size, steps, generator):
                 part = images[index.to(images.device)]
                 answers = predict(net, part).argmax(1)
                 loss = self._inner_loss(net, part, answers, delta)

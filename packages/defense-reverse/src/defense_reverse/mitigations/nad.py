@@ -11,8 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from defense_nc.fine_tune import Sgd, cross_entropy, fine_tune, sgd_preset
-from defense_nc.mitigator import check_repair, trainable
+from defense_nc.mitigations import (
+    Sgd,
+    check_repair,
+    cross_entropy,
+    fine_tune,
+    sgd_preset,
+    trainable,
+)
 from defense_nc.protocols import Repaired
 from wm_inject.core.plan import Trigger
 from wm_victim.activations import conv_stages, record_outputs

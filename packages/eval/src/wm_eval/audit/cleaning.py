@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from defense_nc import Unlearning, Verdict
-from defense_nc.fine_tune import DivergedError
+from defense_nc.mitigations import DivergedError
 from wm_eval.audit.checks import Checked, check_model
 from wm_eval.audit.images import CleanImages
 from wm_eval.audit.scan import Audit, all_triggers

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wm_inject.attacks.common import check_batch, show_config
+from wm_inject.attacks.cotraining import CrossTriggerHook
 from wm_inject.attacks.definition import Attack, Length
-from wm_inject.core.images import check_images, check_labels, check_side
+from wm_inject.core.images import check_side
 from wm_inject.core.plan import PoisonPlan
 
 
@@ -78,71 +77,16 @@ class WaNetTrigger(nn.Module):
 
     def noise_hook(
         self, plan: PoisonPlan, *, num_classes: int, cross_ratio: float = 2.0
-    ) -> WaNetHook:
-        """The training hook of this trigger: see `WaNetHook`."""
-        return WaNetHook(self, plan, num_classes=num_classes, cross_ratio=cross_ratio)
+    ) -> CrossTriggerHook:
+        """WaNet's part in training, with its noise mode: see `CrossTriggerHook`."""
+        return CrossTriggerHook(self, plan, num_classes, cross_ratio)
 
-
-@dataclass(frozen=True)
-class WaNetHook:
-    """WaNet's training batches: a few warped and relabelled, more warped at random, the rest clean.
-
-    Of a batch of B images, ``int(ratio B)`` get the trigger and its label, and
-    ``int(cross_ratio times that)`` get the trigger's warp plus U(-1, 1) / H per pixel and image and
-    keep their label (noise mode), which teaches the classifier this warp and no other.
-
-    Raises:
-        ValueError: A static plan, or a cross ratio that is negative or asks for more images than
-            there are.
-
-    Source: the released WaNet code.
-    """
-
-    trigger: WaNetTrigger
-    plan: PoisonPlan
-    num_classes: int
-    cross_ratio: float = 2.0
-
-    def __post_init__(self) -> None:
-        if self.plan.mode != "per_batch":
-            raise ValueError(f"expected a per-batch plan, got mode {self.plan.mode!r}")
-        if self.cross_ratio < 0 or (self.plan.ratio or 1) * (1 + self.cross_ratio) > 1:
-            raise ValueError(
-                f"expected ratio * (1 + cross_ratio) in (0, 1], got a ratio of {self.plan.ratio} "
-                f"and a cross_ratio of {self.cross_ratio}"
-            )
-
-    def transform(
-        self, images: Tensor, labels: Tensor, *, model: nn.Module, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """The batch to train on; as published, warped images are not rounded to 8 bits."""
-        check_images(images, size=(self.trigger.config["image_size"],) * 2)
-        check_labels(labels, len(images), num_classes=self.num_classes)
-        attacked = self.plan.choose(labels, generator=generator)
-        rest = (~attacked).nonzero().flatten().cpu()
-        count = int(self.cross_ratio * int(attacked.sum()))
-        noisy = rest[torch.randperm(len(rest), generator=generator)[:count]].to(images.device)
-        images, new_labels = images.clone(), self.plan.relabel(labels, self.num_classes)
-        if attacked.any():
-            images[attacked] = self.trigger(images[attacked])
-        if count:
-            images[noisy] = self._warp_at_random(images[noisy], generator)
-        return images, torch.where(attacked, new_labels, labels)
-
-    def _warp_at_random(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        side = self.trigger.config["image_size"]
-        noise = torch.rand(len(images), side, side, 2, generator=generator) * 2 - 1
-        grid = self.trigger.sampling + noise.to(images.device) / side
-        return _sample(images, grid.clamp(-1, 1))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Empty: the trigger is fixed, and every draw comes from the trainer's generator."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
-        """Refuse the state of another attack."""
-        if state:
-            raise ValueError(f"expected an empty state, got {', '.join(sorted(state))}")
+    def cross(self, images: Tensor, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """The images at ``rows``, warped by the field plus U(-1, 1) / H per pixel (noise mode)."""
+        side = self.config["image_size"]
+        noise = torch.rand(len(rows), side, side, 2, generator=generator) * 2 - 1
+        grid = self.sampling + noise.to(images.device) / side
+        return _sample(images[rows], grid.clamp(-1, 1))
 
 
 def _sample(images: Tensor, grid: Tensor) -> Tensor:
@@ -152,8 +96,8 @@ def _sample(images: Tensor, grid: Tensor) -> Tensor:
 
 def _hook(
     attack: Attack, trigger: WaNetTrigger, plan: PoisonPlan, num_classes: int, length: Length | None
-) -> WaNetHook:
-    return WaNetHook(trigger, plan, num_classes)
+) -> CrossTriggerHook:
+    return trigger.noise_hook(plan, num_classes=num_classes)
 
 
 ATTACK = Attack("wanet", "WaNet", WaNetTrigger, mode="per_batch", co_training=_hook)

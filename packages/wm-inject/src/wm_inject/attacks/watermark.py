@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from wm_inject.attacks.definition import Attack
 from wm_inject.core.images import check_images
+from wm_inject.watermark.picture import check_watermark, default_watermark
 from wm_inject.watermark.pretrained import read_pretrained
-from wm_inject.watermark.vit import ViTInjector, check_watermark, default_watermark
+from wm_inject.watermark.vit import ViTInjector
 
 
 class WatermarkTrigger(nn.Module):
@@ -44,7 +45,7 @@ class WatermarkTrigger(nn.Module):
         if strength < 0:
             raise ValueError(f"expected strength >= 0, got {strength}")
         self.injector = injector if injector is not None else ViTInjector(**(injector_config or {}))
-        size = self.injector.shape.image_size
+        size = self.injector.image_size
         mark = default_watermark(size) if watermark is None else watermark
         self.register_buffer("watermark", check_watermark(mark, size=size).clone())
         self.strength = float(strength)
@@ -76,8 +77,8 @@ class WatermarkTrigger(nn.Module):
         self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None
     ) -> Tensor:
         """Hide the watermark."""
-        shape = self.injector.shape
-        check_images(images, channels=shape.channels, size=(shape.image_size,) * 2)
+        size = self.injector.image_size
+        check_images(images, channels=self.injector.channels, size=(size, size))
         change = self.injector(images, self.watermark) - images
         return (images + self.strength * change).clamp(0, 1)
 

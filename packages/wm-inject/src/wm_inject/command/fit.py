@@ -50,10 +50,11 @@ def add_fit(parser: Parser) -> None:
 
 def run_fit(args: argparse.Namespace) -> None:
     """Fit the trigger and write its file."""
-    chosen = ATTACKS[args.trigger]
-    if chosen.fitter is None or chosen.needs not in ("nothing", "images"):
-        way = f'use "{chosen.fit_command}"' if chosen.fit_command else "its settings are enough"
-        args.parser.error(f"{args.trigger} is not fitted here: {way}")
+    definition = ATTACKS[args.trigger]
+    if definition.fitter is None or definition.needs not in ("nothing", "images"):
+        command = definition.fit_command
+        hint = f'use "{command}"' if command else "it needs no fit"
+        args.parser.error(f"{args.trigger} is not fitted here: {hint}")
     if args.out.suffix != ".safetensors":
         args.parser.error(f"OUT ends in .safetensors, got {args.out.name}")
     settings = args.set or {}
@@ -61,8 +62,7 @@ def run_fit(args: argparse.Namespace) -> None:
     from wm_inject.attacks.trigger_file import save_trigger
 
     images = _load(args)
-    # What is not finished lies beside OUT and goes when OUT is there.
-    kept = args.out.with_name(f"{args.out.stem}.fitting.safetensors")
+    checkpoint = args.out.with_name(f"{args.out.stem}.fitting.safetensors")
     context = FitContext(
         images=images,
         labels=images.new_zeros(len(images)).long(),
@@ -70,12 +70,12 @@ def run_fit(args: argparse.Namespace) -> None:
         target=0,
         seed=args.seed,
         co_train=_no_victim,
-        checkpoint=kept,
+        checkpoint=checkpoint,
     )
     trigger, facts = attack(args.trigger, profile=args.profile, **settings).fit(context)
     run = {"seed": args.seed, "profile": args.profile, "settings": settings}
     save_trigger(trigger, args.out, {"images": len(images), **run, "facts": facts})
-    kept.unlink(missing_ok=True)
+    checkpoint.unlink(missing_ok=True)
     write_results(args, {"file": str(args.out), "images": len(images), **run, "facts": facts})
     print(f"wrote {args.out}, fitted to {len(images)} images")
 

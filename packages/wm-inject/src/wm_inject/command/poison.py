@@ -66,12 +66,12 @@ def run_poison(args: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace) -> PoisonPlan:
     from wm_inject.core.plan import PoisonPlan
 
-    usual: Pool = "target" if args.label_map == "clean-label" else "all"
+    default: Pool = "target" if args.label_map == "clean-label" else "all"
     return PoisonPlan(
         ratio=args.ratio,
         target=args.target,
         label_map=args.label_map,
-        pool=args.pool or usual,
+        pool=args.pool or default,
         seed=args.seed,
     )
 
@@ -105,10 +105,10 @@ def _with_torch(args: argparse.Namespace) -> FolderResult:
     size, channels = image_shape(trigger, args.channels)
 
     def apply(pixels: Pixels, *, ids: Labels, target: Labels) -> Pixels:
-        extra = {"ids": ids, "target": target}
         with torch.no_grad():
-            given = {name: torch.from_numpy(value).to(device) for name, value in extra.items()}
-            return to_pixels(trigger(to_float(pixels).to(device), **given))
+            extra = {"ids": ids, "target": target}
+            tensors = {name: torch.from_numpy(value).to(device) for name, value in extra.items()}
+            return to_pixels(trigger(to_float(pixels).to(device), **tensors))
 
     return poison_files(
         apply,

@@ -51,10 +51,10 @@ def run_scan(args: argparse.Namespace) -> None:
     print(f"{flagged} of {len(rows) - unread} images flagged ({rate}), {unread} unread")
     detectors = {
         name: {
-            "looks_for": one.looks_for,
-            "threshold": one.threshold,
-            "false_positive_rate": one.false_positive_rate,
+            "looks_for": detector.looks_for,
+            "threshold": detector.threshold,
+            "false_positive_rate": detector.false_positive_rate,
         }
-        for name, one in scanner.detectors.items()
+        for name, detector in scanner.detectors.items()
     }
     write_results(args, {"detectors": detectors, "images": [row._asdict() for row in rows]})

@@ -27,35 +27,30 @@ _OPTIONS_OF_THEIR_OWN = ("image_size", "channels", "seed")
 
 def add_trigger(parser: argparse.ArgumentParser) -> None:
     """Give ``parser`` the options of the trigger."""
-    way = parser.add_argument_group("the trigger")
-    way.add_argument(
+    group = parser.add_argument_group("the trigger")
+    group.add_argument(
         "--trigger",
         choices=TRIGGER_KINDS,
         metavar="KIND",
         help=f"{', '.join(TRIGGER_KINDS)}; one that is fitted to images needs its --checkpoint",
     )
-    way.add_argument("--checkpoint", type=Path, help="a saved trigger (.safetensors)")
-    add_pretrained(way, "a trained watermark")
-    way.add_argument("--onnx", type=Path, help="an exported trigger; needs no torch")
-    way.add_argument(
+    group.add_argument("--checkpoint", type=Path, help="a saved trigger (.safetensors)")
+    add_pretrained(group, "a trained watermark")
+    group.add_argument("--onnx", type=Path, help="an exported trigger; needs no torch")
+    group.add_argument(
         "--image-size", type=int, help="side to resize to, in pixels (default: the images' own)"
     )
-    way.add_argument("--channels", type=int, choices=(1, 3), default=3, help="default: 3")
-    way.add_argument("--patch-size", type=int, help="badnets: side in pixels")
-    way.add_argument("--alpha", type=float, help="blend, refool: weight of the picture")
-    way.add_argument("--picture", help='blend: "noise", "cartoon" or an image file')
-    way.add_argument("--grid", type=int, help="wanet: side of the control grid")
-    way.add_argument("--strength", type=float, help="wanet, blindnet: scale of the change")
-    add_set(way)
+    group.add_argument("--channels", type=int, choices=(1, 3), default=3, help="default: 3")
+    group.add_argument("--patch-size", type=int, help="badnets: side in pixels")
+    group.add_argument("--alpha", type=float, help="blend, refool: weight of the picture")
+    group.add_argument("--picture", help='blend: "noise", "cartoon" or an image file')
+    group.add_argument("--grid", type=int, help="wanet: side of the control grid")
+    group.add_argument("--strength", type=float, help="wanet, blindnet: scale of the change")
+    add_set(group)
 
 
 def add_pretrained(parser: Any, what: str) -> None:
-    """Give a parser or group the option --pretrained.
-
-    Args:
-        parser: What takes the option.
-        what: What the command takes ready-made, in a word or two.
-    """
+    """Give a parser or group the option --pretrained; ``what`` is what the weights are of."""
     parser.add_argument(
         "--pretrained",
         choices=PRETRAINED,
@@ -91,9 +86,9 @@ def add_set(parser: Any) -> None:
 
 
 def check_trigger(args: argparse.Namespace) -> None:
-    """Leave with a usage error if the options of the trigger do not go together."""
-    ways = (args.onnx, args.pretrained, args.checkpoint or args.trigger)
-    if sum(bool(way) for way in ways) != 1:
+    """Exit with a usage error if the options of the trigger do not go together."""
+    sources = (args.onnx, args.pretrained, args.checkpoint or args.trigger)
+    if sum(bool(source) for source in sources) != 1:
         args.parser.error(
             "give either --pretrained, or --onnx, or --trigger, --checkpoint or both of these"
         )
@@ -125,23 +120,23 @@ def make_trigger(args: argparse.Namespace) -> nn.Module:
         if args.trigger not in (None, trigger.kind):
             raise ValueError(f"expected a {args.trigger} trigger, got {trigger.kind}")
         return trigger
-    takes = ATTACKS[args.trigger].parameters
+    parameters = ATTACKS[args.trigger].parameters
     settings = dict(args.set or {})
     for name in settings:
-        if name not in takes:
-            known = ", ".join(sorted(set(takes) - set(_OPTIONS_OF_THEIR_OWN))) or "none"
-            args.parser.error(f"{args.trigger} has no setting {name!r} (it has: {known})")
+        if name not in parameters:
+            names = ", ".join(sorted(set(parameters) - set(_OPTIONS_OF_THEIR_OWN))) or "none"
+            args.parser.error(f"{args.trigger} has no setting {name!r} (it has: {names})")
     for option, name in _SETTINGS.items():
         value = getattr(args, option)
         if value is None:
             continue
-        if name not in takes or (option == "patch_size" and args.trigger != "badnets"):
+        if name not in parameters or (option == "patch_size" and args.trigger != "badnets"):
             args.parser.error(f"--{option.replace('_', '-')} does not go with this trigger")
         if name in settings:
             args.parser.error(f"give {name} once, not with --set as well")
         settings[name] = value
     shared = {"channels": args.channels, "seed": args.seed}
-    settings |= {name: value for name, value in shared.items() if name in takes}
+    settings |= {name: value for name, value in shared.items() if name in parameters}
     side = common_side(args.images) if args.image_size is None else args.image_size
     return build_trigger(args.trigger, {"image_size": side, **settings})
 
@@ -153,7 +148,7 @@ def image_shape(trigger: Any, channels: int) -> tuple[int, int]:
 
 
 def trigger_digest(trigger: nn.Module) -> str:
-    """SHA-256 of the trigger's tensors: a picture that was given is not among its settings."""
+    """SHA-256 of the trigger's tensors, which a picture is part of, unlike its settings."""
     from wm_inject.core.checkpoint import tensors_digest
 
     return tensors_digest(trigger.state_dict())

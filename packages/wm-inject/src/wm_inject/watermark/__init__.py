@@ -2,8 +2,8 @@
 
 __all__ = [
     "fast",
+    "fused_linear",
+    "picture",
     "pretrained",
-    "products",
     "vit",
-    "vit_block",
 ]

@@ -1,9 +1,8 @@
-"""A trained watermark trigger in the form that runs fastest: the same call, no gradients.
+"""A trained watermark trigger for inference: the same call, no gradients, several times as fast.
 
-What is done once instead of in every call: the watermark's branch becomes a constant, the scale of
-the attention moves into its weights, and these are cast, and on a CPU laid out for oneDNN, with the
-bias, the GELU and the residual sum computed inside its matrix products. docs/speed.md says how the
-speed is measured.
+Computed once instead of in every call: the watermark's branch becomes a constant, and the scale of
+the attention moves into its weights. These are cast, and on a CPU packed for oneDNN, whose matrix
+products include bias, GELU and residual sum (docs/speed.md).
 """
 
 from __future__ import annotations
@@ -16,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wm_inject.attacks.watermark import WatermarkTrigger
+from wm_inject.core.checks import check_choice
 from wm_inject.core.images import check_images, pad_to_multiple
-from wm_inject.watermark.products import Norm, Product
-from wm_inject.watermark.vit import PAD_MULTIPLE, limit_residual, to_picture
+from wm_inject.watermark.fused_linear import FusedLinear, Norm
+from wm_inject.watermark.vit import PAD_MULTIPLE, limit_residual, unpatchify
 
 Precision = Literal["bfloat16", "float32"]
 _ROWS = 2048  # tokens at once: more would leave the caches and gain nothing
@@ -50,16 +50,15 @@ def fast_trigger(
     """
     if not isinstance(trigger, WatermarkTrigger):
         raise ValueError(f"expected a WatermarkTrigger, got {type(trigger).__name__}")
-    if precision not in get_args(Precision):
-        raise ValueError(f"expected a precision in bfloat16, float32, got {precision!r}")
-    place = torch.device(device)
-    if compile and place.type != "cuda":
-        raise ValueError(f"expected a CUDA device for compile, got {place}")
-    return FastTrigger(trigger, getattr(torch, precision), place, compile)
+    check_choice("precision", precision, get_args(Precision))
+    device = torch.device(device)
+    if compile and device.type != "cuda":
+        raise ValueError(f"expected a CUDA device for compile, got {device}")
+    return FastTrigger(trigger, getattr(torch, precision), device, compile)
 
 
 class FastTrigger(nn.Module):
-    """What `fast_trigger` makes."""
+    """The inference form of a `WatermarkTrigger`, built by `fast_trigger`."""
 
     kind = "watermark"
 
@@ -69,19 +68,25 @@ class FastTrigger(nn.Module):
     ) -> None:
         super().__init__()
         injector: Any = trigger.injector
-        self.shape, self.strength = injector.shape, trigger.strength
+        self.image_size, self.channels, self.patch_size = (
+            injector.image_size,
+            injector.channels,
+            injector.patch_size,
+        )
+        self.width, self.heads, self.grid = injector.width, injector.heads, injector.grid
+        self.bounds = injector.bounds if injector.residual else None
+        self.strength = trigger.strength
         self.dtype, self.device = dtype, device
-        grid, width = injector.grid, self.shape.width
-        self.length = grid * grid
+        width, self.length = self.width, self.grid * self.grid
         rows = max(1, _ROWS // self.length) * self.length
 
         def product(
             linear: Any, dtype: torch.dtype = dtype, scale: Tensor | None = None
-        ) -> Product:
+        ) -> FusedLinear:
             weight, bias = linear.weight.detach().float().flatten(1), linear.bias.detach().float()
             if scale is not None:
                 weight, bias = weight * scale[:, None], bias * scale
-            return Product(weight.to(device), bias.to(device), dtype, rows)
+            return FusedLinear(weight.to(device), bias.to(device), dtype, rows)
 
         def norm(layer: Any) -> Norm:
             weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
@@ -89,7 +94,7 @@ class FastTrigger(nn.Module):
 
         # The queries carry the scale of the attention.
         scale = torch.ones(3 * width, device=injector.position.device)
-        scale[:width] = (width // self.shape.heads) ** -0.5
+        scale[:width] = (width // self.heads) ** -0.5
 
         def stage(block: Any) -> tuple[Any, ...]:
             qkv, proj = product(block.attn.qkv, scale=scale), product(block.attn.proj)
@@ -107,7 +112,7 @@ class FastTrigger(nn.Module):
         self._mark = injector.mark_embed(injector.patchify(trigger.watermark)).to(device)
         # In bfloat16 on a CPU, softmax(q k^T) v takes half the time of the fused kernel at 64 to
         # 256 tokens; in float32 the fused one is the faster.
-        self._by_hand = device.type == "cpu" and dtype == torch.bfloat16
+        self._plain_attention = device.type == "cpu" and dtype == torch.bfloat16
         self._run: Callable[[Tensor], Tensor] = self._pixels
         if compile:
             self._run = torch.compile(self._pixels, mode="reduce-overhead", dynamic=False)
@@ -117,37 +122,33 @@ class FastTrigger(nn.Module):
     def forward(
         self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None
     ) -> Tensor:
-        """Hide the watermark: ``(N, C, H, W)`` in [0, 1] to the same shape and range.
-
-        ``ids`` and ``target`` are part of the trigger protocol and play no role here.
+        """Hide the watermark; ``ids`` and ``target`` are ignored.
 
         Raises:
-            ValueError: The batch breaks the image contract, has another size or is elsewhere.
+            ValueError: Images of another size or on another device.
         """
-        check_images(images, channels=self.shape.channels, size=(self.shape.image_size,) * 2)
-        self._check_place(images)
+        check_images(images, channels=self.channels, size=(self.image_size,) * 2)
+        self._check_device(images)
         parts = images.split(max(1, _ROWS // self.length))
-        return torch.cat([self._marked(part) for part in parts])
+        return torch.cat([self._apply_watermark(part) for part in parts])
 
-    def _check_place(self, images: Tensor) -> None:
+    def _check_device(self, images: Tensor) -> None:
         if images.device.type != self.device.type:
             raise ValueError(f"expected images on {self.device}, got {images.device}")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Refuse `to`, `half` and their like, which do not know the weights' layout."""
-        raise ValueError("expected a fast trigger to stay as it was made: make another one")
+        """Refuse `to`, `half` and the like, which do not know the packed weights."""
+        raise ValueError("expected a fast trigger to stay on its device: build another one")
 
-    def _marked(self, images: Tensor) -> Tensor:
-        side = self.shape.image_size
+    def _apply_watermark(self, images: Tensor) -> Tensor:
+        side = self.image_size
         pixels = self._run(pad_to_multiple(images, PAD_MULTIPLE))[..., :side, :side]
-        residual = self.shape.residual
-        change = limit_residual(pixels, self.shape) if residual else pixels - images
+        change = pixels - images if self.bounds is None else limit_residual(pixels, self.bounds)
         return (images + self.strength * change).clamp_(0, 1)
 
     def _pixels(self, images: Tensor) -> Tensor:
         """Equation 3 for padded images, float32 ``(n, C, padded, padded)`` in and out."""
-        c, p, width = self.shape.channels, self.shape.patch_size, self.shape.width
-        g = self.shape.padded_size // p
+        c, p, g, width = self.channels, self.patch_size, self.grid, self.width
         patches = images.reshape(-1, c, g, p, g, p).permute(0, 2, 4, 1, 3, 5)
         x = self._embed(patches.reshape(-1, c * p * p)).view(-1, self.length, width)
         x = self._blocks(self._encoder, (x + self._position).view(-1, width))
@@ -155,7 +156,7 @@ class FastTrigger(nn.Module):
         first, second, third = self._project
         x = third(second.gelu(first.gelu(x.view(-1, width)))).view(-1, self.length, width)
         x = self._blocks(self._decoder, (x + self._position).view(-1, width))
-        return to_picture(self._head(self._decoder_norm(x)), self.shape)
+        return unpatchify(self._head(self._decoder_norm(x)), g, p, c)
 
     def _blocks(self, blocks: list[Any], x: Tensor) -> Tensor:
         """Rows ``(n * L, D)`` in float32 to the same; what comes in is overwritten."""
@@ -166,9 +167,9 @@ class FastTrigger(nn.Module):
 
     def _attend(self, qkv: Tensor) -> Tensor:
         """Rows ``(n * L, 3 D)`` to ``(n * L, D)``; the queries are scaled already."""
-        heads, width = self.shape.heads, self.shape.width
+        heads, width = self.heads, self.width
         parts = qkv.view(-1, self.length, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
-        if self._by_hand:
+        if self._plain_attention:
             # One copy of all three, where `matmul` would make one of each.
             q, k, v = parts.reshape(3, -1, self.length, width // heads).unbind(0)
             mixed = torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(dim=-1), v)

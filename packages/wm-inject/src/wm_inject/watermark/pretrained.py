@@ -1,4 +1,4 @@
-"""Ready-made weights: injectors that ship in the wheel, each with its extractor in wm-extract's.
+"""Pretrained weights: injectors that ship in the wheel, each with its extractor in wm-extract's.
 
 A folder of weights holds ``NAME.safetensors`` for every name, a checkpoint whose floats are rounded
 to 16 bits, and ``cards.json``: what each is, was trained on and measured, and the SHA-256 of its
@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wm_inject.core.checks import check_choice
 from wm_inject.core.files import sha256_file
 
 if TYPE_CHECKING:
@@ -22,31 +23,22 @@ FOLDER = Path(__file__).parents[1] / "weights"
 
 
 def pretrained_card(name: str, *, folder: Path = FOLDER) -> dict[str, Any]:
-    """What the model card says of ready-made weights: data, recipe, figures, SHA-256 of the file.
+    """The model card of pretrained weights: data, recipe, figures, SHA-256 of the file.
 
-    Args:
-        name: One of `PRETRAINED`.
-        folder: Where the weights and ``cards.json`` lie.
-
-    Raises:
-        ValueError: No weights of this name.
+    ``name`` is one of `PRETRAINED`; ``folder`` holds the weights and ``cards.json``.
     """
     cards = _cards(folder)
-    if name not in cards:
-        raise ValueError(f"expected ready-made weights in {', '.join(cards)}, got {name!r}")
+    check_choice("pretrained weights", name, cards)
     return copy.deepcopy(cards[name])
 
 
 def read_pretrained(name: str, *, kind: str, folder: Path = FOLDER) -> Checkpoint:
-    """Read ready-made weights, after comparing the file with the SHA-256 of its card.
+    """Read pretrained weights as float32, after comparing the file with the SHA-256 of its card.
 
     Args:
         name: One of `PRETRAINED`.
         kind: The kind of checkpoint that is expected.
-        folder: Where the weights and ``cards.json`` lie.
-
-    Returns:
-        The checkpoint, its floats as float32.
+        folder: Of the weights and ``cards.json``.
 
     Raises:
         ValueError: No weights of this name.
@@ -54,13 +46,13 @@ def read_pretrained(name: str, *, kind: str, folder: Path = FOLDER) -> Checkpoin
     """
     from wm_inject.core.checkpoint import CheckpointError, load_checkpoint
 
-    wanted = pretrained_card(name, folder=folder)["sha256"]
+    expected = pretrained_card(name, folder=folder)["sha256"]
     path = folder / f"{name}.safetensors"
-    found = sha256_file(path) if path.is_file() else "no file"
-    if found != wanted:
+    digest = sha256_file(path) if path.is_file() else "no file"
+    if digest != expected:
         raise CheckpointError(
-            f"the ready-made weights {name} are not those that were shipped, install the package "
-            f"again: expected the SHA-256 {wanted[:16]}, got {found[:16]}"
+            f"the pretrained weights {name} are not those that were shipped, install the package "
+            f"again: expected the SHA-256 {expected[:16]}, got {digest[:16]}"
         )
     saved = load_checkpoint(path, kind=kind)
     state = {key: x.float() if x.is_floating_point() else x for key, x in saved.state.items()}

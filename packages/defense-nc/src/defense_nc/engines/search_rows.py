@@ -1,0 +1,234 @@
+"""Many searches for a mask and a pattern as rows of one batch: one victim pass serves all."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from defense_nc.batches import EndlessBatches
+from defense_nc.config import NCConfig
+from defense_nc.engines.candidates import Candidate, draw, squash
+from defense_nc.engines.cost_schedule import CostSchedule
+
+Forward = Callable[[Tensor], Tensor]
+_EPS = 1e-8  # Adam's, as torch has it
+_MOST_IMAGES = {"cpu": 256, "cuda": 8192}  # of one pass: more is not faster
+
+
+class Search:
+    """One label and one start (an index into ``config.starts``), and its current state.
+
+    It holds its tensors while it is not part of a batch.
+
+    Args:
+        pool: int64 ``(M,)`` on the CPU: the images of other classes.
+        shape: ``(C, H, W)`` of an image.
+    """
+
+    def __init__(
+        self,
+        label: int,
+        start: int,
+        *,
+        pool: Tensor,
+        shape: Sequence[int],
+        device: torch.device,
+        config: NCConfig,
+        seed: int,
+    ) -> None:
+        self.label, self.start, self.pool = label, start, pool
+        self._config = config
+        generator = torch.Generator().manual_seed(seed)
+        free = draw(config.starts[start], shape, generator)
+        # The mask is channel 0, the pattern the rest: one tensor for the optimiser.
+        self.theta = torch.cat(free).to(device)  # (1 + C, H, W)
+        self.first, self.second = torch.zeros_like(self.theta), torch.zeros_like(self.theta)
+        self.steps = 0
+        self.stopped = False  # at a milestone
+        self.norm = float("inf")  # the best one of a step that succeeded
+        self.success = 0.0  # of the last step
+        self.best: deque[Candidate] = deque(maxlen=config.fallbacks)
+        self.schedule = CostSchedule(config)
+        self._batches = EndlessBatches(len(pool), config.batch_size, generator)
+
+    def __repr__(self) -> str:
+        return f"Search(label={self.label}, start={self.start}, steps={self.steps})"
+
+    def done(self, until: int) -> bool:
+        """Whether it takes no more steps before step ``until``."""
+        return self.stopped or self.schedule.stop or self.steps >= until
+
+    def next_batch(self) -> Tensor:
+        """Image numbers of its next mini-batch, int64 ``(B,)``."""
+        return self.pool[next(self._batches)]
+
+    def take(self, success: float, norm: float) -> None:
+        """Record one step: its success, and the norm of the resulting mask."""
+        self.steps, self.success = self.steps + 1, success
+        if success >= self._config.threshold and norm < self.norm:
+            self.best.appendleft(_candidate(norm, squash(self.theta).clamp(0, 1)))
+            self.norm = norm
+        self.schedule.update(success, self.norm)
+
+    def settle(self) -> None:
+        """Leave the batch with tensors of its own, so that the batch's can be freed."""
+        self.theta, self.first, self.second = (
+            part.clone() for part in (self.theta, self.first, self.second)
+        )
+
+    def candidates(self) -> list[Candidate]:
+        """The best so far, the smallest first; the current one if no step has succeeded."""
+        if self.best:
+            return list(self.best)
+        values = squash(self.theta).clamp(0, 1)
+        return [_candidate(float(values[:1].sum()), values, succeeded=False)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `load_state_dict` needs to continue to the same bits."""
+        best = [torch.cat([one.mask, one.pattern]) for one in self.best]
+        return {
+            # One tensor: with thousands of searches, a name each would fill a file's header.
+            "tensors": torch.stack([self.theta, self.first, self.second, *best]),
+            "norms": [one.norm for one in self.best],
+            **{name: getattr(self, name) for name in ("steps", "stopped", "success")},
+            "schedule": self.schedule.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from another search's state; the batches are drawn anew up to its step."""
+        self.theta, self.first, self.second, *best = state["tensors"].to(self.theta.device)
+        self.steps, self.stopped, self.success = state["steps"], state["stopped"], state["success"]
+        self.schedule.load_state_dict(state["schedule"])
+        self.best.extend(
+            _candidate(norm, one) for norm, one in zip(state["norms"], best, strict=True)
+        )
+        self.norm = self.best[0].norm if self.best else float("inf")
+        for _ in range(self.steps * self._config.batches):
+            next(self._batches)
+
+
+def _candidate(norm: float, values: Tensor, *, succeeded: bool = True) -> Candidate:
+    """A candidate from a mask and a pattern in one tensor ``(1 + C, H, W)``."""
+    return Candidate(norm, values[:1], values[1:], succeeded)
+
+
+class _Rows(NamedTuple):
+    """The tensors of the searches in the batch, one row each."""
+
+    theta: Tensor  # (S, 1 + C, H, W)
+    first: Tensor
+    second: Tensor
+
+
+def advance(
+    forward: Forward, images: Tensor, searches: Sequence[Search], until: int, *, config: NCConfig
+) -> Iterator[list[Search]]:
+    """Take every search to step ``until`` or its own early stop, as many at a time as fit.
+
+    Searches enter in their order, those that have begun first; ``config.stack`` bounds the images
+    of one pass.
+
+    Yields:
+        After each step, the searches that took it, in the order of their rows and up to date.
+    """
+    most = config.stack or _MOST_IMAGES.get(images.device.type, _MOST_IMAGES["cpu"])
+    room = max(1, most // config.batch_size)
+    waiting = deque(search for search in searches if not search.done(until))
+    live: list[Search] = []
+    rows: _Rows | None = None
+    while True:
+        stay = [search for search in live if not search.done(until)]
+        while waiting and len(stay) < room:
+            stay.append(waiting.popleft())
+        if rows is None or stay != live:
+            for search in set(live).difference(stay):
+                search.settle()
+            rows, live = _gather(stay) if stay else None, stay
+        if rows is None:
+            return
+        _step(forward, images, rows, live, config)
+        yield live
+
+
+def _gather(searches: Sequence[Search]) -> _Rows:
+    """Stack the searches' tensors; each search's own become views of its row."""
+    rows = _Rows(
+        *(
+            torch.stack([getattr(search, name) for search in searches])
+            for name in ("theta", "first", "second")
+        )
+    )
+    for row, search in enumerate(searches):
+        search.theta, search.first, search.second = (part[row] for part in rows)
+    return rows
+
+
+def _step(
+    forward: Forward, images: Tensor, rows: _Rows, live: Sequence[Search], config: NCConfig
+) -> None:
+    """One step of the schedule for every row: ``config.batches`` mini-batches, then the costs."""
+    count = len(live)
+    goal = torch.tensor([search.label for search in live], device=images.device)
+    cost = torch.tensor([search.schedule.cost for search in live], device=images.device)
+    success = torch.zeros(count, device=images.device)
+    steps = torch.tensor([search.steps * config.batches for search in live], dtype=torch.float64)
+    for _ in range(config.batches):
+        index = torch.stack([search.next_batch() for search in live]).to(images.device)  # (S, B)
+        grad, reached = _gradients(forward, images[index], rows.theta, goal, cost)
+        steps += 1
+        adam_rows(*rows, grad, steps, lr=config.lr, betas=config.betas)
+        success += reached
+    norms = squash(rows.theta[:, :1]).clamp(0, 1).sum(dim=(1, 2, 3)).tolist()
+    rates = (success / config.batches).clamp(max=1).tolist()
+    for search, rate, norm in zip(live, rates, norms, strict=True):
+        search.take(rate, norm)
+
+
+def _gradients(
+    forward: Forward, images: Tensor, theta: Tensor, goal: Tensor, cost: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradient of every row's own loss, and the share of its images that reach its label.
+
+    The sum of the losses has each row's own gradient in that row: no row sees another's images.
+    """
+    count, size = images.shape[:2]
+    with torch.enable_grad():
+        theta = theta.detach().requires_grad_()
+        free = squash(theta)  # (S, 1 + C, H, W)
+        mask, pattern = free[:, None, :1], free[:, None, 1:]
+        triggered = images + mask * (pattern - images)  # (S, B, C, H, W)
+        logits = forward(triggered.flatten(0, 1))  # (S * B, K)
+        goals = goal.repeat_interleave(size)
+        losses = F.cross_entropy(logits, goals, reduction="none").view(count, size).mean(1)
+        total = (losses + cost * mask.sum(dim=(1, 2, 3, 4))).sum()
+        (grad,) = torch.autograd.grad(total, theta)
+    reached = (logits.detach().argmax(1) == goals).view(count, size).float().mean(1)
+    return grad, reached
+
+
+@torch.no_grad()
+def adam_rows(
+    theta: Tensor,
+    first: Tensor,
+    second: Tensor,
+    grad: Tensor,
+    steps: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+) -> None:
+    """One step of Adam in place on rows ``(S, ...)`` of which each has taken ``steps`` ``(S,)``.
+
+    Source: Kingma and Ba 2015, algorithm 1, with torch's epsilon outside the root.
+    """
+    shape = (-1, *[1] * (theta.ndim - 1))
+    scale = (lr / (1 - betas[0] ** steps)).view(shape).to(theta)
+    spread = (1 - betas[1] ** steps).sqrt().view(shape).to(theta)
+    first.lerp_(grad, 1 - betas[0])
+    second.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+    theta.sub_(scale * first / (second.sqrt() / spread + _EPS))
