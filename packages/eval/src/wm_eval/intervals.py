@@ -1,7 +1,8 @@
 """Intervals for counted proportions: how far a rate measured on n images can be trusted.
 
-Plain counting, no model: every function takes integers and is written with the standard library, so
-that a figure in a record can be checked by hand.
+Plain counting with the standard library, so that a number in a record can be checked by hand. Every
+function takes how often something happened, ``successes`` in 0 .. n, of ``n`` >= 1 times, and the
+``level`` of confidence in (0, 1); other values are a ValueError.
 """
 
 from __future__ import annotations
@@ -33,17 +34,6 @@ class Difference(NamedTuple):
 def wilson(successes: int, n: int, *, level: float = 0.95) -> Interval:
     """Wilson's score interval of a proportion.
 
-    Args:
-        successes: How often it happened, 0 .. n.
-        n: How often it could have happened, at least 1.
-        level: The coverage aimed at, in (0, 1).
-
-    Returns:
-        The interval, inside [0, 1].
-
-    Raises:
-        ValueError: Counts that are not whole or do not fit each other, or a level outside (0, 1).
-
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference",
         1927; no continuity correction.
     """
@@ -61,17 +51,6 @@ def wilson(successes: int, n: int, *, level: float = 0.95) -> Interval:
 def exact_interval(successes: int, n: int, *, level: float = 0.95) -> Interval:
     """The exact (Clopper-Pearson) interval of a proportion, by bisection on the binomial tails.
 
-    Args:
-        successes: How often it happened, 0 .. n.
-        n: How often it could have happened, at least 1.
-        level: The coverage guaranteed, in (0, 1).
-
-    Returns:
-        The interval, inside [0, 1].
-
-    Raises:
-        ValueError: Counts that are not whole or do not fit each other, or a level outside (0, 1).
-
     Source: C. J. Clopper and E. S. Pearson, 1934.
     """
     _check_counts(successes, n, level)
@@ -84,17 +63,6 @@ def exact_interval(successes: int, n: int, *, level: float = 0.95) -> Interval:
 def exact_upper(successes: int, n: int, *, level: float = 0.95) -> float:
     """The exact one-sided upper bound of a proportion: "0 of 300" leaves at most 0.99 %.
 
-    Args:
-        successes: How often it happened, 0 .. n.
-        n: How often it could have happened, at least 1.
-        level: The confidence that the true rate is not above the bound, in (0, 1).
-
-    Returns:
-        The bound, in (0, 1].
-
-    Raises:
-        ValueError: Counts that are not whole or do not fit each other, or a level outside (0, 1).
-
     Source: Clopper and Pearson, 1934, one side; for 0 of n it is 1 - (1 - level)^(1/n).
     """
     _check_counts(successes, n, level)
@@ -104,11 +72,7 @@ def exact_upper(successes: int, n: int, *, level: float = 0.95) -> float:
 
 
 def exact_lower(successes: int, n: int, *, level: float = 0.95) -> float:
-    """The exact one-sided lower bound of a proportion: the mirror of `exact_upper`.
-
-    Raises:
-        ValueError: Counts that are not whole or do not fit each other, or a level outside (0, 1).
-    """
+    """The exact one-sided lower bound of a proportion: the mirror of `exact_upper`."""
     _check_counts(successes, n, level)
     return 1 - exact_upper(n - successes, n, level=level)
 
@@ -125,7 +89,6 @@ def paired_difference(
         only_first: On how many images only the first succeeded.
         only_second: On how many images only the second succeeded.
         n: On how many images both were tried, at least 1.
-        level: The coverage aimed at, in (0, 1).
 
     Returns:
         The first rate minus the second as measured, and the interval, in [-1, 1].

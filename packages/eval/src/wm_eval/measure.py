@@ -26,11 +26,11 @@ def poisoned_images(trigger: Trigger, data: ImageSet, *, target: int | None = No
     Args:
         trigger: What to put in.
         data: The images and their ids.
-        target: The label asked for, for a trigger that depends on it.
+        target: For a trigger that depends on it.
     """
-    asked = None if target is None else torch.full_like(data.labels, target)
+    targets = None if target is None else torch.full_like(data.labels, target)
     parts = torch.arange(len(data), device=data.images.device).split(BATCH)
-    rows = [(data.images[i], data.ids[i], None if asked is None else asked[i]) for i in parts]
+    rows = [(data.images[i], data.ids[i], None if targets is None else targets[i]) for i in parts]
     return torch.cat([quantize(trigger(x, ids=ids, target=to)) for x, ids, to in rows])
 
 
@@ -39,7 +39,7 @@ def stealth_values(poisoned: Tensor, images: Tensor) -> dict[str, Any]:
 
     LPIPS needs weights; where there are none it is absent, and the reason stands beside it.
     """
-    found: dict[str, Any] = {
+    values: dict[str, Any] = {
         "psnr": _spread(psnr(poisoned, images)),
         "ssim": _spread(ssim(poisoned, images)),
         "linf": _spread(linf(poisoned, images)),
@@ -47,11 +47,11 @@ def stealth_values(poisoned: Tensor, images: Tensor) -> dict[str, Any]:
     try:
         metric = Lpips().to(images.device)
     except LpipsUnavailable as error:
-        return found | {"lpips": None, "lpips_absent": " ".join(str(error).split())}
+        return values | {"lpips": None, "lpips_absent": " ".join(str(error).split())}
     with torch.no_grad():
         pairs = zip(poisoned.split(BATCH), images.split(BATCH), strict=True)
         distances = torch.cat([metric(marked, clean) for marked, clean in pairs])
-    return found | {"lpips": _spread(distances)}
+    return values | {"lpips": _spread(distances)}
 
 
 def mark_values(
@@ -76,7 +76,6 @@ def mark_values(
         poisoned: The same images with the watermark, on the 8-bit grid.
         corruptions: By name; "none" must be among them.
         false_positive_rate: What the threshold aims at.
-        seed: Seeds the corruptions.
 
     Raises:
         ValueError: Bad images, too few of them, or no "none" among the corruptions.

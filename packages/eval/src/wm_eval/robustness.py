@@ -1,8 +1,7 @@
 """How accurate a classifier is, how often its backdoor opens, and what corruption does to both.
 
-The order is that of an attack in the world: the trigger goes in, the image is stored in 8 bits,
-something happens to it on the way, the classifier sees it. Clean images travel the same way without
-the trigger, and meet the very same corruption, so that the columns can be compared.
+The order is trigger, 8-bit quantisation, corruption, classifier. Clean images take the same way
+without the trigger and meet the same random corruption, so that the columns can be compared.
 """
 
 from __future__ import annotations
@@ -45,8 +44,8 @@ class Outcomes(NamedTuple):
     """What happened to each test image: bool tensors, one row an image, on the CPU."""
 
     correct: Tensor  # (N,) the clean image got its own label
-    attacked: Tensor  # (N,) the image counts for the attack (true label is not the one asked for)
-    opened: Tensor  # (N,) with the trigger it got the label that the attack asks for
+    attacked: Tensor  # (N,) the image counts for the attack: its class is not the target
+    opened: Tensor  # (N,) with the trigger it got the target label
     false: Tensor  # (N,) without the trigger it got that label
 
 
@@ -97,7 +96,7 @@ def evaluate(
     Source: Wang et al., "Spy-Watermark", section 3.1 (CDA, ASR). Leaving out the target class, and
         the false-trigger rate that unmasks a collapsed model, are ours.
     """
-    found = outcomes(
+    rows = outcomes(
         model,
         trigger,
         test,
@@ -107,7 +106,7 @@ def evaluate(
         label_map=label_map,
         batch_size=batch_size,
     )
-    return {name: summarize(rows) for name, rows in found.items()}
+    return {name: summarize(row) for name, row in rows.items()}
 
 
 @torch.no_grad()
@@ -141,8 +140,8 @@ def outcomes(
             raise ValueError(f"expected a target label below {num_classes} classes, got {target}")
         for index in torch.arange(len(images), device=images.device).split(batch_size):
             batch, ids = images[index].to(device), test.ids[index].to(device)
-            asked = _asked(labels[index].to(device), target, label_map, num_classes)
-            plain, marked = quantize(batch), quantize(trigger(batch, ids=ids, target=asked))
+            targets = _targets(labels[index].to(device), target, label_map, num_classes)
+            plain, marked = quantize(batch), quantize(trigger(batch, ids=ids, target=targets))
             for name, corruption in corruptions.items():
                 both = corrupt_alike(corruption, streams[name], plain, marked)
                 rows[name].append((model(both[0]).argmax(1).cpu(), model(both[1]).argmax(1).cpu()))
@@ -246,7 +245,7 @@ def corrupt_alike(
     return first, corruption(marked, generator=generator)
 
 
-def _asked(labels: Tensor, target: int, label_map: str, num_classes: int) -> Tensor:
+def _targets(labels: Tensor, target: int, label_map: str, num_classes: int) -> Tensor:
     """The label that the attack asks for, image by image."""
     if label_map == "all-to-all":
         return (labels + 1) % num_classes
@@ -261,6 +260,6 @@ def _outcomes(
     num_classes: int,
 ) -> Outcomes:
     clean, triggered = (torch.cat(column) for column in zip(*parts, strict=True))
-    asked = _asked(labels, target, label_map, num_classes)
-    # Under "all-to-all" no image has the label that is asked for already, so all of them count.
-    return Outcomes(clean == labels, labels != asked, triggered == asked, clean == asked)
+    targets = _targets(labels, target, label_map, num_classes)
+    # Under "all-to-all" no image is of its target class already, so all of them count.
+    return Outcomes(clean == labels, labels != targets, triggered == targets, clean == targets)
