@@ -45,9 +45,8 @@ class Settings(NamedTuple):
     presets: tuple[str, ...] = ()
 
 
-_T, _R = "wm_inject.attacks", "defense_reverse.mitigations"
+_T = "wm_inject.attacks"
 _PROFILES = ("tiny", "small", "paper")
-_SIZES = ("small", "paper")
 _FAST = ("fast", "paper")
 ATTACK_PAGES: dict[str, tuple[Settings, ...]] = {
     "badnets": (Settings(f"{_T}.badnets:BadNetsTrigger"),),
@@ -75,7 +74,7 @@ ATTACK_PAGES: dict[str, tuple[Settings, ...]] = {
         Settings("wm_extract:JointConfig", ("robust", "paper")),
     ),
 }
-_RIVALS = "defense_reverse.detectors"
+
 _SPEEDS = ("fast", "robust", "paper")
 DETECTOR_PAGES: dict[str, tuple[str, tuple[Settings, ...]]] = {
     "neural-cleanse": ("nc", (Settings("defense_nc:NCConfig", _SPEEDS),)),
@@ -106,7 +105,7 @@ METHOD_PAGES = {
     "ft-sam": (("ft-sam",), Settings("defense_reverse:FTSAM", (*_FAST, "paper-gtsrb"))),
 }
 IMAGE_PAGES = {
-    "strip": Settings("defense_nc:Strip", _SIZES),
+    "strip": Settings("defense_nc:Strip", _FAST),
     "input-filter": Settings("defense_nc:InputFilter"),
     "discriminant-filter": Settings("defense_nc:DiscriminantFilter"),
 }
