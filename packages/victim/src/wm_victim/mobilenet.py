@@ -46,12 +46,7 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetBody(nn.Module):
-    """Images to feature vectors.
-
-    Args:
-        channels: C of the images.
-        width: 64 gives the paper's widths; other values scale them, to at least 4 channels.
-    """
+    """Images to features; a width of 64 gives the paper's, others scale them (at least 4)."""
 
     def __init__(self, *, channels: int, width: int) -> None:
         super().__init__()
@@ -77,6 +72,6 @@ class MobileNetBody(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, 20 * width)."""
+        """Images to features ``(N, 20 * width)``."""
         y: Tensor = self.layers(x)
         return y.mean((2, 3))

@@ -1,4 +1,4 @@
-"""Is this image marked? A score, and a threshold for a stated false-positive rate."""
+"""The detector of marked images: a score, and a threshold for a stated false-positive rate."""
 
 from __future__ import annotations
 
@@ -46,12 +46,10 @@ def balanced_bit_accuracy(maps: Tensor, watermark: Tensor) -> Tensor:
     Raises:
         ValueError: Shapes that do not fit, or a watermark that is all ones or all zeros.
     """
-    wanted = _bits(watermark)
+    ones = _bits(watermark)
     check_images(maps, channels=1, size=(watermark.shape[1], watermark.shape[2]), name="maps")
     bits = (maps[:, 0] > 0.5).float()
-    ones = bits[:, wanted].mean(1)
-    zeros = 1 - bits[:, ~wanted].mean(1)
-    return (ones + zeros) / 2
+    return (bits[:, ones].mean(1) + (1 - bits[:, ~ones].mean(1))) / 2
 
 
 def mark_score(maps: Tensor, watermark: Tensor) -> Tensor:
@@ -61,18 +59,18 @@ def mark_score(maps: Tensor, watermark: Tensor) -> Tensor:
     0, as a logit, so that scores of clean images spread out instead of piling up at 0. Arguments
     as for `balanced_bit_accuracy`.
     """
-    wanted = _bits(watermark)
+    ones = _bits(watermark)
     check_images(maps, channels=1, size=(watermark.shape[1], watermark.shape[2]), name="maps")
-    contrast = maps[:, 0][:, wanted].mean(1) - maps[:, 0][:, ~wanted].mean(1)
+    contrast = maps[:, 0][:, ones].mean(1) - maps[:, 0][:, ~ones].mean(1)
     return contrast.clamp(CLIP, 1 - CLIP).logit()
 
 
 def _bits(watermark: Tensor) -> Tensor:
     check_watermark(watermark, size=watermark.shape[-1] if watermark.ndim else 0)
-    wanted = watermark[0] > 0.5
-    if wanted.all() or not wanted.any():
+    ones = watermark[0] > 0.5
+    if ones.all() or not ones.any():
         raise ValueError("expected a watermark with both ones and zeros")
-    return wanted
+    return ones
 
 
 @dataclass(frozen=True, eq=False)
