@@ -142,7 +142,7 @@ class MarkDetector:
     def from_pretrained(cls, name: str) -> MarkDetector:
         """The detector of the mark that `wm_inject.WatermarkTrigger.from_pretrained` hides.
 
-        ``name`` is one of `wm_inject.PRETRAINED`, such as "tiny-32".
+        ``name`` is one of `wm_inject.PRETRAINED`.
 
         Raises:
             ValueError: No weights of this name.
