@@ -11,22 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from wm_eval.attacks.paper import PAPER_TABLE2
 from wm_eval.records import Record, read_records
+from wm_inject.attacks import ATTACKS, list_attacks
 
 # In the order of the paper's table; then what it does not have, and what the attacks stand against.
 TITLES = {
-    "badnets": "BadNets",
-    "blend": "Blend",
-    "refool": "Refool",
-    "blindnet": "BlindNet",
-    "ssba": "SSBA",
-    "sig": "SIG",
-    "ftrojan": "FTrojan",
-    "lf": "LF",
-    "wanet": "WaNet",
-    "marksman": "Marksman",
-    "input-aware": "Input-aware (not in the paper)",
-    "watermark": "Spy-Watermark",
+    name: ATTACKS[name].title + ("" if name in PAPER_TABLE2 else " (not in the paper)")
+    for name in (*list_attacks(), "watermark")
+}
+TITLES |= {
     "equation2": "Plain blend, equation 2 (not in the paper)",
     "clean": "No attack (clean victim)",
 }
