@@ -57,13 +57,13 @@ class MobileNetBody(nn.Module):
         inputs = scaled(32)
         layers: list[nn.Module] = [_conv(channels, inputs, kernel=3), nn.ReLU()]
         for expansion, base, count, first_stride in _STAGES:
-            for place in range(count):
+            for index in range(count):
                 layers.append(
                     InvertedResidual(
                         inputs,
                         scaled(base),
                         expansion=expansion,
-                        stride=first_stride if place == 0 else 1,
+                        stride=first_stride if index == 0 else 1,
                     )
                 )
                 inputs = scaled(base)

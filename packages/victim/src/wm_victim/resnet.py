@@ -79,8 +79,8 @@ class ResNetBody(nn.Module):
         inputs = width
         for stage, count in enumerate(blocks):
             outputs = width * 2**stage
-            for place in range(count):
-                stride = 2 if stage > 0 and place == 0 else 1
+            for index in range(count):
+                stride = 2 if stage > 0 and index == 0 else 1
                 stages.append(block(inputs, outputs, stride))
                 inputs = outputs
         self.stem = nn.Sequential(*stem)

@@ -51,12 +51,10 @@ class Identity:
 
 @dataclass(frozen=True)
 class RandomMask:
-    """Black out a share of every image.
+    """Black out a ``share`` of every image, in [0, 1).
 
-    Args:
-        mode: "pixel" drops pixels independently (the released code of Spy-Watermark); "block"
-            erases one square at a random place ("erase the 1/4 areas", the paper's words).
-        share: Erased share of the area, in [0, 1).
+    Mode "pixel" drops pixels independently (the released code of Spy-Watermark); "block" erases
+    one square at a random position ("erase the 1/4 areas", the paper's words).
     """
 
     mode: Literal["pixel", "block"] = "pixel"
@@ -109,11 +107,9 @@ class Rotation:
 
 @dataclass(frozen=True)
 class GaussianNoise:
-    """Add independent normal noise to every value, then clip.
+    """Add independent normal noise of standard deviation ``sigma``, in [0, 1] units, then clip.
 
-    Args:
-        sigma: Standard deviation in units of the [0, 1] range. The released code has one grey
-            level, which hardly touches anything; 8/255 is ours.
+    The released code has one grey level, which changes almost nothing; 8/255 is ours.
     """
 
     sigma: float = 8 / 255

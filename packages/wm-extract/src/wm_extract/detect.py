@@ -42,9 +42,6 @@ def balanced_bit_accuracy(maps: Tensor, watermark: Tensor) -> Tensor:
     Args:
         maps: float ``(N, 1, H, W)`` in [0, 1].
         watermark: float ``(1, H, W)`` in [0, 1] with both ones and zeros.
-
-    Raises:
-        ValueError: Shapes that do not fit, or a watermark that is all ones or all zeros.
     """
     ones = _bits(watermark)
     check_images(maps, channels=1, size=(watermark.shape[1], watermark.shape[2]), name="maps")
@@ -105,19 +102,16 @@ class MarkDetector:
 
         The threshold is the larger of two estimates of the (1 - rate) quantile of the clean
         scores: the empirical one, which cannot look beyond the sample, and that of a normal
-        distribution fitted to them, which can. A small rate needs the second. Where marked images
-        are given and score higher still, the threshold moves up to the middle of the gap, so that
-        neither kind of image crosses it when it is corrupted on the way.
+        distribution fitted to them, which can. Where marked images are given and score higher
+        still, the threshold moves up to the middle of the gap, so that corruption carries neither
+        kind of image across it.
 
         Args:
             extractor: The trained extractor.
             watermark: float32 ``(1, H, W)``.
             clean: Unmarked images, at least 50.
             marked: Marked images, at least 50, if there are some.
-            false_positive_rate: In (0, 0.5); the stated rate, and at most that.
-
-        Raises:
-            ValueError: Bad images, too few of them, or a rate outside (0, 0.5).
+            false_positive_rate: The stated rate, in (0, 0.5), and at most that.
         """
         for name, images in {"clean": clean, "marked": marked}.items():
             if images is None:
@@ -198,11 +192,7 @@ def save_detector(detector: MarkDetector, path: str | Path) -> None:
 
 
 def load_detector(path: str | Path) -> MarkDetector:
-    """Read a detector, its extractor in eval mode on the CPU.
-
-    Raises:
-        CheckpointError: Not a detector's checkpoint, or damaged.
-    """
+    """Read a detector, its extractor in eval mode on the CPU; ``CheckpointError`` if it is none."""
     saved = load_checkpoint(path, kind=KIND)
     try:
         return _detector(saved)

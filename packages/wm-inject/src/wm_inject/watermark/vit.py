@@ -181,12 +181,10 @@ class ViTInjector(nn.Module):
         return unpatchify(tokens, self.grid, self.patch_size, self.channels)
 
     def load_mae_encoder(self, state: Mapping[str, Tensor]) -> None:
-        """Start the encoder from timm's MAE weights (``vit_large_patch16_224.mae`` for "large").
+        """Start the encoder from the state dict of timm's MAE, with or without its class token.
 
-        ``state`` is that model's state dict, with or without its class token.
-
-        Raises:
-            ValueError: The weights are those of another architecture.
+        For size "large" that is ``vit_large_patch16_224.mae``; ``ValueError`` for another
+        architecture.
         """
         modules: dict[str, nn.Module] = {
             "patch_embed.": self.patch_embed,
