@@ -18,6 +18,7 @@ from defense_nc import Sgd
 from wm_eval.records import write_text
 from wm_eval.render import Table, to_markdown
 from wm_eval.titles import method_title
+from wm_inject.attacks import ATTACKS
 from wm_inject.command.common import run_cli
 
 # Run as a script, Python would look for `tools` inside tools/.
@@ -45,36 +46,25 @@ class Settings(NamedTuple):
     presets: tuple[str, ...] = ()
 
 
-_T = "wm_inject.attacks"
 _PROFILES = ("tiny", "small", "paper")
 _FAST = ("fast", "paper")
-ATTACK_PAGES: dict[str, tuple[Settings, ...]] = {
-    "badnets": (Settings(f"{_T}.badnets:BadNetsTrigger"),),
-    "blend": (Settings(f"{_T}.blend:BlendTrigger"),),
-    "refool": (Settings(f"{_T}.refool:RefoolTrigger"),),
-    "blindnet": (Settings(f"{_T}.blindnet:BlindNetTrigger"),),
-    "ssba": (
-        Settings(f"{_T}.ssba:SsbaTrigger"),
-        Settings(f"{_T}.ssba:SsbaConfig", _PROFILES),
-    ),
-    "sig": (Settings(f"{_T}.sig:SigTrigger"),),
-    "ftrojan": (Settings(f"{_T}.ftrojan:FTrojanTrigger"),),
-    "lf": (Settings(f"{_T}.lf:LfTrigger"), Settings(f"{_T}.lf:LfConfig", _PROFILES)),
-    "wanet": (Settings(f"{_T}.wanet:WaNetTrigger"),),
-    "marksman": (
-        Settings(f"{_T}.marksman:MarksmanTrigger"),
-        Settings(f"{_T}.marksman:MarksmanConfig", _PROFILES),
-    ),
-    "input-aware": (
-        Settings(f"{_T}.input_aware:InputAwareTrigger"),
-        Settings(f"{_T}.input_aware:InputAwareConfig", _PROFILES),
-    ),
-    "watermark": (
-        Settings(f"{_T}.watermark:WatermarkTrigger"),
-        Settings("wm_extract:JointConfig", ("robust", "paper")),
-    ),
-}
 
+
+def _of_attack(name: str) -> tuple[Settings, ...]:
+    """The classes whose settings the page of an attack shows: its trigger, then its fit."""
+    if name == "watermark":
+        fit = [Settings("wm_extract:JointConfig", ("robust", "paper"))]
+    else:
+        config = ATTACKS[name].config
+        fit = [] if config is None else [Settings(_where(config), _PROFILES)]
+    return (Settings(_where(ATTACKS[name].trigger)), *fit)
+
+
+def _where(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__name__}"
+
+
+ATTACK_PAGES = {name: _of_attack(name) for name in ATTACKS}
 _SPEEDS = ("fast", "robust", "paper")
 DETECTOR_PAGES: dict[str, tuple[str, tuple[Settings, ...]]] = {
     "neural-cleanse": ("nc", (Settings("defense_nc:NCConfig", _SPEEDS),)),

@@ -71,7 +71,7 @@ def test_a_forbidden_requirement_is_found(house: Path) -> None:
 
 def test_an_import_that_is_not_required_is_found(house: Path) -> None:
     pyproject = house / "packages" / "defense-nc" / "pyproject.toml"
-    pyproject.write_text(pyproject.read_text().replace('"wm-victim>=0.1,<0.2",', ""))
+    pyproject.write_text(pyproject.read_text().replace('"wm-victim>=0.2,<0.3",', ""))
     (pyproject.parent / "src" / "defense_nc" / "scan.py").write_text("import wm_victim\n")
     (found,) = violations(house)
     assert found.endswith("wm_victim is imported but not required in pyproject.toml")

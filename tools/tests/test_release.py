@@ -18,6 +18,7 @@ def house(tmp_path: Path) -> Path:
         (source.parents[1] / "CHANGELOG.md").write_text("# history\n\n## Unreleased\n\n- New.\n")
         (source.parents[1] / "LICENSE").write_text("Do as you like.\n")
         text = package.pyproject.read_text()
+        text = text.replace(release.sibling_range(package.version), ">=0.1,<0.2")
         (source.parents[1] / "pyproject.toml").write_text(text)
     (tmp_path / "LICENSE").write_text("Do as you like.\n")
     return tmp_path

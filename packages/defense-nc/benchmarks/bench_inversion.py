@@ -145,7 +145,7 @@ def factors(preset: str, rounds: int) -> dict[str, Any]:
             "factor": statistics.median(again),
             "cpu_seconds": statistics.median(cpu for _, cpu in pairs),
             "wall_seconds": statistics.median(wall for wall, _ in pairs),
-            "verdict": reports[name].verdict.value,
+            "verdict": reports[name].verdict,
             "suspected": list(reports[name].suspected),
             "overlap": overlap(masks["reference"], masks[name]),
             "scores": [round(row.score, 2) for row in reports[name].labels],

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from defense_nc.batches import training_batches
+from defense_nc.batches import EndlessBatches, training_batches
 from defense_nc.mitigations import check_repair, trainable
 
 
@@ -27,6 +27,17 @@ def test_every_row_comes_once_before_any_row_again(subtests):
             first = torch.cat(parts[: len(a_pass)])
             assert len(first.unique()) == len(first) == sum(a_pass)
             assert set(first.tolist()) <= set(range(count))
+
+
+def test_endless_batches_continue_from_their_state():
+    batches = EndlessBatches(7, 3, order())
+    first = torch.cat([next(batches) for _ in range(7)])
+    assert all(sorted(part.tolist()) == list(range(7)) for part in first.split(7))
+    state = batches.state_dict()
+    following = [next(batches).tolist() for _ in range(5)]
+    again = EndlessBatches(7, 3, order(1))
+    again.load_state_dict(state)
+    assert [next(again).tolist() for _ in range(5)] == following
 
 
 def test_passes_differ_and_the_seed_decides():

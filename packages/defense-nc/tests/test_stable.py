@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from defense_nc import InvertedTrigger, Verdict, judge
-from defense_nc.verdict.seed_stability import combine, scan_until_stable
+from defense_nc import InvertedTrigger, NeuralCleanse, Verdict, judge
+from defense_nc.verdict import combine, scan_until_stable
+from wm_victim.toy_backdoors import planted_classifier, planted_images
 
 CLEAN = torch.linspace(3.3, 3.7, 10).double()
 
@@ -147,3 +148,13 @@ def test_refusals(calibration):
     ):
         with pytest.raises(ValueError, match="seed and scores only"):
             combine([one, other])
+
+
+def test_scans_of_a_detector_can_be_combined():
+    data, model = planted_images(60, num_classes=4), planted_classifier("patch", num_classes=4)
+    search = {"steps": 6, "batches": 1, "milestones": (4,), "candidates": 1}
+    few = {**search, "references": 1, "calm": 1.0}  # so that labels stop, with gains of their own
+    detector = NeuralCleanse.preset("fast", **few)
+    reports = [detector.scan(model, data.images, seed=seed, progress=False) for seed in (0, 1)]
+    assert reports[0].log != reports[1].log
+    assert combine(reports).repeats == 2

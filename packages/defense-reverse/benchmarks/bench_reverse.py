@@ -162,7 +162,7 @@ def factors(preset: str, rounds: int) -> dict[str, Any]:
             "calibrated": report.calibrated,
             "correlation": correlation(found["reference"], found[name]),
             "scores": [round(row.score, 4) for row in report.labels],
-            "label_steps": report.config["label_steps"],
+            "label_steps": report.log["label_steps"],
         }
     about = {
         "detector": "Reverse generators",

@@ -100,9 +100,9 @@ def test_with_the_race_labels_leave_and_the_planted_one_is_still_named(data, cha
     config = replace(quick, residual=True, race=True, batch_size=16, **changes)
     report = scan(channel_model, images, config, labels=labels)
     assert report.suspected == (2,)
-    left = report.config["left_at"]
+    left = report.log["left_at"]
     assert 1 <= len(left) <= 2 and "2" not in left and set(left.values()) == {45}
-    steps = report.config["label_steps"]
+    steps = report.log["label_steps"]
     assert [steps[int(label)] for label in left] == [45] * len(left)
     assert steps[2] == config.steps
     # the score of a label that left is at equal effort, its trigger's residual is as measured

@@ -310,7 +310,7 @@ class Defence:
             hint = " (--force cleans --label regardless)" if self.invert is not None else ""
             raise ValueError(
                 f"not cleaned: the scan named {named}{hint}, the verdict is "
-                f"{report.verdict.value}: {report.reason}"
+                f"{report.verdict}: {report.reason}"
             )
         return {label: report.triggers[label].to(images.images.device) for label in labels}
 
@@ -376,6 +376,6 @@ def report_table(report: ScanReport) -> str:
             f"default rule: p {report.p_value:.2g} (alpha {report.alpha:g}), suspected: {named}",
             f"paper's rule: index {report.paper_index:.2f}, with the lower median "
             f"{report.paper_index_low:.2f}; flagged (> 2): {flagged}",
-            f"verdict: {report.verdict.value}. {report.reason}",
+            f"verdict: {report.verdict}. {report.reason}",
         ]
     )

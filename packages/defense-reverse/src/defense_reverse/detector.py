@@ -72,7 +72,7 @@ class ReverseGenerator:
         Returns:
             A report whose scores are the residuals of equation 5, as means per pixel in [0, 1],
             each at the same success floor and at equal effort; ``triggers`` holds
-            a `ReversedTrigger` per label, on the CPU, with the residual as measured. ``config`` has
+            a `ReversedTrigger` per label, on the CPU, with the residual as measured. ``log`` has
             the steps that each label took, and at which step it was stopped.
 
         Raises:
@@ -105,7 +105,7 @@ class ReverseGenerator:
             "label_steps": [result.steps[label] for label in result.triggers],
             "left_at": {str(label): step for label, step in result.stopped_at.items()},
         }
-        return replace(report, config={**report.config, **effort})
+        return replace(report, log=effort)
 
 
 def detection_case(flagged: Collection[int], target: int) -> int:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from wm_inject.core.checks import check_channels
 from wm_inject.core.images import check_images, pad_to_multiple
 
 # The image enters the head with this slope: black and white start at sigmoid(-4) and sigmoid(4).
@@ -59,8 +60,7 @@ class UNetGenerator(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if channels not in (1, 3):
-            raise ValueError(f"expected channels 1 or 3, got {channels}")
+        check_channels(channels)
         for name, value, most in (("width", width, 256), ("depth", depth, 5), ("convs", convs, 4)):
             if not 1 <= value <= most:
                 raise ValueError(f"expected {name} in 1 .. {most}, got {value}")

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches on the device: one gather for crop and flip, one mask for holes."""
+"""Augmentation of whole batches on the device: one gather for crop and flip, a mask for cutout."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from wm_inject.core.checks import check_choice
 
 PADDING = 4
 
@@ -20,9 +22,6 @@ def augment(
 ) -> Tensor:
     """Shift images by up to 4 pixels each way, over black; mirror half of them; cut out a square.
 
-    Only the draws, three to five numbers an image, are made on the CPU; places and pixels are
-    worked out where the images are.
-
     Args:
         images: float ``(N, C, H, W)``.
         mode: "none" leaves the images in place; "crop" only shifts; "crop-flip" does both.
@@ -31,12 +30,8 @@ def augment(
 
     Returns:
         The same shape; in channels-last memory if the mode shifts.
-
-    Raises:
-        ValueError: Another mode, or a square larger than the images.
     """
-    if mode not in ("none", "crop", "crop-flip"):
-        raise ValueError(f"expected a mode in none, crop, crop-flip, got {mode!r}")
+    check_choice("mode", mode, ("none", "crop", "crop-flip"))
     if mode != "none":
         images = _shift(images, flip=mode == "crop-flip", generator=generator)
     return images if cutout == 0 else _cut_out(images, cutout, generator)
@@ -66,12 +61,12 @@ def _cut_out(images: Tensor, side: int, generator: torch.Generator) -> Tensor:
     inside = []
     for length in (height, width):
         first = torch.randint(0, length - side + 1, (count, 1), generator=generator)
-        place = torch.arange(length, device=images.device) - _move(first, images.device)
-        inside.append((place >= 0) & (place < side))
+        offset = torch.arange(length, device=images.device) - _move(first, images.device)
+        inside.append((offset >= 0) & (offset < side))
     hole = inside[0][:, None, :, None] & inside[1][:, None, None, :]  # (N, 1, H, W)
     return images.masked_fill(hole, 0)
 
 
 def _move(draws: Tensor, device: torch.device) -> Tensor:
-    # Without waiting for the device, which may still be at the step before.
+    # Without waiting for the device, which may still run the step before.
     return draws.to(device, non_blocking=True)

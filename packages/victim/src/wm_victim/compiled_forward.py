@@ -1,4 +1,4 @@
-"""The victim's forward and backward passes, as fast as the same verdict allows."""
+"""Fast forward and backward passes of a frozen classifier: folded norms, bfloat16, layout."""
 
 from __future__ import annotations
 
@@ -15,18 +15,10 @@ from wm_victim.inference import resolve_precision
 def fused_forward(
     model: nn.Module, precision: str, device: torch.device
 ) -> Callable[[Tensor], Tensor]:
-    """A frozen model's passes in the precision that is wanted.
+    """Images to float32 logits of a frozen model, in precision "auto", "float32" or "bfloat16".
 
-    bfloat16 runs on a copy: batch normalisations folded into the convolutions before them, with the
-    memory layout and the weights that suit it. The model itself stays as it is.
-
-    Args:
-        model: Images to logits, in eval mode and without parameter gradients.
-        precision: "auto", "float32" or "bfloat16", as in the settings.
-        device: Where the model is.
-
-    Returns:
-        Images ``(N, C, H, W)`` in, float32 logits out.
+    bfloat16 runs on a copy: batch normalisations folded into the convolutions before them, in
+    channels-last memory. The model itself is not changed.
     """
     if resolve_precision(precision, device) == torch.float32:
         return model
@@ -36,20 +28,20 @@ def fused_forward(
         if isinstance(layer, nn.Conv2d | nn.Linear):
             layer.to(torch.bfloat16)
 
-    def passes(images: Tensor) -> Tensor:
+    def forward(images: Tensor) -> Tensor:
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, dtype=torch.bfloat16):
             logits: Tensor = fast(images)
         return logits.float()
 
-    return passes
+    return forward
 
 
 def channels_last(model: nn.Module) -> nn.Module:
-    """The same model, its convolutions in the layout that they are fastest in; in place.
+    """Put a model's convolutions into channels-last memory, in place.
 
-    Layer by layer, since a model refuses it as a whole if one of its tensors has five axes, as
-    constants in exported graphs may.
+    Layer by layer: a model as a whole refuses if one of its tensors has five axes, as constants in
+    exported graphs may.
     """
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
@@ -66,7 +58,7 @@ def fold(model: nn.Module) -> nn.Module:
     whole = copy.deepcopy(model)
     try:
         traced = fx.symbolic_trace(whole)
-    # Tracing runs foreign code on stand-ins for tensors: it may fail in any way.
+    # Tracing runs the model's code on proxies for tensors: it may fail in any way.
     except Exception:
         return whole
     layers = dict(traced.named_modules())

@@ -32,19 +32,11 @@ def unpack(images: Tensor) -> Tensor:
 
 
 class ImageStore:
-    """Gives batches of an image set on a device, by index.
+    """Batches of an image set on a device, by index.
 
-    Beside a GPU the images are kept as 8-bit numbers where that loses nothing. The batches are the
-    same to the bit, however they are kept.
-
-    Args:
-        data: The images and labels.
-        device: Where the batches are wanted.
-        limit: Keep at most this many bytes of images on the device. If None: half of the free
-            memory of a GPU, and everything on other devices.
-
-    Raises:
-        ValueError: A negative limit.
+    For a GPU images are stored as 8-bit numbers where that loses nothing; the batches are the same
+    to the bit. At most ``limit`` bytes of images are kept on the device; if None, half of the free
+    memory of a GPU, and everything on other devices.
     """
 
     def __init__(self, data: ImageSet, device: torch.device, *, limit: int | None = None) -> None:
@@ -61,14 +53,10 @@ class ImageStore:
         return len(self.labels)
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Images, float32 ``(n, C, H, W)``, and labels ``(n,)`` on the device.
-
-        Args:
-            index: int64 ``(n,)`` on the CPU.
-        """
-        there = index.to(self.device, non_blocking=True)  # else every step would wait for the last
-        images = self.images[there if self.resident else index]
-        return unpack(images.to(self.device, non_blocking=True)), self.labels[there]
+        """Images and labels on the device, at the positions ``index`` (int64, on the CPU)."""
+        on_device = index.to(self.device, non_blocking=True)  # else each step waits for the last
+        images = self.images[on_device if self.resident else index]
+        return unpack(images.to(self.device, non_blocking=True)), self.labels[on_device]
 
 
 def _room(device: torch.device, limit: int | None) -> int:

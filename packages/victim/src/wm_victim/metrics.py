@@ -12,11 +12,7 @@ from wm_victim.inference import predict
 
 
 def accuracy(model: nn.Module, data: ImageSet, *, batch_size: int = 512) -> float:
-    """The share of images that are predicted as they are labelled.
-
-    Raises:
-        ValueError: As `predict`.
-    """
+    """The share of images whose prediction is their label (clean accuracy on clean images)."""
     predicted = predict(model, data.images, batch_size=batch_size).argmax(1)
     return (predicted == data.labels).float().mean().item()
 
@@ -26,17 +22,10 @@ def attack_success(
 ) -> float:
     """The share of triggered images of other classes that are predicted as ``target``.
 
-    Triggered images are rounded to the 8-bit grid first, as a stored file would be.
-
-    Args:
-        model: The classifier.
-        data: Clean images; those of the target class are left out.
-        trigger: What to put into the others.
-        target: The class that the attack asks for.
-        batch_size: Images at once.
+    ``data`` are clean images. Triggered ones are rounded to the 8-bit grid, as in a stored file.
 
     Raises:
-        ValueError: No image of another class, or as `predict`.
+        ValueError: No image of another class.
     """
     if target < 0:
         raise ValueError(f"expected a target label >= 0, got {target}")

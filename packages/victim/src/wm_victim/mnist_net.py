@@ -6,15 +6,10 @@ from torch import Tensor, nn
 
 
 class MnistNetBody(nn.Module):
-    """Images to feature vectors: three convolutions of stride 2 and one linear layer.
+    """Images to features: three convolutions of stride 2 and one linear layer.
 
     The paper's text counts more linear layers; its released code, which this follows, has two with
-    the classifier's head.
-
-    Args:
-        channels: C of the images.
-        image_size: Their side; it sets the size of the linear layer (4 x 4 maps at 28 and 32).
-        width: 64 gives the published widths 32, 64, 64 and 512; other values scale them.
+    the classifier's head. A width of 64 gives the published widths 32, 64, 64 and 512.
     """
 
     def __init__(self, *, channels: int, image_size: int, width: int) -> None:
@@ -31,6 +26,6 @@ class MnistNetBody(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, 8 * width)."""
+        """Images to features ``(N, 8 * width)``."""
         y: Tensor = self.layers(x)
         return y

@@ -46,12 +46,7 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetBody(nn.Module):
-    """Images to feature vectors.
-
-    Args:
-        channels: C of the images.
-        width: 64 gives the paper's widths; other values scale them, to at least 4 channels.
-    """
+    """Images to features; a width of 64 gives the paper's, others scale them (at least 4)."""
 
     def __init__(self, *, channels: int, width: int) -> None:
         super().__init__()
@@ -62,13 +57,13 @@ class MobileNetBody(nn.Module):
         inputs = scaled(32)
         layers: list[nn.Module] = [_conv(channels, inputs, kernel=3), nn.ReLU()]
         for expansion, base, count, first_stride in _STAGES:
-            for place in range(count):
+            for index in range(count):
                 layers.append(
                     InvertedResidual(
                         inputs,
                         scaled(base),
                         expansion=expansion,
-                        stride=first_stride if place == 0 else 1,
+                        stride=first_stride if index == 0 else 1,
                     )
                 )
                 inputs = scaled(base)
@@ -77,6 +72,6 @@ class MobileNetBody(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, 20 * width)."""
+        """Images to features ``(N, 20 * width)``."""
         y: Tensor = self.layers(x)
         return y.mean((2, 3))

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from wm_inject.core.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from wm_inject.core.checks import check_channels
+from wm_inject.core.randomness import seeded
 from wm_victim.mnist_net import MnistNetBody
 from wm_victim.mobilenet import MobileNetBody
 from wm_victim.resnet import Form, ResNetBody
@@ -35,15 +37,7 @@ _BY_CHANNELS = {1: DATASET_STATS["mnist"], 3: DATASET_STATS["cifar10"]}
 
 
 class Normalize(nn.Module):
-    """Subtract a mean and divide by a standard deviation, channel by channel.
-
-    Args:
-        mean: One number per channel.
-        std: One positive number per channel.
-
-    Raises:
-        ValueError: Lengths that differ, none at all, or a standard deviation that is not positive.
-    """
+    """Subtract a mean and divide by a positive standard deviation, channel by channel."""
 
     mean: Tensor
     std: Tensor
@@ -58,15 +52,12 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) in [0, 1] -> the same shape."""
+        """Images to normalised images."""
         return (images - self.mean) / self.std
 
 
 class Classifier(nn.Module):
-    """Normalisation, a body and a linear head: ``forward(x) == head(features(x))``.
-
-    ``config`` holds the keyword arguments of `build_classifier` that rebuild it.
-    """
+    """Normalisation, a body and a linear head; ``config`` has arguments of `build_classifier`."""
 
     def __init__(
         self, *, normalize: nn.Module, body: nn.Module, head: nn.Module, config: Mapping[str, Any]
@@ -76,12 +67,12 @@ class Classifier(nn.Module):
         self.config = dict(config)
 
     def features(self, images: Tensor) -> Tensor:
-        """Images (N, C, H, W) in [0, 1] -> what the head reads (N, F)."""
+        """Images to the features ``(N, F)`` that the head reads."""
         y: Tensor = self.body(self.normalize(images))
         return y
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (N, C, H, W) in [0, 1] -> logits (N, K)."""
+        """Images to logits."""
         y: Tensor = self.head(self.features(images))
         return y
 
@@ -104,23 +95,19 @@ def build_classifier(
             "vgg16", "mobilenetv2" (all in their 32-pixel forms), "wanet-mnist", or "timm:NAME" for
             a model of timm's own list, never with downloaded weights.
         num_classes: K, at least 2.
-        channels: C: 1 or 3.
+        channels: 1 or 3.
         image_size: H = W, in pixels, 8 .. 1024 (vgg16 takes 28 and more).
         width: Channels of the first stage, 8 .. 512; 64, as published, if None. Not for timm.
         mean: Per channel, of images in [0, 1]; MNIST's or CIFAR-10's, by ``channels``, if None.
         std: Likewise.
-        seed: Seeds the weights. The global random state stays as it was.
+        seed: Of the weights. The global random state is not changed.
 
     Returns:
-        The classifier in train mode; its ``config`` rebuilds it (with other weights).
-
-    Raises:
-        ValueError: An unknown name, or a value outside its range.
+        The classifier in train mode.
     """
     _check_range("num_classes", num_classes, 2, 100_000)
     _check_range("image_size", image_size, 8, 1024)
-    if channels not in (1, 3):
-        raise ValueError(f"expected channels 1 or 3, got {channels}")
+    check_channels(channels)
     default_mean, default_std = _BY_CHANNELS[channels]
     mean, std = tuple(mean or default_mean), tuple(std or default_std)
     if len(mean) != channels or len(std) != channels:
@@ -130,8 +117,7 @@ def build_classifier(
         _check_range("width", width, 8, 512)
     elif not name.startswith("timm:"):
         width = 64
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         body, num_features = _body(name, channels=channels, image_size=image_size, width=width)
         head = nn.Linear(num_features, num_classes)
     config = {
@@ -149,15 +135,12 @@ def build_classifier(
 def save_classifier(
     model: nn.Module, path: str | Path, metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a classifier to a safetensors file, atomically.
+    """Write a model of `build_classifier` to a safetensors file, atomically.
 
-    Args:
-        model: What `build_classifier` built.
-        path: Where to.
-        metadata: What to record beside the weights (JSON types): data, training, seed.
+    ``metadata`` is recorded beside the weights (JSON types): data, training, seed.
 
     Raises:
-        ValueError: Not such a model, or weights that are NaN or infinite.
+        ValueError: Another model, or weights that are NaN or infinite.
     """
     config = getattr(model, "config", None)
     if not isinstance(model, Classifier) or not isinstance(config, dict):
@@ -168,10 +151,7 @@ def save_classifier(
 
 
 def load_classifier(path: str | Path) -> Classifier:
-    """Read a classifier that `save_classifier` wrote; nothing in the file is executed.
-
-    Returns:
-        The classifier on the CPU, in eval mode.
+    """Read a file of `save_classifier`, to the CPU and eval mode; nothing in it is executed.
 
     Raises:
         CheckpointError: Not such a file, damaged, or weights that do not fit its config.

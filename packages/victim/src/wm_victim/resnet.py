@@ -54,18 +54,18 @@ class PreActBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', H / stride, W / stride)."""
         y = F.relu(self.bn1(x))
-        kept = x if self.shortcut is None else self.shortcut(y)
-        return self.conv2(F.relu(self.bn2(self.conv1(y)))) + kept
+        shortcut = x if self.shortcut is None else self.shortcut(y)
+        return self.conv2(F.relu(self.bn2(self.conv1(y)))) + shortcut
 
 
 class ResNetBody(nn.Module):
-    """Images to feature vectors.
+    """Images to features.
 
     Args:
         form: "post" (ResNet) or "pre" (PreActResNet: nothing in the stem after the convolution,
             and no normalisation before the pooling either).
         blocks: Blocks in each of the four stages.
-        channels: C of the images.
+        channels: 1 or 3.
         width: Channels of the first stage; every stage doubles them.
     """
 
@@ -79,8 +79,8 @@ class ResNetBody(nn.Module):
         inputs = width
         for stage, count in enumerate(blocks):
             outputs = width * 2**stage
-            for place in range(count):
-                stride = 2 if stage > 0 and place == 0 else 1
+            for index in range(count):
+                stride = 2 if stage > 0 and index == 0 else 1
                 stages.append(block(inputs, outputs, stride))
                 inputs = outputs
         self.stem = nn.Sequential(*stem)
@@ -88,6 +88,6 @@ class ResNetBody(nn.Module):
         self.num_features = inputs
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, 8 * width): the mean over the last map, whatever its size."""
+        """Images to ``(N, 8 * width)``: the mean over the last map, whatever its size."""
         y: Tensor = self.blocks(self.stem(x))
         return y.mean((2, 3))

@@ -20,7 +20,7 @@ from wm_inject.core.images import quantize
 from wm_victim.datasets import ImageSet
 
 # The clean part fits 0 and 1; this many times that is its logits. Were they larger, cross-entropy
-# would be satisfied with the clean way to a label before its gradient had found a planted one.
+# would be satisfied with the clean features of a label before its gradient reached a backdoor.
 _SCALE = 3.0
 
 
@@ -124,11 +124,11 @@ def _draw(pictures: Tensor, channels: int, size: int, generator: torch.Generator
 
 
 def _splash(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Put a rectangle of a random colour at a random place into every image."""
+    """Put a rectangle of a random colour at a random position into every image."""
     count, channels, size = images.shape[:3]
     side = size // 2
-    place = torch.randint(-side + 1, size, (2, count, 1), generator=generator)
-    inside = (torch.arange(size) >= place) & (torch.arange(size) < place + side)  # (2, n, size)
+    start = torch.randint(-side + 1, size, (2, count, 1), generator=generator)
+    inside = (torch.arange(size) >= start) & (torch.arange(size) < start + side)  # (2, n, size)
     where = (inside[0][:, :, None] & inside[1][:, None, :])[:, None]  # (n, 1, size, size)
     colour = torch.rand(count, channels, 1, 1, generator=generator)
     return torch.where(where, colour, images)

@@ -14,15 +14,10 @@ _LEAST_PADDED = 28
 
 
 class VggBody(nn.Module):
-    """Images to feature vectors: 13 convolutions in five stages, each ended by a max-pool.
+    """Images to features ``(N, 8 * width)``: 13 convolutions in five stages with max-pooling.
 
-    Args:
-        channels: C of the images.
-        image_size: Their side. 28 .. 31 are padded to 32 by repeating the border.
-        width: Channels of the first stage (64 in the paper); the others keep their proportion.
-
-    Raises:
-        ValueError: Images smaller than 28 pixels.
+    Images of 28 .. 31 pixels are padded to 32 by repeating the border. ``width`` is that of the
+    first stage (64 in the paper); the others keep their proportion.
     """
 
     def __init__(self, *, channels: int, image_size: int, width: int) -> None:
@@ -50,7 +45,7 @@ class VggBody(nn.Module):
         self.num_features = inputs
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, 8 * width)."""
+        """The mean over the last map."""
         if any(self.padding):
             x = F.pad(x, self.padding, mode="replicate")
         y: Tensor = self.layers(x)

@@ -1,8 +1,8 @@
-"""What happens to an image between the attacker and the classifier: the anti-collapse operations.
+"""Corruptions of an image on its way to the classifier: the anti-collapse operations.
 
-Every corruption keeps shape and range, draws its randomness per image from a given generator, and
-lets gradients through (JPEG by a straight-through estimate), so that equation 6 of Spy-Watermark
-can train against the same code that the robustness tables measure with.
+Every corruption keeps shape and range, draws per image from a given CPU generator, and lets
+gradients through (JPEG by a straight-through estimate): equation 6 of Spy-Watermark trains against
+the code that the robustness tables measure with.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
 from wm_inject import check_images, to_float, to_pixels
+from wm_inject.core.checks import check_choice
 
 
 class Corruption(Protocol):
@@ -44,18 +45,16 @@ class Identity:
     """No corruption."""
 
     def __call__(self, images: Tensor, *, generator: torch.Generator) -> Tensor:
-        """Give the images back as they are."""
+        """Corrupt every image."""
         return check_images(images)
 
 
 @dataclass(frozen=True)
 class RandomMask:
-    """Black out a share of every image.
+    """Black out a ``share`` of every image, in [0, 1).
 
-    Args:
-        mode: "pixel" drops pixels independently (the released code of Spy-Watermark); "block"
-            erases one square at a random place ("erase the 1/4 areas", the paper's words).
-        share: Erased share of the area, in [0, 1).
+    Mode "pixel" drops pixels independently (the released code of Spy-Watermark); "block" erases
+    one square at a random position ("erase the 1/4 areas", the paper's words).
     """
 
     mode: Literal["pixel", "block"] = "pixel"
@@ -66,7 +65,7 @@ class RandomMask:
         _require(0 <= self.share < 1, "a share in [0, 1)", self.share)
 
     def __call__(self, images: Tensor, *, generator: torch.Generator) -> Tensor:
-        """Erase; all channels of a pixel together."""
+        """Corrupt every image."""
         n, _, h, w = check_images(images).shape
         if self.mode == "pixel":
             keep = torch.rand(n, 1, h, w, generator=generator) >= self.share
@@ -89,8 +88,7 @@ def _affine(images: Tensor, theta: Tensor) -> Tensor:
 class Rotation:
     """Turn by a uniform angle in [-degrees, degrees] about the centre; empty corners are black.
 
-    Args:
-        degrees: In [0, 180]. The paper gives no range; the released code has 60.
+    The paper gives no range; the released code has 60.
     """
 
     degrees: float = 60.0
@@ -99,7 +97,7 @@ class Rotation:
         _require(0 <= self.degrees <= 180, "degrees in [0, 180]", self.degrees)
 
     def __call__(self, images: Tensor, *, generator: torch.Generator) -> Tensor:
-        """Rotate every image by an angle of its own (bilinear)."""
+        """Corrupt every image."""
         n = len(check_images(images))
         angle = torch.deg2rad(_uniform(n, -self.degrees, self.degrees, generator))
         zero, cos, sin = torch.zeros(n), angle.cos(), angle.sin()
@@ -109,11 +107,9 @@ class Rotation:
 
 @dataclass(frozen=True)
 class GaussianNoise:
-    """Add independent normal noise to every value, then clip.
+    """Add independent normal noise of standard deviation ``sigma``, in [0, 1] units, then clip.
 
-    Args:
-        sigma: Standard deviation in units of the [0, 1] range. The released code has one grey
-            level, which hardly touches anything; 8/255 is ours.
+    The released code has one grey level, which changes almost nothing; 8/255 is ours.
     """
 
     sigma: float = 8 / 255
@@ -122,18 +118,14 @@ class GaussianNoise:
         _require(self.sigma >= 0, "sigma >= 0", self.sigma)
 
     def __call__(self, images: Tensor, *, generator: torch.Generator) -> Tensor:
-        """Add noise."""
+        """Corrupt every image."""
         noise = torch.randn(check_images(images).shape, generator=generator).to(images)
         return (images + self.sigma * noise).clamp(0, 1)
 
 
 @dataclass(frozen=True)
 class SaltPepper:
-    """Set a share of the pixels to black or white, half each.
-
-    Args:
-        density: Share of pixels, in [0, 1].
-    """
+    """Set a share ``density`` of the pixels, in [0, 1], to black or white, half each."""
 
     density: float = 0.1
 
@@ -141,7 +133,7 @@ class SaltPepper:
         _require(0 <= self.density <= 1, "a density in [0, 1]", self.density)
 
     def __call__(self, images: Tensor, *, generator: torch.Generator) -> Tensor:
-        """Replace pixels; all channels of a pixel together."""
+        """Corrupt every image."""
         n, _, h, w = check_images(images).shape
         draw = torch.rand(n, 1, h, w, generator=generator).to(images)
         salted = torch.where(draw < self.density / 2, torch.ones_like(images), images)
@@ -151,12 +143,7 @@ class SaltPepper:
 
 @dataclass(frozen=True)
 class Rescale:
-    """Scale width and height by independent factors, then back to the input size (bilinear).
-
-    Args:
-        low: Smallest factor, above 0.
-        high: Largest factor.
-    """
+    """Resize width and height by factors in [low, high], then back to the input (bilinear)."""
 
     low: float = 0.5
     high: float = 2.0
@@ -165,7 +152,7 @@ class Rescale:
         _require(0 < self.low <= self.high, "0 < low <= high", (self.low, self.high))
 
     def __call__(self, images: Tensor, *, generator: torch.Generator) -> Tensor:
-        """Resize there and back."""
+        """Corrupt every image."""
         n, _, h, w = check_images(images).shape
         factors = _uniform(2 * n, self.low, self.high, generator).view(n, 2).tolist()
         out = []
@@ -178,11 +165,7 @@ class Rescale:
 
 @dataclass(frozen=True)
 class Jpeg:
-    """Compress as JPEG and decode again; gradients pass straight through.
-
-    Args:
-        quality: 1 to 95.
-    """
+    """Compress as JPEG of ``quality`` 1 to 95 and decode; gradients pass straight through."""
 
     quality: int = 75
 
@@ -190,7 +173,7 @@ class Jpeg:
         _require(1 <= self.quality <= 95, "a quality in 1 .. 95", self.quality)
 
     def __call__(self, images: Tensor, *, generator: torch.Generator) -> Tensor:
-        """Compress every image on its own."""
+        """Corrupt every image."""
         pixels = to_pixels(check_images(images).detach())
         for row in pixels:
             grey = row.shape[2] == 1
@@ -204,11 +187,7 @@ class Jpeg:
 
 @dataclass(frozen=True)
 class Blur:
-    """Gaussian blur.
-
-    Args:
-        sigma: In pixels, above 0.
-    """
+    """Gaussian blur of ``sigma`` pixels, with a kernel of three sigma to each side."""
 
     sigma: float = 1.0
 
@@ -216,18 +195,14 @@ class Blur:
         _require(self.sigma > 0, "sigma > 0", self.sigma)
 
     def __call__(self, images: Tensor, *, generator: torch.Generator) -> Tensor:
-        """Blur with a kernel of three sigma to each side."""
+        """Corrupt every image."""
         side = 2 * math.ceil(3 * self.sigma) + 1
         return gaussian_blur(check_images(images), [side, side], [self.sigma]).clamp(0, 1)
 
 
 @dataclass(frozen=True)
 class CropResize:
-    """Cut a random window and scale it back to the full size.
-
-    Args:
-        share: Side of the window as a share of the image's side, in (0, 1].
-    """
+    """Crop a random window, ``share`` of the image's side in (0, 1], and resize it (bilinear)."""
 
     share: float = 0.8
 
@@ -235,7 +210,7 @@ class CropResize:
         _require(0 < self.share <= 1, "a share in (0, 1]", self.share)
 
     def __call__(self, images: Tensor, *, generator: torch.Generator) -> Tensor:
-        """Crop every image at a place of its own (bilinear)."""
+        """Corrupt every image."""
         n = len(check_images(images))
         room = 1 - self.share
         shift = _uniform(2 * n, -room, room, generator).view(n, 2, 1)
@@ -259,7 +234,7 @@ class RandomCorruption:
         _require(0 <= self.probability <= 1, "a probability in [0, 1]", self.probability)
 
     def __call__(self, images: Tensor, *, generator: torch.Generator) -> Tensor:
-        """Corrupt; the images that an operation skips pass it unchanged."""
+        """Corrupt every image."""
         check_images(images)
         for operation in self.operations:
             chosen = torch.rand(len(images), generator=generator) < self.probability
@@ -287,12 +262,7 @@ EXTRA_CORRUPTIONS: Mapping[str, Corruption] = {
 
 
 def named_corruption(name: str) -> Corruption:
-    """A corruption of the tables by its name.
-
-    Raises:
-        ValueError: No corruption has this name.
-    """
+    """A corruption of the tables by its name; ``ValueError`` for another."""
     known = {**PAPER_CORRUPTIONS, **EXTRA_CORRUPTIONS}
-    if name not in known:
-        raise ValueError(f"expected a corruption in {', '.join(known)}, got {name!r}")
+    check_choice("a corruption", name, known)
     return known[name]

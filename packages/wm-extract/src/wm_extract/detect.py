@@ -1,4 +1,4 @@
-"""Is this image marked? A score, and a threshold for a stated false-positive rate."""
+"""The detector of marked images: a score, and a threshold for a stated false-positive rate."""
 
 from __future__ import annotations
 
@@ -42,16 +42,11 @@ def balanced_bit_accuracy(maps: Tensor, watermark: Tensor) -> Tensor:
     Args:
         maps: float ``(N, 1, H, W)`` in [0, 1].
         watermark: float ``(1, H, W)`` in [0, 1] with both ones and zeros.
-
-    Raises:
-        ValueError: Shapes that do not fit, or a watermark that is all ones or all zeros.
     """
-    wanted = _bits(watermark)
+    ones = _bits(watermark)
     check_images(maps, channels=1, size=(watermark.shape[1], watermark.shape[2]), name="maps")
     bits = (maps[:, 0] > 0.5).float()
-    ones = bits[:, wanted].mean(1)
-    zeros = 1 - bits[:, ~wanted].mean(1)
-    return (ones + zeros) / 2
+    return (bits[:, ones].mean(1) + (1 - bits[:, ~ones].mean(1))) / 2
 
 
 def mark_score(maps: Tensor, watermark: Tensor) -> Tensor:
@@ -61,18 +56,18 @@ def mark_score(maps: Tensor, watermark: Tensor) -> Tensor:
     0, as a logit, so that scores of clean images spread out instead of piling up at 0. Arguments
     as for `balanced_bit_accuracy`.
     """
-    wanted = _bits(watermark)
+    ones = _bits(watermark)
     check_images(maps, channels=1, size=(watermark.shape[1], watermark.shape[2]), name="maps")
-    contrast = maps[:, 0][:, wanted].mean(1) - maps[:, 0][:, ~wanted].mean(1)
+    contrast = maps[:, 0][:, ones].mean(1) - maps[:, 0][:, ~ones].mean(1)
     return contrast.clamp(CLIP, 1 - CLIP).logit()
 
 
 def _bits(watermark: Tensor) -> Tensor:
     check_watermark(watermark, size=watermark.shape[-1] if watermark.ndim else 0)
-    wanted = watermark[0] > 0.5
-    if wanted.all() or not wanted.any():
+    ones = watermark[0] > 0.5
+    if ones.all() or not ones.any():
         raise ValueError("expected a watermark with both ones and zeros")
-    return wanted
+    return ones
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,19 +102,16 @@ class MarkDetector:
 
         The threshold is the larger of two estimates of the (1 - rate) quantile of the clean
         scores: the empirical one, which cannot look beyond the sample, and that of a normal
-        distribution fitted to them, which can. A small rate needs the second. Where marked images
-        are given and score higher still, the threshold moves up to the middle of the gap, so that
-        neither kind of image crosses it when it is corrupted on the way.
+        distribution fitted to them, which can. Where marked images are given and score higher
+        still, the threshold moves up to the middle of the gap, so that corruption carries neither
+        kind of image across it.
 
         Args:
             extractor: The trained extractor.
             watermark: float32 ``(1, H, W)``.
             clean: Unmarked images, at least 50.
             marked: Marked images, at least 50, if there are some.
-            false_positive_rate: In (0, 0.5); the stated rate, and at most that.
-
-        Raises:
-            ValueError: Bad images, too few of them, or a rate outside (0, 0.5).
+            false_positive_rate: The stated rate, in (0, 0.5), and at most that.
         """
         for name, images in {"clean": clean, "marked": marked}.items():
             if images is None:
@@ -144,7 +136,7 @@ class MarkDetector:
     def from_pretrained(cls, name: str) -> MarkDetector:
         """The detector of the mark that `wm_inject.WatermarkTrigger.from_pretrained` hides.
 
-        ``name`` is one of `wm_inject.PRETRAINED`, such as "tiny-32".
+        ``name`` is one of `wm_inject.PRETRAINED`.
 
         Raises:
             ValueError: No weights of this name.
@@ -200,11 +192,7 @@ def save_detector(detector: MarkDetector, path: str | Path) -> None:
 
 
 def load_detector(path: str | Path) -> MarkDetector:
-    """Read a detector, its extractor in eval mode on the CPU.
-
-    Raises:
-        CheckpointError: Not a detector's checkpoint, or damaged.
-    """
+    """Read a detector, its extractor in eval mode on the CPU; ``CheckpointError`` if it is none."""
     saved = load_checkpoint(path, kind=KIND)
     try:
         return _detector(saved)

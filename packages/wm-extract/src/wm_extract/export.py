@@ -14,11 +14,7 @@ TOLERANCE = 1e-3  # of the largest score: a logit near its clip spreads rounding
 
 
 class MarkNetwork(nn.Module):
-    """A detector as a module: images to scores ``(N,)`` and maps ``(N, 1, H, W)``.
-
-    Args:
-        detector: The detector; its extractor and watermark are shared, not copied.
-    """
+    """A detector as a module; its extractor and watermark are shared, not copied."""
 
     kind = "mark-detector"
     contrast: Tensor
@@ -27,13 +23,13 @@ class MarkNetwork(nn.Module):
         super().__init__()
         self.extractor = detector.extractor
         self.register_buffer("watermark", detector.watermark)
-        wanted = detector.watermark[0].flatten() > 0.5
+        ones = detector.watermark[0].flatten() > 0.5
         # The mean over the ones minus the mean over the zeros, as one sum.
-        contrast = wanted / wanted.sum() - (~wanted) / (~wanted).sum()
+        contrast = ones / ones.sum() - (~ones) / (~ones).sum()
         self.register_buffer("contrast", contrast.float(), persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Score (as `mark_score`) and map of every image, float32 ``(N, C, H, W)`` in [0, 1]."""
+        """Scores ``(N,)``, as `mark_score`, and maps ``(N, 1, H, W)`` of images."""
         maps = self.extractor(images)
         score = (maps.flatten(1) @ self.contrast).clamp(CLIP, 1 - CLIP).logit()
         return score, maps
@@ -53,16 +49,13 @@ def export_detector(
 
     Args:
         detector: The calibrated detector.
-        images: At least three to compare file and detector on: float32 ``(N, C, H, W)`` in [0, 1].
+        images: At least three, to compare file and detector on.
         path: The file to write.
         uint8: For ONNX, take stored pixels, uint8 ``(N, H, W, C)``.
-        settings: More of what `wm_inject.to_onnx` or ``to_torchscript`` takes, such as precision.
-
-    Returns:
-        How far the file is from the detector.
+        settings: Arguments of `wm_inject.to_onnx` or ``to_torchscript``, such as precision.
 
     Raises:
-        ValueError: Not a detector, images of another shape, another suffix, or as the exporters.
+        ValueError: Not a detector, images of another shape, or another suffix.
         ParityError: The file computes something else.
     """
     if not isinstance(detector, MarkDetector):
@@ -71,7 +64,7 @@ def export_detector(
         raise ValueError(f"expected a file .onnx or .pt, got {Path(path).name}")
     side = detector.watermark.shape[-1]
     check_images(images, channels=detector.extractor.config["channels"], size=(side, side))
-    found = {
+    description = {
         "looks_for": "a watermark",
         "threshold": detector.threshold,
         "false_positive_rate": detector.false_positive_rate,
@@ -81,12 +74,9 @@ def export_detector(
         "tolerance": TOLERANCE,
         "relative": True,
         **settings,
-        "metadata": {"detector": found, **settings.get("metadata", {})},
+        "metadata": {"detector": description, **settings.get("metadata", {})},
     }
     network = MarkNetwork(detector)
     if Path(path).suffix == ".pt":
         return to_torchscript(network, images, path, **settings)
     return to_onnx(network, images, path, uint8=uint8, output_names=("score", "map"), **settings)
-
-
-__all__ = ["TOLERANCE", "MarkNetwork", "export_detector"]

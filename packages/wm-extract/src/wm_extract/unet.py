@@ -56,13 +56,6 @@ class UNetExtractor(nn.Module):
 
         In evaluation mode. `MarkDetector.from_pretrained` has it with its watermark and a
         threshold.
-
-        Args:
-            name: One of `wm_inject.PRETRAINED`, such as "small-32".
-
-        Raises:
-            ValueError: No weights of this name.
-            CheckpointError: The file is not the one that was shipped.
         """
         return cls.from_checkpoint(read_pretrained(name, kind=KIND, folder=WEIGHTS))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ class _Run:
                 for live in advance(forward, images, queue, until, config=self.config):
                     bar.update(len(live))
                     first = [rows[id(search)] for search in live]
-                    self._file.save_sometimes(lambda first=first: self._state(first))
+                    self._file.save_sometimes(partial(self._state, first))
                 if until != self._legs[-1]:
                     self._stop(until)
                 self._leg, self._order = self._leg + 1, list(range(len(self.searches)))

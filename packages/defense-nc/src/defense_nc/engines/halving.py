@@ -53,7 +53,7 @@ def _select(config: NCConfig, scores: Scores, searched: frozenset[int], step: in
 
 def _gain(milestones: Sequence[Milestone], scores: Scores, searched: frozenset[int]) -> list[float]:
     """From one milestone to the next, the geometric mean over its control labels."""
-    gains = []
+    gains: list[float] = []
     for before, after in itertools.pairwise([*(m.scores for m in milestones), scores]):
         controls = milestones[len(gains)].control_labels
         logs = [

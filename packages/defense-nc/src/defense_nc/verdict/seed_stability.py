@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from defense_nc.verdict.report import ScanReport, Verdict, judge
+from defense_nc.verdict.report import judge
+from defense_nc.verdict.scan_report import ScanReport, Verdict
 
 
 def scan_until_stable(

@@ -147,7 +147,7 @@ def _clean(args: argparse.Namespace) -> int:
 
     opened, clean, checked = _open(args)
     found = _audit(args, checked, clean, "before")
-    print(f"before: {found.verdict.value}. {found.reason}")
+    print(f"before: {found.verdict}. {found.reason}")
     if not reversed_triggers(found):
         raise ValueError("not cleaned: the scan named no label")
     images = clean.images
@@ -162,7 +162,7 @@ def _clean(args: argparse.Namespace) -> int:
         rounds=args.rounds,
         seed=args.seed,
     ):
-        print(f"round {last.number}: {last.audit.verdict.value}. {last.audit.reason}")
+        print(f"round {last.number}: {last.audit.verdict}. {last.audit.reason}")
         rounds.append(_said(last.audit))
     assert last is not None
     module, triggers = last.checked.module, reversed_triggers(found)
@@ -300,7 +300,7 @@ def _answers(checked: Checked, clean: CleanImages, *, own: bool = False) -> Any:
 
 
 def _said(found: Audit) -> dict[str, str]:
-    return {"verdict": found.verdict.value, "reason": found.reason}
+    return {"verdict": found.verdict, "reason": found.reason}
 
 
 def _say(line: str) -> None:

@@ -81,7 +81,7 @@ def to_sarif(about: About, audit: Audit | None, reason: str | None = None) -> di
                     "level": _LEVELS.get(audit.verdict, "warning"),
                     "message": {"text": said},
                     "locations": [place],
-                    "properties": {"label": label, "verdict": audit.verdict.value},
+                    "properties": {"label": label, "verdict": audit.verdict},
                 }
             )
     scanned = audit is not None and audit.verdict is not Verdict.NOT_SCANNED
@@ -165,7 +165,7 @@ def told(about: About, audit: Audit) -> str:
             f"{DETECTORS[name].title}: {report.verdict}, p {report.p_value:.2g}, names {named}"
         )
     lines += [f"{DETECTORS[name].title}: {why}" for name, why in audit.failures.items()]
-    return "\n".join([*lines, f"verdict: {audit.verdict.value}. {audit.reason}"])
+    return "\n".join([*lines, f"verdict: {audit.verdict}. {audit.reason}"])
 
 
 def _said(model: Mapping[str, Any]) -> str:

@@ -39,7 +39,7 @@ class Audit:
     def to_dict(self) -> dict[str, object]:
         """Everything, ready for JSON."""
         return {
-            "verdict": self.verdict.value,
+            "verdict": self.verdict,
             "exit_code": self.verdict.exit_code,
             "reason": self.reason,
             "suspected": list(self.suspected),

@@ -34,9 +34,6 @@ class Limits:
         max_nodes: Nodes of an ONNX graph, its functions expanded.
         max_tensors: Tensors of one file, and records of one archive.
         max_classes: The largest plausible number of classes.
-
-    Raises:
-        ValueError: A limit that is not positive.
     """
 
     max_bytes: int = 2048 * _MIB

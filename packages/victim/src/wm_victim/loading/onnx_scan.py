@@ -64,8 +64,6 @@ class _Scanner:
     def run(self) -> OnnxScan:
         main = _Function()
         for item in self.walker.fields(0, len(self.data)):
-            if item.number in (7, 8, 25) and item.kind != BYTES:
-                raise ProtobufError("a graph that is no message")
             if item.number == 7:
                 self.graphs += 1
                 self._graph(item, main, depth=0)
@@ -88,7 +86,7 @@ class _Scanner:
 
     def _opset(self, message: Field) -> None:
         domain, version = "", 0
-        for item in self.walker.fields(message.start, message.stop):
+        for item in self.walker.message(message):
             if item.number == 1:
                 domain = self.walker.text(item)
             elif item.number == 2:
@@ -101,9 +99,7 @@ class _Scanner:
     def _graph(self, message: Field, function: _Function, depth: int) -> None:
         if depth > 8:
             raise LoadingError("graphs nested more than 8 deep")
-        for item in self.walker.fields(message.start, message.stop):
-            if item.number in (1, 5) and item.kind != BYTES:
-                raise ProtobufError("a node or tensor that is no message")
+        for item in self.walker.message(message):
             if item.number == 1:
                 self._node(item, function, depth)
             elif item.number == 5:
@@ -116,7 +112,7 @@ class _Scanner:
         function.nodes += 1
         if function.nodes > self.limits.max_nodes:
             raise LoadingError(f"more than {self.limits.max_nodes} nodes")
-        for item in self.walker.fields(message.start, message.stop):
+        for item in self.walker.message(message):
             if item.number == 4:
                 kind = self.walker.text(item)
             elif item.number == 7:
@@ -131,14 +127,10 @@ class _Scanner:
 
     def _attribute(self, message: Field, function: _Function, depth: int) -> int:
         graphs = 0
-        if message.kind != BYTES:
-            raise ProtobufError("an attribute that is no message")
-        for item in self.walker.fields(message.start, message.stop):
+        for item in self.walker.message(message):
             if item.number in (5, 10):
                 self._tensor(item)
             elif item.number in (6, 11):
-                if item.kind != BYTES:
-                    raise ProtobufError("a graph that is no message")
                 graphs += 1
                 self._graph(item, function, depth + 1)
             elif item.number in (22, 23):
@@ -147,7 +139,7 @@ class _Scanner:
 
     def _function(self, message: Field) -> None:
         name, domain, function = "", "", _Function()
-        for item in self.walker.fields(message.start, message.stop):
+        for item in self.walker.message(message):
             if item.number == 1:
                 name = self.walker.text(item)
             elif item.number == 10:
@@ -194,9 +186,7 @@ class _Scanner:
         """Check a tensor's shape against its bytes."""
         dims: list[int] = []
         dtype, raw, typed, external, entries = 0, -1, 0, False, {}
-        if message.kind != BYTES:
-            raise ProtobufError("a tensor that is no message")
-        for item in self.walker.fields(message.start, message.stop):
+        for item in self.walker.message(message):
             if item.number == 1:
                 dims += self.walker.numbers(item)
             elif item.number == 2:
@@ -236,7 +226,7 @@ class _Scanner:
 
     def _entry(self, message: Field) -> tuple[str, str]:
         key, value = "", ""
-        for item in self.walker.fields(message.start, message.stop):
+        for item in self.walker.message(message):
             if item.number == 1:
                 key = self.walker.text(item)
             elif item.number == 2:

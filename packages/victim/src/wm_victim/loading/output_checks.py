@@ -106,7 +106,7 @@ def _check_repeats(module: nn.Module, images: Tensor, logits: Tensor) -> None:
     bound = _TOLERANCE * (float(logits.abs().max()) + 1e-6)
     if float((_run(module, images) - logits).abs().max()) > bound:
         raise LoadingError("its answers change from run to run")
-    alone = torch.cat([_run(module, one[None]) for one in images])
+    alone = torch.cat([_run(module, image[None]) for image in images])
     if alone.shape != logits.shape or float((alone - logits).abs().max()) > bound:
         raise LoadingError("the answer for an image changes with the others in its batch")
 

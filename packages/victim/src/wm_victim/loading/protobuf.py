@@ -27,15 +27,19 @@ class Field(NamedTuple):
 
 
 class Walker:
-    """Walks the fields of a buffer and of the messages inside it, up to a number of fields.
+    """Walks the fields of bytes or an mmap, at most ``max_fields`` over all walks together.
 
-    Args:
-        data: bytes or an mmap.
-        max_fields: The most fields to visit, over all walks together.
+    All methods raise `ProtobufError`.
     """
 
     def __init__(self, data: Any, *, max_fields: int = 2_000_000) -> None:
         self.data, self.left = data, max_fields
+
+    def message(self, field: Field) -> Iterator[Field]:
+        """The fields of the message in a field; ``ProtobufError`` if it holds none."""
+        if field.kind != BYTES:
+            raise ProtobufError("a number in place of a message")
+        yield from self.fields(field.start, field.stop)
 
     def fields(self, start: int, stop: int) -> Iterator[Field]:
         """The fields of the message between two positions.
@@ -68,11 +72,7 @@ class Walker:
             at += length
 
     def text(self, field: Field, limit: int = 4096) -> str:
-        """A field's bytes as text.
-
-        Raises:
-            ProtobufError: Not text, or longer than ``limit`` bytes.
-        """
+        """A field's bytes as text of at most ``limit`` bytes."""
         if field.kind != BYTES or field.stop - field.start > limit:
             raise ProtobufError(f"expected text of at most {limit} bytes")
         try:
@@ -81,11 +81,7 @@ class Walker:
             raise ProtobufError("text that is not UTF-8") from error
 
     def numbers(self, field: Field, limit: int = 64) -> list[int]:
-        """A field's varints, packed or single.
-
-        Raises:
-            ProtobufError: More than ``limit`` numbers, or none.
-        """
+        """A field's varints, packed or single: 1 .. ``limit`` of them."""
         if field.kind == VARINT:
             return [field.value]
         values: list[int] = []

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from wm_inject.core.checks import check_channels
 from wm_inject.core.decode import decode_image
 from wm_inject.core.files import atomic_path
 
@@ -202,8 +203,7 @@ def load_image(path: str | Path, *, size: int | None = None, channels: int = 3) 
     path = Path(path)
     if not path.exists():
         raise ValueError(f"expected an image file, found none at {path}")
-    if channels not in (1, 3):
-        raise ValueError(f"expected channels 1 or 3, got {channels}")
+    check_channels(channels)
     image = decode_image(path, channels=channels)
     if size is not None:
         image = image.resize((size, size), Image.Resampling.BILINEAR)

@@ -31,7 +31,7 @@ def fast_trigger(
     device: str | torch.device = "cpu",
     compile: bool = False,
 ) -> FastTrigger:
-    """Make the inference form of a trained trigger, which stays as it is.
+    """The inference form of a trained trigger.
 
     Args:
         trigger: The trained trigger.
@@ -43,10 +43,7 @@ def fast_trigger(
         compile: On a CUDA device, also record the network as a CUDA graph for every batch size.
 
     Returns:
-        A module with the trigger's call. It is for running: save and export the trigger itself.
-
-    Raises:
-        ValueError: Not a watermark trigger, an unknown precision, or compile without CUDA.
+        A module with the trigger's call, for inference only: save and export the trigger itself.
     """
     if not isinstance(trigger, WatermarkTrigger):
         raise ValueError(f"expected a WatermarkTrigger, got {type(trigger).__name__}")

@@ -22,13 +22,8 @@ class FusedLinear:
     """A linear layer ``(M, K)`` to ``(M, N)``, with what follows it in the same pass.
 
     The operators of oneDNN are those that torch.compile writes into its CPU code. They have no
-    public name; where they are missing the public ones do the same, more slowly.
-
-    Args:
-        weight: ``(N, K)``, float32; copied.
-        bias: ``(N,)``, float32; copied.
-        dtype: Of the multiplication; sums are float32.
-        rows: The M for which oneDNN packs the weight; others run as well.
+    public name; where they are missing the public ones do the same, more slowly. Products are of
+    ``dtype``, sums float32; ``rows`` is the M for which the weight is packed, others run as well.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype, rows: int) -> None:

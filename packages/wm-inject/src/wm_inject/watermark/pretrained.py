@@ -35,11 +35,6 @@ def pretrained_card(name: str, *, folder: Path = FOLDER) -> dict[str, Any]:
 def read_pretrained(name: str, *, kind: str, folder: Path = FOLDER) -> Checkpoint:
     """Read pretrained weights as float32, after comparing the file with the SHA-256 of its card.
 
-    Args:
-        name: One of `PRETRAINED`.
-        kind: The kind of checkpoint that is expected.
-        folder: Of the weights and ``cards.json``.
-
     Raises:
         ValueError: No weights of this name.
         CheckpointError: The file is not there, not the one that was shipped, or of another kind.

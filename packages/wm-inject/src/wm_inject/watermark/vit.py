@@ -40,15 +40,10 @@ def vit_config(
 
     Args:
         size: "tiny" (width 64), "small" (192), "base" (384) or "large" (1024, ViT-L).
-        image_size: Side of the images, in pixels.
-        channels: 1 or 3.
         recipe: "paper" and "released" have 24 + 8 blocks and reconstruct the image directly;
             "robust" adds a residual and has 6 + 2 blocks, because four times the depth was
             not visibly better at three times the cost (docs/recipes.md).
         changes: Arguments to change.
-
-    Raises:
-        ValueError: An unknown size or recipe.
     """
     check_choice("a size", size, SIZES)
     check_choice("a recipe", recipe, RECIPES)
@@ -72,7 +67,7 @@ class ViTInjector(nn.Module):
 
     Args:
         image_size: Side H = W of the images, in pixels.
-        channels: 1 (grey) or 3 (RGB).
+        channels: 1 or 3.
         patch_size: Side of a patch; must divide the image side, padded up to a multiple of 8.
         width: Token width D.
         heads: Attention heads; must divide the width.
@@ -86,9 +81,6 @@ class ViTInjector(nn.Module):
             that energy. None leaves it free.
         max_change: With a residual, the largest change of any value, in [0, 1] units, approached
             through a tanh. Without it, a mark of high PSNR may gather in one visible corner.
-
-    Raises:
-        ValueError: A size that does not fit.
     """
 
     kind = "vit-injector"
@@ -149,14 +141,8 @@ class ViTInjector(nn.Module):
     def from_pretrained(cls, name: str) -> ViTInjector:
         """A trained injector that ships with this package, in evaluation mode.
 
-        `WatermarkTrigger.from_pretrained` returns it with its watermark, ready to poison.
-
-        Args:
-            name: One of `wm_inject.PRETRAINED`, such as "small-32".
-
-        Raises:
-            ValueError: No weights of this name.
-            CheckpointError: The file is not the one that was shipped.
+        ``name`` is one of `wm_inject.PRETRAINED`. `WatermarkTrigger.from_pretrained` has it with
+        its watermark, ready to poison.
         """
         saved = read_pretrained(name, kind="watermark")
         injector, prefix = cls(**saved.config["injector_config"]), "injector."
@@ -195,13 +181,10 @@ class ViTInjector(nn.Module):
         return unpatchify(tokens, self.grid, self.patch_size, self.channels)
 
     def load_mae_encoder(self, state: Mapping[str, Tensor]) -> None:
-        """Start the encoder from timm's MAE weights (``vit_large_patch16_224.mae`` for "large").
+        """Start the encoder from the state dict of timm's MAE, with or without its class token.
 
-        Args:
-            state: That model's state dict, with or without its class token.
-
-        Raises:
-            ValueError: The weights are those of another architecture.
+        For size "large" that is ``vit_large_patch16_224.mae``; ``ValueError`` for another
+        architecture.
         """
         modules: dict[str, nn.Module] = {
             "patch_embed.": self.patch_embed,
