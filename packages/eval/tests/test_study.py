@@ -394,12 +394,6 @@ def test_the_oracle_label_is_used_where_the_scan_was_wrong(
     assert oracle is None or oracle.values["labels"] == [0]
 
 
-def test_an_inconclusive_scan_names_nothing() -> None:
-    scan = {"suspected": [0], "verdict": Verdict.INCONCLUSIVE.value}
-    assert stages.named_labels(scan) == []
-    assert stages.named_labels({**scan, "verdict": Verdict.BACKDOORED.value}) == [0]
-
-
 def test_a_failure_says_why_and_the_others_go_on(
     out: Path, scans: Callable[..., Scans], monkeypatch: pytest.MonkeyPatch
 ) -> None:

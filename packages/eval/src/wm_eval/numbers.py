@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
+from defense_reverse import detection_case
 from wm_eval.records import Failure, Key, Record, StudyRecords
 from wm_eval.titles import CLEAN
 
@@ -93,12 +94,7 @@ def named(scan: Mapping[str, Any], *, paper: bool = False) -> list[int]:
 
 def case(scan: Mapping[str, Any], *, paper: bool = False) -> int:
     """Of a backdoored model: 1 only the target is named, 2 others too, 3 only others, 4 none."""
-    labels = named(scan, paper=paper)
-    if not labels:
-        return 4
-    if scan["true_target"] not in labels:
-        return 3
-    return 1 if len(labels) == 1 else 2
+    return detection_case(named(scan, paper=paper), scan["true_target"])
 
 
 def victim_asr(study: StudyRecords, scan: Record) -> float | None:

@@ -31,6 +31,7 @@ from wm_eval.measure import (
     stealth_values,
 )
 from wm_eval.methods import detector_of, rescanned
+from wm_eval.numbers import named
 from wm_eval.pictures import amplified, residual_gain, reversed_picture, save_picture
 from wm_eval.records import Key
 from wm_eval.robustness import Outcomes, compare, outcomes, summarize
@@ -326,7 +327,7 @@ def scan_victim(trial: Trial, detector: str, store: Store, checkpoint: Path) -> 
     report = _scan(trial, detector, trial.load_victim(store), store, checkpoint)
     values = scan_values(report)
     target = None if trial.attack == CLEAN else trial.study.target
-    names = named_labels(values)
+    names = named(values)
     values |= {
         "preset": trial.study.detectors[detector].get("preset", "fast"),
         "model": trial.study.victim.model,
@@ -359,11 +360,6 @@ def _scan(
         progress=store.progress,
         checkpoint=checkpoint,
     )
-
-
-def named_labels(scan: Mapping[str, Any]) -> list[int]:
-    """The labels that a scan says are backdoor targets: none, unless its verdict says so."""
-    return list(scan["suspected"]) if scan["verdict"] == Verdict.BACKDOORED.value else []
 
 
 def _oracle_label(scan: Mapping[str, Any]) -> int:
@@ -546,7 +542,7 @@ def rescan(trial: Trial, detector: str, mitigation: Key, store: Store, checkpoin
     values = scan_values(_scan(trial, detector, model, store, checkpoint))
     first = store.record("scan", {**trial.victim_key, "detector": detector}).values
     values |= {
-        "named": named_labels(values),
+        "named": named(values),
         "named_before": first["named"],
         "verdict_before": first["verdict"],
         "agrees": values["verdict"] == Verdict.CLEAN.value,
