@@ -6,7 +6,7 @@ import torch
 
 from wm_inject import BadNetsTrigger, OnnxModel, WaNetTrigger, save_trigger
 from wm_inject.core.checkpoint import load_checkpoint
-from wm_victim import build_classifier, load_dataset, save_classifier
+from wm_victim import __version__, build_classifier, load_dataset, save_classifier
 from wm_victim.cli import main
 
 SMALL = ["--data", "digits", "--image-size", "16", "--device", "cpu"]
@@ -182,7 +182,7 @@ def test_help_and_version_answer(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as stopped:
             main(arguments)
         assert stopped.value.code == 0
-    assert "wm-victim 0.1.0" in capsys.readouterr().out
+    assert f"wm-victim {__version__}" in capsys.readouterr().out
 
 
 @pytest.mark.integration
