@@ -66,8 +66,7 @@ class ReverseGenerator:
     ) -> ScanReport:
         """Reverse a generator for every label, and decide whether one is unusually easy to reach.
 
-        Images of a label are left out when its generator is sought. All labels share the start and
-        the seed of their order of images.
+        Images of a label are left out when its generator is sought.
 
         Returns:
             A report whose scores are the residuals of equation 5, as means per pixel in [0, 1],
@@ -111,14 +110,8 @@ class ReverseGenerator:
 def detection_case(flagged: Collection[int], target: int) -> int:
     """Which of the paper's four outcomes a scan of a backdoored model is.
 
-    Returns:
-        1: only the target is named. 2: the target and other labels are. 3: only other labels are.
-        4: nothing is.
-
-    Raises:
-        ValueError: A negative label.
-
-    Source: section 4.2.
+    1: only the target is named. 2: the target and other labels are. 3: only other labels are.
+    4: nothing is. Source: section 4.2.
 
     Examples:
         >>> [detection_case(flagged, 0) for flagged in ((0,), (0, 3), (3,), ())]
