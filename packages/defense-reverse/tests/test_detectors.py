@@ -1,4 +1,4 @@
-"""Both rivals on a channel shift that goes through the features, and on its clean control."""
+"""FeatureRE and BTI-DBF on a channel shift that goes through the features, and on a control."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ def model(channel_model) -> Gated:
 def test_feature_re_names_the_channel_shift_and_keeps_its_bounds(model, data):
     images, labels = data
     report = FeatureRE(FRE).scan(model, images, labels=labels, progress=False)
-    raw = [entry["score"] for entry in report.config["raw"]]
+    raw = [entry["score"] for entry in report.log["raw"]]
     assert raw.index(min(raw)) == TARGET and raw[TARGET] < FRE.threshold
     assert report.verdict is Verdict.BACKDOORED and report.suspected == (TARGET,)
     assert f"label {TARGET}" in report.reason and report.detector == "feature-re"
     assert [label.score for label in report.labels] == pytest.approx(torch.tensor(raw).exp())
-    found, trigger = report.config["raw"][TARGET], report.triggers[TARGET]
+    found, trigger = report.log["raw"][TARGET], report.triggers[TARGET]
     assert found["change"] <= FRE.image_bound * 1.05 and found["success"] >= FRE.success_floor
     assert found["spread"] <= FRE.spread_bound
     assert isinstance(trigger, FeatureTrigger) and trigger.score == raw[TARGET]
@@ -106,8 +106,8 @@ def test_bti_dbf_names_the_channel_shift_and_keeps_its_bounds(model, data):
     assert report.labels[TARGET].success_rate >= BTI.min_share
     scores = [label.score for label in report.labels]
     assert scores.index(min(scores)) == TARGET and min(scores) > 0
-    assert report.config["raw"]["image"] <= BTI.image_bound * 1.05
-    assert report.config["raw"]["benign"] <= BTI.benign_bound
+    assert report.log["raw"]["image"] <= BTI.image_bound * 1.05
+    assert report.log["raw"]["benign"] <= BTI.benign_bound
     assert set(report.triggers) == {TARGET}
     assert report.triggers[TARGET](images).shape == images.shape
 

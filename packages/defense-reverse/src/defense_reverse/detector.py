@@ -70,9 +70,9 @@ class ReverseGenerator:
 
         Returns:
             A report whose scores are the residuals of equation 5, as means per pixel in [0, 1],
-            each at the same success floor and at equal effort; ``triggers`` holds
-            a `ReversedTrigger` per label, on the CPU, with the residual as measured. ``log`` has
-            the steps that each label took, and at which step it was stopped.
+            each at the same success floor and at equal effort; ``triggers`` holds a
+            `ReversedTrigger` per label, on the CPU, with the residual as measured. ``log`` has the
+            steps that each label took, and at which step it was stopped.
 
         Raises:
             ValueError: As `Detector.scan`.
@@ -100,11 +100,11 @@ class ReverseGenerator:
             triggers=result.triggers,
             seed=seed,
         )
-        effort = {
+        log = {
             "label_steps": [result.steps[label] for label in result.triggers],
             "left_at": {str(label): step for label, step in result.stopped_at.items()},
         }
-        return replace(report, log=effort)
+        return replace(report, log=log)
 
 
 def detection_case(flagged: Collection[int], target: int) -> int:
