@@ -284,6 +284,7 @@ def test_pins_are_those_of_this_python(tmp_path: Path) -> None:
     assert sbom.pins(path) == {"some-name": "1.2", "x": "2"}
 
 
+@pytest.mark.integration
 def test_a_workspace_is_built_twice_and_looked_into(
     house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,6 +300,7 @@ def test_a_workspace_is_built_twice_and_looked_into(
         assert {info.date_time for info in archive.infolist()} == {(2023, 11, 14, 22, 13, 20)}
 
 
+@pytest.mark.integration
 def test_a_build_that_packs_what_it_should_not_is_refused(
     house: Path, box: members.Package, monkeypatch: pytest.MonkeyPatch
 ) -> None:

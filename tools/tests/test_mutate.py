@@ -97,6 +97,7 @@ def test_clip():
 POOR = "import toy\n\ndef test_clip():\n    assert toy.clip(5, 3) == 5\n"
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("text", "survivors"),
     [

@@ -24,6 +24,7 @@ def test_the_notebook_is_kept_without_outputs() -> None:
 
 
 # The kernel's own packages warn of each other; what the cells do is judged by what they print.
+@pytest.mark.integration
 @pytest.mark.filterwarnings("ignore")
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nbclient = pytest.importorskip("nbclient", reason="no runner of notebooks is installed")

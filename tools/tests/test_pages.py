@@ -166,6 +166,7 @@ def test_links_are_led_to_the_site_or_dropped() -> None:
         led("[x](gone.md)", "house.md")
 
 
+@pytest.mark.integration
 def test_the_site_builds_strictly_and_fetches_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

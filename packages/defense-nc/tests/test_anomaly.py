@@ -58,6 +58,7 @@ def test_large_scores_are_never_flagged():
     assert mad_index(scores, side="upper").flagged == (4,)
 
 
+@pytest.mark.integration
 def test_scale_does_not_matter():
     assert mad_index(TEN * 1e-3).index == pytest.approx(mad_index(TEN).index)
     torch.testing.assert_close(outlier_test(TEN * 1e-3).p_values, outlier_test(TEN).p_values)
@@ -91,6 +92,7 @@ def test_the_papers_rule_misses_a_wide_gap_that_the_default_names():
     assert outlier_test(scores).suspected == (0,)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("draw", ["normal", "lognormal"])
 def test_what_chance_does_on_clean_ten_class_models(draw):
     """The papers' rule flags a third of clean models by chance; the default keeps its promise."""

@@ -29,6 +29,7 @@ def victim():
     return planted_classifier("patch", target=TARGET)
 
 
+@pytest.mark.integration
 def test_adam_on_rows_is_torchs_adam_on_each():
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(3, 2, 4, generator=generator)
@@ -50,6 +51,7 @@ def test_adam_on_rows_is_torchs_adam_on_each():
     torch.testing.assert_close(rows[0], torch.stack(alone).detach(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.integration
 def test_without_a_race_every_label_gets_what_the_reference_finds(data, victim):
     found = invert_triggers(victim, data.images, (1, TARGET), config=EXACT, labels=data.labels)
     for trigger, score in zip(found.triggers, found.scores, strict=True):
@@ -65,6 +67,7 @@ def test_without_a_race_every_label_gets_what_the_reference_finds(data, victim):
         assert trigger.steps == alone.steps
 
 
+@pytest.mark.integration
 def test_a_row_does_not_depend_on_its_neighbours(data, victim):
     few = invert_triggers(victim, data.images, (TARGET,), config=EXACT, labels=data.labels)
     # Two searches at a time: the others wait, and enter when a row is free.
@@ -74,6 +77,7 @@ def test_a_row_does_not_depend_on_its_neighbours(data, victim):
     torch.testing.assert_close(many.triggers[2].mask, few.triggers[0].mask, rtol=0, atol=2e-3)
 
 
+@pytest.mark.integration
 def test_bfloat16_finds_the_same_trigger_and_leaves_the_model_alone(data, victim):
     model = copy.deepcopy(victim)
     half = replace(EXACT, precision="bfloat16")
@@ -88,6 +92,7 @@ def test_bfloat16_finds_the_same_trigger_and_leaves_the_model_alone(data, victim
         assert torch.equal(value, victim.state_dict()[name]) and value.dtype != torch.bfloat16
 
 
+@pytest.mark.integration
 def test_the_race_keeps_the_target_and_saves_work(data, victim):
     found = invert_triggers(victim, data.images, config=RACE, labels=data.labels)
     log = found.race
@@ -122,6 +127,7 @@ def dots():
     return images, labels
 
 
+@pytest.mark.integration
 def test_two_hundred_labels_stay_within_the_stack(dots):
     images, labels = dots
     model = Pixels(200)
@@ -137,6 +143,7 @@ def state(found):
     return [(t.mask, t.pattern, t.success_rate, t.steps) for t in found.triggers]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("killed_after", [3, 11, 25])
 def test_killed_and_resumed_it_ends_in_the_same_bytes(dots, tmp_path, monkeypatch, killed_after):
     images, labels = dots

@@ -111,6 +111,7 @@ def test_few_peaks_make_p_values_larger():
     assert few == pytest.approx(0.1 * stats.f.sf(x, 2, 10), rel=1e-9)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("noise", "counts", "allowed"),
     [
@@ -180,6 +181,7 @@ def test_any_change_changes_the_fingerprint(calibration):
     assert len(marks) == 3 and all(len(mark) == 16 for mark in marks)
 
 
+@pytest.mark.integration
 def test_the_stored_numbers_follow_from_the_stored_scores(tmp_path, calibration, simulated):
     """Of a simulated calibration, and of every one that is shipped."""
     write_calibrations(tmp_path / "c.json", [simulated(0, (10, 43))])

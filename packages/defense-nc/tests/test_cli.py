@@ -70,6 +70,7 @@ def test_scan_exits_with_its_verdict(classifier, scores, capsys, tmp_path, last,
     assert len(record["fingerprint"]) == 64
 
 
+@pytest.mark.integration
 def test_files_for_services_of_the_label_that_is_named(classifier, scores, capsys, tmp_path):
     files = [tmp_path / "filter.onnx", tmp_path / "reversed.onnx"]
     given = ("--data", "digits", "--filter", files[0], "--reversed", files[1])
@@ -189,6 +190,7 @@ def test_help_and_version(capsys, subtests):
             assert "defense-nc" in capsys.readouterr().out
 
 
+@pytest.mark.integration
 def test_unlearn_cleans_what_the_scan_names(classifier, scores, tmp_path, capsys):
     out = tmp_path / "cleaned.safetensors"
     options = ["--data", "digits", "--images", 40, "--recipe", "paper", "--out", out]

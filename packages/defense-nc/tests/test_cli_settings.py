@@ -37,6 +37,7 @@ MORE = {
 }
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("command", MORE)
 @settings(derandomize=True, max_examples=25, deadline=None)
 @given(data=st.data())

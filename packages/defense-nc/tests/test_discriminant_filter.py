@@ -112,6 +112,7 @@ def test_the_conformal_threshold_holds_its_rate_on_new_scores():
             conformal_threshold(scores, rate)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", [DiscriminantFilter, InputFilter])
 def test_the_file_decides_as_the_filter_does(model, data, fresh, tmp_path, kind):
     trigger = planted_trigger("patch")

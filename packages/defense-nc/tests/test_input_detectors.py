@@ -154,6 +154,7 @@ def test_entropy_is_the_mean_over_saturating_sums_in_eight_bits(data):
     assert bool((entropy >= 0).all()) and bool((entropy <= math.log2(10)).all())
 
 
+@pytest.mark.integration
 def test_strip_tells_triggered_images_from_clean_ones(data, fresh):
     model = planted_classifier("patch", target=TARGET)
     detector = Strip(overlays=16).calibrate(model, data.images)

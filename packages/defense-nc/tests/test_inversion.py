@@ -26,6 +26,7 @@ def found(data):
     return invert_trigger(model, data.images, TARGET, config=FAST, labels=data.labels)
 
 
+@pytest.mark.integration
 def test_it_finds_the_planted_patch(found):
     corner = torch.zeros(16, 16, dtype=torch.bool)
     corner[-3:, -3:] = True
@@ -211,6 +212,7 @@ def test_refused_triggers(found):
         found(torch.zeros(1, 3, 8, 8))
 
 
+@pytest.mark.integration
 def test_of_several_searches_the_smallest_trigger_counts() -> None:
     model, data = planted_classifier("patch"), planted_images(64, seed=1)
     settings = {"steps": 12, "batches": 4, "patience": 2, "floor": 0.5}

@@ -35,6 +35,7 @@ def backdoored(data):
     return scanned("patch", data)
 
 
+@pytest.mark.integration
 def test_the_planted_patch_is_named(backdoored):
     assert backdoored.verdict is Verdict.BACKDOORED
     assert backdoored.suspected == (TARGET,)
@@ -43,6 +44,7 @@ def test_the_planted_patch_is_named(backdoored):
     assert f"label {TARGET}" in backdoored.reason
 
 
+@pytest.mark.integration
 def test_a_model_smaller_than_the_calibrated_ones_is_told_so(data):
     """The calibrated preset does not state an error rate where none was measured."""
     model = planted_classifier("patch", target=TARGET)
@@ -52,6 +54,7 @@ def test_a_model_smaller_than_the_calibrated_ones_is_told_so(data):
     assert report.suspected == (TARGET,)
 
 
+@pytest.mark.integration
 def test_nothing_is_named_in_the_clean_control(data):
     clean = scanned("clean", data)
     # One clean label comes out a little low here, and without a calibration that may be doubted.
@@ -60,6 +63,7 @@ def test_nothing_is_named_in_the_clean_control(data):
     assert sum(label.converged for label in clean.labels) >= 8
 
 
+@pytest.mark.integration
 def test_a_channel_shift_has_no_small_mask(data):
     """Neural Cleanse is not made for it: the target is no cheaper than other labels.
 
@@ -108,6 +112,7 @@ def test_the_model_comes_back_as_it_was(data):
     assert not model.gain.requires_grad and model.body[0].weight.requires_grad
 
 
+@pytest.mark.integration
 def test_same_seed_same_report_and_no_labels_needed(data):
     model = planted_classifier("patch", num_classes=4)
     images = planted_images(60, num_classes=4).images
@@ -124,6 +129,7 @@ def test_two_classes_cannot_be_compared():
     assert report.verdict is Verdict.INCONCLUSIVE
 
 
+@pytest.mark.integration
 def test_one_label_at_a_time_is_still_there(data):
     """Without a race and in float32, both engines give the same report."""
     model = planted_classifier("patch", num_classes=4, target=1)
@@ -136,6 +142,7 @@ def test_one_label_at_a_time_is_still_there(data):
     assert stacked.suspected == single.suspected and stacked.verdict is single.verdict
 
 
+@pytest.mark.integration
 def test_a_checkpoint_changes_nothing_and_is_gone_afterwards(data, tmp_path):
     model, path = planted_classifier("patch"), tmp_path / "scan.safetensors"
     kept = NeuralCleanse(TINY).scan(model, data.images, progress=False, checkpoint=path)

@@ -83,6 +83,7 @@ def test_a_model_outside_the_calibrated_range_is_not_scanned_again(calibration, 
     assert calls == [0]
 
 
+@pytest.mark.integration
 def test_repeats_do_not_add_false_alarms(calibration, drawn):
     """Clean models whose scores hold as much noise from run to run as differences of labels."""
     generator = np.random.default_rng(5)

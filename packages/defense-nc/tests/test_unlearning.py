@@ -82,6 +82,7 @@ def reversed_trigger(data):
     return invert_trigger(model, data.images, TARGET, config=fast, labels=data.labels)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("preset", ["nc", "reverse"])
 def test_the_trigger_that_is_unlearned_works_no_longer(preset, data, held_out, reversed_trigger):
     model = planted_classifier("patch", target=TARGET)

@@ -1,7 +1,7 @@
 """What a scan costs: the factors of precision, of the stack and of the race, each apart.
 
 All are measured in one run, round after round, on one victim with a real, invisible backdoor, with
-the preset that `scan` takes by default, and every way must come to the same verdict and name the
+the default preset, and every way must come to the same verdict and name the
 target. As a script it writes a record::
 
     python packages/defense-reverse/benchmarks/bench_reverse.py --out speed-reverse.json
@@ -39,7 +39,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
 from defense_nc import ScanReport
-from defense_reverse import ReverseConfig, UNetGenerator, pretrain, scan
+from defense_reverse import ReverseConfig, ReverseGenerator, UNetGenerator, pretrain
 from wm_inject import FTrojanTrigger
 from wm_inject.core.files import write_json
 from wm_inject.core.plan import PoisonPlan
@@ -176,7 +176,7 @@ def factors(preset: str, rounds: int) -> dict[str, Any]:
 
 
 def _scan(model: nn.Module, known: ImageSet, config: ReverseConfig) -> ScanReport:
-    return scan(model, known.images, labels=known.labels, config=config, progress=False)
+    return ReverseGenerator(config).scan(model, known.images, labels=known.labels, progress=False)
 
 
 @torch.no_grad()

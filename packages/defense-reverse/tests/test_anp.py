@@ -100,6 +100,7 @@ def test_only_masks_get_gradients(data):
     assert all(value.grad is None for value in noise.values())
 
 
+@pytest.mark.integration
 def test_masks_stay_in_the_unit_interval_even_at_a_huge_rate(data):
     settings = ANP(steps=4, batch_size=16, lr=50.0)
     generator = torch.Generator().manual_seed(0)
@@ -153,6 +154,7 @@ def test_a_pruned_channel_says_its_bias_and_the_others_as_before(data):
         assert torch.equal(maps[:, gone], wanted)
 
 
+@pytest.mark.integration
 def test_pruning_stops_before_the_first_threshold_that_costs_too_much(data):
     model = planted_classifier("clean")
     for tolerance in (0.0, 0.05):
@@ -172,6 +174,7 @@ def test_pruning_stops_before_the_first_threshold_that_costs_too_much(data):
         assert accuracy(repaired.model) >= accuracy(model) - tolerance
 
 
+@pytest.mark.integration
 def test_a_planted_channel_is_found_and_pruned():
     data, held_out = planted_images(400), planted_images(500, seed=1)
     model = Gated()

@@ -28,6 +28,7 @@ def test_the_channel_shift_is_named_and_has_the_smallest_residual(backdoored, qu
     assert all(label.success_rate >= quick.success_floor for label in report.labels)
 
 
+@pytest.mark.integration
 def test_the_clean_control_names_nothing(clean):
     assert clean.report.verdict is Verdict.CLEAN and clean.report.suspected == ()
 
@@ -43,6 +44,7 @@ def test_the_report_can_be_written_and_carries_a_trigger_per_label(backdoored, d
         assert trigger(data[0]).shape == data[0].shape
 
 
+@pytest.mark.integration
 def test_the_model_comes_back_as_it_was(data, channel_model):
     images, labels = data
     channel_model.train()
@@ -55,12 +57,14 @@ def test_the_model_comes_back_as_it_was(data, channel_model):
     assert all(torch.equal(state[k], v) for k, v in channel_model.state_dict().items())
 
 
+@pytest.mark.integration
 def test_the_same_seed_gives_the_same_report(data, channel_model):
     images, labels = data
     one, same, other = (scan(channel_model, images, labels=labels, seed=seed) for seed in (0, 0, 1))
     assert one.to_dict() == same.to_dict() and one.to_dict() != other.to_dict()
 
 
+@pytest.mark.integration
 def test_labels_are_guessed_where_none_are_given(data, channel_model):
     images, _ = data
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Known values: the losses of both rivals by hand, and the split of every body we build."""
+"""Known values: the losses of FeatureRE and BTI-DBF by hand, and the split of every body."""
 
 from __future__ import annotations
 

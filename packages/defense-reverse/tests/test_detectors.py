@@ -1,4 +1,4 @@
-"""Both rivals on a channel shift that goes through the features, and on its clean control."""
+"""FeatureRE and BTI-DBF on a channel shift that goes through the features, and on a control."""
 
 from __future__ import annotations
 
@@ -67,15 +67,16 @@ def model(channel_model) -> Gated:
     return gated(channel_model)
 
 
+@pytest.mark.integration
 def test_feature_re_names_the_channel_shift_and_keeps_its_bounds(model, data):
     images, labels = data
     report = FeatureRE(FRE).scan(model, images, labels=labels, progress=False)
-    raw = [entry["score"] for entry in report.config["raw"]]
+    raw = [entry["score"] for entry in report.log["raw"]]
     assert raw.index(min(raw)) == TARGET and raw[TARGET] < FRE.threshold
     assert report.verdict is Verdict.BACKDOORED and report.suspected == (TARGET,)
     assert f"label {TARGET}" in report.reason and report.detector == "feature-re"
     assert [label.score for label in report.labels] == pytest.approx(torch.tensor(raw).exp())
-    found, trigger = report.config["raw"][TARGET], report.triggers[TARGET]
+    found, trigger = report.log["raw"][TARGET], report.triggers[TARGET]
     assert found["change"] <= FRE.image_bound * 1.05 and found["success"] >= FRE.success_floor
     assert found["spread"] <= FRE.spread_bound
     assert isinstance(trigger, FeatureTrigger) and trigger.score == raw[TARGET]
@@ -89,6 +90,7 @@ def test_feature_re_names_the_channel_shift_and_keeps_its_bounds(model, data):
     assert trigger.config["mask"] == [33, 6, 6]
 
 
+@pytest.mark.integration
 def test_feature_re_names_nothing_in_the_clean_control(channel_model, data):
     clean = gated(channel_model, obeys=False)
     report = FeatureRE(FRE).scan(clean, data[0], labels=data[1], progress=False)
@@ -96,6 +98,7 @@ def test_feature_re_names_nothing_in_the_clean_control(channel_model, data):
     assert "names no label" in report.reason
 
 
+@pytest.mark.integration
 def test_bti_dbf_names_the_channel_shift_and_keeps_its_bounds(model, data):
     images, labels = data
     report = BtiDbf(BTI).scan(model, images, labels=labels, progress=False)
@@ -103,12 +106,13 @@ def test_bti_dbf_names_the_channel_shift_and_keeps_its_bounds(model, data):
     assert report.labels[TARGET].success_rate >= BTI.min_share
     scores = [label.score for label in report.labels]
     assert scores.index(min(scores)) == TARGET and min(scores) > 0
-    assert report.config["raw"]["image"] <= BTI.image_bound * 1.05
-    assert report.config["raw"]["benign"] <= BTI.benign_bound
+    assert report.log["raw"]["image"] <= BTI.image_bound * 1.05
+    assert report.log["raw"]["benign"] <= BTI.benign_bound
     assert set(report.triggers) == {TARGET}
     assert report.triggers[TARGET](images).shape == images.shape
 
 
+@pytest.mark.integration
 def test_bti_dbf_parts_what_the_clean_answer_rests_on(model, data):
     images, labels = data
     with open_split(model, images, labels=labels) as inputs:
@@ -121,12 +125,14 @@ def test_bti_dbf_parts_what_the_clean_answer_rests_on(model, data):
     assert kept.float().mean() > 0.75 and rest.float().mean() < 1 / 6
 
 
+@pytest.mark.integration
 def test_bti_dbf_names_nothing_where_too_few_images_reach_a_label(channel_model, data):
     clean = gated(channel_model, obeys=False)
     report = BtiDbf(BTI).scan(clean, data[0], labels=data[1], progress=False)
     assert report.verdict is Verdict.CLEAN and "less than 0.9" in report.reason
 
 
+@pytest.mark.integration
 def test_the_sigmoid_generator_learns_to_keep_the_images_first(model, data):
     config = BtiDbfConfig(
         width=4, depth=1, residual=False, pretrain_steps=60, steps=1, mask_steps=1, lr=5e-3
@@ -136,6 +142,7 @@ def test_the_sigmoid_generator_learns_to_keep_the_images_first(model, data):
     assert float(inverted.changes.image) < 0.3
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_the_model_comes_back_as_it_was(detector, model, data):
     model.train()
@@ -148,6 +155,7 @@ def test_the_model_comes_back_as_it_was(detector, model, data):
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_the_same_seed_gives_the_same_report(detector, model, data):
     state = torch.get_rng_state()
@@ -179,6 +187,7 @@ def test_bad_input_is_refused(detector, model, data):
         detector.scan(model.planted, images, progress=False)
 
 
+@pytest.mark.integration
 def test_a_feature_trigger_outside_its_range_is_refused(model, data):
     config = FeatureREConfig(width=2, depth=1, steps=1)
     report = FeatureRE(config).scan(model, data[0], labels=data[1], progress=False)
@@ -189,6 +198,7 @@ def test_a_feature_trigger_outside_its_range_is_refused(model, data):
         FeatureTrigger(trigger.generator, trigger.mask + 1, target=0)
 
 
+@pytest.mark.integration
 def test_unlearning_closes_the_gate_and_keeps_the_digits(model, data):
     images, labels = data
     state = copy.deepcopy(model.state_dict())
@@ -208,6 +218,7 @@ def test_unlearning_closes_the_gate_and_keeps_the_digits(model, data):
     assert not repaired.model.training and right > 0.9
 
 
+@pytest.mark.integration
 def test_rounds_ask_for_the_first_label_and_repeat_for_a_seed(model, data):
     tiny = BtiDbfConfig(width=2, depth=1, steps=2, mask_steps=2)
     state = torch.get_rng_state()

@@ -48,6 +48,7 @@ def small(quick):
     )
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "changes",
     [
@@ -73,6 +74,7 @@ def test_both_engines_give_the_same_answer(data, channel_model, small, changes):
         torch.testing.assert_close(other(data[0]), trigger(data[0]), rtol=0, atol=0.02)
 
 
+@pytest.mark.integration
 def test_one_by_one_is_reverse_engineer(data, channel_model, small):
     images, labels = data
     found = reverse(channel_model, data, small, by=search_in_turn)
@@ -85,6 +87,7 @@ def test_one_by_one_is_reverse_engineer(data, channel_model, small):
         assert found.scores[label] == alone.residual_norm
 
 
+@pytest.mark.integration
 def test_the_size_of_the_groups_changes_nothing_but_rounding(data, channel_model, small):
     whole, pairs = (
         reverse(channel_model, data, replace(small, images_at_once=count)) for count in (512, 16)
@@ -94,6 +97,7 @@ def test_the_size_of_the_groups_changes_nothing_but_rounding(data, channel_model
         assert pairs.scores[label] == expected
 
 
+@pytest.mark.integration
 def test_with_the_race_labels_leave_and_the_planted_one_is_still_named(data, channel_model, quick):
     images, labels = data
     changes = {"candidates": 2, "references": 1, "milestones": (0.6,), "lr": 5e-3}
@@ -110,6 +114,7 @@ def test_with_the_race_labels_leave_and_the_planted_one_is_still_named(data, cha
         assert report.labels[label].score <= report.triggers[label].residual_norm
 
 
+@pytest.mark.integration
 def test_finished_labels_leave_the_group_and_the_others_go_on(data, small):
     class Generous(nn.Module):
         """Sends everything to label 1, so that its copy is the end of the search."""
@@ -134,6 +139,7 @@ class Killed(Exception):
     """What ends a scan half-way here."""
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("name", "saves"), [("one-by-one", 2), ("together", 1), ("together", 3)])
 def test_a_killed_scan_goes_on_to_the_same_bytes(
     data, channel_model, small, tmp_path, monkeypatch, name, saves
@@ -199,6 +205,7 @@ class Wide(nn.Module):
         return images.mean(dim=(1, 2, 3))[:, None] * spread
 
 
+@pytest.mark.integration
 def test_very_many_labels_fit_a_small_budget():
     model, many = Wide(300), 300
     images = torch.rand(4, 1, 4, 4, generator=torch.Generator().manual_seed(0))

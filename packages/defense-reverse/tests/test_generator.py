@@ -97,6 +97,7 @@ def test_bad_images_are_refused(subtests):
             UNetGenerator(channels=3, width=4)(batch)
 
 
+@pytest.mark.integration
 def test_exports_give_the_same_images_where_sides_are_padded(tmp_path):
     net, batch = stirred(channels=1, width=4, depth=3), images(3, 1, 28)
     parity = to_torchscript(net, batch, tmp_path / "g.pt")

@@ -124,6 +124,7 @@ def test_the_search_is_gradient_ascent_on_the_nets_own_answers(data):
     assert float(delta.norm()) == pytest.approx(0.5, abs=1e-5)
 
 
+@pytest.mark.integration
 def test_a_planted_backdoor_is_unlearnt():
     data, held_out = planted_images(400), planted_images(500, seed=1)
     model = planted_classifier("patch", target=TARGET)

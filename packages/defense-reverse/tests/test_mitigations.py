@@ -89,6 +89,7 @@ def test_the_loss_decreases_and_the_log_is_ready_for_json(subtests):
 
 
 # The layers of some differ only to methods that look inside.
+@pytest.mark.integration
 def test_every_classifier_of_the_house_can_be_repaired(subtests):
     for kind, name in [
         (kind, name)

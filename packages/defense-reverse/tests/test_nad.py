@@ -85,6 +85,7 @@ def test_identical_networks_leave_cross_entropy_alone():
     assert torch.equal(loss(digits.images, digits.labels), plain)
 
 
+@pytest.mark.integration
 def test_betas_weigh_the_layers():
     """The loss is linear in each beta, and each layer has its own."""
     digits = planted_images(16)

@@ -41,6 +41,7 @@ def undecided(trigger, images):
     return float(((levels % 1 - 0.5).abs() < 255 * error).double().mean()) / 255
 
 
+@pytest.mark.integration
 def test_pretraining_reconstructs_the_images(data, start):
     images, _ = data
     with torch.no_grad():
@@ -55,6 +56,7 @@ def test_the_pretrained_generator_leaves_the_answers_alone(data, start, channel_
     assert same.float().mean() > 0.9
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("perceptual", [0.0, 0.1])
 def test_pretraining_draws_from_its_own_seed(data, quick, perceptual):
     if perceptual and find_lpips_weights() is None:
@@ -68,6 +70,7 @@ def test_pretraining_draws_from_its_own_seed(data, quick, perceptual):
     assert not torch.equal(one.head.weight, other.head.weight)
 
 
+@pytest.mark.integration
 def test_without_the_attack_term_every_label_keeps_the_reconstruction(
     data, start, channel_model, quick
 ):
@@ -111,6 +114,7 @@ def test_the_planted_label_is_reached_with_a_small_change(backdoored, quick):
     assert trigger.residual_norm < 0.03
 
 
+@pytest.mark.integration
 def test_the_sigmoid_output_tells_the_planted_label_as_well(data, start, channel_model, quick):
     images, labels = data
     found = [
@@ -126,6 +130,7 @@ def test_the_residual_output_starts_as_a_copy_and_skips_pretraining(data, quick)
     assert torch.equal(pretrain(data[0], config=config)(data[0]), data[0])
 
 
+@pytest.mark.integration
 def test_the_same_seed_gives_the_same_bits(data, start, channel_model, quick):
     images, labels = data
     config = replace(quick, steps=12)
@@ -167,6 +172,7 @@ def test_without_labels_the_models_answers_are_used(data, start, channel_model, 
     assert torch.equal(told(images), guessed(images))
 
 
+@pytest.mark.integration
 def test_a_start_is_trained_if_none_is_given_and_residual_output_works(data, channel_model, quick):
     images, labels = data
     config = replace(quick, steps=40, residual=True)
@@ -175,6 +181,7 @@ def test_a_start_is_trained_if_none_is_given_and_residual_output_works(data, cha
     assert 0 <= trigger.residual_norm < 0.2
 
 
+@pytest.mark.integration
 def test_bfloat16_training_comes_close_to_float32(data, quick):
     images, _ = data
     for precision in ("float32", "bfloat16"):

@@ -61,6 +61,7 @@ def test_each_row_generates_as_its_generator(kind):
         torch.testing.assert_close(one, net(batch), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.integration
 def test_one_adam_over_all_rows_is_an_adam_of_each(subtests):
     for kind in ["apart", "vmapped"]:
         for counts in [(4, 4, 4), (4, 2, 3)]:

@@ -33,6 +33,7 @@ def test_a_file_gives_the_same_bits(backdoored, data, tmp_path):
     assert written[0] == written[1]
 
 
+@pytest.mark.integration
 def test_trained_weights_export(backdoored, data, tmp_path):
     trigger, images = backdoored.report.triggers[TARGET], data[0][:3]
     assert to_torchscript(trigger, images, tmp_path / "t.pt").max_abs <= 1e-4

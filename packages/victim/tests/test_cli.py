@@ -6,7 +6,7 @@ import torch
 
 from wm_inject import BadNetsTrigger, OnnxModel, WaNetTrigger, save_trigger
 from wm_inject.core.checkpoint import load_checkpoint
-from wm_victim import build_classifier, load_dataset, save_classifier
+from wm_victim import __version__, build_classifier, load_dataset, save_classifier
 from wm_victim.cli import main
 
 SMALL = ["--data", "digits", "--image-size", "16", "--device", "cpu"]
@@ -20,6 +20,7 @@ def patch(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.integration
 def test_train_and_test_agree(
     tmp_path: Path, patch: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -43,6 +44,7 @@ def test_train_and_test_agree(
     assert len(saved.metadata["history"]["losses"]) == 2
 
 
+@pytest.mark.integration
 def test_the_same_command_writes_the_same_bytes(tmp_path: Path) -> None:
     outs = [tmp_path / f"{name}.safetensors" for name in ("a", "b")]
     for out in outs:
@@ -51,6 +53,7 @@ def test_the_same_command_writes_the_same_bytes(tmp_path: Path) -> None:
     assert outs[0].read_bytes() == outs[1].read_bytes()
 
 
+@pytest.mark.integration
 def test_noise_mode_is_for_triggers_that_offer_it(
     tmp_path: Path, patch: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,6 +88,7 @@ def test_what_is_in_a_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "image size             16\n" in capsys.readouterr().out
 
 
+@pytest.mark.integration
 def test_a_kept_checkpoint_stays(tmp_path: Path) -> None:
     kept = tmp_path / "run.safetensors"
     command = [*TRAIN, "--out", str(tmp_path / "v.safetensors"), "--checkpoint", str(kept)]
@@ -92,6 +96,7 @@ def test_a_kept_checkpoint_stays(tmp_path: Path) -> None:
     assert kept.is_file()
 
 
+@pytest.mark.integration
 def test_digits_are_never_mirrored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [*TRAIN, "--out", str(tmp_path / "v.safetensors"), "--epochs", "1"]
     assert main([*command, "--augment", "crop-flip"]) == 1
@@ -155,6 +160,7 @@ def test_a_value_out_of_range_is_told_before_any_data_is_read(
     assert "argument --lr: expected" in capsys.readouterr().err
 
 
+@pytest.mark.integration
 def test_testing_on_other_data_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,9 +182,10 @@ def test_help_and_version_answer(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as stopped:
             main(arguments)
         assert stopped.value.code == 0
-    assert "wm-victim 0.1.0" in capsys.readouterr().out
+    assert f"wm-victim {__version__}" in capsys.readouterr().out
 
 
+@pytest.mark.integration
 def test_a_classifier_is_exported_in_either_form(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

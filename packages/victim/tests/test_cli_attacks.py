@@ -33,6 +33,7 @@ def command(attack: str, out: Path, *options: str) -> list[str]:
     ]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", list_attacks())
 def test_every_attack_is_planted_and_its_trigger_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
@@ -54,6 +55,7 @@ def test_every_attack_is_planted_and_its_trigger_kept(
     assert capsys.readouterr().out.splitlines() == shown[2:]
 
 
+@pytest.mark.integration
 def test_ratio_and_settings_reach_the_attack(tmp_path: Path) -> None:
     out, kept = tmp_path / "victim.safetensors", tmp_path / "trigger.safetensors"
     options = ["--ratio", "0.25", "--set", "margin=2", "--set", "value=0.5"]
@@ -154,6 +156,7 @@ def test_steps_per_epoch_leave_out_a_single_image(count: int) -> None:
     assert TrainConfig(batch_size=32).steps_per_epoch(count) == expected
 
 
+@pytest.mark.integration
 def test_a_kept_checkpoint_keeps_its_parts(tmp_path: Path) -> None:
     run = tmp_path / "run.safetensors"
     out = tmp_path / "victim.safetensors"

@@ -429,6 +429,7 @@ def test_gtsrb_in_torchvisions_folders(tmp_path: Path) -> None:
 # The real sets
 
 
+@pytest.mark.integration
 @needs_data
 def test_cifar10_is_complete_and_in_order(cifar10: Dataset) -> None:
     assert (len(cifar10.train), len(cifar10.test)) == (50_000, 10_000)
@@ -440,6 +441,7 @@ def test_cifar10_is_complete_and_in_order(cifar10: Dataset) -> None:
     assert torch.allclose(cifar10.train.images.std((0, 2, 3)), known[1], atol=1e-3)
 
 
+@pytest.mark.integration
 @needs_data
 def test_mnist_is_complete() -> None:
     data = load_dataset("mnist", root=REAL, download=False, limit=2000)
@@ -449,6 +451,7 @@ def test_mnist_is_complete() -> None:
     ]
 
 
+@pytest.mark.integration
 @needs_data
 def test_gtsrb_is_strict_by_default() -> None:
     strict = load_dataset("gtsrb", root=REAL, download=False)

@@ -108,6 +108,7 @@ def test_bfloat16_errs_no_more_in_the_blocked_layout_than_under_autocast(few: Im
         assert 0 < blocked < 1.5 * autocast
 
 
+@pytest.mark.integration
 @needs_onednn
 def test_the_blocked_layout_learns_digits_and_the_backdoor(digits: Dataset) -> None:
     model, trigger = small_net("resnet10"), BadNetsTrigger(image_size=16, size=3)
@@ -117,6 +118,7 @@ def test_the_blocked_layout_learns_digits_and_the_backdoor(digits: Dataset) -> N
     assert attack_success(model, digits.test, trigger, target=3) > 0.9
 
 
+@pytest.mark.integration
 @needs_onednn
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_stopped_run_in_the_blocked_layout_goes_on_to_the_same_bits(

@@ -86,6 +86,7 @@ def check(case: tuple[str, ...], tmp_path: Path) -> None:
     assert float((want - got).abs().max()) <= 2e-3 * float(want.abs().max())
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("case", QUICK, ids=" ".join)
 def test_a_clean_model_opens(case: tuple[str, ...], tmp_path: Path) -> None:
     check(case, tmp_path)

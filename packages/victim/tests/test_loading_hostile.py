@@ -55,6 +55,7 @@ def refuse(case: Case, tmp_path: Path) -> str:
     return message
 
 
+@pytest.mark.integration
 def test_a_hostile_file_is_refused(tmp_path: Path, subtests: pytest.Subtests) -> None:
     for case in _FAST:
         folder = tmp_path / case.build.__name__
@@ -69,6 +70,7 @@ def test_a_hostile_file_is_refused_by_the_child(case: Case, tmp_path: Path) -> N
     refuse(case, tmp_path)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "name",
     [

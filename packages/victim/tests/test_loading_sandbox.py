@@ -101,6 +101,7 @@ def test_a_child_reads_its_input_writes_its_folder_and_does_nothing_else(folder:
     assert (folder / "outside" / "kept").read_text() == "kept"
 
 
+@pytest.mark.integration
 def test_a_child_that_spins_or_fills_the_disk_is_stopped(folder: Path) -> None:
     start = _PROBE[: _PROBE.index("os.makedirs")]
     spins = probe(folder, start + "while True: pass")
@@ -161,6 +162,7 @@ def test_script_that_passes_the_listing_still_reaches_nothing(
     assert marker.exists()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("queued", "ends"), [(0.0, False), (10.0, True), (100.0, False)])
 def test_waiting_for_a_processor_is_not_held_against_a_child(
     queued: float, ends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

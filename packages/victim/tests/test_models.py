@@ -148,6 +148,7 @@ def test_timm_models_come_without_a_download(name: str, tmp_path: Path) -> None:
         assert torch.equal(load_classifier(tmp_path / "m.safetensors")(images), model(images))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_a_traced_net_gives_the_same_logits_at_another_batch_size(name: str) -> None:
     model = build(name, channels=1, image_size=28, width=8).eval()

@@ -33,6 +33,7 @@ def rates(model, trigger, data):
     return float(clean), float(attack), float(false)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", ["patch", "channel", "pattern"])
 def test_the_planted_backdoor_works_and_hides(kind, shape):
@@ -105,6 +106,7 @@ def test_the_only_trigger_is_number_zero():
         planted_trigger("several", which=-1)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("seed", [0, 1])
 def test_seeds_and_fewer_classes(seed):
     model = planted_classifier("patch", num_classes=4, target=TARGET, seed=seed)
@@ -128,6 +130,7 @@ def test_the_plant_is_the_formula():
     assert added[:, [k for k in range(10) if k != TARGET]].abs().max() < 1e-5
 
 
+@pytest.mark.integration
 def test_same_seed_same_bytes_and_the_global_generator_is_left_alone():
     before = torch.get_rng_state()
     first, second = planted_classifier("patch", seed=1), planted_classifier("patch", seed=1)

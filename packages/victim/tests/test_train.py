@@ -92,6 +92,7 @@ def stop_in_epoch(number: int) -> Any:
     return on_epoch
 
 
+@pytest.mark.integration
 def test_a_narrow_net_learns_real_digits_and_the_backdoor(digits: Dataset) -> None:
     model, trigger = small_net(), BadNetsTrigger(image_size=16, size=3)
     config = TrainConfig.preset("fast", epochs=5)
@@ -105,6 +106,7 @@ def test_a_narrow_net_learns_real_digits_and_the_backdoor(digits: Dataset) -> No
     assert "seconds" not in history.to_dict()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_it_overfits_64_images(digits: Dataset, precision: str) -> None:
     model, data = small_net(), digits.train.subset(torch.arange(64))
@@ -137,6 +139,7 @@ def test_the_same_seed_gives_the_same_bits(few: ImageSet, precision: str) -> Non
     assert not same(weights(other), runs[0])
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("net", "augment", "hooked"),
     [("resnet10", "crop-flip", False), ("wanet-mnist", "crop", False), ("resnet10", "none", True)],

@@ -105,6 +105,7 @@ def test_refusals() -> None:
         MarkDetector.calibrate(extractor(), MARK, images()).detect(torch.rand(1, 1, 32, 32))
 
 
+@pytest.mark.integration
 def test_command_line_trains_on_a_folder_and_finds_marks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

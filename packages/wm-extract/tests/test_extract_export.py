@@ -38,6 +38,7 @@ def test_the_network_scores_as_the_detector_does(detector: MarkDetector) -> None
     assert torch.allclose(score, found.score, atol=1e-3) and torch.equal(maps, found.maps)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("uint8", [True, False])
 def test_the_file_decides_as_the_detector_does(
     detector: MarkDetector, tmp_path: Path, uint8: bool
@@ -62,6 +63,7 @@ def test_torchscript(detector: MarkDetector, tmp_path: Path) -> None:
     assert torch.allclose(score, MarkNetwork(detector)(images(5))[0], atol=1e-3)
 
 
+@pytest.mark.integration
 def test_the_command(
     detector: MarkDetector, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

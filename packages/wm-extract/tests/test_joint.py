@@ -77,6 +77,7 @@ def test_every_recipe_takes_a_step(subtests: pytest.Subtests) -> None:
             assert len(result.history) == 1 and not result.injector.training
 
 
+@pytest.mark.integration
 def test_same_seed_same_bytes_and_another_seed_not() -> None:
     one = train_jointly(noise(), config=TINY, seed=3, progress=False)
     two = train_jointly(noise(), config=TINY, seed=3, progress=False)
@@ -88,6 +89,7 @@ def test_same_seed_same_bytes_and_another_seed_not() -> None:
     assert one.history == two.history != other.history
 
 
+@pytest.mark.integration
 def test_a_killed_run_goes_on_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +120,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
         train_jointly(noise(), config=config, checkpoint=path, seed=1, progress=False)
 
 
+@pytest.mark.integration
 def test_learns_a_mark_that_survives_and_stays_out_of_clean_digits() -> None:
     images = digits()
     config = JointConfig(

@@ -89,6 +89,7 @@ def test_weights_are_stored_in_16_bits_and_loaded_to_the_same_numbers(
             assert load_detector(WEIGHTS / f"{name}.safetensors").watermark.dtype == torch.float32
 
 
+@pytest.mark.integration
 def test_marks_are_found_and_unmarked_images_are_not(
     digits: torch.Tensor, marked: torch.Tensor
 ) -> None:
@@ -100,6 +101,7 @@ def test_marks_are_found_and_unmarked_images_are_not(
     assert balanced_bit_accuracy(found.maps, detector.watermark).mean() > 0.95
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("corruption", PAPER_CORRUPTIONS)
 def test_marks_survive_as_the_card_says(
     corruption: str, digits: torch.Tensor, marked: torch.Tensor
@@ -128,6 +130,7 @@ def test_an_unknown_name_and_a_changed_file_are_refused(tmp_path: Path) -> None:
         read_pretrained("tiny-32", kind=KIND, folder=folder)
 
 
+@pytest.mark.integration
 def test_from_the_command_line_both_halves_work_together(
     tmp_path: Path, digits: torch.Tensor, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,6 +147,7 @@ def test_from_the_command_line_both_halves_work_together(
     assert "of 20 images are marked (false-positive rate 0.001)" in capsys.readouterr().out
 
 
+@pytest.mark.integration
 def test_both_halves_are_exported_by_their_name(
     tmp_path: Path, digits: torch.Tensor, marked: torch.Tensor, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,6 +192,7 @@ def test_a_detector_must_be_named_once(
             assert stop.value.code == 64 and "--pretrained" in said and said.count("\n") == 1
 
 
+@pytest.mark.integration
 def test_the_extractor_alone_reads_the_mark(digits: torch.Tensor, marked: torch.Tensor) -> None:
     extractor = UNetExtractor.from_pretrained(GREY)
     mark = MarkDetector.from_pretrained(GREY).watermark

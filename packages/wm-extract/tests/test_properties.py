@@ -23,6 +23,7 @@ def drawn(seed: int, *shape: int) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", NAMES)
 @settings(parent=STEADY, max_examples=12)
 @given(

@@ -125,6 +125,7 @@ def test_extremes_stay_in_range():
         assert out.min() >= 0 and out.max() <= 1
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("size", "channels"), [(28, 1), (32, 3), (64, 3)])
 @pytest.mark.parametrize("target", [30.0, 34.3, 40.0])
 def test_calibration_meets_its_psnr_on_other_images(size, channels, target):

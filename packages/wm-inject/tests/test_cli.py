@@ -31,6 +31,7 @@ def paths(*values) -> list[str]:
     return [str(value) for value in values]
 
 
+@pytest.mark.integration
 def test_save_export_poison_and_measure(photos, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("wm_inject.stealth.perceptual.find_lpips_weights", lambda: None)
     saved, model = tmp_path / "t.safetensors", tmp_path / "t.onnx"
@@ -59,6 +60,7 @@ def test_save_export_poison_and_measure(photos, tmp_path, capsys, monkeypatch):
     assert max(values["linf"]) <= 0.1 + 1 / 255
 
 
+@pytest.mark.integration
 def test_what_ships_is_exported_by_its_name(tmp_path, capsys):
     rng = np.random.default_rng(0)
     for name in "abc":
@@ -109,6 +111,7 @@ def test_export_to_torchscript(tmp_path):
     assert torch.equal(torch.jit.load(str(out))(images), BadNetsTrigger(image_size=SIZE)(images))
 
 
+@pytest.mark.integration
 def test_a_trigger_that_wants_a_target_is_exported_and_poisons_the_same(photos, tmp_path, capsys):
     saved, model = tmp_path / "t.safetensors", tmp_path / "t.onnx"
     save_trigger(MarksmanTrigger(image_size=SIZE, channels=3, num_classes=4, width=4), saved)
@@ -167,6 +170,7 @@ def test_help_and_version(command, capsys):
         assert 'There is no "wm-inject train"' in shown
 
 
+@pytest.mark.integration
 def test_export_into_a_triton_repository(tmp_path, capsys):
     saved, repository = tmp_path / "t.safetensors", tmp_path / "repository"
     save_trigger(BadNetsTrigger(image_size=16), saved)

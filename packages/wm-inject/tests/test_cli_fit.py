@@ -42,6 +42,7 @@ def test_ssba_is_fitted_and_poisons(photos, tmp_path, capsys):
     assert len(list(poisoned.glob("*.png"))) == 6
 
 
+@pytest.mark.integration
 def test_a_stopped_fit_goes_on_to_the_same_bytes(photos, tmp_path, monkeypatch, capsys):
     whole, out = tmp_path / "whole.safetensors", tmp_path / "part.safetensors"
     monkeypatch.setattr(ssba_fit, "CHECKPOINT_EVERY", 5)

@@ -82,6 +82,7 @@ def fitted(kind: str) -> torch.nn.Module:
     }[kind]()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", FIXED)
 def test_a_fixed_trigger_needs_no_more_than_its_name(photos, tmp_path, capsys, kind):
     out = tmp_path / "out"

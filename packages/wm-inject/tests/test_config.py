@@ -81,6 +81,7 @@ WHOLES = st.builds(
 )
 
 
+@pytest.mark.integration
 @settings(derandomize=True, max_examples=200, deadline=None)
 @given(config=WHOLES, start=WHOLES)
 def test_what_is_written_gives_the_same_settings_from_any_start(

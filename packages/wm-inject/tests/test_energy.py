@@ -44,6 +44,7 @@ def decibels(out: torch.Tensor, images: torch.Tensor) -> float:
     return float(psnr(out, images).mean())
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("kind", "settings", "wanted", "similar"),
     [
@@ -78,6 +79,7 @@ def test_ftrojan_without_rounding(images, magnitude, wanted):
     assert decibels(out, images) == pytest.approx(wanted, abs=0.5)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("settings", "wanted", "similar"),
     [({}, 31.8, 0.973), ({"strength": 1.0}, 26.0, None), ({"grid": 8}, 30.7, None)],

@@ -111,11 +111,13 @@ def test_a_module_that_gives_its_input_back_is_exported(exporter):
     assert parity.max_abs == 0
 
 
+@pytest.mark.integration
 def test_logits_are_compared_relatively(exporter):
     _, parity = exporter(TinyClassifier(), example(), relative=True)
     assert parity.max_rel <= 1e-4
 
 
+@pytest.mark.integration
 def test_a_file_that_computes_something_else_is_not_left_behind(exporter):
     with pytest.raises(ParityError, match=r"by .* absolute, more than 0\.0001"):
         exporter(Dropping(), example())
@@ -183,6 +185,7 @@ def test_modules_that_do_not_give_tensors_are_refused(exporter):
         exporter(lambda images: images, example())
 
 
+@pytest.mark.integration
 def test_several_outputs_have_names(tmp_path):
     parity = to_onnx(Two(), example(), tmp_path / "m.onnx", output_names=("score", "map"))
     assert parity.max_abs < 1e-6
@@ -199,6 +202,7 @@ def test_several_outputs_have_names(tmp_path):
     assert len(torch.jit.load(str(tmp_path / "m.pt"))(example())) == 2
 
 
+@pytest.mark.integration
 def test_what_cannot_be_exported_is_named_in_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"cannot export Essay to ONNX: .*data-dependent") as told:
         to_onnx(Essay(), example(), tmp_path / "m.onnx")
@@ -221,6 +225,7 @@ class Mixer(nn.Module):
         return (images + 0.1 * torch.tanh(change)).clamp(0, 1)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("uint8", [False, True])
 @pytest.mark.parametrize(("precision", "allowed"), [("float16", 1e-3), ("int8", 2e-2)])
 def test_lower_precisions_stay_close(tmp_path, precision, allowed, uint8):
@@ -240,6 +245,7 @@ def test_lower_precisions_stay_close(tmp_path, precision, allowed, uint8):
     assert np.abs(model(images).astype(float) - want).max() / (255 if uint8 else 1) <= 2e-2
 
 
+@pytest.mark.integration
 def test_float16_ends_before_the_residual_is_added(tmp_path):
     """The identity but for a change of zero: in float16 the image itself would lose digits."""
     module = Mixer()
@@ -247,6 +253,7 @@ def test_float16_ends_before_the_residual_is_added(tmp_path):
     assert to_onnx(module, example(), tmp_path / "m.onnx", precision="float16").max_abs == 0
 
 
+@pytest.mark.integration
 def test_int8_is_for_matrix_products(tmp_path):
     with pytest.raises(ValueError, match="matrix products for int8, got one of convolutions"):
         to_onnx(TinyInjector(), example(), tmp_path / "m.onnx", precision="int8")
@@ -269,12 +276,14 @@ def test_unknown_precisions_are_refused(tmp_path, precision):
         to_torchscript(Mixer(), example(), tmp_path / "m.pt", precision="int8")
 
 
+@pytest.mark.integration
 def test_a_precision_that_is_too_coarse_for_the_tolerance_is_an_error(tmp_path):
     with pytest.raises(ParityError, match="differs from the module"):
         to_onnx(Mixer(), example(), tmp_path / "m.onnx", precision="int8", tolerance=1e-6)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.integration
 def test_any_size(tmp_path):
     class Blur(nn.Module):
         def forward(self, images):
@@ -305,6 +314,7 @@ def test_a_module_in_which_sizes_are_tensors_is_traced(tmp_path):
             to_onnx(Sized(), example(), tmp_path / "n.onnx", traced=True, **more)
 
 
+@pytest.mark.integration
 def test_weights_in_a_file_of_their_own(tmp_path):
     path = tmp_path / "m.onnx"
     to_onnx(Mixer(), example(), path, external_data=True)
@@ -316,6 +326,7 @@ def test_weights_in_a_file_of_their_own(tmp_path):
         to_onnx(Mixer(), example(), path, external_data=True, precision="int8")
 
 
+@pytest.mark.integration
 def test_files_hold_no_path_of_the_machine_that_made_them(tmp_path):
     to_onnx(Mixer(), example(), tmp_path / "m.onnx")
     to_torchscript(Mixer(), example(), tmp_path / "m.pt")
@@ -325,6 +336,7 @@ def test_files_hold_no_path_of_the_machine_that_made_them(tmp_path):
         assert b"site-packages" not in content and b"test_export" not in content
 
 
+@pytest.mark.integration
 def test_the_record_tells_the_weights(tmp_path):
     def digest(module):
         to_onnx(module, example(), tmp_path / "m.onnx")
@@ -349,6 +361,7 @@ def test_torchscript_carries_its_metadata_and_warns_nobody(tmp_path):
     assert torch.equal(loaded(example(7)), BadNetsTrigger(image_size=16)(example(7)))
 
 
+@pytest.mark.integration
 def test_onnx_carries_its_metadata_and_takes_any_batch(tmp_path):
     trigger = WaNetTrigger(image_size=16, strength=2.0)
     to_onnx(trigger, example(), tmp_path / "m.onnx", metadata={"kind": "warp"})
@@ -359,6 +372,7 @@ def test_onnx_carries_its_metadata_and_takes_any_batch(tmp_path):
         assert np.abs(model(images.numpy()) - trigger(images).numpy()).max() < 1e-5
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "trigger",
     [BadNetsTrigger(image_size=16), BlendTrigger(image_size=16, channels=3), TinyInjector().eval()],
@@ -375,6 +389,7 @@ def test_the_uint8_graph_takes_and_gives_stored_pixels(tmp_path, trigger):
     assert differing.mean() <= 1e-3
 
 
+@pytest.mark.integration
 def test_a_uint8_graph_of_a_classifier_gives_logits(tmp_path):
     module = TinyClassifier().eval()
     to_onnx(module, example(), tmp_path / "m.onnx", uint8=True, relative=True)
@@ -387,6 +402,7 @@ def test_a_uint8_graph_of_a_classifier_gives_logits(tmp_path):
         Poisoner(tmp_path / "m.onnx")(pixels)
 
 
+@pytest.mark.integration
 def test_names_of_input_and_output(tmp_path):
     path = tmp_path / "m.onnx"
     to_onnx(BadNetsTrigger(image_size=16), example(), path, input_name="x", output_names=("y",))
@@ -395,6 +411,7 @@ def test_names_of_input_and_output(tmp_path):
     assert model.metadata["inputs"] == ["x"]
 
 
+@pytest.mark.integration
 def test_weights_too_large_for_one_file_get_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr("wm_inject.export.onnx_graph._LIMIT", 10)
     to_onnx(Mixer(), example(), tmp_path / "m.onnx")
@@ -429,6 +446,7 @@ def vectors(names, n: int) -> dict[str, torch.Tensor]:
     return {name: values[name] for name in names}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("names", NAMES)
 def test_onnx_takes_ids_and_target_where_the_trigger_does(tmp_path, names):
     path = tmp_path / "m.onnx"
@@ -468,6 +486,7 @@ def test_torchscript_takes_them_too(tmp_path, names):
         assert torch.allclose(loaded(example(n), *extra.values()), wanted, atol=1e-6)
 
 
+@pytest.mark.integration
 def test_the_parity_of_ids_is_really_checked(tmp_path):
     class Shifting(Told):
         calls = 0

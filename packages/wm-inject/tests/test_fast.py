@@ -56,6 +56,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(fused_linear, "packed_weight", lambda weight, rows: None)
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())

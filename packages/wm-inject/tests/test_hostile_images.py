@@ -35,6 +35,7 @@ def test_odd_images_are_read_right(tmp_path, subtests):
                 assert stored_size(path) == want.shape[1::-1]
 
 
+@pytest.mark.integration
 def test_bad_images_are_named_in_one_line(tmp_path, subtests):
     for name in BAD:
         with subtests.test(name=name):
@@ -47,6 +48,7 @@ def test_bad_images_are_named_in_one_line(tmp_path, subtests):
             assert path.name in message and "\n" not in message and len(message) < 400
 
 
+@pytest.mark.integration
 def test_bad_images_fill_no_memory(tmp_path):
     """All of them in one process that may have 512 MB beside what it starts with."""
     for number, make in enumerate(BAD.values()):

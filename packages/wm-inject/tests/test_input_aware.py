@@ -87,6 +87,7 @@ def test_the_published_generators_have_723273_and_722691_weights():
     assert counts == [723_273, 722_691]
 
 
+@pytest.mark.integration
 def test_every_size_keeps_shape_and_range(subtests):
     for size in [9, 28, 32, 64, 160, 224]:
         for channels in [1, 3]:
@@ -220,6 +221,7 @@ def test_diversity_of_equal_images_is_finite_and_so_is_its_gradient():
         assert bool(ratio.isfinite()) and bool(outputs.grad.isfinite().all())
 
 
+@pytest.mark.integration
 def test_phase_a_lowers_the_density_and_nothing_else_changes():
     trigger, images = fresh(), batch(48)
     before, patterns = trigger.mask(images).mean(), weights(trigger.pattern_net)
@@ -248,6 +250,7 @@ def test_the_two_orders_are_independent_and_follow_the_seed():
     assert all(torch.equal(a, b) for a, b in zip(next(later), first[7], strict=True))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("killed_at", [5, 25])
 def test_phase_a_goes_on_to_the_same_bytes_after_a_kill(killed_at, tmp_path, monkeypatch):
     monkeypatch.setattr(fit, "_SAVE_EVERY", 10)
@@ -309,6 +312,7 @@ def test_presets_and_what_they_refuse():
             refused()
 
 
+@pytest.mark.integration
 def test_a_batch_has_its_own_cross_and_clean_images(subtests):
     for n, each in [(20, 4), (19, 3), (5, 1), (4, 0), (1, 0)]:
         with subtests.test(n=n, each=each):
@@ -351,6 +355,7 @@ def test_all_to_all_and_the_largest_ratio():
     assert int((new == true + 1).sum()) == 4 and int((new == true).sum()) == 5
 
 
+@pytest.mark.integration
 def test_a_batch_follows_its_generator():
     def run(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         return hook_of().transform(batch(), labels(), model=victim(), generator=generator(seed))

@@ -242,6 +242,7 @@ def test_files_bring_it_back(tmp_path):
     assert "image_size=16" in repr(fresh)
 
 
+@pytest.mark.integration
 def test_it_exports(tmp_path):
     trigger, images = search().trigger, digits()[0][:4]
     for export, name in ((to_torchscript, "m.pt"), (to_onnx, "m.onnx")):

@@ -42,6 +42,7 @@ def test_values_are_those_of_the_package(untrained):
     assert torch.allclose(Lpips(path)(a, b), wanted, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.integration
 def test_trained_values_are_those_of_the_package():
     path, net = trained_file(), package()
     net.load_state_dict(load_file(path), strict=True)
@@ -53,6 +54,7 @@ def test_trained_values_are_those_of_the_package():
     assert bool((found > 0.001).all())
 
 
+@pytest.mark.integration
 def test_a_distance(untrained):
     module = Lpips(untrained[1])
     a, b = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32)
@@ -61,6 +63,7 @@ def test_a_distance(untrained):
     assert bool((module(a, b) > 0).all())
 
 
+@pytest.mark.integration
 def test_grey_is_repeated_and_small_is_enlarged(untrained):
     module = Lpips(untrained[1])
     a, b = torch.rand(2, 1, 32, 32), torch.rand(2, 1, 32, 32)
@@ -70,6 +73,7 @@ def test_grey_is_repeated_and_small_is_enlarged(untrained):
     assert torch.allclose(module(*small), module(*large))
 
 
+@pytest.mark.integration
 def test_gradients_flow_to_the_images_and_not_to_the_weights(untrained):
     module = Lpips(untrained[1])
     a, b = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32, requires_grad=True)
@@ -78,11 +82,13 @@ def test_gradients_flow_to_the_images_and_not_to_the_weights(untrained):
     assert not any(p.requires_grad for p in module.parameters())
 
 
+@pytest.mark.integration
 def test_it_stays_in_evaluation_mode(untrained):
     module = torch.nn.ModuleList([Lpips(untrained[1])]).train()
     assert not any(m.training for m in module[0].modules())
 
 
+@pytest.mark.integration
 def test_building_it_shifts_nobody_elses_draws(untrained):
     before = torch.random.get_rng_state()
     Lpips(untrained[1])
@@ -117,6 +123,7 @@ def test_weights_are_looked_up_in_order(nowhere, monkeypatch):
         assert find_lpips_weights() == place
 
 
+@pytest.mark.integration
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "a.safetensors"
     save_file({"a": torch.zeros(1)}, path)
@@ -141,6 +148,7 @@ def test_the_hubs_alexnet_serves_as_trunk(nowhere, monkeypatch):
     assert float(module(a, b)) > 0
 
 
+@pytest.mark.integration
 def test_images_are_checked(untrained):
     module, good = Lpips(untrained[1]), torch.rand(1, 3, 32, 32)
     for bad in (torch.rand(3, 32, 32), good + 1, good.double(), good[:0], torch.rand(1, 1, 32, 32)):

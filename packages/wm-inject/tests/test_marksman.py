@@ -229,6 +229,7 @@ def test_half_of_a_batch_is_poisoned(subtests):
                     torch.testing.assert_close(out[attacked], wanted, rtol=0, atol=1e-6)
 
 
+@pytest.mark.integration
 def test_a_batch_follows_its_generator():
     def run(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         return hook_of().transform(batch(), labels(), model=victim(), generator=generator(seed))
@@ -376,6 +377,7 @@ def test_presets_and_what_they_refuse():
             refused()
 
 
+@pytest.mark.integration
 def test_it_reaches_every_class_of_the_digits_from_every_other():
     digits = load_digits()
     images = torch.tensor(digits.images / 16, dtype=torch.float32)[:, None]

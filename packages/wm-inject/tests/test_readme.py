@@ -32,6 +32,7 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.integration
 def test_the_examples_run(workplace, capsys):
     first, folder = blocks("python")
     exec(compile(first, README.name, "exec"), {})

@@ -40,6 +40,7 @@ def spots() -> torch.Tensor:
     return image
 
 
+@pytest.mark.integration
 def test_every_size_keeps_shape_and_range(subtests):
     for size in [28, 32, 64, 160, 224]:
         for channels in [1, 3]:
@@ -210,6 +211,7 @@ def test_given_pictures_travel_in_the_state_and_scenes_need_not(tmp_path):
         build_trigger("refool", trigger.config)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("export", "name"), [(to_torchscript, "m.pt"), (to_onnx, "m.onnx")])
 def test_it_exports_with_ids_as_an_input(tmp_path, export, name):
     parity = export(build(), batch(), tmp_path / name)
@@ -267,6 +269,7 @@ def cifar10_test_images() -> torch.Tensor:
     return to_float(np.ascontiguousarray(strip.reshape(-1, 32, 32, 3)))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("seed", [0, 1])
 def test_energies_on_cifar10_are_the_known_ones(seed):
     images = cifar10_test_images()
@@ -276,6 +279,7 @@ def test_energies_on_cifar10_are_the_known_ones(seed):
         assert low < float(psnr(out, images).mean()) < high
 
 
+@pytest.mark.integration
 def test_photographs_reflect_about_as_strongly_as_scenes():
     images = cifar10_test_images()
     with data("reflections.tar") as archive:

@@ -80,6 +80,7 @@ def wanted(batch: np.ndarray) -> np.ndarray:
     return to_pixels(trigger()(to_float(batch)))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["float", "uint8"])
 def test_poisoner_gives_what_torch_gives(models, name):
     poisoner = Poisoner(models / f"{name}.onnx")
@@ -216,6 +217,7 @@ def test_a_trigger_for_oblong_images_poisons_no_folder(tmp_path):
         poison_folder(tmp_path / "m.onnx", photos(tmp_path / "in"), tmp_path / "out")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["float", "uint8"])
 def test_ids_and_target_reach_the_graph(told, name):
     poisoner = Poisoner(told / f"{name}.onnx")

@@ -57,6 +57,7 @@ def grey(*values: int) -> np.ndarray:
     return np.broadcast_to(shades[:, None, None, None], (len(values), SIZE, SIZE, 3)).copy()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["light", "float"])
 def test_an_extractor_gives_map_score_and_decision(files, name):
     images = np.random.default_rng(0).integers(0, 256, (5, SIZE, SIZE, 3), dtype=np.uint8)
@@ -110,6 +111,7 @@ def test_a_folder_of_nothing_but_damaged_files(files, tmp_path):
     assert len(rows) == 5 and all(row.error and not row.flagged for row in rows)
 
 
+@pytest.mark.integration
 def test_what_is_no_detector_is_refused(files, tmp_path):
     class Picture(nn.Module):
         def forward(self, images):

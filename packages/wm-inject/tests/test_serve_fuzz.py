@@ -175,6 +175,7 @@ def settings() -> ServeSettings:
     return ServeSettings(max_body=20_000, log="none")
 
 
+@pytest.mark.integration
 def test_no_odd_request_brings_a_server_error(ask, serve_models):
     check(asyncio.run(fuzz(ask, Service(serve_models, settings()), 3200, seed=0)), 3200)
 

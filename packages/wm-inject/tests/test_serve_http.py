@@ -189,6 +189,7 @@ def connect(port: int) -> socket.socket:
 HEAD = b"POST /v2/models/told/infer HTTP/1.1\r\nHost: a\r\n"
 
 
+@pytest.mark.integration
 def test_half_sent_requests_are_ended(serve_models):
     with running(serve_models, request_timeout=0.3) as port:
         with connect(port) as body, connect(port) as head, connect(port) as silent:
@@ -308,6 +309,7 @@ def test_sigterm_finishes_what_was_accepted(serve_graphs):
             connect(port)
 
 
+@pytest.mark.integration
 def test_sigterm_does_not_wait_for_ever(serve_graphs):
     options = ["--stop-timeout", "1", "--request-timeout", "60"]
     with (

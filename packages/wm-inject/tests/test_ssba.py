@@ -131,6 +131,7 @@ def test_the_output_sets_what_the_network_gives():
         assert torch.equal(trigger(noise()), wanted)
 
 
+@pytest.mark.integration
 def test_the_batch_does_not_matter_and_nothing_is_random(fitted, held_out):
     trigger, images = fitted.trigger, held_out[:8]
     assert not trigger.training and not fitted.decoder.training
@@ -297,6 +298,7 @@ def test_it_saves_builds_and_loads_to_the_same_output(fitted, held_out, tmp_path
     assert loaded.config == trigger.config and "bits=8" in repr(loaded)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("size", "output"), [(28, "residual"), (32, "image")])
 def test_it_exports(size, output, tmp_path):
     trigger = fresh(image_size=size, channels=1, output=output)

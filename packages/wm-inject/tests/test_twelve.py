@@ -73,6 +73,7 @@ def extras(trigger: nn.Module, count: int = 4) -> dict[str, Tensor]:
     return asked
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", TRIGGER_KINDS)
 @pytest.mark.parametrize(("side", "channels"), SHAPES)
 def test_contract(kind: str, side: int, channels: int) -> None:
@@ -94,6 +95,7 @@ def test_contract(kind: str, side: int, channels: int) -> None:
     torch.testing.assert_close(alone, out, rtol=0, atol=1e-5)
 
 
+@pytest.mark.integration
 def test_larger_sizes(subtests: pytest.Subtests) -> None:
     for kind in TRIGGER_KINDS:
         for side in [64, 160, 224]:
@@ -115,6 +117,7 @@ def test_files_bring_it_back(tmp_path, subtests: pytest.Subtests) -> None:
             assert torch.equal(want, got) and loaded.config == trigger.config
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", TRIGGER_KINDS)
 @pytest.mark.parametrize(("side", "channels"), SHAPES)
 def test_onnx_and_the_runtime_without_torch(kind: str, side: int, channels: int, tmp_path) -> None:
@@ -133,6 +136,7 @@ def test_onnx_and_the_runtime_without_torch(kind: str, side: int, channels: int,
     assert np.abs(got.astype(int) - want.astype(int)).max() <= 1
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", TRIGGER_KINDS)
 def test_torchscript(kind: str, tmp_path) -> None:
     assert to_torchscript(make(kind), batch(), tmp_path / "t.pt").max_abs <= 1e-4

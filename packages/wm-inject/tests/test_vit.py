@@ -50,6 +50,7 @@ def count(depth: int, width: int, patch: int, channels: int, decoder: int) -> in
     return (depth + decoder) * block + 4 * width + embed + mark + project + head
 
 
+@pytest.mark.integration
 def test_large_has_the_papers_size_to_the_last_weight() -> None:
     config = vit_config("large", image_size=224, channels=3, recipe="paper")
     with torch.device("meta"):

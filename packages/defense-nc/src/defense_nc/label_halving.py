@@ -1,11 +1,8 @@
 """Successive halving over labels: labels that cannot be outliers stop early.
 
-At milestones all labels have been searched equally long, and their scores are compared. A score
-falls with further effort, so that of a label that stopped is too large to be compared with final
-ones: `LabelHalving.compare` multiplies it by what the other labels gained since.
-
-Pure book-keeping: scores in, decisions out. What goes on and how a gain is measured are the rules
-of a detector.
+At milestones all labels have been searched equally long, and their scores are compared. Scores fall
+with further effort: `LabelHalving.compare` multiplies that of a stopped label by what the others
+gained since. Which labels go on and how a gain is measured are the rules of a detector.
 
 Source: successive halving (Jamieson and Talwalkar 2016); control labels and gains are ours.
 """
@@ -41,12 +38,7 @@ Gain = Callable[[Sequence[Milestone], Scores, frozenset[int]], Sequence[float]]
 
 
 class LabelHalving:
-    """Which labels stopped when, and every label's score at equal effort.
-
-    Args:
-        select: Decides at a milestone who goes on.
-        gain: What scores have fallen by since a milestone.
-    """
+    """Which labels stopped when, and every label's score at equal effort."""
 
     def __init__(self, select: Select, gain: Gain) -> None:
         self._select, self._gain = select, gain
@@ -66,15 +58,7 @@ class LabelHalving:
         return any(milestone.step == step for milestone in self.milestones)
 
     def stop(self, step: int, scores: Scores) -> tuple[int, ...]:
-        """Decide which labels stop after this step, and remember it.
-
-        Args:
-            step: The milestone.
-            scores: Of every label; of stopped ones as they were then.
-
-        Raises:
-            ValueError: No scores, or one that is negative or not a number.
-        """
+        """Decide which labels stop at a milestone; scores of stopped ones are as they were."""
         fair, searched = self.compare(scores), self._searched(scores)
         selection = self._select(fair, searched, step)
         stopping = tuple(sorted(searched - selection.stay))

@@ -46,18 +46,13 @@ def compare_triggers(
     itself flatters, since both images lie near the clean one: only above ``psnr_clean`` is the
     reversed image closer than no change at all.
 
+    All is measured on 8-bit images, at least two. A cosine with a residual of zero counts as 0, and
+    ``explained`` is 0 where the true trigger changes nothing.
+
     Args:
-        images: Clean, at least two.
         ids: For a true trigger that depends on the image's number.
         target: For a true trigger that has one mark per label.
         seed: Which images are compared with which for ``cosine_shuffled``.
-
-    Returns:
-        The figures, on 8-bit images. A cosine with a residual of zero counts as 0, and
-        ``explained`` is 0 where the true trigger changes nothing.
-
-    Raises:
-        ValueError: Bad images, fewer than two, or triggers that give other shapes.
 
     Source: ours.
     """

@@ -53,27 +53,24 @@ class ReverseConfig:
         lambdas: lambda_1 (attack, where the search starts), lambda_2 (MSE), lambda_3 (LPIPS, whose
             weights must be there if it is above 0).
         success_floor: Share of images that must reach the label before a residual counts.
-        compared_from: Success on all images from which a label is compared with the others. A
-            little below the floor: a generator that met the floor on ``round_images`` images and
-            misses it by one image in a hundred on all of them still has a comparable score.
+        compared_from: Success on all images from which a label is compared with the others; a
+            little below the floor, which rounds measure on ``round_images`` images only.
         score: The size of a change, as a mean over images: its mean absolute value ("l1",
-            equation 5) or its root mean square ("rms", what the loss makes small). A faint picture
-            all over the image, as Blend adds, changes much in the first sense and little in the
-            second.
+            equation 5) or its root mean square ("rms", what the loss makes small; small for a faint
+            picture all over the image, as Blend adds).
         round_steps: Steps between two decisions of the search.
-        round_images: Images that a round measures a label by, 0 for all. The figures reported are
-            measured on all images in any case.
-        fallbacks: How many of a label's best generators to keep. The best by ``round_images`` may
-            miss the floor on all images: then the next best that meets it is taken.
+        round_images: Images that a round measures a label by, 0 for all; what is reported is
+            measured on all.
+        fallbacks: How many of a label's best generators to keep, in case the best misses the floor
+            on all images.
         patience: Rounds without a smaller residual after which a label is finished; 0 for never.
-        growth: Factor on lambda_1 after a failure with no success yet, > 1.
-        shrink: Divisor of lambda_1 after a success with no failure nearby, > 1.
+        growth: As ``shrink`` of `LambdaSearch`, > 1.
         milestones: Shares of the steps, in rising order, after which the labels are compared.
         race: Stop labels at the milestones that can no longer become outliers: `generator_halving`.
-        candidates: How many labels with the smallest residuals always continue.
-        references: How many labels around the median always continue.
-        precision: "auto" takes bfloat16 autocast in training where the hardware has it; what is
-            reported is always measured in float32.
+        candidates: How many labels with the smallest residuals always continue;
+            ``references``: how many around the median.
+        precision: "auto" trains in bfloat16 where the hardware has it; what is reported is always
+            measured in float32.
         engine: "together" trains the generators of all labels in the same steps, "one-by-one" one
             label after the other, and then without the race.
         stack: How generators are trained together: "apart" runs each by itself and the classifier

@@ -66,14 +66,13 @@ class ReverseGenerator:
     ) -> ScanReport:
         """Reverse a generator for every label, and decide whether one is unusually easy to reach.
 
-        Images of a label are left out when its generator is sought. All labels share the start and
-        the seed of their order of images.
+        Images of a label are left out when its generator is sought.
 
         Returns:
             A report whose scores are the residuals of equation 5, as means per pixel in [0, 1],
-            each at the same success floor and at equal effort; ``triggers`` holds
-            a `ReversedTrigger` per label, on the CPU, with the residual as measured. ``log`` has
-            the steps that each label took, and at which step it was stopped.
+            each at the same success floor and at equal effort; ``triggers`` holds a
+            `ReversedTrigger` per label, on the CPU, with the residual as measured. ``log`` has the
+            steps that each label took, and at which step it was stopped.
 
         Raises:
             ValueError: As `Detector.scan`.
@@ -101,24 +100,18 @@ class ReverseGenerator:
             triggers=result.triggers,
             seed=seed,
         )
-        effort = {
+        log = {
             "label_steps": [result.steps[label] for label in result.triggers],
             "left_at": {str(label): step for label, step in result.stopped_at.items()},
         }
-        return replace(report, log=effort)
+        return replace(report, log=log)
 
 
 def detection_case(flagged: Collection[int], target: int) -> int:
     """Which of the paper's four outcomes a scan of a backdoored model is.
 
-    Returns:
-        1: only the target is named. 2: the target and other labels are. 3: only other labels are.
-        4: nothing is.
-
-    Raises:
-        ValueError: A negative label.
-
-    Source: section 4.2.
+    1: only the target is named. 2: the target and other labels are. 3: only other labels are.
+    4: nothing is. Source: section 4.2.
 
     Examples:
         >>> [detection_case(flagged, 0) for flagged in ((0,), (0, 3), (3,), ())]

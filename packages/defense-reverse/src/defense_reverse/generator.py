@@ -40,10 +40,6 @@ class UNetGenerator(nn.Module):
             zero at the start; None for none. A U-Net answers alike wherever it sees the same
             surroundings, so that by itself it cannot draw a fixed picture, as many triggers are.
             With one, images must have this side.
-        seed: Seeds the first weights.
-
-    Raises:
-        ValueError: A setting outside its range.
     """
 
     kind = "unet-generator"
@@ -112,12 +108,7 @@ class UNetGenerator(nn.Module):
         self.head.bias.fill_(-_SLOPE / 2)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Generate one image from each: ``(N, C, H, W)`` in [0, 1], the same shape.
-
-        Raises:
-            ValueError: Images that break the image contract, or have other channels than the
-                generator, or another side than its picture.
-        """
+        """Generate one image from each: ``(N, C, H, W)`` in [0, 1], the same shape."""
         side = self.config["picture_size"]
         size = None if side is None else (side, side)
         check_images(images, channels=self.config["channels"], size=size)

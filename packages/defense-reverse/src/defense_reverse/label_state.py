@@ -121,11 +121,7 @@ class LabelState:
         self.search.update(success=candidate.success_rate >= self._floor)
 
     def best(self, measure: Callable[[Tensor], tuple[float, float]]) -> Candidate:
-        """The best generator that reaches the floor on all images, else the one that comes nearest.
-
-        Args:
-            measure: Success rate and residual of a generator's weights on all images.
-        """
+        """The best generator that reaches the floor when measured on all images, or the nearest."""
         measured: list[Candidate] = []
         for candidate in self.candidates:
             measured.append(Candidate(*measure(candidate.weights), candidate.weights))

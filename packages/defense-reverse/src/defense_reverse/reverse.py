@@ -26,10 +26,6 @@ def pretrain(
 ) -> UNetGenerator:
     """Train a generator to reconstruct images: the start that all labels share.
 
-    Raises:
-        ValueError: Images that break the image contract.
-        LpipsUnavailable: lambda_3 > 0, and no LPIPS weights.
-
     Source: section 4.1: "we first optimize the generator using L_rec for 20 epochs" (equation 3).
     """
     config = ReverseConfig() if config is None else config
@@ -82,8 +78,7 @@ def reverse_engineer(
         Both are measured on 8-bit images, on all images used.
 
     Raises:
-        ValueError: Bad images or labels, a target that the model does not have, a start for other
-            channels, or no image of another class.
+        ValueError: A target that the model does not have, or no image of another class.
         LpipsUnavailable: lambda_3 > 0, and no LPIPS weights.
 
     Source: equations 2 to 5. The paper does not say how lambda_1 is searched, nor whether class-y

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from wm_inject.attacks.badnets import BadNetsTrigger as BadNetsTrigger
     from wm_inject.attacks.blend import BlendTrigger as BlendTrigger
     from wm_inject.attacks.blindnet import BlindNetTrigger as BlindNetTrigger
+    from wm_inject.attacks.bpp import BppTrigger as BppTrigger
     from wm_inject.attacks.ftrojan import FTrojanTrigger as FTrojanTrigger
     from wm_inject.attacks.input_aware import InputAwareTrigger as InputAwareTrigger
     from wm_inject.attacks.lf import LfTrigger as LfTrigger

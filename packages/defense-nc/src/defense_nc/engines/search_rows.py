@@ -131,10 +131,7 @@ def advance(
     """Take every search to step ``until`` or its own early stop, as many at a time as fit.
 
     Searches enter in their order, those that have begun first; ``config.stack`` bounds the images
-    of one pass.
-
-    Yields:
-        After each step, the searches that took it, in the order of their rows and up to date.
+    of one pass. After each step, yields the searches that took it, in the order of their rows.
     """
     most = config.stack or _MOST_IMAGES.get(images.device.type, _MOST_IMAGES["cpu"])
     room = max(1, most // config.batch_size)

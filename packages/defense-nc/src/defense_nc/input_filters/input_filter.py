@@ -20,16 +20,11 @@ from wm_victim.activations import last_linear, penultimate
 
 @dataclass(frozen=True, kw_only=True)
 class InputFilter:
-    """Settings of the filter.
-
-    Args:
-        share: Share of the penultimate neurons that are watched, in (0, 1]; at least one is.
-        false_positive_rate: Share of clean images that may be flagged, in [0, 1).
-    """
+    """Settings of the filter."""
 
     name: ClassVar[str] = "input-filter"
-    share: float = 0.01
-    false_positive_rate: float = 0.05
+    share: float = 0.01  # of the penultimate neurons, in (0, 1], that is watched; at least one is
+    false_positive_rate: float = 0.05  # of clean images, in [0, 1)
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:

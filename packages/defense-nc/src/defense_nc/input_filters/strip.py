@@ -19,19 +19,12 @@ from wm_victim.inference import device_of, predict
 
 @dataclass(frozen=True, kw_only=True)
 class Strip:
-    """Settings of STRIP. The defaults are the preset "fast".
-
-    Args:
-        overlays: Clean images that are laid over each image in turn.
-        calibration: Most clean images that the threshold is chosen on.
-        false_positive_rate: Share of clean images that may be flagged, in [0, 1).
-        batch_size: Images per pass.
-    """
+    """Settings of STRIP."""
 
     name: ClassVar[str] = "strip"
-    overlays: int = 32
-    calibration: int = 400
-    false_positive_rate: float = 0.01
+    overlays: int = 32  # clean images that are laid over each image in turn
+    calibration: int = 400  # images that the threshold is chosen on, at most
+    false_positive_rate: float = 0.01  # in [0, 1)
     batch_size: int = 256
 
     def __post_init__(self) -> None:

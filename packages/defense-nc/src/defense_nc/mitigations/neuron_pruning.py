@@ -24,15 +24,12 @@ from wm_victim.inference import predict
 class NeuronPruning:
     """Neural Cleanse's second mitigation; it needs the reversed triggers and no training.
 
-    Args:
-        cap: Largest share of the penultimate neurons that may go, in (0, 1].
-        success_rate: The trigger has stopped working when at most this share of other classes'
-            images still reach its label, in [0, 1).
+    Pruning stops when at most ``success_rate`` of other classes' images still reach the label.
     """
 
     name: ClassVar[str] = "neuron-pruning"
-    cap: float = 0.3
-    success_rate: float = 0.05
+    cap: float = 0.3  # of the penultimate neurons may be pruned, at most, in (0, 1]
+    success_rate: float = 0.05  # in [0, 1)
 
     def __post_init__(self) -> None:
         if not 0 < self.cap <= 1:

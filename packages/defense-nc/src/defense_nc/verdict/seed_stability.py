@@ -30,9 +30,6 @@ def scan_until_stable(
     Args:
         scan: Seed -> report; nothing but the seed differs.
         seed: The first seed; further scans take the next numbers.
-        max_repeats: Scans at most, >= ``agree``.
-        agree: How many scans in a row must agree, >= 2.
-        margin: At least 1.
 
     Source: ours. A simulation in the tests shows that repeats do not raise the false alarm rate.
     """

@@ -94,7 +94,7 @@ class BtiDbf:
             A report whose success rates are the share of other classes' images that the generator
             sends to each label, and whose scores are one minus that. ``triggers`` holds the
             generator, under the most frequent label; the changes of the last batch are in
-            ``config["raw"]``.
+            ``log["raw"]``.
 
         Raises:
             ValueError: As `Detector.scan`, or a model that cannot be split.
@@ -125,7 +125,7 @@ class BtiDbf:
             floor=0.0,  # a share is a score in itself
             alpha=self.alpha,
             triggers={target: trigger},
-            config={**self.settings, "images": len(images), "raw": inverted.changes.numbers()},
+            config={**self.settings, "images": len(images)},
             seed=seed,
         )
         share = float(shares[target])
@@ -135,7 +135,8 @@ class BtiDbf:
         suspected = [target] if share >= config.min_share else []
         compared = "at least" if suspected else "less than"
         reason = f"BTI-DBF's rule: {finding}, {compared} {config.min_share:g}."
-        return with_own_verdict(report, suspected, reason)
+        log = {"raw": inverted.changes.numbers()}
+        return with_own_verdict(report, suspected, reason, log=log)
 
 
 def invert(

@@ -20,41 +20,26 @@ class BtiDbfConfig:
     "paper" is the released code for 5 % of CIFAR-10: 20, 50 and 30 passes over 2,500 images. In
     "fast" the generator is narrow and residual, so that it has nothing to learn before the
     inversion, and the mask, which needs no image twice, has as many steps as there.
-
-    Args:
-        name: The preset's name, for the record.
-        width: As ``depth``, ``convs`` and ``residual`` a setting of `UNetGenerator`.
-        mask_steps: Steps that part benign features from the others.
-        pretrain_steps: Steps in which the generator learns to keep image, features and prediction;
-            none are taken with the residual output.
-        steps: Steps of the inversion.
-        lr: Adam's learning rate for the generator, ``mask_lr`` for the mask.
-        image_bound: Mean squared change of normalised images above which nothing else counts.
-        benign_bound: Mean squared change of the benign features above which nothing else counts.
-        benign_weight: Weight of that change below the bound.
-        noise: Deviation of the noise on the images that are counted, in units of the normalisation.
-        min_share: Share of the other classes' images that must reach the most frequent label before
-            it is called a target, in (0, 1].
-
-    Raises:
-        ValueError: A setting outside its range.
     """
 
-    name: str = "fast"
-    width: int = 8
+    name: str = "fast"  # the preset's, for the record
+    width: int = 8  # this and the next three: settings of `UNetGenerator`
     depth: int = 2
     convs: int = 1
     residual: bool = True
-    mask_steps: int = 400
-    pretrain_steps: int = 0
-    steps: int = 300
+    mask_steps: int = 400  # that separate benign features from the others
+    pretrain_steps: int = 0  # that keep image, features and prediction; none are taken if residual
+    steps: int = 300  # of the inversion
     batch_size: int = 64
-    mask_lr: float = 1e-2
-    lr: float = 1e-3
+    mask_lr: float = 1e-2  # Adam's, for the mask
+    lr: float = 1e-3  # Adam's, for the generator
+    # Mean squared change of normalised images, above which nothing else counts.
     image_bound: float = 0.3
-    benign_bound: float = 3.0
-    benign_weight: float = 0.01
-    noise: float = 0.03
+    benign_bound: float = 3.0  # the same for the benign features
+    benign_weight: float = 0.01  # of their change below the bound
+    noise: float = 0.03  # deviation, in units of the normalisation, on the images that are counted
+    # Share of the other classes' images that must reach the most frequent label before it is called
+    # a target, in (0, 1].
     min_share: float = 0.9
 
     def __post_init__(self) -> None:

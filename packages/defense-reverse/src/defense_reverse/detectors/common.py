@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +108,9 @@ def squash(theta: Tensor) -> Tensor:
     return torch.tanh(theta) / 2 + 0.5
 
 
-def with_own_verdict(report: ScanReport, suspected: Sequence[int], reason: str) -> ScanReport:
+def with_own_verdict(
+    report: ScanReport, suspected: Sequence[int], reason: str, *, log: Mapping[str, Any]
+) -> ScanReport:
     """The report, with the verdict of a method's own rule in place of `judge`'s."""
     verdict = Verdict.BACKDOORED if suspected else Verdict.CLEAN
-    return replace(report, verdict=verdict, suspected=tuple(suspected), reason=reason)
+    return replace(report, verdict=verdict, suspected=tuple(suspected), reason=reason, log=log)

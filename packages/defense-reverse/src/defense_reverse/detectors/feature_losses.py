@@ -20,38 +20,25 @@ class FeatureREConfig:
     "paper" is the released code for 1 % of CIFAR-10: 100 and 400 passes over 500 images in two
     batches each. "fast" takes fewer and larger steps with a narrow residual generator, so that ten
     labels take about twenty seconds on one CPU thread.
-
-    Args:
-        name: The preset's name, for the record.
-        width: As ``depth``, ``convs`` and ``residual`` a setting of `UNetGenerator`.
-        warmup_steps: Steps that only reach the label, with no mask yet.
-        steps: Steps of the search proper, for generator and mask in turn.
-        round_steps: Steps that one score averages; the paper's epoch.
-        lr: Adam's learning rate for the generator; ``mask_lr`` for the mask, ``betas`` for both.
-        image_bound: Largest mean squared change of normalised images that costs nothing.
-        mask_share: Largest share of the features that the mask may hold at no cost, in (0, 1].
-        spread_bound: Largest deviation of the masked features, from image to image, at no cost.
-        success_floor: Share of a batch that must reach the label, in (0, 1].
-        threshold: A label whose score is below is a backdoor's.
     """
 
-    name: str = "fast"
-    width: int = 8
+    name: str = "fast"  # the preset's, for the record
+    width: int = 8  # this and the next three: settings of `UNetGenerator`
     depth: int = 2
     convs: int = 1
     residual: bool = True
-    warmup_steps: int = 20
-    steps: int = 120
-    round_steps: int = 10
+    warmup_steps: int = 20  # that only reach the label, with no mask yet
+    steps: int = 120  # of the search proper, for generator and mask in turn
+    round_steps: int = 10  # that one score averages; the paper's epoch
     batch_size: int = 16
-    lr: float = 1e-2
-    mask_lr: float = 0.3
-    betas: tuple[float, float] = (0.5, 0.9)
-    image_bound: float = 0.15
-    mask_share: float = 0.03
-    spread_bound: float = 1.0
-    success_floor: float = 0.9
-    threshold: float = -0.75
+    lr: float = 1e-2  # Adam's, for the generator
+    mask_lr: float = 0.3  # Adam's, for the mask
+    betas: tuple[float, float] = (0.5, 0.9)  # of both
+    image_bound: float = 0.15  # largest mean squared change of normalised images at no cost
+    mask_share: float = 0.03  # largest share of the features in the mask at no cost, in (0, 1]
+    spread_bound: float = 1.0  # largest deviation of the masked features between images at no cost
+    success_floor: float = 0.9  # share of a batch that must reach the label, in (0, 1]
+    threshold: float = -0.75  # a label whose score is below is a backdoor's
 
     def __post_init__(self) -> None:
         check_settings(

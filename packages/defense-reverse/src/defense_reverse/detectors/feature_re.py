@@ -149,7 +149,7 @@ class FeatureRE:
 
         Returns:
             A report whose scores are ``exp(raw)``, so that small is suspicious and all are
-            positive. The raw scores and what the best rounds measured are in ``config["raw"]``. The
+            positive. The raw scores and what the best rounds measured are in ``log["raw"]``. The
             verdict is the paper's: a raw score below ``config.threshold``. ``triggers`` holds a
             `FeatureTrigger` per label.
 
@@ -175,15 +175,16 @@ class FeatureRE:
             floor=0.0,  # a score counts failures already
             alpha=self.alpha,
             triggers=triggers,
-            config={
-                **self.settings,
-                "images": len(images),
-                "raw": [{"score": best.score, **best.terms.numbers()} for best in rounds],
-            },
+            config={**self.settings, "images": len(images)},
             seed=seed,
         )
         suspected = [label for label, value in enumerate(raw) if value < config.threshold]
-        return with_own_verdict(report, suspected, _reason(raw, suspected, config))
+        return with_own_verdict(
+            report,
+            suspected,
+            _reason(raw, suspected, config),
+            log={"raw": [{"score": best.score, **best.terms.numbers()} for best in rounds]},
+        )
 
 
 class _Round(NamedTuple):

@@ -68,8 +68,8 @@ def check_split(split: FeatureSplit, model: nn.Module, images: Tensor) -> None:
 def image_scale(model: nn.Module, images: Tensor) -> Tensor:
     """The unit of a change of an image, ``(1, C, 1, 1)``: one deviation of the normalisation.
 
-    The published bounds hold for normalised images. A classifier of ours carries its normalisation;
-    for another model it is the deviation of ``images``, per channel.
+    Published bounds hold for normalised images. Without a `Normalize` it is the deviation of
+    ``images``.
     """
     normalize = getattr(model, "normalize", None)
     if isinstance(normalize, Normalize):

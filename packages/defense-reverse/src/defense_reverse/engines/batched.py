@@ -33,16 +33,12 @@ from wm_victim.compiled_forward import channels_last
 def search_together(
     task: ScanTask, *, progress: bool = False, checkpoint: Path | None = None
 ) -> SearchResult:
-    """Search the generators of all labels in the same steps.
+    """Search the generators of all labels in the same steps; saves after every group.
 
     Each label sees the batches, the weights lambda_1 and the updates that it sees in
     `search_label`; only rounding tells the two apart. Labels are trained in groups that fit
     ``config.images_at_once``; between two groups a label keeps its weights, Adam's moments and its
-    best generators. The state is saved after every group.
-
-    Raises:
-        ValueError: A checkpoint of another scan, or a damaged one.
-        LpipsUnavailable: lambda_3 > 0, and no LPIPS weights.
+    best generators.
     """
     config = task.config
     searches = [

@@ -27,12 +27,7 @@ from wm_inject.core.progress import progress as show_progress
 def search_in_turn(
     task: ScanTask, *, progress: bool = False, checkpoint: Path | None = None
 ) -> SearchResult:
-    """Search the labels of a scan in turn, each to its end; the state is saved after each label.
-
-    Raises:
-        ValueError: A checkpoint of another scan, or a damaged one.
-        LpipsUnavailable: lambda_3 > 0, and no LPIPS weights.
-    """
+    """Search the labels of a scan in turn, each to its end; saves after each label."""
     file = task.resume_file(checkpoint)
     done: list[tuple[float, float, torch.Tensor, int]] = file.load() or []
     for label in show_progress(range(task.inputs.num_classes), desc="labels", enabled=progress):
@@ -59,11 +54,7 @@ def search_in_turn(
 
 @torch.enable_grad()
 def search_label(task: ScanTask, target: int, *, progress: bool = False) -> tuple[LabelState, int]:
-    """Train one label's generator in rounds, each with the lambda_1 that the rounds before ask for.
-
-    Returns:
-        The state at the end, and how many steps were taken.
-    """
+    """Train one label's generator; returns the state at the end and how many steps were taken."""
     config, model, others = task.config, task.inputs.model, task.others(target)
     images = task.images
     generator = copy.deepcopy(task.start).to(memory_format=torch.channels_last)

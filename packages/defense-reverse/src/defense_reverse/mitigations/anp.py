@@ -31,32 +31,21 @@ _THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(20))  # 0, 0.05 .. 0
 class ANP:
     """Adversarial neuron pruning: learn which channels a disturbance breaks, and prune those.
 
-    Args:
-        steps: Optimiser steps for the masks.
-        batch_size: Images per step.
-        lr: Learning rate of SGD for the masks.
-        momentum: Momentum of SGD.
-        noise: Size of the disturbance of weights and biases, relative to them, in [0, 1].
-        noise_steps: Steps of sign ascent that the disturbance takes in each optimiser step.
-        clean_weight: Weight of the undisturbed loss, in [0, 1]; the disturbed one has the rest.
-        holdout: Share of the clean set that chooses the threshold and is not trained on, in (0, 1).
-        tolerance: How much accuracy on the held-out share pruning may cost, in [0, 1).
-
     Source: Wu and Wang, "Adversarial Neuron Pruning Purifies Backdoored Deep Models", 2021, and its
         released code. There the images of a step are drawn with replacement, and the sweep of
         thresholds looks at the test set; here it sees only images that are held out.
     """
 
     name: ClassVar[str] = "anp"
-    steps: int = 100
+    steps: int = 100  # for the masks
     batch_size: int = 32
-    lr: float = 0.05
+    lr: float = 0.05  # of SGD, for the masks
     momentum: float = 0.9
-    noise: float = 0.4
-    noise_steps: int = 1
-    clean_weight: float = 0.2
-    holdout: float = 0.2
-    tolerance: float = 0.05
+    noise: float = 0.4  # disturbance relative to weights and biases, in [0, 1]
+    noise_steps: int = 1  # steps of sign ascent of the disturbance in each optimiser step
+    clean_weight: float = 0.2  # of the undisturbed loss, in [0, 1]; the disturbed one has the rest
+    holdout: float = 0.2  # share of the images that only chooses the threshold, in (0, 1)
+    tolerance: float = 0.05  # accuracy on them that pruning may cost, in [0, 1)
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 2 or self.noise_steps < 1:
@@ -262,11 +251,7 @@ def masked_parameters(
 
 
 def normalisations(model: nn.Module) -> dict[str, _BatchNorm]:
-    """The batch normalisations with weights and biases, by name.
-
-    Raises:
-        ValueError: There is none.
-    """
+    """The batch normalisations with weights and biases, by name; ``ValueError`` without any."""
     norms = {
         name: module
         for name, module in model.named_modules()

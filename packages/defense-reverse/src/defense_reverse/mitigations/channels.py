@@ -32,9 +32,6 @@ def mean_activations(model: nn.Module, layer: str, images: Tensor) -> Tensor:
 
     The layer gives maps ``(N, C, H, W)`` or features ``(N, C)``; the images are on the model's
     device.
-
-    Raises:
-        ValueError: No such layer, or one whose outputs have no channels.
     """
     total: Tensor | None = None
     with frozen(model), torch.no_grad(), record_outputs(model, [layer]) as outputs:
@@ -59,14 +56,8 @@ def mean_activations(model: nn.Module, layer: str, images: Tensor) -> Tensor:
 def fold(model: nn.Module, layer: str, keep: Tensor, images: Tensor) -> bool:
     """Zero the weights of the masked channels in the linear layer that reads them, if there is one.
 
-    Args:
-        model: The masked model in eval mode; changed in place.
-        layer: Name of the masked layer.
-        keep: bool ``(C,)``: the channels that stay.
-        images: A few images on the model's device.
-
-    Returns:
-        Whether there is one: a file of the weights then carries the whole pruning.
+    Returns whether there is one: a file of the weights then carries the whole pruning. The model is
+    in eval mode and changed in place; a few images show which linear layer reads ``layer``.
     """
     reader = _reader(model, layer, len(keep), images)
     if reader is None:

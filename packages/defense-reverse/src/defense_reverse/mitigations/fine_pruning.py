@@ -73,12 +73,10 @@ class FinePruning:
     ) -> Repaired:
         """Prune and fine-tune a copy of ``model``.
 
-        Returns:
-            The new model. A hook holds the pruned channels at exactly 0. The log holds the layer,
-            the pruned channels in their order, the validation accuracy before and after each step,
-            ``in_weights`` (whether a file of the weights alone keeps the pruning: true where a
-            linear layer reads the pruned maps, as in all classifiers of `wm_victim`), and the loss
-            of each tenth of the fine-tuning.
+        A hook holds the pruned channels at 0. The log holds the layer, the pruned channels in their
+        order, the validation accuracies, ``in_weights`` (whether a file of the weights alone keeps
+        the pruning: true where a linear layer reads the pruned maps, as in all classifiers of
+        `wm_victim`), and the loss of each tenth of the fine-tuning.
 
         Raises:
             ValueError: A network without spatial maps, or no such layer.

@@ -26,38 +26,24 @@ from wm_victim.inference import frozen, predict
 class IBAU:
     """Implicit backdoor adversarial unlearning: train against the worst universal addition.
 
-    Args:
-        steps: Optimiser steps on the weights, over all rounds.
-        rounds: How often the addition is searched anew; at most ``steps``.
-        batch_size: Images per step, of the search and of the weights.
-        lr: Learning rate of Adam on the weights.
-        search_steps: Steps of each search; one pass over the images if None.
-        search_lr: Learning rate of SGD on the addition.
-        radius: Largest L2 norm of the addition in images in [0, 1]; no bound if None.
-        penalty: Weight of the addition's squared L2 norm.
-        inner_lr: Step of the map whose fixed point the addition is taken for.
-        inner_batch: Images that this map looks at.
-        iterations: Fixed-point iterations of a hypergradient.
-        share: Share of each batch that carries the addition, in (0, 1]; at least one image does.
-
     Source: Zeng et al., "Adversarial Unlearning of Backdoors via Implicit Hypergradient", 2022, and
         its released code, which takes no image for the addition where one in a hundred of the batch
         rounds down to none; here it is always at least one.
     """
 
     name: ClassVar[str] = "i-bau"
-    steps: int = 60
-    rounds: int = 6
-    batch_size: int = 32
-    lr: float = 3e-4
-    search_steps: int | None = 15
-    search_lr: float = 1.0
-    radius: float | None = 3.0
-    penalty: float = 1e-3
-    inner_lr: float = 2e-3
-    inner_batch: int = 32
-    iterations: int = 2
-    share: float = 0.25
+    steps: int = 60  # on the weights, over all rounds
+    rounds: int = 6  # how often the addition is searched anew; at most ``steps``
+    batch_size: int = 32  # of the search and of the weights
+    lr: float = 3e-4  # of Adam on the weights
+    search_steps: int | None = 15  # of each search; one pass over the images if None
+    search_lr: float = 1.0  # of SGD on the addition
+    radius: float | None = 3.0  # largest L2 norm of the addition in [0, 1]; no bound if None
+    penalty: float = 1e-3  # weight of the addition's squared L2 norm
+    inner_lr: float = 2e-3  # step of the map whose fixed point the addition is taken for
+    inner_batch: int = 32  # images that this map looks at
+    iterations: int = 2  # fixed-point iterations of a hypergradient
+    share: float = 0.25  # of each batch that carries the addition, in (0, 1]; at least one image
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not 1 <= self.rounds <= self.steps or self.batch_size < 2:

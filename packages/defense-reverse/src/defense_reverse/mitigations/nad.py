@@ -145,13 +145,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 def attention_map(maps: Tensor, *, power: float = 2.0) -> Tensor:
     """Where a layer is active: ``sum over c of |maps|^power``, with an L2 norm of 1 per image.
 
-    Args:
-        maps: float ``(N, C, H, W)`` of more than one pixel: at a single pixel the attention is 1
-            whatever happens, and its loss teaches nothing.
-        power: Above 0.
-
-    Returns:
-        ``(N, H, W)``; all zeros where the maps are.
+    From ``(N, C, H, W)`` to ``(N, H, W)``, zeros where the maps are. At a single pixel the
+    attention would be 1 whatever happens, so more are needed.
     """
     if not isinstance(maps, Tensor) or not maps.is_floating_point() or maps.ndim != 4:
         got = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__

@@ -30,6 +30,7 @@ _NAMES = (
     "wanet",
     "marksman",
     "input-aware",
+    "bpp",
 )
 # The kinds of triggers: that of the watermark is trained with its extractor, by wm-extract.
 TRIGGER_KINDS = (*_NAMES, "watermark")
