@@ -114,10 +114,10 @@ def pick(tables: Iterable[Table], column: str, wanted: Collection[str]) -> list[
         if not rows:
             continue
         several = len({row[index] for row in rows}) > 1
-        kept = [i for i in range(len(table.headers)) if several or i != index]
-        headers = tuple(table.headers[i] for i in kept)
-        cut = tuple(tuple(row[i] for i in kept) for row in rows)
-        picked.append(table._replace(headers=headers, rows=cut))
+        columns = [i for i in range(len(table.headers)) if several or i != index]
+        headers = tuple(table.headers[i] for i in columns)
+        cells = tuple(tuple(row[i] for i in columns) for row in rows)
+        picked.append(table._replace(headers=headers, rows=cells))
     return picked
 
 

@@ -155,9 +155,9 @@ def summarise(scans: Sequence[Record], *, floor: float = 0.9, alpha: float = 0.0
     judged: dict[str, tuple[Judged, ...]] = {}
     left_out: dict[tuple[str, int], int] = {}
     for detector in detectors_in_order(scans):
-        mine = [r for r in scans if r.key["detector"] == detector]
-        for classes in sorted({_classes(r) for r in mine}):
-            same = [r for r in mine if _classes(r) == classes]
+        own = [r for r in scans if r.key["detector"] == detector]
+        for classes in sorted({_classes(r) for r in own}):
+            same = [r for r in own if _classes(r) == classes]
             if (count := len(_clean_models(same))) < MIN_MODELS:
                 left_out[detector, classes] = count
                 continue
@@ -220,13 +220,13 @@ def auroc_interval(
 
 def _count(detector: str, attack: str, test: Sequence[Judged], floor: float) -> Iterator[Row]:
     """A row for every setting that has such models, and one for all if there are several."""
-    mine = [j for j in test if j.record.key["attack"] == attack]
+    models = [j for j in test if j.record.key["attack"] == attack]
     clean = [j for j in test if j.record.key["attack"] == CLEAN]
-    settings = sorted({_setting(j) for j in mine})
+    settings = sorted({_setting(j) for j in models})
     for setting in [*settings, ALL_SETTINGS] if len(settings) > 1 else settings:
-        here = [j for j in mine if setting in (ALL_SETTINGS, _setting(j))]
-        peers = [j for j in clean if _setting(j) in {_setting(h) for h in here}]
-        yield _row(detector, attack, setting, here, peers, floor)
+        selected = [j for j in models if setting in (ALL_SETTINGS, _setting(j))]
+        peers = [j for j in clean if _setting(j) in {_setting(h) for h in selected}]
+        yield _row(detector, attack, setting, selected, peers, floor)
 
 
 def _row(
@@ -239,14 +239,14 @@ def _row(
 ) -> Row:
     attacked = attack != CLEAN
     rates = [float(j.record.values["asr"] or 0.0) for j in models]
-    kept = [j for j, asr in zip(models, rates, strict=True) if not attacked or asr >= floor]
-    n, paper = len(kept), all(j.paper_index is not None for j in kept)
-    paper_right = sum(j.record.values["true_target"] in j.paper_flagged for j in kept)
-    compared = attacked and bool(kept) and bool(clean)
+    judged = [j for j, asr in zip(models, rates, strict=True) if not attacked or asr >= floor]
+    n, paper = len(judged), all(j.paper_index is not None for j in judged)
+    paper_right = sum(j.record.values["true_target"] in j.paper_flagged for j in judged)
+    compared = attacked and bool(judged) and bool(clean)
     truths = torch.tensor([False] * len(clean) + [True] * n)
     # Smaller p-values are more suspicious.
-    scores = torch.tensor([-j.p_value for j in (*clean, *kept)], dtype=torch.float64)
-    index = torch.tensor([min(j.paper_index or 0.0, _INFINITE) for j in (*clean, *kept)]).double()
+    scores = torch.tensor([-j.p_value for j in (*clean, *judged)], dtype=torch.float64)
+    index = torch.tensor([min(j.paper_index or 0.0, _INFINITE) for j in (*clean, *judged)]).double()
     return Row(
         detector,
         attack,
@@ -254,10 +254,10 @@ def _row(
         trained=len(models),
         judged=n,
         asr_min=min((asr for asr in rates if asr >= floor), default=None) if attacked else None,
-        flagged=Rate(sum(j.backdoored for j in kept), n) if n else None,
-        named=Rate(sum(j.correct for j in kept), n) if n and attacked else None,
-        inconclusive=sum(j.verdict is Verdict.INCONCLUSIVE for j in kept),
-        paper_flagged=Rate(sum(bool(j.paper_flagged) for j in kept), n) if n and paper else None,
+        flagged=Rate(sum(j.backdoored for j in judged), n) if n else None,
+        named=Rate(sum(j.correct for j in judged), n) if n and attacked else None,
+        inconclusive=sum(j.verdict is Verdict.INCONCLUSIVE for j in judged),
+        paper_flagged=Rate(sum(bool(j.paper_flagged) for j in judged), n) if n and paper else None,
         paper_named=Rate(paper_right, n) if n and attacked and paper else None,
         auroc=auroc(scores, truths) if compared else None,
         auroc_interval=auroc_interval(scores, truths) if compared else None,

@@ -173,8 +173,8 @@ def learning(study: StudyRecords) -> Page:
         victims = [r for r in victims if r.key["attack"] != CLEAN]
         if not victims:
             continue
-        mine = [n for n in every if n.key.get("corruptions") == corruptions]
-        tables.append(_learning_table(study, corruptions, victims, mine))
+        selected = [n for n in every if n.key.get("corruptions") == corruptions]
+        tables.append(_learning_table(study, corruptions, victims, selected))
         order = in_order([str(r.key["attack"]) for r in victims], ATTACKS)
         victims.sort(key=lambda r: (order.index(str(r.key["attack"])), r.key["seed"]))
         if misses := [line for r in victims for line in _miss(study, r)]:
@@ -258,18 +258,18 @@ def _printed_rates(study: StudyRecords) -> list[Number]:
 
 def _rates_table(name: str, measure: str, attacks: Sequence[str], every: Sequence[Number]) -> Table:
     columns = (*COLUMNS, *AVERAGES)
-    mine = [n for n in every if n.measure == measure]
+    rates = [n for n in every if n.measure == measure]
     rows = []
     for attack in attacks:
         if measure not in _measures(attack):
             continue
-        spreads = [spread(select(mine, measure, attack=attack, corruption=c)) for c in columns]
+        spreads = [spread(select(rates, measure, attack=attack, corruption=c)) for c in columns]
         cells = (plus_minus(s, factor=100, digits=1) for s in spreads)
         seeds = count_range(s.n for s in spreads if s is not None)
         rows.append((attack_title(attack), "measured", *cells, seeds))
         printed = {
             n.key["corruption"]: n.value
-            for n in mine
+            for n in rates
             if n.source == "paper" and n.key["attack"] == attack
         }
         if printed:

@@ -77,13 +77,13 @@ class Story:
     def mitigations(self) -> list[tuple[str, Mapping[str, Any], Mapping[str, Any] | None]]:
         """Detector, unlearning with its triggers, and the control without triggers."""
         controls = {"nc": "control-nc", "reverse": "control"}
-        found = []
+        entries = []
         for detector in CALIBRATED:
             values = self.get("mitigation", method=f"unlearning-{detector}", oracle_label=False)
             if values is not None:
                 control = self.get("mitigation", method=controls[detector])
-                found.append((detector, values, control))
-        return found
+                entries.append((detector, values, control))
+        return entries
 
 
 def corruptions_in_order(names: Iterable[str]) -> list[str]:
