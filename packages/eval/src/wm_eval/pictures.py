@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wm_inject import quantize, save_image, to_pixels
+from wm_inject import save_image, to_pixels
 
 GAINS = (1, 2, 5, 10, 20, 50)
 
@@ -34,35 +34,6 @@ def residual_gain(change: Tensor) -> int:
 def amplified(change: Tensor, gain: int) -> Tensor:
     """A signed change as a picture, times ``gain``: grey where nothing changed."""
     return (0.5 + gain * change).clamp(0, 1)
-
-
-@torch.no_grad()
-def watermark_pictures(
-    folder: Path, trigger: nn.Module, extractor: nn.Module, watermark: Tensor, images: Tensor
-) -> dict[str, Any]:
-    """Original, poisoned, amplified residual and extracted watermark of a few images.
-
-    Returns:
-        ``{"gain": g, "watermark": picture, "rows": [{"original": picture, ...}, ...]}``.
-    """
-    poisoned = quantize(trigger(images))
-    change = poisoned - quantize(images)
-    found = {
-        "original": (images, "original"),
-        "poisoned": (poisoned, "poisoned, as stored in 8 bits"),
-        "residual": (amplified(change, gain := residual_gain(change)), f"change, x {gain}"),
-        "extracted": (extractor(poisoned), "watermark read from the poisoned image"),
-        "extracted-clean": (extractor(quantize(images)), "watermark read from the original"),
-    }
-    rows = [
-        {
-            kind: save_picture(folder, f"watermark-{i}-{kind}", batch[i], caption)
-            for kind, (batch, caption) in found.items()
-        }
-        for i in range(len(images))
-    ]
-    mark = save_picture(folder, "watermark", watermark, "the watermark")
-    return {"gain": gain, "watermark": mark, "rows": rows}
 
 
 @torch.no_grad()
