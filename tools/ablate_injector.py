@@ -20,11 +20,12 @@ import torch
 
 from wm_eval.config import plain
 from wm_eval.engine import Result, Stage, Store, run
-from wm_eval.measure import mark_values, poisoned_images, stealth_values
+from wm_eval.measure import mark_values, stealth_values
 from wm_extract import EXTRA_CORRUPTIONS, PAPER_CORRUPTIONS, JointConfig, train_jointly
 from wm_inject import WatermarkTrigger, quantize
 from wm_inject.command.common import Parser, add_common, resolve_device, run_cli
 from wm_victim import Dataset, load_dataset
+from wm_victim.metrics import triggered_images
 
 
 def variants(iterations: int, psnr_floor: float) -> dict[str, JointConfig]:
@@ -56,7 +57,7 @@ def train_and_measure(
     )
     trigger = WatermarkTrigger(result.injector, watermark=result.watermark)
     test = data.test.subset(torch.arange(min(test_images, len(data.test)))).to(store.device)
-    images, poisoned = quantize(test.images), poisoned_images(trigger, test)
+    images, poisoned = quantize(test.images), triggered_images(trigger, test)
     values = mark_values(
         result.extractor,
         result.watermark,

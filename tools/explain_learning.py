@@ -32,11 +32,11 @@ from wm_inject import (
     InputAwareTrigger,
     PoisonPlan,
     WaNetTrigger,
-    quantize,
 )
 from wm_inject.attacks.input_aware import WIDTHS, InputAwareConfig, InputAwareHook, fit_masks
 from wm_inject.command.common import Parser, add_common, resolve_device, run_cli
 from wm_victim import Dataset, ImageSet, TrainConfig, load_dataset, predict, train_classifier
+from wm_victim.metrics import attack_logits
 
 TARGET, RATIO, WATCHED, LEARNED = 0, 0.1, 1000, 0.9
 
@@ -89,9 +89,7 @@ VARIANTS |= dict.fromkeys(GENERATORS, _GENERATOR)
 
 def watch(trigger: nn.Module, test: ImageSet, _: int, model: nn.Module) -> Mapping[str, float]:
     """Attack success, loss on poisoned images alone, and clean accuracy."""
-    others = test.labels != TARGET
-    with torch.no_grad():
-        poisoned = predict(model, quantize(trigger(test.images[others])))
+    poisoned = attack_logits(model, test, trigger, target=TARGET)
     asked = torch.full((len(poisoned),), TARGET, device=poisoned.device)
     clean = predict(model, test.images).argmax(1) == test.labels
     return {

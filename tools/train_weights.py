@@ -26,7 +26,7 @@ from torch import Tensor
 from wm_eval.config import plain
 from wm_eval.engine import Result, Stage, Store, file_digest, run
 from wm_eval.intervals import exact_lower, exact_upper
-from wm_eval.measure import parameters, poisoned_images, stealth_values
+from wm_eval.measure import parameters, stealth_values
 from wm_eval.robustness import corrupt_alike, stream
 from wm_extract import (
     EXTRA_CORRUPTIONS,
@@ -52,6 +52,7 @@ from wm_inject import (
 from wm_inject.command.common import Parser, add_common, resolve_device, run_cli
 from wm_inject.core.files import write_json
 from wm_victim import load_dataset
+from wm_victim.metrics import triggered_images
 
 ROOT = Path(__file__).resolve().parents[1]
 # Where each half ships, and what it is called while it is made.
@@ -226,7 +227,7 @@ def measure_on(
     data = load_dataset(name, image_size=trigger.injector.image_size)
     test = data.test.subset(torch.arange(min(MEASURED, len(data.test))))
     images, n = quantize(test.images), len(test)
-    poisoned = poisoned_images(trigger, test)
+    poisoned = triggered_images(trigger, test)
     rows = {}
     for corruption in (*PAPER_CORRUPTIONS, *EXTRA_CORRUPTIONS):
         generator = torch.Generator().manual_seed(stream(seed, corruption))

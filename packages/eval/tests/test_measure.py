@@ -8,7 +8,6 @@ from defense_nc import judge
 from wm_eval.measure import (
     mark_values,
     metrics_values,
-    poisoned_images,
     scan_values,
     stealth_values,
 )
@@ -16,6 +15,7 @@ from wm_eval.records import canonical_json
 from wm_eval.robustness import Outcomes, summarize
 from wm_extract import Identity, RandomMask
 from wm_victim import ImageSet
+from wm_victim.metrics import triggered_images
 
 
 class Reader(torch.nn.Module):
@@ -83,7 +83,7 @@ def test_a_trigger_is_told_ids_and_target_of_every_image() -> None:
         return images * (ids * (1 + asked) % 256 / 255).view(-1, 1, 1, 1)
 
     for target, factor in ((None, 1), (3, 4)):
-        found = poisoned_images(trigger, data, target=target)[:, 0, 0, 0]
+        found = triggered_images(trigger, data, target=target)[:, 0, 0, 0]
         expected = 0.5 * (data.ids * factor % 256) / 255
         assert torch.allclose(found, expected, atol=0.51 / 255)
 

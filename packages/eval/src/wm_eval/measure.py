@@ -13,25 +13,9 @@ from defense_nc import ScanReport, mad_index
 from wm_eval.intervals import exact_lower, exact_upper
 from wm_eval.robustness import Metrics, constant_score, corrupt_alike, stream
 from wm_extract import Corruption, MarkDetector, UNetExtractor, balanced_bit_accuracy
-from wm_inject import Lpips, LpipsUnavailable, Trigger, linf, psnr, quantize, ssim
-from wm_victim import ImageSet
+from wm_inject import Lpips, LpipsUnavailable, linf, psnr, ssim
 
 BATCH = 256
-
-
-@torch.no_grad()
-def poisoned_images(trigger: Trigger, data: ImageSet, *, target: int | None = None) -> Tensor:
-    """Every image with the trigger, as a file would keep it: on the 8-bit grid.
-
-    Args:
-        trigger: What to put in.
-        data: The images and their ids.
-        target: For a trigger that depends on it.
-    """
-    targets = None if target is None else torch.full_like(data.labels, target)
-    parts = torch.arange(len(data), device=data.images.device).split(BATCH)
-    rows = [(data.images[i], data.ids[i], None if targets is None else targets[i]) for i in parts]
-    return torch.cat([quantize(trigger(x, ids=ids, target=to)) for x, ids, to in rows])
 
 
 def stealth_values(poisoned: Tensor, images: Tensor) -> dict[str, Any]:
@@ -158,7 +142,6 @@ __all__ = [
     "mark_values",
     "metrics_values",
     "parameters",
-    "poisoned_images",
     "scan_values",
     "stealth_values",
 ]

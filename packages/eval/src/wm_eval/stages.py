@@ -26,7 +26,6 @@ from wm_eval.measure import (
     mark_values,
     metrics_values,
     parameters,
-    poisoned_images,
     scan_values,
     stealth_values,
 )
@@ -52,6 +51,7 @@ from wm_inject import (
 )
 from wm_victim import ImageSet, load_classifier, predict, save_classifier, train_classifier
 from wm_victim.attack_setup import AttackSetup, fit_attack, remove_parts
+from wm_victim.metrics import attack_logits, triggered_images
 
 LEARNED = 0.9  # a backdoor counts as learned from this attack success on held-out images on
 TOLERANCE = 1e-4  # of exports: absolute on images in [0, 1]; relative to the largest logit
@@ -168,12 +168,11 @@ def _watch(
     if trigger is None:
         return rates
     training = [module for module in trigger.modules() if module.training]
-    others = test.subset(test.labels != target)
-    logits = predict(model, poisoned_images(trigger.eval(), others, target=target)).float()
+    logits = attack_logits(model, test, trigger.eval(), target=target)
     for module in training:
         module.training = True
-    wanted = torch.full_like(others.labels, target)
-    success = float((logits.argmax(1) == wanted).float().mean())
+    wanted = torch.full((len(logits),), target, device=logits.device)
+    success = float((logits.argmax(1) == target).float().mean())
     return rates | {"asr": success, "poison_loss": float(F.cross_entropy(logits, wanted))}
 
 
@@ -258,7 +257,7 @@ def _rows(state: Mapping[str, Tensor]) -> dict[str, Outcomes]:
 def measure_stealth(trial: Trial, store: Store, _: Path) -> Result:
     """How far triggered images are from the originals."""
     test = trial.test_images(store, trial.study.measure.stealth)
-    poisoned = poisoned_images(_shown(trial, store), test, target=trial.study.target)
+    poisoned = triggered_images(_shown(trial, store), test, target=trial.study.target)
     return Result({"n": len(test), "stealth": stealth_values(poisoned, quantize(test.images))})
 
 
@@ -275,7 +274,7 @@ def measure_mark(trial: Trial, store: Store, _: Path) -> Result:
         trial.load_extractor(store),
         trigger.watermark,
         quantize(test.images),
-        poisoned_images(trigger, test),
+        triggered_images(trigger, test),
         corruptions=trial.test_corruptions,
         false_positive_rate=measure.false_positive_rate,
         seed=trial.seed,
@@ -296,7 +295,7 @@ def draw_tiles(trial: Trial, store: Store, _: Path) -> Result:
     first = [int((test.labels == k).nonzero()[0]) for k in test.labels.unique() if k != target]
     shown = test.subset(torch.tensor(first[: trial.study.measure.pictures]))
     images, trigger = quantize(shown.images), _shown(trial, store)
-    poisoned = poisoned_images(trigger, shown, target=target)
+    poisoned = triggered_images(trigger, shown, target=target)
     gain = residual_gain(poisoned - images)
     kinds = {
         "original": (images, "original"),
@@ -399,10 +398,10 @@ def compare_triggers(trial: Trial, detector: str, store: Store, _: Path) -> Resu
     """
     target, test = trial.study.target, _others(trial, store)
     images = quantize(test.images)
-    planted = poisoned_images(trial.load_trigger(store), test, target=target)
+    planted = triggered_images(trial.load_trigger(store), test, target=target)
     labels = _scanned(trial, detector, store)
     reversed_images = {
-        label: poisoned_images(trial.load_reversed(store, detector, label), test)
+        label: triggered_images(trial.load_reversed(store, detector, label), test)
         for label in labels
     }
     near = {k: compare_images(x, planted, images) for k, x in reversed_images.items()}
