@@ -70,11 +70,8 @@ def fit_attack(
         data: The victim's data.
         config: The victim's recipe.
         build: A fresh classifier from a seed.
-        checkpoint: The victim's checkpoint; the state of unfinished work lies beside it.
         target: The class that the attack asks for.
         clean: The clean victim, if there is one already; it is trained if None.
-        device: Where to compute.
-        progress: Show how far it is.
         deadline: As for `train_classifier`.
 
     Raises:

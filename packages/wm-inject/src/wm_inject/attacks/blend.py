@@ -22,7 +22,6 @@ class BlendTrigger(nn.Module):
         alpha: Weight of the picture in [0, 1].
         picture: A name in `wm_inject.attacks.pictures.PICTURES`, an image file (resized to
             ``H`` x ``H``, whatever its aspect), or a float32 tensor ``(C, H, H)`` in [0, 1].
-        seed: Seeds a drawn picture.
 
     Raises:
         ValueError: A size, weight or picture out of range.

@@ -32,7 +32,6 @@ class BlindNetTrigger(nn.Module):
         strength: Root mean square of the pattern, in units of the [0, 1] range. The default gives
             34.3 dB before clipping; `calibrate_blindnet` meets a PSNR on given images.
         band: Inner and outer radius of the ring in cycles per pixel, within (0, 0.5].
-        seed: Seeds the permutations, and the watermark where it is drawn.
 
     Raises:
         ValueError: A value out of range, a ring without room, or a watermark without contrast.

@@ -38,14 +38,10 @@ class FitContext:
     Args:
         images: Clean training images, square.
         labels: Their labels.
-        num_classes: K.
         target: The class that the attack asks for.
-        seed: Seeds every draw.
         co_train: For None, a clean classifier of the victim's recipe and seed; for a hook, a fresh
             classifier of other first weights, trained together with that hook.
         length: How long that training is, if it is known.
-        checkpoint: Keeps the state of unfinished work.
-        progress: Show how far it is.
 
     Raises:
         ValueError: Bad images or labels, or a target that is no class.
@@ -141,7 +137,7 @@ class Attack:
         given = {name: value for name, value in known.items() if name in self.parameters}
         return self.trigger(**{**given, **defaults, **self.settings})
 
-    def preset(self, **changes: Any) -> Any:
+    def fit_config(self, **changes: Any) -> Any:
         """The settings of the fit at this attack's profile."""
         assert self.config is not None
         return self.config.preset(self.profile, **changes)  # type: ignore[attr-defined]
@@ -176,7 +172,6 @@ class Attack:
                 clean-label attack it is the share of the *target class*, so that no plan is
                 impossible on a set whose classes are small (SIG's published 0.1 of all CIFAR-10
                 images is 1.0 of the class, and cannot be drawn from GTSRB's class 0).
-            seed: Seeds a static choice.
 
         Raises:
             ValueError: A ratio out of range, or no image of the target class.
@@ -205,7 +200,6 @@ class Attack:
         Args:
             trigger: The fitted trigger, on the device of the training.
             plan: Of `plan`.
-            num_classes: K.
             length: How long the training is; schedules that follow it are constant if None.
 
         Raises:

@@ -161,9 +161,6 @@ def fit_lf(
         images: Square, on the surrogate's device; ``config.images`` of them are drawn.
         target: The label to move towards.
         config: The preset "small" if None.
-        seed: Seeds the draw of the images and their order.
-        checkpoint: Written after every pass.
-        progress: Show how far it is.
 
     Returns:
         The trigger with the best pattern, on the images' device, and its fooling rate.
@@ -330,7 +327,7 @@ def _fit(attack: Attack, context: FitContext) -> Fitted:
         context.co_train(None),
         context.images,
         target=context.target,
-        config=attack.preset(**attack.settings),
+        config=attack.fit_config(**attack.settings),
         seed=context.seed,
         checkpoint=context.checkpoint,
         progress=context.progress,

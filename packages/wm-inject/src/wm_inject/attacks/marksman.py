@@ -41,10 +41,8 @@ class MarksmanTrigger(nn.Module):
 
     Args:
         image_size: Side H = W in pixels, padded inside to a multiple of 16.
-        num_classes: K.
         epsilon: Largest change of a value, in (0, 1].
         width: Channels of the first convolution, each next one has twice as many; 16 as published.
-        seed: Seeds the fresh weights.
 
     Raises:
         ValueError: A setting out of range.
@@ -295,7 +293,7 @@ def other_labels(labels: Tensor, num_classes: int, *, generator: torch.Generator
 def _fit(attack: Attack, context: FitContext) -> Fitted:
     """Stage 1: the generator learns against a classifier that learns with it."""
     trigger = attack.build(context, width=WIDTHS[attack.profile])
-    config = attack.preset()
+    config = attack.fit_config()
     if attack.profile == "paper" and context.length is not None:
         config = replace(config, refresh_steps=context.length.steps)
     hook = MarksmanHook(

@@ -43,7 +43,6 @@ class RefoolTrigger(nn.Module):
         reflections: What is reflected: "scene" (procedural scenes from ``seed``), a folder of
             image files, or a float32 tensor ``(R, C, h, w)`` in [0, 1], resized to ``H`` x ``H``.
         count: How many composites to draw, 1 .. 1024. Image ``i`` gets composite ``i mod count``.
-        seed: Seeds the composites.
 
     Raises:
         ValueError: A size, share, count or picture out of range, or a folder without pictures.

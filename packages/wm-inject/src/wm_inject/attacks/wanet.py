@@ -23,7 +23,6 @@ class WaNetTrigger(nn.Module):
         grid: Side k of the control grid that the field is interpolated from, at least 2.
         strength: Scale s of the field. A pixel moves by about s / 2 whatever the size; s H / 32
             keeps the look of 32 pixels.
-        seed: Seeds the field.
 
     Raises:
         ValueError: A size, grid or strength out of range.

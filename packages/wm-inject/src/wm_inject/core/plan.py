@@ -86,7 +86,6 @@ class PoisonPlan:
             (labels stay; only images of the target class are poisoned).
         pool: Where poisoned images are drawn from: "all", "non_target" or "target".
         mode: "static" (chosen once) or "per_batch" (drawn anew from every batch, as WaNet does).
-        seed: Seeds the choice of a static plan.
 
     Raises:
         ValueError: A value out of range, or a clean-label plan with another pool than "target".
@@ -221,7 +220,6 @@ def poison(
         plan: A static plan.
         num_classes: K, for the label map.
         ids: 0 .. N-1 if None.
-        batch_size: Images at once.
 
     Raises:
         ValueError: Bad images or labels, a per-batch plan, or a pool that is too small.

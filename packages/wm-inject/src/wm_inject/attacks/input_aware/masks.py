@@ -97,9 +97,6 @@ def fit_masks(
         trigger: On the images' device; only its masks are fitted.
         images: At least 2.
         config: How.
-        seed: Seeds the two orders.
-        checkpoint: Written every 100 steps.
-        progress: Show how far it is.
 
     Returns:
         For every 50th step and the last: ``step``, ``loss``, ``diversity`` (the ratio of distances)

@@ -29,7 +29,6 @@ class InputAwareTrigger(nn.Module):
         stages: How often the sides are halved.
         density: Mask values that phase A does not penalise, in [0, 1); about the share of changed
             pixels.
-        seed: Seeds the fresh weights.
 
     Raises:
         ValueError: A setting out of range.

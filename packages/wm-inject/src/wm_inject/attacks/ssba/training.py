@@ -165,9 +165,6 @@ def fit_ssba(
     Args:
         images: Square, on the device to train on.
         config: The recipe.
-        seed: Seeds weights, order and secrets.
-        checkpoint: Written every 250 steps.
-        progress: Show how far it is.
 
     Raises:
         ValueError: Images that are not square, or the checkpoint of another run.
