@@ -160,7 +160,8 @@ def test_every_page_is_in_the_menu() -> None:
 
 def test_links_are_led_to_the_site_or_dropped() -> None:
     def led(text: str, uri: str) -> str:
-        return site_links(text, uri, {"results/README.md", "architecture.md", "README.md"}.__contains__)
+        pages = {"results/README.md", "architecture.md", "README.md"}
+        return site_links(text, uri, pages.__contains__)
 
     assert led("[r](../results/README.md#a)", "architecture.md") == "[r](results/README.md#a)"
     assert led("[h](docs/architecture.md)", "README.md") == "[h](architecture.md)"
