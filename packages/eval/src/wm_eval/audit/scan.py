@@ -73,10 +73,8 @@ def audit(
         detectors: Names of `wm_eval.detectors.DETECTORS`.
         preset: Of every detector.
         alpha: In (0, 1).
-        seed: Of the scans.
         minutes: What is not finished by then is broken off; the same call goes on.
         state: A folder where scans keep what they have.
-        progress: Show how far long scans are.
         say: Called with a line for every detector.
 
     Raises:

@@ -102,8 +102,6 @@ def open_models(
 
     Args:
         paths: The .onnx file of each name.
-        providers: As for `OnnxModel`.
-        threads: As for `OnnxModel`.
 
     Raises:
         ValueError: No models, a bad name, or a file that is no such model.
