@@ -334,7 +334,7 @@ def _audit(
         seed=settings.seed,
         minutes=args.minutes,
         state=None if args.state is None else args.state / folder,
-        say=lambda line: sys.stderr.write(line + "\n"),
+        say=lambda line: print(line, file=sys.stderr),
     )
 
 
