@@ -95,9 +95,6 @@ def logo(size: int, *, channels: int = 1, seed: int = 0) -> Tensor:
 
     Returns:
         float32 ``(channels, size, size)`` in [0, 1].
-
-    Raises:
-        ValueError: A size or number of channels out of range.
     """
     _check(size, channels)
     draw = Dice(seed)

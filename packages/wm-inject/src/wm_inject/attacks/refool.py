@@ -44,9 +44,6 @@ class RefoolTrigger(nn.Module):
             image files, or a float32 tensor ``(R, C, h, w)`` in [0, 1], resized to ``H`` x ``H``.
         count: How many composites to draw, 1 .. 1024. Image ``i`` gets composite ``i mod count``.
 
-    Raises:
-        ValueError: A size, share, count or picture out of range, or a folder without pictures.
-
     Source: Liu et al., "Reflection Backdoor" (ECCV 2020), with the mixing of the released script
     and BackdoorBench's fixed alpha and ``S = max(H, W)``. Ours: a fixed number of composites, so
     that the trigger is a graph without random draws, and the drawn scenes. The original also
