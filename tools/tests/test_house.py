@@ -7,6 +7,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from pkgutil import iter_modules
 
 import pytest
 from packaging.version import Version
@@ -82,6 +83,8 @@ def test_every_package_says_what_is_public(subtests: pytest.Subtests) -> None:
             assert module.__version__ == str(package.version)
             for name in names:
                 assert getattr(module, name).__doc__, f"{package.module}.{name} has no docstring"
+            # Importing a submodule of that name would hide a name that is imported on first use.
+            assert not set(names) & {info.name for info in iter_modules(module.__path__)}
 
 
 def test_every_init_has_an_all(subtests: pytest.Subtests) -> None:
