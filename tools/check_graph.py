@@ -174,7 +174,7 @@ def violations(root: Path = ROOT) -> list[str]:
     for folder in sorted(folders & {*GRAPH}):
         found += package_violations(root, folder)
     modules = list_modules(root)
-    return [*found, *torch_imports(modules)]
+    return [*found, *cycles(modules), *torch_imports(modules)]
 
 
 def main() -> int:

@@ -48,6 +48,14 @@ TARGETS = (
         ),
     ),
     Target(
+        "wm_victim.inference",
+        "packages/victim/src/wm_victim/inference.py",
+        (
+            "packages/victim/tests/test_inference.py",
+            "packages/victim/tests/test_properties_measure.py",
+        ),
+    ),
+    Target(
         "wm_victim.metrics",
         "packages/victim/src/wm_victim/metrics.py",
         ("packages/victim/tests/test_properties_measure.py",),
@@ -73,6 +81,10 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "model: nn.Module, data: ImageSet, trigger: Trigger, *, target: int, batch_size: int = 512",
     )
 } | {
+    (
+        "def resolve_precision(precision: str, device: torch.device | str) -> torch.dtype:",
+        "torch.device | str -> torch.device & str",
+    ): "annotations are not evaluated",
     ("high = 1.0 if successes == n else min(1.0, centre + half)", "1.0 -> 2.0"): _ROUNDING,
     ("return min(1.0, math.fsum(terms))", "1.0 -> 2.0"): _ROUNDING,
     ("for _ in range(60):", "60 -> 61"): "sixty halvings reach the last bit of a float",

@@ -105,26 +105,31 @@ def source(name: str) -> Path | None:
     return found[0] if found else None
 
 
-def test_the_walk_names_what_is_there_and_visits_each_file_once() -> None:
-    stops = re.split(r"^### \d+\. ", (DOCS / "walk.md").read_text(), flags=re.MULTILINE)[1:]
-    files = [re.match(r"`([a-z_0-9/]+\.py)`\n", stop) for stop in stops]
-    names = [found[1] for found in files if found]
-    assert len(names) == len(stops) > 20 and len(set(names)) == len(names)
-    for name, stop in zip(names, stops, strict=True):
-        path = source(name)
-        assert path, f"{name} is gone"
-        told = set(re.findall(r"`(\w+)\(\)`", stop))
-        missing = told - defined_in(path)
-        assert missing == set(), f"{name} has no {missing}"
+def walks() -> list[list[str]]:
+    """The steps of every walk in docs/walk.md, each from its number on."""
+    parts = re.split(r"^## ", (DOCS / "walk.md").read_text(), flags=re.MULTILINE)[1:]
+    return [re.split(r"^#### ", part, flags=re.MULTILINE)[1:] for part in parts]
 
 
-def test_the_walk_looks_back_only() -> None:
-    stops = re.split(r"^### ", (DOCS / "walk.md").read_text(), flags=re.MULTILINE)[1:]
-    for number, stop in enumerate(stops, start=1):
-        body = stop.partition("\n## ")[0]
-        assert stop.startswith(f"{number}. ")
-        named = re.findall(r"stops? (\d+)(?: to (\d+))?", body)
-        assert all(int(one) < number for pair in named for one in pair if one), stop
+def test_a_walk_names_what_is_there_and_visits_each_file_once(subtests: pytest.Subtests) -> None:
+    for steps in walks():
+        files = [re.match(r"\d+\. `([a-z_0-9/]+\.py)`\n", step) for step in steps]
+        names = [match[1] for match in files if match]
+        assert len(names) == len(steps) >= 10 and len(set(names)) == len(names)
+        for name, step in zip(names, steps, strict=True):
+            with subtests.test(file=name):
+                path = source(name)
+                assert path, f"{name} is gone"
+                assert set(re.findall(r"`(\w+)\(\)`", step)) - defined_in(path) == set()
+
+
+def test_a_walk_looks_back_only() -> None:
+    for steps in walks():
+        for number, step in enumerate(steps, start=1):
+            assert step.startswith(f"{number}. ")
+            body = step.partition("\n### ")[0]
+            named = re.findall(r"steps? (\d+)(?: to (\d+))?", body)
+            assert all(int(one) < number for pair in named for one in pair if one), step
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
@@ -155,15 +160,16 @@ def test_every_page_is_in_the_menu() -> None:
 
 def test_links_are_led_to_the_site_or_dropped() -> None:
     def led(text: str, uri: str) -> str:
-        return site_links(text, uri, {"results/README.md", "house.md", "README.md"}.__contains__)
+        pages = {"results/README.md", "architecture.md", "README.md"}
+        return site_links(text, uri, pages.__contains__)
 
-    assert led("[r](../results/README.md#a)", "house.md") == "[r](results/README.md#a)"
-    assert led("[h](docs/house.md)", "README.md") == "[h](house.md)"
+    assert led("[r](../results/README.md#a)", "architecture.md") == "[r](results/README.md#a)"
+    assert led("[h](docs/architecture.md)", "README.md") == "[h](architecture.md)"
     assert led("[p](packages) and [s](docs/responsible-use.md)", "README.md") == "p and s"
     assert led("[x](#here) [y](https://example.org)", "README.md").count("](") == 2
     assert led("```\n[p](packages)\n```\n", "README.md") == "```\n[p](packages)\n```\n"
     with pytest.raises(ValueError, match="which is not there"):
-        led("[x](gone.md)", "house.md")
+        led("[x](gone.md)", "architecture.md")
 
 
 @pytest.mark.integration

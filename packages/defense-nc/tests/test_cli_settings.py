@@ -68,36 +68,3 @@ def test_the_settings_reach_the_scan(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert main([*usual, "--config", str(file)]) == 3
     assert main([*usual, "--config", str(file), "--images", "30", "--seed", "0"]) == 3
     assert asked == [(20, 7, "fast*", 0.1, 5), (30, 7, "fast*", 0.1, 0)]
-
-
-def test_a_file_that_does_not_fit_is_one_line_and_no_verdict(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], subtests: pytest.Subtests
-) -> None:
-    for command, code in [("scan", 3), ("clean", 1)]:
-        for text, message in [
-            ("colour = 1", "unknown key 'colour' in settings: expected one of alpha, "),
-            ("[scan]\nstep = 1", "unknown key 'step' in settings.scan: expected one of "),
-            ('images = "many"', "expected int for settings.images, got 'many'"),
-            ("[scan]\nlr = -1", "settings.scan: expected lr > 0, got -1"),
-        ]:
-            with subtests.test(command=command, code=code, text=text, message=message):
-                file = tmp_path / "mine.toml"
-                file.write_text(text)
-                assert main([command, "--config", str(file), "--print-config"]) == code
-                said = capsys.readouterr().err
-                assert said.startswith(f"error: {file}: {message}") and said.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "table"),
-    [("--preset", "robust", "scan"), ("--recipe", "paper", "unlearning")],
-)
-def test_a_preset_and_its_table_are_not_both_taken(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, table: str
-) -> None:
-    file = tmp_path / "mine.toml"
-    file.write_text(printed("clean"))
-    with pytest.raises(SystemExit) as left:
-        main(["clean", "--config", str(file), option, value, "--print-config"])
-    assert left.value.code == 64
-    assert f"{option} and {table!r} in {file} both say where" in capsys.readouterr().err

@@ -45,6 +45,10 @@ def test_wrong_usage_exits_64(capsys: pytest.CaptureFixture[str]) -> None:
         ["run"],
         ["demo", "--device", "tpu"],
         ["run", "demo", "--minutes", "soon"],
+        ["run", "demo", "--minutes", "0"],
+        ["scan", "m.onnx", "--images", "x", "--detectors", "nothing"],
+        ["scan", "m.onnx", "--images", "x", "--alpha", "2"],
+        ["clean", "m.onnx", "--images", "x", "--out", "y", "--preset", "no"],
         ["run", "demo", "--workers", "2", "--ray"],
     ):
         assert code(argv) == 64
@@ -58,7 +62,6 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ["run", str(bad)],
         ["run", "no-such-study"],
         ["run", "demo", "--set", "seeds"],
-        ["run", "demo", "--minutes", "0", "--out", str(tmp_path)],
         ["run", "demo", "--workers", "0"],
         ["tables", str(tmp_path)],
         ["page", str(tmp_path)],

@@ -8,7 +8,6 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
 from wm_victim import TrainConfig
 from wm_victim.augment import PADDING, augment
-from wm_victim.inference import resolve_precision
 from wm_victim.train_config import learning_rate
 
 
@@ -82,12 +81,6 @@ def test_presets_can_be_changed() -> None:
     assert TrainConfig.preset("mnist").augment == "none"
     with pytest.raises(ValueError, match="paper, fast, mnist"):
         TrainConfig.preset("slow")  # type: ignore[arg-type]
-
-
-def test_precision_follows_the_hardware_unless_told() -> None:
-    assert resolve_precision("float32", "cpu") == torch.float32
-    assert resolve_precision("bfloat16", "cpu") == torch.bfloat16
-    assert resolve_precision("auto", "cpu") in (torch.float32, torch.bfloat16)
 
 
 def slow_augment(images: torch.Tensor, *, flip: bool, generator: torch.Generator) -> torch.Tensor:

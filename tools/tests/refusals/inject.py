@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -203,6 +204,10 @@ TABLE = Table(
             "channels": lambda _: wm.BlendTrigger(image_size=SIZE, channels=2),
             "picture": lambda _: wm.BlendTrigger(image_size=SIZE, channels=1, picture=IMAGES),
         },
+        "BppTrigger": {
+            **images(wm.BppTrigger(image_size=SIZE)),
+            "levels": lambda _: wm.BppTrigger(image_size=SIZE, levels=1),
+        },
         "WaNetTrigger": {
             **images(wm.WaNetTrigger(image_size=SIZE)),
             "grid": lambda _: wm.WaNetTrigger(image_size=SIZE, grid=1),
@@ -257,10 +262,10 @@ TABLE = Table(
             "density": lambda _: wm.InputAwareTrigger(**TINY, density=2.0),
         },
         "Attack": {
-            "name": lambda _: wm.Attack("nothing"),
-            "profile": lambda _: wm.Attack("badnets", profile="huge"),  # type: ignore[arg-type]
-            "settings": lambda _: wm.Attack("badnets", {"colour": 1}).fit(wm.FitContext(**CONTEXT)),
-            "ratio": lambda _: wm.Attack("badnets").plan(LABELS, target=0, ratio=2.0),
+            "profile": lambda _: replace(wm.attack("badnets"), profile="huge"),  # type: ignore[arg-type]
+            "settings": lambda _: wm.attack("badnets", colour=1).fit(wm.FitContext(**CONTEXT)),
+            "fitted elsewhere": lambda _: wm.ATTACKS["watermark"].fit(wm.FitContext(**CONTEXT)),
+            "ratio": lambda _: wm.attack("badnets").plan(LABELS, target=0, ratio=2.0),
             "no target class": lambda _: wm.attack("sig").plan(LABELS, target=7),
             "another's trigger": lambda _: wm.attack("wanet").hook(
                 PATCH, wm.PoisonPlan(mode="per_batch"), num_classes=3
@@ -420,6 +425,7 @@ TABLE = Table(
         },
     },
     nothing={
+        "list_attacks": "takes no arguments",
         "find_lpips_weights": "takes nothing: it looks where the environment says",
     },
     partly={

@@ -100,7 +100,7 @@ TABLE = Table(
             "precision": config(precision="float16"),
             "nesterov": config(nesterov=True, momentum=0.0),
             "seed": config(seed=-1),
-            "preset": lambda _: wv.TrainConfig.preset("secret"),  # type: ignore[arg-type]
+            "preset": lambda _: wv.TrainConfig.preset("secret"),
         },
         "train_classifier": {
             **sets(train),

@@ -11,22 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wm_eval.__about__ import __version__
-from wm_eval.audit.cli import (
-    CLEAN_EPILOG,
-    CLEAN_HELP,
-    INSPECT_EPILOG,
-    INSPECT_HELP,
-    SCAN_EPILOG,
-    SCAN_HELP,
-    add_clean,
-    add_inspect,
-    add_scan,
-    clean_command,
-    inspect_command,
-    scan_command,
-)
-from wm_inject.command.common import CommandLine, resolve_device
-from wm_inject.command.config import add_config, add_print_config, print_config
+from wm_eval.audit.cli import add_audit
+from wm_inject.command.common import CommandLine, positive, resolve_device
+from wm_inject.command.config import add_print_config, print_config
 
 if TYPE_CHECKING:
     from wm_eval.executors import Executor
@@ -114,15 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="leave out images of the data set, where they may not be passed on",
     )
-    for name, work, purpose, epilog, add in (
-        ("scan", scan_command, SCAN_HELP, SCAN_EPILOG, add_scan),
-        ("clean", clean_command, CLEAN_HELP, CLEAN_EPILOG, add_clean),
-        ("inspect", inspect_command, INSPECT_HELP, INSPECT_EPILOG, add_inspect),
-    ):
-        command = line.add(name, work, purpose, epilog=epilog)
-        add(command)
-        if name != "inspect":
-            add_config(command)
+    add_audit(line)
     return line.main(argv)
 
 
@@ -133,7 +112,7 @@ def shipped_names() -> list[str]:
 
 def _add_run(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, help="the study's folder (default: runs/NAME)")
-    command.add_argument("--minutes", type=float, help="start nothing new after so many minutes")
+    command.add_argument("--minutes", type=positive, help="start nothing new after so many minutes")
     command.add_argument(
         "--set",
         action="append",

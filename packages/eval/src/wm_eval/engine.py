@@ -84,8 +84,6 @@ class Store:
 
     Args:
         folder: Where records, models and pictures go.
-        device: "cpu" or a cuda device.
-        progress: Whether long stages show how far they are.
         deadline: A time of `time.monotonic` after which a stage should end early.
         say: Called with a line when a stage starts, fails or is skipped.
     """
@@ -184,10 +182,8 @@ def run(
     Args:
         stages: In the order in which they are wanted; of several with one id the first counts.
         folder: The study's folder.
-        device: "cpu" or a cuda device.
         minutes: No stage and no training epoch starts later than this.
         executor: Where stages run.
-        progress: Show how far long stages are.
         say: Called with a line for every stage; writes to stderr if None, nothing without progress.
 
     Raises:

@@ -82,7 +82,6 @@ def evaluate(
         test: Images the classifier was not trained on.
         target: The label the attack asks for (not used by "all-to-all").
         corruptions: By name; each name seeds its own stream of randomness.
-        seed: Seeds the corruptions; the same for every model that is to be compared.
         label_map: "all-to-all" asks for label + 1 and counts all images; the others ask for
             ``target`` and leave out images that are of that class anyway.
         batch_size: Images at once. Part of what fixes the draw of a corruption.

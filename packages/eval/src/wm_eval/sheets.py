@@ -212,7 +212,7 @@ def picture_path(folder: Path, picture: Mapping[str, Any]) -> Path:
         ValueError: It is missing, or outside the folder.
     """
     path = folder / picture["file"]
-    # The name comes from a record, and a record may come from a stranger.
+    # The name comes from a record, and a record may be untrusted.
     if path.parent != folder or not path.is_file():
         raise ValueError(f"expected the picture {picture['file']} in {folder}, found none")
     return path

@@ -66,16 +66,8 @@ def fit_attack(
     and seed. A generator that learns beside a classifier (Marksman) has one of other first weights.
 
     Args:
-        attack: The attack.
-        data: The victim's data.
-        config: The victim's recipe.
-        build: A fresh classifier from a seed.
-        checkpoint: The victim's checkpoint; the state of unfinished work lies beside it.
-        target: The class that the attack asks for.
+        build: Gives a fresh classifier for a seed.
         clean: The clean victim, if there is one already; it is trained if None.
-        device: Where to compute.
-        progress: Show how far it is.
-        deadline: As for `train_classifier`.
 
     Raises:
         ValueError: Settings that the attack does not take, or images that it cannot use.

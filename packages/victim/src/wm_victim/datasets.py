@@ -168,7 +168,6 @@ def defender_subset(
         train: The images to draw from.
         share: Share of ``train`` in (0, 1]; give either this or ``count``.
         count: How many images, 1 .. N.
-        seed: Of the draw; a larger draw with the same seed contains the smaller one.
     """
     if (share is None) == (count is None):
         raise ValueError("expected either share or count of the defender's images")

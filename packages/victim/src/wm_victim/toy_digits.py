@@ -34,7 +34,6 @@ def planted_images(
         num_classes: K in 2 .. 10: the digits 0 .. K-1.
         channels: 1 (grey) or 3 (each digit in a seeded light tint).
         image_size: Side in pixels, at least 8.
-        seed: Of the choice of digits and their tints.
 
     Raises:
         ValueError: A setting outside its range, or more images than there are.

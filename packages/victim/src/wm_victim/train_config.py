@@ -38,7 +38,6 @@ class TrainConfig:
             margin may take many epochs to be learned.
         precision: "float32", "bfloat16" (autocast) or "auto": bfloat16 where the hardware
             multiplies it fast.
-        seed: Of the order of images, the augmentation and dropout.
         label_smoothing: Share of the label, in [0, 1), that is spread over all classes.
         cutout: Side in pixels of a black square in a random position in every training image; 0
             for none. It may cover a patch trigger.

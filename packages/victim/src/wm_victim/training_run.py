@@ -144,7 +144,6 @@ def training_forward(model: nn.Module, config: TrainConfig, device: torch.device
     Args:
         model: The classifier, on the device already. The layout of its weights is changed.
         config: Its ``layout``, ``precision`` and ``compile`` are used.
-        device: Where it trains.
 
     Raises:
         ValueError: ``compile`` on another device than a GPU; layout "blocked" on another than the

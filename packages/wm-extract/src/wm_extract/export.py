@@ -50,7 +50,6 @@ def export_detector(
     Args:
         detector: The calibrated detector.
         images: At least three, to compare file and detector on.
-        path: The file to write.
         uint8: For ONNX, take stored pixels, uint8 ``(N, H, W, C)``.
         settings: Arguments of `wm_inject.to_onnx` or ``to_torchscript``, such as precision.
 

@@ -88,7 +88,6 @@ def train_jointly(
         watermark: float32 ``(1, H, W)`` in [0, 1]; the default picture if None.
         encoder: State dict of timm's MAE ViT to start the injector's encoder from, such as
             ``vit_large_patch16_224.mae`` for size "large"; fresh weights if None.
-        checkpoint: Written every 250 steps; not removed at the end.
 
     Raises:
         ValueError: Images or watermark break their contract, the encoder's weights are of another

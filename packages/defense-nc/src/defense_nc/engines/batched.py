@@ -44,7 +44,6 @@ def invert_triggers(
 
     Args:
         targets: The labels to reach, each once; all K if None.
-        seed: Seeds every label's starts and order of images alike.
 
     Returns:
         One trigger a label, in the order of the targets. The score of a label that stopped early is

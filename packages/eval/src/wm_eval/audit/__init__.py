@@ -1,4 +1,4 @@
-"""Audits of models and images from strangers: open, check, scan, clean, report.
+"""Audits of untrusted models and images: open, check, scan, clean, report.
 
 Nothing is imported here: the command line must answer ``--help`` without torch.
 """

@@ -69,7 +69,6 @@ def check_model(
     Args:
         module: Images in [0, 1] to logits ``(N, K)``.
         clean: The defender's images.
-        num_classes: K.
         guess_scale: Try other scales of the images where the labels say that this one is wrong.
 
     Raises:

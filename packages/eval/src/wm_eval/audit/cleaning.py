@@ -60,10 +60,6 @@ def clean_model(
     Args:
         module: Images in [0, 1] to logits; not changed.
         triggers: Reversed ones; a fifth of the images carries each, half of them at most any.
-        images: Clean float32 ``(N, C, H, W)`` in [0, 1].
-        labels: int64 ``(N,)``.
-        seed: Of the order of the images.
-        progress: Show how far it is.
 
     Raises:
         ValueError: No triggers, a model that no learning rate leaves whole, or as
@@ -134,8 +130,6 @@ def clean_in_rounds(
         labels: int64 ``(N,)``: what the images are to be answered with.
         scan: Scans a model; the string names the round, "round-1" and so on.
         rounds: At most, 1 or more.
-        seed: Of the order of the images.
-        progress: Show how far it is.
 
     Yields:
         Each round; the last one is not called backdoored, or nothing more can be done.

@@ -26,7 +26,6 @@ class CleanImages:
     """Clean images of a folder, and what is known of them.
 
     Args:
-        images: float32 ``(N, C, H, W)`` in [0, 1].
         labels: int64 ``(N,)``; None if nobody knows them.
         files: Their names below the folder.
         skipped: Names of files that could not be read, each with the reason.
@@ -55,7 +54,6 @@ def read_clean(
         channels: 1 or 3.
         count: At most so many.
         labels: A CSV file with the columns "file" and "label" (a number); class folders if None.
-        seed: Of the draw.
 
     Raises:
         ValueError: No such folder, too few readable images, or labels that do not fit.

@@ -21,7 +21,6 @@ def inspect_folder(
         folder: The images; sub-folders are searched.
         detectors: ``.onnx`` files of ``wm-extract export`` or of a scan's ``--filter``.
         device: As for ``--device``.
-        batch_size: Images at once.
 
     Raises:
         ValueError: No images, or files that are no detectors.

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from defense_nc import ScanReport, Verdict
+from defense_nc import Detector, ScanReport, Verdict
 from wm_eval.audit.budget import OutOfTime, budget
 from wm_eval.audit.checks import BATCH, Checked
 from wm_eval.audit.images import CleanImages
@@ -73,19 +73,14 @@ def audit(
         detectors: Names of `wm_eval.detectors.DETECTORS`.
         preset: Of every detector.
         alpha: In (0, 1).
-        seed: Of the scans.
         minutes: What is not finished by then is broken off; the same call goes on.
         state: A folder where scans keep what they have.
-        progress: Show how far long scans are.
         say: Called with a line for every detector.
 
     Raises:
         ValueError: No detectors or two of one name, an unknown one, or numbers outside their range.
     """
-    if not detectors or len(set(detectors)) < len(detectors) or not 0 < alpha < 1:
-        names = ", ".join(detectors) or "none"
-        raise ValueError(f"expected detectors and alpha in (0, 1), got {names} and {alpha}")
-    scanners = {name: detector(name, preset, alpha=alpha / len(detectors)) for name in detectors}
+    scanners = build_detectors(detectors, preset, alpha)
     if state is not None:
         state.mkdir(parents=True, exist_ok=True)
     reports: dict[str, ScanReport] = {}
@@ -109,6 +104,18 @@ def audit(
         except (OutOfTime, ValueError, RuntimeError) as error:
             failures[name] = " ".join(str(error).split()) or type(error).__name__
     return conclude(reports, failures, alpha)
+
+
+def build_detectors(names: Sequence[str], preset: str, alpha: float) -> dict[str, Detector]:
+    """The detectors of a scan, which share its false-positive rate equally.
+
+    Raises:
+        ValueError: No detectors or two of one name, an unknown one, or alpha outside (0, 1).
+    """
+    if not names or len(set(names)) < len(names) or not 0 < alpha < 1:
+        given = ", ".join(names) or "none"
+        raise ValueError(f"expected detectors and alpha in (0, 1), got {given} and {alpha}")
+    return {name: detector(name, preset, alpha=alpha / len(names)) for name in names}
 
 
 def conclude(reports: Mapping[str, ScanReport], failures: Mapping[str, str], alpha: float) -> Audit:

@@ -117,7 +117,6 @@ class OpenedModel:
         arch: The architecture's name, or "onnx" for a graph that brings its own.
         channels: 1 or 3.
         image_size: H = W, in pixels.
-        num_classes: K.
         layout: The layout the file takes images in: "NCHW" or "NHWC".
         outputs: What the file gives: "logits" or "probabilities".
         notes: One-line remarks: what was inferred, left out or not available.

@@ -16,6 +16,7 @@ from wm_inject.attacks.definition import (
     Needs,
     Profile,
 )
+from wm_inject.core.checks import check_choice
 
 # In the order of tables. Each is the file of that name, with - as _.
 _NAMES = (
@@ -66,8 +67,7 @@ def attack(name: str, *, profile: Profile = "small", **settings: Any) -> Attack:
     Raises:
         ValueError: Another name or profile.
     """
-    if name not in ATTACKS:
-        raise ValueError(f"expected an attack in {', '.join(_NAMES)}, got {name!r}")
+    check_choice("an attack", name, _NAMES)
     return replace(ATTACKS[name], profile=profile, settings=settings)
 
 

@@ -16,13 +16,9 @@ class BadNetsTrigger(nn.Module):
     """Overwrite a square near the bottom right corner with one grey value.
 
     Args:
-        image_size: Side H = W in pixels.
         size: Side of the patch in pixels; ``round(3 H / 32)`` if None.
         margin: Pixels between the patch and the edges.
         value: What every channel of the patch becomes, in [0, 1]; 1 is white.
-
-    Raises:
-        ValueError: A patch that does not fit the image, or a value outside [0, 1].
 
     Source: Gu et al., "BadNets" (2017), with BackdoorBench's size and position at 32 pixels.
     """

@@ -18,14 +18,9 @@ class BlendTrigger(nn.Module):
     """Mix one picture into every image: ``(1 - alpha) x + alpha t``.
 
     Args:
-        image_size: Side H = W in pixels.
         alpha: Weight of the picture in [0, 1].
         picture: A name in `wm_inject.attacks.pictures.PICTURES`, an image file (resized to
             ``H`` x ``H``, whatever its aspect), or a float32 tensor ``(C, H, H)`` in [0, 1].
-        seed: Seeds a drawn picture.
-
-    Raises:
-        ValueError: A size, weight or picture out of range.
 
     Source: Chen et al., "Targeted Backdoor Attacks on Deep Learning Systems Using Data Poisoning"
     (2017), blended injection; the pictures are ours.

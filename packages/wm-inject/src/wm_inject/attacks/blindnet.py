@@ -21,8 +21,7 @@ class BlindNetTrigger(nn.Module):
     """Add one pattern whose spectrum holds a permuted watermark in a ring of frequencies.
 
     The watermark's pixels, less their mean, are permuted by the seed and written as real numbers
-    to the frequencies of the ring in the upper half-plane, and point-symmetrically to the lower
-    half, so that the pattern is real. It does not depend on the image.
+    to the ring's frequencies, point-symmetrically, so that the pattern is real.
 
     Args:
         image_size: Side H = W in pixels, at least 8.
@@ -32,10 +31,6 @@ class BlindNetTrigger(nn.Module):
         strength: Root mean square of the pattern, in units of the [0, 1] range. The default gives
             34.3 dB before clipping; `calibrate_blindnet` meets a PSNR on given images.
         band: Inner and outer radius of the ring in cycles per pixel, within (0, 0.5].
-        seed: Seeds the permutations, and the watermark where it is drawn.
-
-    Raises:
-        ValueError: A value out of range, a ring without room, or a watermark without contrast.
 
     Source: Kwon & Kim, "BlindNet backdoor" (Multimedia Tools and Applications, 2022), of which only
     the principle is known: a picture goes into a frequency band by way of the Fourier transform.
@@ -129,11 +124,7 @@ class BlindNetTrigger(nn.Module):
 
 
 def watermark_side(image_size: int, *, band: tuple[float, float] = (0.25, 0.45)) -> int:
-    """The side of the watermark that a ring of frequencies has room for, in pixels.
-
-    Raises:
-        ValueError: A ring that is empty or out of range.
-    """
+    """The side of the watermark that a ring of frequencies has room for, in pixels."""
     return math.isqrt(len(_ring(image_size, band)))
 
 

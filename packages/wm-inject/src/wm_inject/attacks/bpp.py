@@ -22,12 +22,8 @@ class BppTrigger(nn.Module):
     worked on front by front, ``3 H - 2`` of them.
 
     Args:
-        image_size: Side H = W in pixels.
         levels: Values per channel, 2 .. 256; 8 are 3 bits.
         dithering: Diffuse the errors. BackdoorBench's own default is False.
-
-    Raises:
-        ValueError: A size or number of levels out of range.
 
     Source: Wang et al., "BppAttack" (CVPR 2022), with BackdoorBench's ``squeeze_num`` of 8. Floyd &
     Steinberg, "An Adaptive Algorithm for Spatial Greyscale" (1976).

@@ -16,11 +16,7 @@ def show_config(trigger: Any) -> str:
 
 
 def check_batch(images: Tensor, config: Mapping[str, Any], *, name: str = "images") -> Tensor:
-    """Check that a batch has the size, and the channels if any, of a trigger's settings.
-
-    Raises:
-        ValueError: The batch breaks the image contract or has another shape.
-    """
+    """Check that a batch has the size, and the channels if any, of a trigger's settings."""
     size = (config["image_size"],) * 2
     return check_images(images, channels=config.get("channels"), size=size, name=name)
 

@@ -37,15 +37,9 @@ class FitContext:
 
     Args:
         images: Clean training images, square.
-        labels: Their labels.
-        num_classes: K.
-        target: The class that the attack asks for.
-        seed: Seeds every draw.
         co_train: For None, a clean classifier of the victim's recipe and seed; for a hook, a fresh
             classifier of other first weights, trained together with that hook.
         length: How long that training is, if it is known.
-        checkpoint: Keeps the state of unfinished work.
-        progress: Show how far it is.
 
     Raises:
         ValueError: Bad images or labels, or a target that is no class.
@@ -88,13 +82,10 @@ class Attack:
 
     Args:
         name: On command lines and in records; also the ``kind`` of its trigger.
-        title: In tables.
-        trigger: The class of its trigger.
         needs: What making the trigger takes: "nothing" but settings, clean "images", a
             "clean-classifier" to search on, "co-training" with a classifier of the attacker's own,
             the "victim"'s training, which finishes it, or the watermark's "extractor".
         mode: "static", or "per_batch" for an attack that takes part in training.
-        label_map: "all-to-one" or "clean-label".
         ratio: Its usual poison ratio; of the target class if clean-label.
         config: The settings of its fit, a class with ``preset(profile)``; None if it has none.
         fitter: Makes the trigger; None builds it from its settings.
@@ -141,7 +132,7 @@ class Attack:
         given = {name: value for name, value in known.items() if name in self.parameters}
         return self.trigger(**{**given, **defaults, **self.settings})
 
-    def preset(self, **changes: Any) -> Any:
+    def fit_config(self, **changes: Any) -> Any:
         """The settings of the fit at this attack's profile."""
         assert self.config is not None
         return self.config.preset(self.profile, **changes)  # type: ignore[attr-defined]
@@ -171,15 +162,9 @@ class Attack:
 
         Args:
             labels: The training labels; a clean-label plan counts them.
-            target: The class that the attack asks for.
             ratio: Share of the training set or of a batch; the attack's own if None. For a
-                clean-label attack it is the share of the *target class*, so that no plan is
-                impossible on a set whose classes are small (SIG's published 0.1 of all CIFAR-10
-                images is 1.0 of the class, and cannot be drawn from GTSRB's class 0).
-            seed: Seeds a static choice.
-
-        Raises:
-            ValueError: A ratio out of range, or no image of the target class.
+                clean-label attack, the share of the *target class*: SIG's published 0.1 of all
+                images could not be drawn from a small class.
         """
         ratio = self.ratio if ratio is None else ratio
         if self.label_map == "all-to-one":
@@ -202,11 +187,7 @@ class Attack:
     ) -> CoTraining | None:
         """The attack's part in the victim's training; None for a static attack.
 
-        Args:
-            trigger: The fitted trigger, on the device of the training.
-            plan: Of `plan`.
-            num_classes: K.
-            length: How long the training is; schedules that follow it are constant if None.
+        Schedules that follow ``length`` are constant if it is None.
 
         Raises:
             ValueError: Another attack's trigger, or a plan that does not fit.

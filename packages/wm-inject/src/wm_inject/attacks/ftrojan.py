@@ -26,7 +26,6 @@ class FTrojanTrigger(nn.Module):
     image. On a grey image it goes on the one plane there is (ours).
 
     Args:
-        image_size: Side H = W in pixels.
         magnitude: What is added to each coefficient of the orthonormal DCT, in units of [0, 1]
             pixels; 30/255 is BackdoorBench's, 20/255 the authors' for CIFAR-10.
         positions: (row, column) of the coefficients in a block; None for (15, 15) and (31, 31)
@@ -35,9 +34,6 @@ class FTrojanTrigger(nn.Module):
             Only whole blocks, counted from the top left, carry the pattern (ours: the released code
             fails where the side is no multiple of the block).
         eight_bit: Round through 8-bit YCrCb as the released code does. Colour only.
-
-    Raises:
-        ValueError: A size, magnitude, block or position out of range, or 8 bits for grey.
 
     Source: Wang et al., "An Invisible Black-box Backdoor Attack through Frequency Domain" (ECCV
     2022), with BackdoorBench's defaults. We clip where the released code's 8-bit cast wraps.

@@ -29,12 +29,8 @@ class LfTrigger(nn.Module):
     """Add one low-frequency pattern to every image, and clip.
 
     Args:
-        image_size: Side H = W in pixels.
         limit: Largest value of the pattern, in (0, 1]; the smallest is 0.
         pattern: float32 ``(C, H, H)`` in [0, limit]; zeros if None, to be filled from a state.
-
-    Raises:
-        ValueError: A size, limit or pattern out of range.
 
     Source: Zeng et al., "Rethinking the Backdoor Attacks' Triggers: A Frequency Perspective"
     (ICCV 2021), the smooth trigger. `fit_lf` searches for the pattern.
@@ -93,9 +89,6 @@ class LfConfig:
         limit: Largest value of the pattern, in (0, 1].
         enough: Stop when this share of the images gets another prediction with the pattern.
         sigma: Width of the low-pass in pixels at 32 pixels; it grows with the image [ours].
-
-    Raises:
-        ValueError: A value out of range.
     """
 
     images: int = 100
@@ -159,18 +152,14 @@ def fit_lf(
     Args:
         surrogate: A trained clean classifier, a `model`.
         images: Square, on the surrogate's device; ``config.images`` of them are drawn.
-        target: The label to move towards.
         config: The preset "small" if None.
-        seed: Seeds the draw of the images and their order.
-        checkpoint: Written after every pass.
-        progress: Show how far it is.
 
     Returns:
         The trigger with the best pattern, on the images' device, and its fooling rate.
 
     Raises:
-        ValueError: Bad images, too few of them, a target that is no label of the surrogate's, the
-            checkpoint of another search, or a surrogate that no step moves to the target.
+        ValueError: Too few images, the checkpoint of another search, or a surrogate that no step
+            moves to the target.
 
     Source: Zeng et al. (2021) with the released code's constants; Moosavi-Dezfooli et al.,
     "DeepFool" (2016), for the step. Ours: the target stays (the released code goes over to the
@@ -330,7 +319,7 @@ def _fit(attack: Attack, context: FitContext) -> Fitted:
         context.co_train(None),
         context.images,
         target=context.target,
-        config=attack.preset(**attack.settings),
+        config=attack.fit_config(**attack.settings),
         seed=context.seed,
         checkpoint=context.checkpoint,
         progress=context.progress,

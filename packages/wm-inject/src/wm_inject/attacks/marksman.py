@@ -41,13 +41,8 @@ class MarksmanTrigger(nn.Module):
 
     Args:
         image_size: Side H = W in pixels, padded inside to a multiple of 16.
-        num_classes: K.
         epsilon: Largest change of a value, in (0, 1].
         width: Channels of the first convolution, each next one has twice as many; 16 as published.
-        seed: Seeds the fresh weights.
-
-    Raises:
-        ValueError: A setting out of range.
 
     Source: Doan et al., "Marksman Backdoor" (NeurIPS 2022), and its released code for the layers.
     Ours: epsilon in [0, 1] pixels, and its 0.05 (there: of normalised images); the padding.
@@ -142,9 +137,6 @@ class MarksmanConfig:
         lr: Learning rate of Adam, constant.
         refresh_steps: Steps between two copies of the learning generator to the one that poisons;
             one epoch as published (391 for 50,000 images in batches of 128).
-
-    Raises:
-        ValueError: A value out of range.
     """
 
     lr: float = 1e-4
@@ -181,12 +173,7 @@ class MarksmanHook:
         trigger: The generator, on the images' device; in stage 1 it is trained in place.
         plan: A per-batch plan; its ratio is the paper's weight of poisoned images (1 - alpha =
             0.5). Its target and label map play no role: every class is asked for.
-        num_classes: K, the trigger's own.
-        config: The preset "paper" if None.
         train_generator: True for stage 1, False for stage 2.
-
-    Raises:
-        ValueError: A static plan, or another number of classes than the trigger's.
 
     Source: Doan et al. (NeurIPS 2022) and the released code. Ours: one run of a batch with that
     share poisoned (there: every image twice, clean and poisoned, with weights alpha and 1 - alpha);
@@ -280,11 +267,7 @@ class MarksmanHook:
 
 
 def other_labels(labels: Tensor, num_classes: int, *, generator: torch.Generator) -> Tensor:
-    """For every label, a class drawn uniformly from all the others: int64 ``(N,)``.
-
-    Raises:
-        ValueError: Labels out of range, or fewer than two classes.
-    """
+    """For every label, a class drawn uniformly from all the others: int64 ``(N,)``."""
     if num_classes < 2:
         raise ValueError(f"expected at least 2 classes, got {num_classes}")
     check_labels(labels, len(labels), num_classes=num_classes)
@@ -295,7 +278,7 @@ def other_labels(labels: Tensor, num_classes: int, *, generator: torch.Generator
 def _fit(attack: Attack, context: FitContext) -> Fitted:
     """Stage 1: the generator learns against a classifier that learns with it."""
     trigger = attack.build(context, width=WIDTHS[attack.profile])
-    config = attack.preset()
+    config = attack.fit_config()
     if attack.profile == "paper" and context.length is not None:
         config = replace(config, refresh_steps=context.length.steps)
     hook = MarksmanHook(

@@ -92,13 +92,9 @@ def logo(size: int, *, channels: int = 1, seed: int = 0) -> Tensor:
     Args:
         size: Side in pixels.
         channels: 1 (light on dark) or 3 (a bright colour on its complement).
-        seed: Seeds the star, its turn and the colour.
 
     Returns:
         float32 ``(channels, size, size)`` in [0, 1].
-
-    Raises:
-        ValueError: A size or number of channels out of range.
     """
     _check(size, channels)
     draw = Dice(seed)

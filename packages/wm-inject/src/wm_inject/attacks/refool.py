@@ -43,10 +43,6 @@ class RefoolTrigger(nn.Module):
         reflections: What is reflected: "scene" (procedural scenes from ``seed``), a folder of
             image files, or a float32 tensor ``(R, C, h, w)`` in [0, 1], resized to ``H`` x ``H``.
         count: How many composites to draw, 1 .. 1024. Image ``i`` gets composite ``i mod count``.
-        seed: Seeds the composites.
-
-    Raises:
-        ValueError: A size, share, count or picture out of range, or a folder without pictures.
 
     Source: Liu et al., "Reflection Backdoor" (ECCV 2020), with the mixing of the released script
     and BackdoorBench's fixed alpha and ``S = max(H, W)``. Ours: a fixed number of composites, so

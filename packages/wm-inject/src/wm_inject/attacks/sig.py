@@ -17,13 +17,9 @@ class SigTrigger(nn.Module):
     """Add ``amplitude * sin(2 pi j frequency / W)`` to column j of every channel, and clip.
 
     Args:
-        image_size: Side H = W in pixels.
         amplitude: Peak of the wave in [0, 1]; 40/255 is the strong setting, 20/255 the faint one.
         frequency: Periods per image *width*, above 0 and below H / 2. A large image therefore
             gets a slow wave.
-
-    Raises:
-        ValueError: A size, amplitude or frequency out of range.
 
     Source: Barni et al., "A New Backdoor Attack in CNNs by Training Set Corruption Without Label
     Poisoning" (ICIP 2019), with BackdoorBench's amplitude and frequency.

@@ -54,7 +54,6 @@ def save_trigger(
 
     Args:
         trigger: One of this package's triggers.
-        path: The file.
         metadata: What else to record, such as the seed and data it was trained with.
 
     Raises:

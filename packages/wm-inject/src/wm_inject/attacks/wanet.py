@@ -19,14 +19,9 @@ class WaNetTrigger(nn.Module):
     """Warp every image along one smooth random field.
 
     Args:
-        image_size: Side H = W in pixels.
         grid: Side k of the control grid that the field is interpolated from, at least 2.
         strength: Scale s of the field. A pixel moves by about s / 2 whatever the size; s H / 32
             keeps the look of 32 pixels.
-        seed: Seeds the field.
-
-    Raises:
-        ValueError: A size, grid or strength out of range.
 
     Source: Nguyen & Tran, "WaNet" (ICLR 2021), with the released code's
     ``align_corners=True`` throughout and its grid_rescale of 1.

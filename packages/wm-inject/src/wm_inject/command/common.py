@@ -121,18 +121,6 @@ def add_common(parser: argparse.ArgumentParser, *, version: str) -> None:
     group.add_argument("--version", action="version", version=f"{package} {version}")
 
 
-def describe(commands: Any) -> None:
-    """Let the help of every sub-command open with what the list of commands says of it.
-
-    Args:
-        commands: What ``add_subparsers`` gave, with its commands.
-    """
-    for listed in commands._choices_actions:
-        told = f"{listed.help[0].upper()}{listed.help[1:]}"
-        one = commands.choices[listed.dest]
-        one.description = one.description or (told if told.endswith("?") else f"{told}.")
-
-
 def add_json(
     parser: argparse.ArgumentParser, help: str = "write the printed figures here as JSON"
 ) -> None:
@@ -150,9 +138,6 @@ def write_results(args: argparse.Namespace, results: Any) -> None:
         from wm_inject.core.files import write_json
 
         write_json(args.json, results)
-
-
-write_found = write_results
 
 
 class _Completion(argparse.Action):

@@ -154,79 +154,11 @@ def print_config(settings: Any) -> int:
     return 0
 
 
-def read_config(args: argparse.Namespace) -> dict[str, Any]:
-    """What the file of --config says, or nothing.
-
-    Raises:
-        ValueError: No such file, or not TOML.
-    """
-    return {} if args.config is None else load_toml(args.config)
-
-
-def layered(args: argparse.Namespace, start: T, file: Mapping[str, Any], given: Any) -> T:
-    """Settings from three layers: the start, what the file says, what the options say.
-
-    Args:
-        args: With ``config``, for messages.
-        start: A frozen dataclass.
-        file: What `read_config` found.
-        given: The values of options by field name, tables inside included; None is "not given".
-
-    Raises:
-        ValueError: An unknown key, a value of another type or outside its range, or a seed inside
-            a table of settings that have one themselves.
-    """
-    try:
-        start = fill(start, file)
-    except ValueError as error:
-        raise ValueError(f"{args.config}: {error}") from error
-    return _over(start, given)
-
-
-def refuse_preset(args: argparse.Namespace, option: str, key: str, file: Mapping[str, Any]) -> None:
-    """Leave with a usage error if a preset is asked for by an option and its table by a file.
-
-    A preset sets all of its table, so that one of both would be lost without a word.
-
-    Args:
-        args: With ``parser`` and the value of the option, None if it was not given.
-        option: The option's name without dashes.
-        key: What it sets: the table, or the key, of the file.
-        file: What `read_config` found.
-    """
-    if getattr(args, option.replace("-", "_")) is not None and key in file:
-        args.parser.error(
-            f"--{option} and {key!r} in {args.config} both say where to start: give one of them"
-        )
-
-
-def take_over(args: argparse.Namespace, settings: Any) -> None:
-    """Put settings where the options were: the rest of a command reads them from ``args``."""
-    for field in fields(settings):
-        setattr(args, field.name, getattr(settings, field.name))
-
-
-def _over(start: Any, given: Mapping[str, Any]) -> Any:
-    """The values that are given over those of a dataclass; refused as its fields refuse them."""
-    changes = {}
-    for name, value in given.items():
-        old = getattr(start, name)
-        if is_dataclass(old) and isinstance(value, Mapping):
-            changes[name] = _over(old, value)
-        elif value is not None:
-            changes[name] = value
-    return replace(start, **changes)
-
-
 __all__ = [
     "add_config",
     "add_options",
     "add_preset",
     "add_print_config",
-    "layered",
     "print_config",
-    "read_config",
     "read_settings",
-    "refuse_preset",
-    "take_over",
 ]

@@ -131,11 +131,7 @@ def _default(kind: type[Any], where: str) -> Any:
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
-    """The value as a type hint asks: whole numbers become floats, lists tuples, "none" None.
-
-    Raises:
-        ValueError: A value of another type.
-    """
+    """The value as a type hint asks: whole numbers become floats, lists tuples, "none" None."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value == UNSET and types.NoneType in arguments:

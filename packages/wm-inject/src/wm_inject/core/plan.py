@@ -86,7 +86,6 @@ class PoisonPlan:
             (labels stay; only images of the target class are poisoned).
         pool: Where poisoned images are drawn from: "all", "non_target" or "target".
         mode: "static" (chosen once) or "per_batch" (drawn anew from every batch, as WaNet does).
-        seed: Seeds the choice of a static plan.
 
     Raises:
         ValueError: A value out of range, or a clean-label plan with another pool than "target".
@@ -123,17 +122,11 @@ class PoisonPlan:
         return labels >= 0
 
     def choose(self, labels: _Vector, *, generator: torch.Generator | None = None) -> Any:
-        """Choose the images to poison.
+        """Choose the images to poison: bool ``(N,)``, of the kind of the labels, tensor or array.
 
-        Args:
-            labels: int64 ``(N,)``, a tensor or an array.
-            generator: Source of the draw, on the CPU; the plan's own seed if None. A tensor and an
-                array of the same labels have the same choice.
-
-        Returns:
-            bool ``(N,)``, an array for an array, else a tensor on the labels' device; exactly
-            ``round(ratio * base)`` are set for a static plan and ``int(ratio * N)`` for a per-batch
-            one (WaNet's rule).
+        Exactly ``round(ratio * base)`` are set for a static plan and ``int(ratio * N)`` for a
+        per-batch one (WaNet's rule). A tensor and an array of the same labels have the same choice.
+        The draw comes from ``generator``, on the CPU, or from the plan's own seed.
 
         Raises:
             ValueError: The pool holds fewer images than the ratio asks for, or none is asked for
@@ -214,14 +207,7 @@ def poison(
 ) -> Poisoned:
     """Poison a set once, as a stored data set would be: triggered images land on the 8-bit grid.
 
-    Args:
-        images: Not changed.
-        labels: Not changed.
-        trigger: Goes into the chosen images.
-        plan: A static plan.
-        num_classes: K, for the label map.
-        ids: 0 .. N-1 if None.
-        batch_size: Images at once.
+    ``plan`` is a static one; ``ids`` are 0 .. N-1 if None.
 
     Raises:
         ValueError: Bad images or labels, a per-batch plan, or a pool that is too small.

@@ -58,7 +58,6 @@ class ResumeFile:
     """The state of one run in a file; without a path it does nothing.
 
     Args:
-        path: The file.
         kind: What kind of run it is.
         run: What makes this run this run (JSON types): the state of another one is refused.
         pause: Seconds that must pass between two writes of `save_sometimes`.

@@ -79,12 +79,11 @@ def to_torchscript(
     """Trace a module to a TorchScript file, and check the file against the module.
 
     A trigger with ``needs_ids`` or ``needs_target`` gives a file that takes them after the images,
-    by these names: int64 ``(N,)``.
+    by these names: int64 ``(N,)``. Nothing is written if the comparison fails.
 
     Args:
         module: Images in, one tensor or a tuple of them out; it is copied, not changed.
-        example: float32 ``(N, C, H, W)`` in [0, 1] with N >= 3.
-        path: The file to write; nothing is written if the comparison fails.
+        example: At least 3 images.
         precision: "float32", or "bfloat16" inside, with float32 in and out.
         tolerance: Largest difference to accept; that of `TOLERANCES` if None.
         relative: Measure it as max |a - b| / max |b| (logits) instead of absolutely (images).

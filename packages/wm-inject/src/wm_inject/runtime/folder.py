@@ -71,7 +71,6 @@ def poison_files(
         size: Side that the images are resized to, bilinear.
         channels: 1 or 3.
         plan: Which files are poisoned; every one if None.
-        batch_size: Images at once.
         record: What tells this trigger from others (JSON types); goes to ``plan.json``.
 
     Raises:

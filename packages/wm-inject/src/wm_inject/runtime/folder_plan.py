@@ -50,16 +50,11 @@ def read_labels(source: Path, files: Sequence[Path]) -> FolderLabels | None:
 def list_rows(
     source: Path, files: Sequence[Path], known: FolderLabels | None, plan: PoisonPlan
 ) -> list[FolderRow]:
-    """What happens to every file.
-
-    Args:
-        source: The folder.
-        files: Its images, sorted.
-        known: Of `read_labels`.
-        plan: A static plan. Without class folders, of the pool "all" and "all-to-one".
+    """What a static plan does to every file; ``files`` are sorted, ``known`` is of `read_labels`.
 
     Raises:
-        ValueError: The plan does not fit the files, or two of them would become one PNG.
+        ValueError: The plan does not fit the files (without class folders it must have the pool
+            "all" and be "all-to-one"), or two of them would become one PNG.
     """
     if plan.mode != "static":
         raise ValueError(f"expected a static plan, got mode {plan.mode!r}")

@@ -121,14 +121,7 @@ class OnnxModel:
         return f"OnnxModel({str(self.path)!r}, {self.dtype.name} {self.input_shape}{extra})"
 
     def __call__(self, batch: Array, **extra: Array) -> Array:
-        """Run a model that has one output.
-
-        Args:
-            batch: An array of the model's ``dtype`` and ``input_shape``, with at least one image.
-            extra: Every one of `extra_inputs`, by name: int64 ``(N,)``.
-
-        Returns:
-            The model's output for the batch.
+        """Run a model that has one output on a batch, with every one of `extra_inputs` by name.
 
         Raises:
             ValueError: As for `run`, or a model of several outputs.

@@ -229,11 +229,7 @@ def _run_one(served: Served, job: Job, limit: int) -> Outcome:
 
 
 def _left(deadline: float) -> float:
-    """Seconds until then.
-
-    Raises:
-        TimeoutError: None are left.
-    """
+    """Seconds until then."""
     seconds = deadline - time.monotonic()
     if seconds <= 0:
         raise TimeoutError

@@ -98,12 +98,7 @@ def check_name(name: str) -> str:
 def open_models(
     paths: Mapping[str, str | Path], *, providers: Sequence[str] = CPU, threads: int = 1
 ) -> dict[str, Served]:
-    """Open every model of a server.
-
-    Args:
-        paths: The .onnx file of each name.
-        providers: As for `OnnxModel`.
-        threads: As for `OnnxModel`.
+    """Open every model of a server, the .onnx file of each name.
 
     Raises:
         ValueError: No models, a bad name, or a file that is no such model.

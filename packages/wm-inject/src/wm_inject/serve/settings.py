@@ -18,45 +18,26 @@ Log = Literal["all", "errors", "none"]
 class ServeSettings:
     """Settings of `wm-inject serve`.
 
-    Args:
-        host: Address to listen on.
-        port: TCP port; 0 lets the system choose one.
-        token: What a client has to send as ``Authorization: Bearer TOKEN``; None asks for nothing.
-        open_to_all: Listen beyond this machine without a token.
-        max_body: Bytes that the body of one request may have. All bodies together may have four
-            times as many.
-        max_json: Bytes that its JSON may have: lists become many times as large when they are read.
-        max_batch: Images that are run at once. A request with more is run in parts.
-        delay_ms: How long an image may wait for others to share its run, in milliseconds.
-        queue: Images that may wait or run at once, over all models.
-        request_timeout: Seconds in which a request has to be sent.
-        infer_timeout: Seconds from the last byte of a request to its answer, waiting included.
-        stop_timeout: Seconds that accepted requests get when the server stops.
-        threads: Threads of ONNX Runtime inside one operator.
-        workers: Runs of models at the same time.
-        connections: Connections at the same time.
-        log: Which requests get a line on stderr.
-
     Raises:
         ValueError: A value out of its range, or a server open to all without having said so.
     """
 
     host: str = "127.0.0.1"
-    port: int = 8000
-    token: str | None = None
-    open_to_all: bool = False
-    max_body: int = 64 * 2**20
-    max_json: int = 16 * 2**20
-    max_batch: int = 32
-    delay_ms: float = 0.0
-    queue: int = 1024
-    request_timeout: float = 30.0
-    infer_timeout: float = 30.0
-    stop_timeout: float = 30.0
-    threads: int = 1
-    workers: int = 1
+    port: int = 8000  # 0 lets the system choose one
+    token: str | None = None  # of ``Authorization: Bearer TOKEN``; None asks for nothing
+    open_to_all: bool = False  # listen beyond this machine without a token
+    max_body: int = 64 * 2**20  # bytes of one request; all together four times as many
+    max_json: int = 16 * 2**20  # bytes; lists grow many times as large when read
+    max_batch: int = 32  # images in one run; a larger request is run in parts
+    delay_ms: float = 0.0  # how long an image may wait for others to share its run
+    queue: int = 1024  # images that may wait or run at once, over all models
+    request_timeout: float = 30.0  # seconds to send a request in
+    infer_timeout: float = 30.0  # seconds from its last byte to the answer
+    stop_timeout: float = 30.0  # seconds that accepted requests get at the end
+    threads: int = 1  # of ONNX Runtime inside one operator
+    workers: int = 1  # runs of models at the same time
     connections: int = 256
-    log: Log = "errors"
+    log: Log = "errors"  # which requests get a line on stderr
 
     def __post_init__(self) -> None:
         ranges: dict[str, tuple[float, float]] = {

@@ -22,16 +22,13 @@ _KINDS: dict[str, set[type]] = {
 def read_tensor(
     entry: dict[str, Any], port: Port, tail: memoryview, offset: int
 ) -> tuple[Array, int]:
-    """One input of a request.
+    """One input of a request: the array, and where the bytes of the next tensor begin.
 
     Args:
-        entry: What the JSON says of it.
+        entry: The input as the JSON describes it.
         port: The input of the model that it is for.
         tail: All binary tensors.
         offset: Where in the tail its bytes would begin.
-
-    Returns:
-        The array, and where the bytes of the next tensor begin.
 
     Raises:
         ValueError: Anything odd.

@@ -18,16 +18,13 @@ def write_triton(
     """Write NAME/config.pbtxt and NAME/1/model.onnx into a Triton model repository.
 
     Vectors such as "ids" and "target", ``(N,)`` in the graph, are ``(N, 1)`` for Triton's clients.
-    A graph of one fixed batch size gets no batching.
+    A graph of one fixed batch size gets no batching. Weights that were stored apart come along.
 
     Args:
-        model_path: A graph that `OnnxModel` opens; weights that were stored apart come along.
+        model_path: A graph that `OnnxModel` opens.
         folder: The repository, made if it is missing.
         name: The model's name there; the file's name without its suffix if None.
         max_batch: Images that Triton may put into one batch.
-
-    Returns:
-        The folder of the model.
 
     Raises:
         ValueError: Not such a model, a bad name or max_batch, weights outside the model's folder,

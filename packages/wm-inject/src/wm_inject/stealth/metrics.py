@@ -23,7 +23,6 @@ def psnr(images: Tensor, reference: Tensor, *, data_range: float = 1.0) -> Tenso
 
     Args:
         images: float32 ``(N, C, H, W)`` in [0, data_range].
-        reference: The same shape and range.
         data_range: The largest possible value.
 
     Raises:

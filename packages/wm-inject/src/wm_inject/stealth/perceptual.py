@@ -59,10 +59,6 @@ class Lpips(nn.Module):
     def forward(self, images: Tensor, reference: Tensor) -> Tensor:
         """The distance of each pair; gradients flow to both.
 
-        Args:
-            images: float32 ``(N, C, H, W)`` in [0, 1].
-            reference: The same shape and range.
-
         Returns:
             float32 ``(N,)``, at least 0.
 

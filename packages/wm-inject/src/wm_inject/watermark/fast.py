@@ -39,7 +39,6 @@ def fast_trigger(
             bfloat16 and keeps sums, norms, the first and the last layer in float32: in the tests,
             8-bit pixels move by at most 2 steps and the PSNR by at most 0.1 dB. It is slow on a CPU
             without bfloat16.
-        device: Where it runs; it cannot be moved afterwards.
         compile: On a CUDA device, also record the network as a CUDA graph for every batch size.
 
     Returns:

@@ -15,7 +15,7 @@ def _fit(attack: Attack, context: FitContext) -> Fitted:
     history = fit_masks(
         trigger.to(context.images.device),
         context.images,
-        config=attack.preset(),
+        config=attack.fit_config(),
         seed=context.seed,
         checkpoint=context.checkpoint,
         progress=context.progress,
@@ -32,7 +32,7 @@ def _hook(
 ) -> InputAwareHook:
     """Phase B."""
     total = None if length is None else length.steps * length.epochs
-    config = attack.preset(total_steps=total)
+    config = attack.fit_config(total_steps=total)
     return InputAwareHook(trigger, plan, num_classes=num_classes, config=config)
 
 

@@ -40,9 +40,6 @@ class InputAwareConfig:
             of them as published; the rate is constant if None.
         lambda_div: Weight of diversity: different images must differ in masks and in patterns.
         lambda_norm: Weight of the masks' values above the trigger's density.
-
-    Raises:
-        ValueError: A value out of range.
     """
 
     mask_steps: int = 9775
@@ -96,10 +93,6 @@ def fit_masks(
     Args:
         trigger: On the images' device; only its masks are fitted.
         images: At least 2.
-        config: How.
-        seed: Seeds the two orders.
-        checkpoint: Written every 100 steps.
-        progress: Show how far it is.
 
     Returns:
         For every 50th step and the last: ``step``, ``loss``, ``diversity`` (the ratio of distances)

@@ -38,11 +38,6 @@ class InputAwareHook:
     Args:
         trigger: With fitted masks, on the images' device; its patterns are trained in place.
         plan: A per-batch plan; its ratio, at most half, is the share with their own trigger.
-        num_classes: K, for the label map.
-        config: The preset "paper" if None.
-
-    Raises:
-        ValueError: A static plan, or a ratio that leaves no room for the cross triggers.
 
     Source: Nguyen & Tran (NeurIPS 2020) and the released code, where one loss over the whole batch
     trains both networks in one step. Ours: the two take turns; donors come from the batch instead

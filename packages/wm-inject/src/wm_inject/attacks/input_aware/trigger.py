@@ -26,13 +26,8 @@ class InputAwareTrigger(nn.Module):
         image_size: Side H = W in pixels, padded inside to a multiple of 2**stages.
         width: Channels of the first stage, each next one has twice as many; 32 as published for
             colour, 16 with two stages for MNIST.
-        stages: How often the sides are halved.
         density: Mask values that phase A does not penalise, in [0, 1); about the share of changed
             pixels.
-        seed: Seeds the fresh weights.
-
-    Raises:
-        ValueError: A setting out of range.
 
     Source: Nguyen & Tran, "Input-Aware Dynamic Backdoor Attack" (NeurIPS 2020), and its released
     code. The padding is ours.

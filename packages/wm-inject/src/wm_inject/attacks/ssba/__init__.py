@@ -10,7 +10,7 @@ from wm_inject.attacks.ssba.training import SsbaConfig, SsbaFit, fit_ssba, measu
 def _fit(attack: Attack, context: FitContext) -> Fitted:
     done = fit_ssba(
         context.images,
-        config=attack.preset(**attack.settings),
+        config=attack.fit_config(**attack.settings),
         seed=context.seed,
         checkpoint=context.checkpoint,
         progress=context.progress,

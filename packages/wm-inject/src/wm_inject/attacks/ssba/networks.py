@@ -25,13 +25,9 @@ class SsbaEncoder(nn.Module):
 
     Args:
         image_size: Side H = W in pixels, at least 8.
-        bits: Length of the secret.
         width: Channels of the first convolution; the others are 1, 2, 4 and 8 times as wide.
         output: "residual" adds the network's output to the image; "image" makes the whole image,
             through a sigmoid.
-
-    Raises:
-        ValueError: A size, number or name out of range.
 
     Source: the encoder of Tancik et al., "StegaStamp" (CVPR 2020), in BackdoorBench's layout (with
     100 bits and width 32 at 32 pixels, its 1 069 315 weights). Inputs are shifted by -0.5 for a
@@ -117,11 +113,7 @@ class SsbaDecoder(nn.Module):
         self.last = nn.Linear(16 * w, bits)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Read the bits: ``(N, C, H, W)`` in [0, 1] to logits ``(N, B)``; above 0 is a one.
-
-        Raises:
-            ValueError: The batch breaks the image contract or has another shape.
-        """
+        """Read the bits: ``(N, C, H, W)`` in [0, 1] to logits ``(N, B)``; above 0 is a one."""
         x = check_images(images, channels=self.shape[0], size=self.shape[1:])
         x = pad_to_multiple(x, PLANE)
         for convolution in self.body:
@@ -177,11 +169,7 @@ class SsbaTrigger(nn.Module):
 
 
 def check_steganography(image_size: int, channels: int, bits: int, width: int) -> None:
-    """Check the settings that encoder and decoder share.
-
-    Raises:
-        ValueError: A side below 8, channels other than 1 or 3, or a count out of range.
-    """
+    """Check the settings that encoder and decoder share."""
     check_side(image_size, at_least=8)
     if channels not in (1, 3):
         raise ValueError(f"expected channels 1 or 3, got {channels}")

@@ -32,7 +32,6 @@ class SsbaConfig:
 
     Args:
         recipe: The preset this came from; it goes into every record.
-        bits: Length of the secret.
         width: Channels of the first convolution of encoder and decoder.
         output: What the encoder gives, see `wm_inject.attacks.ssba.SsbaEncoder`.
         weights: Where weights start: "default" (torch's own, as in the benchmark) or "he" (He's
@@ -40,21 +39,15 @@ class SsbaConfig:
         secret_seed: Seeds the trigger's fixed secret; the seed of the fit if None.
         steps: Optimiser steps; None counts ``epochs``.
         epochs: Passes over the images, each in a new order, where ``steps`` is None.
-        batch_size: Images a step.
-        lr: Learning rate of Adam.
         image_weight: Weight of the image's mean squared error at the end of its ramp; that of the
             bits' cross entropy is 1.
         learned: Bit accuracy on a batch in (0.5, 1) that, once passed, starts the hold.
         hold: Share of all steps after it that look at the bits alone.
         ramp: Share of all steps over which the image's weight then rises.
 
-    Raises:
-        ValueError: A value out of range.
-
     Source: "paper" is BackdoorBench's training of its SSBA encoder; its hold of 1000 and ramp of
     3000 steps are shares of its 15 640 steps here, so that shorter runs have both. "small" and
-    "tiny" are ours. With 100 bits, the residual and a width of 16 the bits were not learned in
-    3500 steps.
+    "tiny" are ours.
     """
 
     recipe: Literal["tiny", "small", "paper"] = "paper"
@@ -164,10 +157,6 @@ def fit_ssba(
 
     Args:
         images: Square, on the device to train on.
-        config: The recipe.
-        seed: Seeds weights, order and secrets.
-        checkpoint: Written every 250 steps.
-        progress: Show how far it is.
 
     Raises:
         ValueError: Images that are not square, or the checkpoint of another run.
