@@ -22,14 +22,15 @@ OUTSIDE = (
     *(path.relative_to(ROOT).as_posix() for path in sorted(RESULTS.glob("*.md"))),
     "results/tiny/README.md",
 )
+FIGURES = tuple(path.relative_to(ROOT).as_posix() for path in sorted(RESULTS.glob("*/figures/*")))
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the pages that lie outside docs/. Called by MkDocs."""
+    """Add the pages and pictures that lie outside docs/. Called by MkDocs."""
     from mkdocs.structure.files import File
 
-    for name in OUTSIDE:
+    for name in (*OUTSIDE, *FIGURES):
         files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
     return files
 

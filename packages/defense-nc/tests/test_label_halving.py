@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from defense_nc.config import NCConfig
-from defense_nc.engines.halving import nc_halving, stopping_starts
+from defense_nc.engines.stopping_rules import nc_halving, stopping_starts
 
 CONFIG = NCConfig(milestones=(10, 20), candidates=2, references=3, calm=0.75)
 SPREAD = [8.0, 40, 44, 48, 50, 52, 56, 60, 70, 90]

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from defense_reverse import ReverseConfig
-from defense_reverse.engines.halving import generator_halving
+from defense_reverse.engines.stopping_rules import generator_halving
 
 
 def halving_of(**changes):

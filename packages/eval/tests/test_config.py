@@ -22,7 +22,7 @@ from wm_eval.config import (
 from wm_eval.methods import CONTROLS, build_method, detector_of
 from wm_eval.records import canonical_json
 from wm_eval.titles import METHODS
-from wm_inject.core.config import fill, to_toml
+from wm_inject.core.toml_settings import fill, to_toml
 
 
 def toml(folder: Path, text: str) -> Path:

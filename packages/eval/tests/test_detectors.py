@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from defense_nc import NeuralCleanse, ScanReport
-from wm_eval.detectors import CALIBRATED, DETECTORS, detector
+from wm_eval.detectors import DETECTORS, detector
+from wm_eval.titles import CALIBRATED
+from wm_eval.titles import DETECTORS as TITLES
 from wm_victim.toy_backdoors import planted_classifier, planted_images
 
 
 def test_detectors_are_found_by_their_short_names() -> None:
-    assert {"nc", "reverse", "reverse-lpips", "feature-re", "bti-dbf"} == set(DETECTORS)
-    assert CALIBRATED == ("nc", "reverse")
+    assert list(DETECTORS) == list(TITLES) and set(CALIBRATED) < set(TITLES)
     assert detector("nc", "paper", steps=7, alpha=0.1) == NeuralCleanse.preset(
         "paper", steps=7, alpha=0.1
     )

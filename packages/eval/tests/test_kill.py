@@ -18,7 +18,7 @@ from wm_eval.config import DataConfig, MeasureConfig, Study, VictimConfig
 from wm_eval.engine import run
 from wm_eval.records import read_study
 from wm_eval.study import study_stages
-from wm_inject.core.config import to_toml
+from wm_inject.core.toml_settings import to_toml
 from wm_victim import TrainConfig
 
 pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")

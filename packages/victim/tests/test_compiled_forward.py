@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from wm_victim import build_classifier
-from wm_victim.compiled_forward import fold, fused_forward
+from wm_victim.forward_fusion import fold, fused_forward
 from wm_victim.inference import frozen
 from wm_victim.toy_backdoors import planted_classifier
 

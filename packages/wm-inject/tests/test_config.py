@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wm_inject.core.config import fill, load_toml, to_toml
+from wm_inject.core.toml_settings import fill, load_toml, to_toml
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from wm_eval.titles import ATTACKS, CLEAN, METHODS, in_order
 from wm_extract import PAPER_CORRUPTIONS, JointConfig, named_corruption
 from wm_inject import pretrained_card
 from wm_inject.attacks import PROFILES, Profile
-from wm_inject.core.config import fill, load_toml
+from wm_inject.core.toml_settings import fill, load_toml
 from wm_victim import TrainConfig
 
 Corruptions = Literal["plain", "corrupted"]

@@ -1,4 +1,7 @@
-"""Every detector by its short name. Importing this module imports torch: commands do so late."""
+"""Every detector by its short name (titles: `wm_eval.titles`).
+
+Importing this module imports torch: commands do so late.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,8 @@ from wm_inject.core.checks import check_choice
 class Entry(NamedTuple):
     """A detector in the table."""
 
-    title: str  # in tables
     preset: Callable[..., Detector]  # a preset's name ("fast" by default) and changes -> detector
     inverts: bool = False  # it reverses one image trigger a label, which can be kept and unlearned
-    calibrated: bool = False  # its verdicts rest on scans of clean models
 
 
 def _with_lpips(preset: str = "fast", **changes: Any) -> ReverseGenerator:
@@ -28,13 +29,12 @@ def _with_lpips(preset: str = "fast", **changes: Any) -> ReverseGenerator:
 
 
 DETECTORS: dict[str, Entry] = {
-    "nc": Entry("Neural Cleanse", NeuralCleanse.preset, inverts=True, calibrated=True),
-    "reverse": Entry("Reverse generators", ReverseGenerator.preset, inverts=True, calibrated=True),
-    "reverse-lpips": Entry("Reverse generators with LPIPS", _with_lpips, inverts=True),
-    "feature-re": Entry("FeatureRE", FeatureRE.preset),
-    "bti-dbf": Entry("BTI-DBF", BtiDbf.preset),
+    "nc": Entry(NeuralCleanse.preset, inverts=True),
+    "reverse": Entry(ReverseGenerator.preset, inverts=True),
+    "reverse-lpips": Entry(_with_lpips, inverts=True),
+    "feature-re": Entry(FeatureRE.preset),
+    "bti-dbf": Entry(BtiDbf.preset),
 }
-CALIBRATED = tuple(name for name, entry in DETECTORS.items() if entry.calibrated)
 
 
 def detector(name: str, preset: str = "fast", **changes: Any) -> Detector:
@@ -47,4 +47,4 @@ def detector(name: str, preset: str = "fast", **changes: Any) -> Detector:
     return DETECTORS[name].preset(preset, **changes)
 
 
-__all__ = ["CALIBRATED", "DETECTORS", "Entry", "detector"]
+__all__ = ["DETECTORS", "Entry", "detector"]

@@ -36,7 +36,7 @@ from wm_eval.records import Key
 from wm_eval.robustness import Outcomes, compare, outcomes, summarize
 from wm_eval.titles import CLEAN
 from wm_eval.trial import BLENDED, MARK, Trial, batch_sizes, file_name, save_reversed
-from wm_eval.watermark import blend_watermark, fit_watermark
+from wm_eval.watermark_attacks import blend_watermark, fit_watermark
 from wm_extract import UNetExtractor
 from wm_inject import (
     PoisonPlan,

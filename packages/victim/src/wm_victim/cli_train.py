@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from wm_inject.attacks import list_attacks
 from wm_inject.command.common import Parser, resolve_device
 from wm_inject.command.config import add_options, add_preset, read_settings
-from wm_inject.command.trigger import add_set
+from wm_inject.command.trigger_options import add_set
 from wm_inject.core.checks import check_choice
-from wm_inject.core.config import load_toml
+from wm_inject.core.toml_settings import load_toml
 from wm_victim.train_config import TrainConfig
 
 if TYPE_CHECKING:

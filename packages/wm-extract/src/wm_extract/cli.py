@@ -20,7 +20,7 @@ from wm_inject.command.config import (
     read_settings,
 )
 from wm_inject.command.export import add_source, run_export
-from wm_inject.command.trigger import add_pretrained
+from wm_inject.command.trigger_options import add_pretrained
 
 if TYPE_CHECKING:
     from torch import Tensor

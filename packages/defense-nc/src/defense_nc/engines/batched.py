@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from defense_nc.config import NCConfig
 from defense_nc.engines.candidates import check_inputs, conclude
-from defense_nc.engines.halving import nc_halving, stopping_starts
 from defense_nc.engines.search_rows import Forward, Search, advance
+from defense_nc.engines.stopping_rules import nc_halving, stopping_starts
 from defense_nc.scan_inputs import ScanInputs
 from defense_nc.trigger import Inverted
 from wm_inject.core.progress import Progress
 from wm_inject.core.progress import progress as show_progress
 from wm_inject.core.resume import ResumeFile, fingerprint
-from wm_victim.compiled_forward import fused_forward
+from wm_victim.forward_fusion import fused_forward
 from wm_victim.inference import frozen
 
 _PAUSE = 30.0  # seconds between two checkpoints

@@ -28,7 +28,7 @@ from defense_nc.trigger import Inverted, InvertedTrigger, compose
 from wm_inject.core.progress import Progress
 from wm_inject.core.progress import progress as show_progress
 from wm_inject.core.resume import ResumeFile, fingerprint
-from wm_victim.compiled_forward import fused_forward
+from wm_victim.forward_fusion import fused_forward
 from wm_victim.inference import frozen
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from defense_nc.label_halving import LabelHalving
 from defense_reverse.config import ReverseConfig
-from defense_reverse.engines.halving import generator_halving
 from defense_reverse.engines.stack import GeneratorStack, Moments, initial_moments
+from defense_reverse.engines.stopping_rules import generator_halving
 from defense_reverse.engines.task import ScanTask, SearchResult
 from defense_reverse.label_state import (
     Candidate,
@@ -27,7 +27,7 @@ from defense_reverse.label_state import (
 )
 from wm_inject.core.progress import Progress
 from wm_inject.core.progress import progress as show_progress
-from wm_victim.compiled_forward import channels_last
+from wm_victim.forward_fusion import channels_last
 
 
 def search_together(

@@ -17,9 +17,9 @@ from defense_nc import Verdict
 from wm_eval.__about__ import __version__
 from wm_eval.audit.checks import Check
 from wm_eval.audit.scan import Audit, reversed_triggers
-from wm_eval.detectors import DETECTORS
 from wm_eval.records import write_text
 from wm_eval.render import template
+from wm_eval.titles import detector_title
 
 SARIF_SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 _LEVELS = {Verdict.BACKDOORED: "error", Verdict.INCONCLUSIVE: "warning", Verdict.CLEAN: "note"}
@@ -112,9 +112,9 @@ def write_html(path: Path, about: About, audit: Audit, images: Tensor) -> None:
         images: The defender's images, for pictures of reversed triggers.
     """
     scans = [
-        {"title": DETECTORS[name].title, "report": report} for name, report in audit.reports.items()
+        {"title": detector_title(name), "report": report} for name, report in audit.reports.items()
     ]
-    failures = {DETECTORS[name].title: why for name, why in audit.failures.items()}
+    failures = {detector_title(name): why for name, why in audit.failures.items()}
     pictures = {
         label: _shown(trigger, images[:_PICTURES])
         for label, trigger in reversed_triggers(audit).items()
@@ -162,9 +162,9 @@ def told(about: About, audit: Audit) -> str:
     for name, report in audit.reports.items():
         named = ", ".join(map(str, report.suspected)) or "no label"
         lines.append(
-            f"{DETECTORS[name].title}: {report.verdict}, p {report.p_value:.2g}, names {named}"
+            f"{detector_title(name)}: {report.verdict}, p {report.p_value:.2g}, names {named}"
         )
-    lines += [f"{DETECTORS[name].title}: {why}" for name, why in audit.failures.items()]
+    lines += [f"{detector_title(name)}: {why}" for name, why in audit.failures.items()]
     return "\n".join([*lines, f"verdict: {audit.verdict}. {audit.reason}"])
 
 

@@ -14,7 +14,8 @@ from defense_nc import Detector, ScanReport, Verdict
 from wm_eval.audit.budget import OutOfTime, budget
 from wm_eval.audit.checks import BATCH, Checked
 from wm_eval.audit.images import CleanImages
-from wm_eval.detectors import CALIBRATED, DETECTORS, detector
+from wm_eval.detectors import detector
+from wm_eval.titles import CALIBRATED, detector_title
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +88,7 @@ def audit(
     failures: dict[str, str] = {}
     end = None if minutes is None else time.monotonic() + 60 * minutes
     for name, scanner in scanners.items():
-        say(f"{DETECTORS[name].title}: started")
+        say(f"{detector_title(name)}: started")
         left = None if end is None else (end - time.monotonic()) / 60
         try:
             if left is not None and left <= 0:
@@ -126,14 +127,14 @@ def conclude(reports: Mapping[str, ScanReport], failures: Mapping[str, str], alp
     suspected = sorted({label for name in guilty for label in reports[name].suspected})
     if guilty:
         verdict = Verdict.BACKDOORED
-        reason = " ".join(f"{DETECTORS[name].title}: {reports[name].reason}" for name in guilty)
+        reason = " ".join(f"{detector_title(name)}: {reports[name].reason}" for name in guilty)
     elif not reports:
         verdict = Verdict.NOT_SCANNED
-        reason = " ".join(f"{DETECTORS[name].title}: {why}." for name, why in failures.items())
+        reason = " ".join(f"{detector_title(name)}: {why}." for name, why in failures.items())
     elif unsure or failures:
         verdict = Verdict.INCONCLUSIVE
         said = {name: reports[name].reason for name in unsure} | dict(failures)
-        reason = " ".join(f"{DETECTORS[name].title}: {why}" for name, why in said.items())
+        reason = " ".join(f"{detector_title(name)}: {why}" for name, why in said.items())
     else:
         verdict = Verdict.CLEAN
         reason = "No detector found a label that is unusually easy to reach. Nothing found is not "

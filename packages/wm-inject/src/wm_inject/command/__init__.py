@@ -8,5 +8,5 @@ __all__ = [
     "poison",
     "scan",
     "serve",
-    "trigger",
+    "trigger_options",
 ]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from wm_inject.command.common import Parser, comma_list
-from wm_inject.core.config import fill, load_toml, to_toml
+from wm_inject.core.toml_settings import fill, load_toml, to_toml
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wm_inject.command.common import Parser, add_json, resolve_device, write_results
-from wm_inject.command.trigger import add_pretrained, image_shape
+from wm_inject.command.trigger_options import add_pretrained, image_shape
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from wm_inject.attacks import ATTACKS, TRIGGER_KINDS
 from wm_inject.command.common import Parser, add_json, resolve_device, write_results
-from wm_inject.command.trigger import add_set
+from wm_inject.command.trigger_options import add_set
 
 if TYPE_CHECKING:
     from torch import Tensor

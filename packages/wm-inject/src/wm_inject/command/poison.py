@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wm_inject.command.common import Parser, add_json, resolve_device, write_results
-from wm_inject.command.trigger import (
+from wm_inject.command.trigger_options import (
     add_trigger,
     check_trigger,
     image_shape,

@@ -3,7 +3,6 @@
 __all__ = [
     "checkpoint",
     "checks",
-    "config",
     "decode",
     "files",
     "images",
@@ -13,4 +12,5 @@ __all__ = [
     "progress",
     "randomness",
     "resume",
+    "toml_settings",
 ]
