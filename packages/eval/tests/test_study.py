@@ -21,6 +21,8 @@ from wm_eval.config import DataConfig, DefenderConfig, MeasureConfig, Setting, S
 from wm_eval.config import WatermarkConfig as Mark
 from wm_eval.engine import Outcome, Store, run
 from wm_eval.local_processes import LocalProcesses
+from wm_eval.pages import write_page, write_tables
+from wm_eval.pages.report import render_report
 from wm_eval.records import StudyRecords, read_study
 from wm_eval.study import study_stages
 from wm_eval.trial import Trial, images_of
@@ -439,6 +441,7 @@ def test_the_whole_story(tmp_path: Path) -> None:
     )
     outcome, _ = go(study, tmp_path)
     assert outcome.complete, outcome.failures
+    assert write_tables(tmp_path) and write_page(tmp_path) and render_report(tmp_path)
     records = read_study(tmp_path)
     baseline = values(records, "rates", trigger="watermark")
     assert baseline["label_map"] == "all-to-one" and "cda_gap" not in baseline

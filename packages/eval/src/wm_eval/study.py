@@ -25,7 +25,9 @@ def study_stages(study: Study) -> Iterator[Stage]:
         ValueError: Images that cannot be loaded, or a target that is no class.
     """
     images_of.cache_clear()  # files may have changed
-    yield Stage("study", {"study": study.name}, partial(_describe, study), plain(study))
+    data = "" if study.settings else images_of(study.data).fingerprint
+    key = {"study": study.name}
+    yield Stage("study", key, partial(_describe, study), plain(study), data=data)
     for name in study.settings:
         yield from _population(study, name)
     if not study.settings:
