@@ -20,6 +20,3 @@ class LateNames(griffe.Extension):
         if not pkg.exports:
             names = [n for n, origin in pkg.imports.items() if origin.startswith(f"{pkg.path}.")]
             pkg.exports = [*sorted(n for n in names if not n.startswith("_"))]
-
-
-__all__ = ["LateNames"]

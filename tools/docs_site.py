@@ -85,6 +85,3 @@ def _outside_code(text: str, change: Callable[[str], str]) -> str:
     """Change what is no code block."""
     parts = re.split(r"(^```.*?^```$)", text, flags=re.MULTILINE | re.DOTALL)
     return "".join(part if part.startswith("```") else change(part) for part in parts)
-
-
-__all__ = ["OUTSIDE", "on_files", "on_page_markdown", "repository_path", "site_links", "site_path"]

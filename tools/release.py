@@ -25,7 +25,10 @@ from packaging.version import Version
 # Run as a script, Python would look for `tools` inside tools/.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from tools.members import ROOT, Package, packages, write
+from tools.members import ROOT as ROOT
+from tools.members import Package as Package
+from tools.members import packages as packages
+from tools.members import write
 
 HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
 RELEASED = re.compile(r"(\d+\.\d+\.\d+) - \d{4}-\d{2}-\d{2}")
@@ -208,8 +211,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     return 0
 
-
-__all__ = ["ROOT", "Package", "main", "packages"]
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -40,6 +40,7 @@ def test_it_finds_the_planted_patch(found):
     assert found.steps < FAST.steps * len(FAST.starts)
 
 
+@pytest.mark.integration
 def test_its_success_rate_is_that_of_the_returned_trigger(found, data):
     model = planted_classifier("patch", target=TARGET)
     others = data.images[data.labels != TARGET]
@@ -48,6 +49,7 @@ def test_its_success_rate_is_that_of_the_returned_trigger(found, data):
     assert found.success_rate == pytest.approx(float(rate), abs=1e-12)
 
 
+@pytest.mark.integration
 def test_it_is_a_trigger(found, data):
     images = data.images[:6]
     kept = images.clone()
@@ -192,6 +194,7 @@ def test_a_model_that_answers_nan_is_refused(data):
         invert_trigger(model, data.images, 0, config=TINY)
 
 
+@pytest.mark.integration
 def test_refused_triggers(found):
     mask, pattern = torch.zeros(1, 4, 4), torch.zeros(3, 4, 4)
     for arguments in [

@@ -81,6 +81,7 @@ def test_a_channel_shift_has_no_small_mask(data):
     assert norms[0] > 0.5 * sum(norms[1:]) / 2
 
 
+@pytest.mark.integration
 def test_the_report_holds_everything(backdoored, data):
     assert backdoored.detector == "neural-cleanse"
     assert [label.label for label in backdoored.labels] == list(range(10))

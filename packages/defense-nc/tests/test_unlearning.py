@@ -94,6 +94,7 @@ def test_the_trigger_that_is_unlearned_works_no_longer(preset, data, held_out, r
     assert rates(cleaned, held_out)[0] > rates(model, held_out)[0] - 0.02
 
 
+@pytest.mark.integration
 def test_a_reversed_trigger_cleans_the_planted_one(data, held_out, reversed_trigger):
     model = planted_classifier("patch", target=TARGET)
     # The planted gate answers the full patch fifteen times as loudly as the smallest one that flips

@@ -18,6 +18,7 @@ def scan(model, images, *, alpha=0.05, max_ratio=0.5, **options):
     return ReverseGenerator(TINY, alpha, max_ratio).scan(model, images, progress=False, **options)
 
 
+@pytest.mark.integration
 def test_the_channel_shift_is_named_and_has_the_smallest_residual(backdoored, quick):
     report = backdoored.report
     scores = [label.score for label in report.labels]
@@ -33,6 +34,7 @@ def test_the_clean_control_names_nothing(clean):
     assert clean.report.verdict is Verdict.CLEAN and clean.report.suspected == ()
 
 
+@pytest.mark.integration
 def test_the_report_can_be_written_and_carries_a_trigger_per_label(backdoored, data, quick):
     report = backdoored.report
     text = json.loads(json.dumps(report.to_dict(), allow_nan=False))

@@ -203,6 +203,7 @@ def test_a_loss_that_explodes_is_said(data):
         mitigator.repair(net(), data.images, data.labels)
 
 
+@pytest.mark.integration
 def test_plain_fine_tuning_leaves_the_planted_backdoor_and_unlearning_does_not():
     """The control and the cure, after as many steps at the same rate."""
     model, patch = planted_classifier("patch"), planted_trigger("patch")

@@ -134,6 +134,7 @@ def test_the_teacher_is_plain_fine_tuning_and_stays_as_it_was(monkeypatch):
     assert len(repaired.log["teacher_losses"]) == 2 and len(repaired.log["losses"]) == 4
 
 
+@pytest.mark.integration
 def test_distillation_brings_the_maps_together():
     digits = planted_images(64)
     model = build_classifier("resnet10", num_classes=10, channels=3, image_size=16, width=8)

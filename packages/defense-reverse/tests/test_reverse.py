@@ -49,6 +49,7 @@ def test_pretraining_reconstructs_the_images(data, start):
     assert values.mean() > 25 and values.min() > 22
 
 
+@pytest.mark.integration
 def test_the_pretrained_generator_leaves_the_answers_alone(data, start, channel_model):
     images, _ = data
     with torch.no_grad():
@@ -86,6 +87,7 @@ def test_without_the_attack_term_every_label_keeps_the_reconstruction(
         assert trigger.residual_norm == pytest.approx(residual(start, others), rel=0.3)
 
 
+@pytest.mark.integration
 def test_the_reported_numbers_are_those_of_the_returned_generator(data, start, quick):
     images, labels = data
     config = replace(quick, steps=20)
@@ -99,6 +101,7 @@ def test_the_reported_numbers_are_those_of_the_returned_generator(data, start, q
     assert trigger.success_rate == 0 and trigger.target == 0
 
 
+@pytest.mark.integration
 def test_a_label_that_everything_reaches_costs_no_more_than_the_reconstruction(data, start, quick):
     images, labels = data
     config = replace(quick, steps=20)
@@ -108,6 +111,7 @@ def test_a_label_that_everything_reaches_costs_no_more_than_the_reconstruction(d
     assert trigger.residual_norm <= residual(start, others) + undecided(start, others)
 
 
+@pytest.mark.integration
 def test_the_planted_label_is_reached_with_a_small_change(backdoored, quick):
     trigger = backdoored.report.triggers[TARGET]
     assert trigger.success_rate >= quick.success_floor
@@ -145,6 +149,7 @@ def test_the_same_seed_gives_the_same_bits(data, start, channel_model, quick):
     assert not torch.equal(one(images), other(images))
 
 
+@pytest.mark.integration
 def test_model_start_and_images_come_back_as_they_were(data, start, channel_model, quick):
     images, labels = data
     kept_images, kept_start = images.clone(), [p.clone() for p in start.parameters()]
@@ -161,6 +166,7 @@ def test_model_start_and_images_come_back_as_they_were(data, start, channel_mode
     assert all(torch.equal(a, b) for a, b in zip(start.parameters(), kept_start, strict=True))
 
 
+@pytest.mark.integration
 def test_without_labels_the_models_answers_are_used(data, start, channel_model, quick):
     images, _ = data
     config = replace(quick, steps=6)
@@ -215,6 +221,7 @@ def test_bad_images_are_refused(data, channel_model, subtests):
                 reverse_engineer(channel_model, broken, 0)
 
 
+@pytest.mark.integration
 def test_bad_targets_labels_and_starts_are_refused(data, channel_model, start, quick):
     images, labels = data
     config = ReverseConfig.preset("fast", steps=1, pretrain_steps=1)

@@ -9,6 +9,7 @@ from wm_inject import CheckpointError, OnnxModel, save_checkpoint, to_onnx, to_t
 TARGET = 2
 
 
+@pytest.mark.integration
 def test_it_keeps_the_trigger_contract(backdoored, data):
     trigger, images = backdoored.report.triggers[TARGET], data[0][:5]
     kept = images.clone()
@@ -21,6 +22,7 @@ def test_it_keeps_the_trigger_contract(backdoored, data):
     assert torch.equal(images, kept) and not trigger.training
 
 
+@pytest.mark.integration
 def test_a_file_gives_the_same_bits(backdoored, data, tmp_path):
     trigger = backdoored.report.triggers[TARGET]
     save_reversed(trigger, tmp_path / "t.safetensors", {"seed": 0})

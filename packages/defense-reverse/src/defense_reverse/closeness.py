@@ -121,6 +121,3 @@ def _derangement(count: int, seed: int) -> Tensor:
     shifted = torch.empty_like(order)
     shifted[order] = order.roll(1)
     return shifted
-
-
-__all__ = ["Closeness", "compare_images", "compare_triggers"]

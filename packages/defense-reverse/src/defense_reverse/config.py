@@ -200,6 +200,3 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast": {},
     "reference": {**_ROBUST, "race": False, "precision": "float32", "engine": "one-by-one"},
 }
-
-
-__all__ = ["PRESETS", "ReverseConfig"]

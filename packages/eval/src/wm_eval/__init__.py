@@ -46,12 +46,12 @@ if TYPE_CHECKING:
     from wm_eval.render import Table as Table
     from wm_eval.robustness import Metrics as Metrics
     from wm_eval.robustness import Outcomes as Outcomes
-    from wm_eval.robustness import balanced_bit_accuracy as balanced_bit_accuracy
     from wm_eval.robustness import compare as compare
     from wm_eval.robustness import constant_score as constant_score
     from wm_eval.robustness import evaluate as evaluate
     from wm_eval.robustness import outcomes as outcomes
     from wm_eval.robustness import summarize as summarize
     from wm_eval.study import study_stages as study_stages
+    from wm_extract import balanced_bit_accuracy as balanced_bit_accuracy
 else:
     __getattr__, __dir__, __all__ = lazy_names(__name__)

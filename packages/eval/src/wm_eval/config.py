@@ -419,24 +419,3 @@ def _listed(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_listed(item) for item in value]
     return value if value is None or isinstance(value, bool | int | float) else str(value)
-
-
-__all__ = [
-    "CORRUPTIONS",
-    "PARTS",
-    "SPLITS",
-    "TEST_SEEDS",
-    "Corruptions",
-    "DataConfig",
-    "DefenderConfig",
-    "MeasureConfig",
-    "Part",
-    "Setting",
-    "Split",
-    "Study",
-    "VictimConfig",
-    "WatermarkConfig",
-    "load_study",
-    "plain",
-    "shipped_studies",
-]

@@ -45,6 +45,3 @@ def detector(name: str, preset: str = "fast", **changes: Any) -> Detector:
     """
     check_choice("a detector", name, DETECTORS)
     return DETECTORS[name].preset(preset, **changes)
-
-
-__all__ = ["DETECTORS", "Entry", "detector"]

@@ -102,6 +102,3 @@ def mitigation_values(before: Outcomes, after: Outcomes, *, backdoored: bool) ->
         values["der"] = der(first.cda, first.asr, second.cda, second.asr)
         values["der_interval"] = list(der_interval(before, after))
     return values
-
-
-__all__ = ["der", "der_interval", "mitigation_values"]

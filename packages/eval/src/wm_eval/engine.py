@@ -347,6 +347,3 @@ def _stderr(line: str) -> None:
 
 def _silent(line: str) -> None:
     """Say nothing."""
-
-
-__all__ = ["LATE", "Outcome", "Result", "Stage", "Store", "file_digest", "run"]

@@ -116,18 +116,3 @@ def ends_on_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-__all__ = [
-    "GRACE",
-    "HERE",
-    "Executor",
-    "InProcess",
-    "Job",
-    "Submit",
-    "Turn",
-    "ends_on_sigterm",
-    "pin_threads",
-    "take_turn",
-    "to_wall",
-]

@@ -107,6 +107,3 @@ def _pass_on(lines: SimpleQueue[str], say: Callable[[str], None], closing: threa
         if last:
             return
         closing.wait(0.05)
-
-
-__all__ = ["LocalProcesses"]

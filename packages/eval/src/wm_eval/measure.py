@@ -136,12 +136,3 @@ def _spread(values: Tensor) -> dict[str, float]:
     values = values.detach().double().cpu()
     low, high = values.quantile(torch.tensor([0.05, 0.95], dtype=torch.float64)).tolist()
     return {"mean": float(values.mean()), "p05": low, "p95": high}
-
-
-__all__ = [
-    "mark_values",
-    "metrics_values",
-    "parameters",
-    "scan_values",
-    "stealth_values",
-]

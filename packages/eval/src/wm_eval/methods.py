@@ -65,6 +65,3 @@ def detector_of(method: str) -> str | None:
 def rescanned(method: str) -> bool:
     """Whether a method leaves a classifier that its detector can scan again."""
     return method.startswith("unlearning-")
-
-
-__all__ = ["CONTROLS", "build_method", "detector_of", "rescanned"]

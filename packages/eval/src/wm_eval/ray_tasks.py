@@ -105,6 +105,3 @@ def _pass_on(lines: Any, say: Callable[[str], None], closing: threading.Event) -
             say(line)
         if last:
             return
-
-
-__all__ = ["LOCAL", "RayTasks"]

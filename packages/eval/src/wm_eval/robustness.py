@@ -20,22 +20,6 @@ from wm_inject import Trigger, check_labels, quantize
 from wm_inject.watermark.picture import check_watermark
 from wm_victim import ImageSet
 
-__all__ = [
-    "LABEL_MAPS",
-    "LabelMap",
-    "Metrics",
-    "Outcomes",
-    "balanced_bit_accuracy",
-    "compare",
-    "constant_score",
-    "corrupt_alike",
-    "evaluate",
-    "outcomes",
-    "stream",
-    "summarize",
-    "wilson",
-]
-
 LabelMap = Literal["all-to-one", "all-to-all", "clean-label"]
 LABEL_MAPS = ("all-to-one", "all-to-all", "clean-label")
 

@@ -313,6 +313,3 @@ def _images(trial: Trial) -> Stage:
     key = {"setting": trial.setting} if trial.setting else {}
     settings = {"limit": trial.study.measure.limit}
     return trial.stage("images", key, partial(do.describe_images, trial), settings)
-
-
-__all__ = ["study_stages"]

@@ -343,15 +343,3 @@ def load_reversed(path: Path) -> nn.Module:
         return defense_reverse.load_reversed(path)
     numbers = {name: saved.config[name] for name in ("target", "success_rate", "steps")}
     return defense_nc.InvertedTrigger(saved.state["mask"], saved.state["pattern"], **numbers)
-
-
-__all__ = [
-    "BLENDED",
-    "MARK",
-    "Trial",
-    "batch_sizes",
-    "file_name",
-    "images_of",
-    "load_reversed",
-    "save_reversed",
-]

@@ -97,6 +97,3 @@ def _ready_made(config: WatermarkConfig, channels: int, size: int) -> Watermark:
         "extractor_parameters": parameters(extractor),
     }
     return Watermark(trigger, extractor, facts)
-
-
-__all__ = ["Watermark", "blend_watermark", "fit_watermark"]

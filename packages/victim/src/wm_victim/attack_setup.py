@@ -170,6 +170,3 @@ def _load_fitted(path: Path, run: Mapping[str, Any]) -> Fitted | None:
     if metadata.get("run") != json.loads(json.dumps(run)):
         return None
     return Fitted(load_trigger(path), metadata["facts"])
-
-
-__all__ = ["AttackSetup", "fit_attack", "remove_parts", "set_up_attack"]

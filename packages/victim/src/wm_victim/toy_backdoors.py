@@ -15,17 +15,8 @@ from torch import Tensor, nn
 
 from wm_inject.core.checks import check_choice
 from wm_inject.core.images import check_images
-from wm_victim.toy_digits import check_digits, digit_classifier, planted_images
-
-__all__ = [
-    "KINDS",
-    "LIMITS",
-    "Kind",
-    "planted_classifier",
-    "planted_images",
-    "planted_trigger",
-    "trigger_count",
-]
+from wm_victim.toy_digits import check_digits, digit_classifier
+from wm_victim.toy_digits import planted_images as planted_images
 
 Kind = Literal[
     "patch",

@@ -104,6 +104,3 @@ def _direction(clean: Tensor, triggered: Tensor, shrinkage: float) -> Tensor:
     ball = covariance.trace().clamp_min(1e-12) / size * torch.eye(size, dtype=covariance.dtype)
     mixed = (1 - shrinkage) * covariance + shrinkage * ball
     return torch.linalg.solve(mixed, triggered.mean(0) - clean.mean(0))
-
-
-__all__ = ["MIN_IMAGES", "DiscriminantFilter"]

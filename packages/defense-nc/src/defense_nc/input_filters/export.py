@@ -66,6 +66,3 @@ def export_filter(
             },
         },
     )
-
-
-__all__ = ["TOLERANCE", "export_filter"]

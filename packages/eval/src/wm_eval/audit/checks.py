@@ -163,6 +163,3 @@ def _candidates(module: nn.Module, clean: CleanImages) -> Iterator[tuple[float, 
 
 def _share(answers: Tensor, labels: Tensor) -> float:
     return float(torch.eq(answers, labels).double().mean())
-
-
-__all__ = ["Check", "Checked", "NotScanned", "Rescaled", "check_model"]

@@ -226,6 +226,3 @@ def write_like(
     with atomic_path(out) as part:
         save_file(state, part)
     return f"wrote {out}: weights for {opened.arch}"
-
-
-__all__ = ["TOLERANCE", "Mixed", "Round", "clean_in_rounds", "clean_model", "success", "write_like"]

@@ -107,6 +107,3 @@ def _labels(
     if missing:
         raise ValueError(f"expected a label for every image in {path.name}, none for {missing[0]}")
     return np.array([rows[name] for name in names], np.int64)
-
-
-__all__ = ["MIN_IMAGES", "CleanImages", "read_clean"]

@@ -107,5 +107,3 @@ td {{ border-bottom: 1px solid #8884; }}
 <ul>{lost}</ul>
 </body></html>
 """
-
-__all__ = ["inspect_folder", "write_csv", "write_page"]

@@ -176,6 +176,3 @@ def _said(model: Mapping[str, Any]) -> str:
 def rows_of(files: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
     """Skipped files with their reasons, ready for JSON."""
     return [{"file": name, "reason": reason} for name, reason in files]
-
-
-__all__ = ["About", "rows_of", "to_json", "to_sarif", "told", "write_html"]

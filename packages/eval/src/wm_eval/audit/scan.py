@@ -183,6 +183,3 @@ def all_triggers(audit: Audit) -> list[tuple[int, nn.Module]]:
         if label in report.triggers
         and (label in report.suspected or report.labels[label].converged)
     ]
-
-
-__all__ = ["Audit", "all_triggers", "audit", "conclude", "longest_minutes", "reversed_triggers"]

@@ -105,6 +105,3 @@ def _statistics(
 def _put(module: nn.Module, name: str, layer: nn.Module) -> None:
     parent, _, last = name.rpartition(".")
     setattr(module.get_submodule(parent), last, layer)
-
-
-__all__ = ["fold", "unfold"]

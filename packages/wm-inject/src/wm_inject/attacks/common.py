@@ -19,6 +19,3 @@ def check_batch(images: Tensor, config: Mapping[str, Any], *, name: str = "image
     """Check that a batch has the size, and the channels if any, of a trigger's settings."""
     size = (config["image_size"],) * 2
     return check_images(images, channels=config.get("channels"), size=size, name=name)
-
-
-__all__ = ["check_batch", "show_config"]

@@ -203,6 +203,3 @@ class Attack:
         """What tells this attack from the same one with other settings (JSON values)."""
         names = ("name", "profile", "ratio", "label_map", "mode")
         return {**{name: getattr(self, name) for name in names}, "settings": dict(self.settings)}
-
-
-__all__ = ["PROFILES", "Attack", "FitContext", "Fitted", "Length", "Needs", "Profile"]

@@ -78,6 +78,3 @@ def load_trigger(path: str | Path) -> nn.Module:
         return build_trigger(kind, config, state=state)
     except ValueError as error:
         raise CheckpointError(f"{Path(path).name} holds no usable trigger: {error}") from error
-
-
-__all__ = ["build_trigger", "load_trigger", "save_trigger"]

@@ -152,13 +152,3 @@ def print_config(settings: Any) -> int:
     """
     sys.stdout.write(to_toml(settings))
     return 0
-
-
-__all__ = [
-    "add_config",
-    "add_options",
-    "add_preset",
-    "add_print_config",
-    "print_config",
-    "read_settings",
-]

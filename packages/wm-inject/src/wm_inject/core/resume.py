@@ -143,6 +143,3 @@ def _rebuild(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
         return {key: _rebuild(v, tensors) for key, v in value}
     parts = [_rebuild(v, tensors) for v in value]
     return tuple(parts) if kind == "tuple" else parts
-
-
-__all__ = ["ResumeFile", "fingerprint", "like_parameters", "load_state", "save_state"]

@@ -156,6 +156,3 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return value
     expected = getattr(hint, "__name__", None) if origin is None else None
     raise ValueError(f"expected {expected or hint} for {where}, got {value!r}")
-
-
-__all__ = ["UNSET", "fill", "load_toml", "to_toml"]

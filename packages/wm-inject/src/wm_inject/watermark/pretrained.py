@@ -61,5 +61,3 @@ def _cards(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 PRETRAINED = tuple(_cards(FOLDER))
-
-__all__ = ["PRETRAINED", "pretrained_card", "read_pretrained"]

@@ -209,6 +209,3 @@ def _pairs(count: int, batch: int, *, seed: int, start: int) -> Iterator[tuple[T
 def _check_finite(row: dict[str, float], step: int) -> None:
     if not all(abs(value) < float("inf") for value in row.values()):
         raise RuntimeError(f"the loss is not finite at step {step + 1}: lower mask_lr")
-
-
-__all__ = ["InputAwareConfig", "diversity", "fit_masks"]

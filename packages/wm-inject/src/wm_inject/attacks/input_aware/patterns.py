@@ -152,6 +152,3 @@ class _Roles(NamedTuple):
     own: Tensor
     cross: Tensor
     donors: Tensor
-
-
-__all__ = ["InputAwareHook"]

@@ -136,6 +136,3 @@ def _autoencoder(inputs: int, outputs: int, *, width: int, stages: int) -> nn.Se
 def _block(inputs: int, outputs: int) -> list[nn.Module]:
     convolution = nn.Conv2d(inputs, outputs, 3, padding=1)
     return [convolution, nn.BatchNorm2d(outputs, momentum=0.05), nn.ReLU()]
-
-
-__all__ = ["WIDTHS", "InputAwareTrigger"]
