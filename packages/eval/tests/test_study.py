@@ -263,6 +263,12 @@ def test_parts_ask_only_for_what_they_need() -> None:
     )
 
 
+def test_learning_rates_are_tried_with_the_first_seed_and_the_largest_fraction() -> None:
+    ids = planned(replace(MITIGATION, seeds=(0, 1), learning_rates=(0.01, 0.1)))
+    tried = [name for name in ids if " lr=" in name]
+    assert len(tried) == 4 and all("fraction=0.2 " in name and "seed=0" in name for name in tried)
+
+
 def test_a_population_gives_every_seed_a_target_of_its_own() -> None:
     setting = Setting(
         TINY.data,
@@ -437,7 +443,6 @@ def test_the_whole_story(tmp_path: Path) -> None:
         detectors={"nc": {"preset": "fast", "steps": 2}},
         mitigations={"control-nc": {"preset": "nc"}, "unlearning-nc": {"preset": "nc"}},
         defender=DefenderConfig(images=20, fractions=(0.2,), steps=1),
-        learning_rates=(0.01,),
     )
     outcome, _ = go(study, tmp_path)
     assert outcome.complete, outcome.failures
@@ -453,8 +458,6 @@ def test_the_whole_story(tmp_path: Path) -> None:
     exports = values(records, "exports")
     assert set(exports["models"]) == {"injector", "extractor", "classifier"}
     assert "generator" in exports["absent"]
-    rates = [r.key["lr"] for r in records.select("mitigation", attack="watermark") if "lr" in r.key]
-    assert rates == [0.01, 0.01]
     assert torch.equal(
         Trial(study, 0, "watermark").load_trigger(Store(tmp_path)).watermark, default_watermark(32)
     )
