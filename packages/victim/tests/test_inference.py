@@ -37,9 +37,13 @@ def test_the_automatic_precision_is_what_is_fast(
 ) -> None:
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    monkeypatch.setattr("wm_victim.inference.onednn_bfloat16", lambda: True)
     assert resolve_precision("auto", "cpu") == torch.float32
     monkeypatch.setattr(torch.cpu, probe, lambda: True)
     assert resolve_precision("auto", "cpu") == torch.bfloat16
+    monkeypatch.setattr("wm_victim.inference.onednn_bfloat16", lambda: False)
+    assert resolve_precision("auto", "cpu") == torch.float32
+    monkeypatch.setattr("wm_victim.inference.onednn_bfloat16", lambda: True)
     monkeypatch.delattr(torch.cpu, probe)
     assert resolve_precision("auto", "cpu") == torch.float32
     assert resolve_precision("float32", "cpu") == torch.float32

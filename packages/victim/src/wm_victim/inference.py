@@ -75,7 +75,14 @@ def resolve_precision(precision: str, device: torch.device | str) -> torch.dtype
         # torch has no public function for this before 2.12; a missing probe means "no".
         probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         fast = any(bool(getattr(torch.cpu, probe, lambda: False)()) for probe in probes)
+        fast = fast and onednn_bfloat16()
     return torch.bfloat16 if fast else torch.float32
+
+
+def onednn_bfloat16() -> bool:
+    """Whether oneDNN convolves in bfloat16 here; its variable ONEDNN_MAX_CPU_ISA counts."""
+    probe = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    return torch.backends.mkldnn.is_available() and bool(probe())
 
 
 def _check_module(model: object) -> None:

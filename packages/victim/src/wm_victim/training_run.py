@@ -15,7 +15,7 @@ from wm_inject.core.resume import like_parameters
 from wm_victim.augment import augment
 from wm_victim.datasets import ImageSet
 from wm_victim.image_store import ImageStore
-from wm_victim.inference import resolve_precision
+from wm_victim.inference import onednn_bfloat16, resolve_precision
 from wm_victim.models import Classifier
 from wm_victim.resnet import ResNetBody
 from wm_victim.train_config import TrainConfig, learning_rate
@@ -182,6 +182,10 @@ def _blocked_forward(model: nn.Module, device: torch.device, dtype: torch.dtype)
         raise ValueError(f"expected a resnet or preactresnet with layout blocked, got {kind}")
     if not torch.backends.mkldnn.is_available():
         raise ValueError("expected a torch with oneDNN for layout blocked, got one without")
+    if dtype == torch.bfloat16 and not onednn_bfloat16():
+        raise ValueError(
+            "expected precision float32 for layout blocked on this processor, got bfloat16"
+        )
     # oneDNN gives the gradients of weights in this layout, and the optimiser wants them alike.
     model.to(memory_format=torch.contiguous_format)
     normalize, head = model.normalize, model.head
