@@ -19,7 +19,11 @@ from wm_eval.records import StudyRecords, read_study
 from wm_eval.render import ABSENT, Page, Table, count_range, plus_minus
 from wm_eval.titles import CALIBRATED, CLEAN, attack_title, detector_title
 
-_DATA = {"attacks-cifar10": "CIFAR-10", "attacks-mnist": "MNIST"}
+_DATA = {
+    "attacks-cifar10": "CIFAR-10",
+    "bpp-cifar10": "CIFAR-10, on another machine",
+    "attacks-mnist": "MNIST",
+}
 _MEASURES = {"cda": "CDA, %", "asr": "ASR, %", "ftr": "false triggers, %"}
 _TUNED_ON = ("mitigation-cifar10-first",)  # studies of victims that settings were chosen on
 _SETTINGS = " Setting: the models' data and network, with residual connections or without."

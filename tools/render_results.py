@@ -34,6 +34,7 @@ STORIES = {
 }
 ATTACKS = {
     "attacks-cifar10": "Twelve attacks on CIFAR-10",
+    "bpp-cifar10": "BppAttack beside WaNet on CIFAR-10",
     "attacks-mnist": "The three attacks that take part in training, on MNIST",
 }
 INDICES = ("nc", "reverse", "feature-re", "bti-dbf")  # on attacks-cifar10
