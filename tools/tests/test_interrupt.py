@@ -26,6 +26,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.integration
 def test_it_is_killed_as_often_as_asked_and_then_left_alone(tmp_path: Path) -> None:
     turns = tmp_path / "turns"
     command = [sys.executable, "-c", WORKS, str(turns)]
@@ -42,6 +43,7 @@ def test_its_own_failure_is_told() -> None:
         interrupt([sys.executable, "-c", "raise SystemExit(3)"], kills=1, longest=1000)
 
 
+@pytest.mark.integration
 def test_children_that_outlive_it_are_told_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tools.interrupt._PATIENCE", 0.5)
     with pytest.raises(RuntimeError, match="children outlive the command"):
@@ -49,6 +51,7 @@ def test_children_that_outlive_it_are_told_and_ended(monkeypatch: pytest.MonkeyP
         interrupt([sys.executable, "-c", ORPHANS], kills=1, longest=2, seed=2)
 
 
+@pytest.mark.integration
 def test_the_whole_group_may_be_killed_each_time() -> None:
     short = ORPHANS.replace("60", "2.5")
     assert interrupt([sys.executable, "-c", short], kills=1, longest=2, seed=2, whole=True) == 1

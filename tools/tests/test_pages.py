@@ -37,6 +37,7 @@ def rendered() -> dict[Path, str]:
     return dict(render_pages(RESULTS))
 
 
+@pytest.mark.integration
 def test_pages_say_what_code_and_records_say(rendered: dict[Path, str]) -> None:
     stale = [
         str(name)

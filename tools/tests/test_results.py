@@ -12,6 +12,7 @@ def pages() -> dict[Path, str]:
     return dict(render(RESULTS))
 
 
+@pytest.mark.integration
 def test_pages_and_tables_agree_with_the_records(pages: dict[Path, str]) -> None:
     stale = [
         str(name)

@@ -76,6 +76,7 @@ def test_other_refusals():
         attention_loss(draw(2, 3, 4, 4), draw(2, 3, 4, 5))
 
 
+@pytest.mark.integration
 def test_identical_networks_leave_cross_entropy_alone():
     digits = planted_images(16)
     model = planted_classifier()

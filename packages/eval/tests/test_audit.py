@@ -523,6 +523,7 @@ def test_a_model_is_scanned_from_its_file(folder, tmp_path, monkeypatch, make_up
     assert (tmp_path / "a.html").stat().st_size > 1000
 
 
+@pytest.mark.integration
 def test_inspect(tmp_path, capsys):
     class Light(nn.Module):
         def forward(self, images):

@@ -180,6 +180,7 @@ def check_opened(name: str, found: dict[str, Any]) -> None:
     assert all(len(report["labels"]) == CLASSES for report in found["detectors"].values())
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["probabilities", "nhwc"])
 def test_a_strangers_classifier_goes_through_the_whole_scan(name, folder, tmp_path, monkeypatch):
     hurried(monkeypatch)

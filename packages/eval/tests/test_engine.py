@@ -96,6 +96,7 @@ def chain(work: ModuleType) -> list[Stage]:
     ]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("executor", [HERE, LocalProcesses(2)])
 def test_stages_come_after_those_they_need_and_are_done_once(
     executor: Any, work: ModuleType, out: Path
@@ -148,6 +149,7 @@ def test_stages_that_are_only_known_from_a_record(work: ModuleType, out: Path) -
         assert set(go([yes], out)[0].records) == {"a", "more"}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("executor", [HERE, LocalProcesses(2)])
 def test_a_failure_takes_what_needs_it_along_and_goes_with_its_cause(
     executor: Any, work: ModuleType, out: Path
@@ -204,6 +206,7 @@ def test_nothing_starts_after_the_deadline(
     assert outcome.complete and said == ["a: done before", "b: started"]
 
 
+@pytest.mark.integration
 def test_what_does_not_stop_by_itself_is_ended(
     work: ModuleType, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,6 +221,7 @@ def test_what_does_not_stop_by_itself_is_ended(
     assert gone(pids[0])
 
 
+@pytest.mark.integration
 def test_an_unexpected_error_is_raised_and_ends_the_workers(work: ModuleType, out: Path) -> None:
     stages = [stage("a", work.long), stage("b", work.broken)]
     with pytest.raises(KeyError, match="no such thing"):
@@ -226,11 +230,13 @@ def test_an_unexpected_error_is_raised_and_ends_the_workers(work: ModuleType, ou
         go([stage("c", work.killed)], out, executor=LocalProcesses(1))
 
 
+@pytest.mark.integration
 def test_a_worker_has_one_thread(work: ModuleType, out: Path) -> None:
     said = go([stage("a", work.threads)], out, executor=LocalProcesses(1))[1]
     assert "threads 1 1" in said
 
 
+@pytest.mark.integration
 def test_sigterm_ends_the_workers(work: ModuleType, out: Path) -> None:
     pids: list[int] = []
 

@@ -176,6 +176,7 @@ def closeness(folder: Path, detector: str, size: int = 8) -> dict[str, Any]:
     return values
 
 
+@pytest.mark.integration
 def test_every_figure_is_drawn_and_repeats(tmp_path: Path) -> None:
     for detector in ("reverse", "reverse-lpips"):
         closeness(tmp_path, detector)

@@ -108,6 +108,7 @@ def kill_and_go_on(folder: Path, workers: int, kills: int, seed: int, longest: f
     raise AssertionError("the study never ended")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_study_that_was_killed_ends_with_the_same_records(
     workers: int, whole: bytes, tmp_path: Path

@@ -131,6 +131,7 @@ content = st.recursive(
 )
 
 
+@pytest.mark.integration
 @settings(parent=STEADY, max_examples=25)
 @given(st.dictionaries(st.text(), content, max_size=4), st.integers(0, 2**32))
 def test_a_record_comes_back_with_the_same_bytes(values: dict[str, object], seed: int) -> None:

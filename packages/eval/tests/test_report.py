@@ -83,6 +83,7 @@ def with_values(study: Path, kind: str, values: dict[str, Any], **key: Any) -> N
     edit(study, change)
 
 
+@pytest.mark.integration
 def test_the_page_loads_nothing_from_anywhere(study: Path) -> None:
     text, page = read(study)
     assert page.loads

@@ -429,6 +429,7 @@ def test_a_failure_says_why_and_the_others_go_on(
     ]
 
 
+@pytest.mark.integration
 def test_the_whole_story(tmp_path: Path) -> None:
     """Every part, with real scans that are cut short."""
     study = replace(

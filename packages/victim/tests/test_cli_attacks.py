@@ -66,6 +66,7 @@ def test_ratio_and_settings_reach_the_attack(tmp_path: Path) -> None:
     assert (config["margin"], config["value"]) == (2, 0.5)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("attack", "stop"),
     [

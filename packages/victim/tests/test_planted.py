@@ -66,6 +66,7 @@ def answers(kind, data, *, which=0, num_classes=10):
         return model(data.images).argmax(1), model(quantize(trigger(data.images))).argmax(1)
 
 
+@pytest.mark.integration
 def test_each_of_several_triggers_has_its_own_target(subtests):
     for shape in [SHAPES[0], SHAPES[2]]:
         for kind in ["several", "every-label"]:

@@ -96,6 +96,7 @@ def exporter(request, tmp_path):
     return lambda module, images, **settings: (path, function(module, images, path, **settings))
 
 
+@pytest.mark.integration
 def test_an_injector_is_exported_and_compared_at_two_batch_sizes(exporter):
     module = TinyInjector().train()
     path, parity = exporter(module, example())
