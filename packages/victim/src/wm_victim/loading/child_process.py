@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from wm_victim.loading.contract import Limits, LoadingError, printable
+from wm_inject.core.text import printable
+from wm_victim.loading.contract import Limits, LoadingError
 from wm_victim.loading.regular_files import read_regular_file
 from wm_victim.loading.sandbox import landlock_version
 

@@ -133,16 +133,3 @@ class OpenedModel:
     outputs: Literal["logits", "probabilities"]
     notes: tuple[str, ...]
     sha256: str
-
-
-def printable(text: object, limit: int = 300) -> str:
-    """Untrusted text as one printable line of at most ``limit`` characters."""
-    line = " ".join(str(text).split())
-    line = "".join(char if char.isprintable() else "?" for char in line)
-    return line if len(line) <= limit else line[: limit - 3] + "..."
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message; its class where there is none."""
-    lines = str(error).strip().splitlines()
-    return printable(lines[0]) if lines else type(error).__name__

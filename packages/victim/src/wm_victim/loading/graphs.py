@@ -10,15 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from wm_inject.core.text import printable
 from wm_victim.loading.child_process import run_child, sandboxed
-from wm_victim.loading.contract import (
-    Candidate,
-    Limits,
-    LoadingError,
-    ModelOptions,
-    Source,
-    printable,
-)
+from wm_victim.loading.contract import Candidate, Limits, LoadingError, ModelOptions, Source
 from wm_victim.loading.onnx_module import OnnxNet, read_io_format
 from wm_victim.loading.onnx_scan import OnnxScan, scan_onnx
 from wm_victim.loading.onnx_simplify import refuse_sizes_from_pixels

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from wm_victim.loading.contract import Limits, first_line, printable
+from wm_inject.core.text import first_line, printable
+from wm_victim.loading.contract import Limits
 from wm_victim.loading.onnx_module import IoFormat, OnnxNet
 from wm_victim.loading.onnx_scan import scan_onnx
 from wm_victim.loading.onnx_simplify import simplify

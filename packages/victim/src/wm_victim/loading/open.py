@@ -6,14 +6,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from wm_victim.loading.contract import (
-    Candidate,
-    Limits,
-    LoadingError,
-    ModelOptions,
-    OpenedModel,
-    printable,
-)
+from wm_inject.core.text import printable
+from wm_victim.loading.contract import Candidate, Limits, LoadingError, ModelOptions, OpenedModel
 from wm_victim.loading.file_formats import file_format, with_name
 from wm_victim.loading.graphs import open_onnx
 from wm_victim.loading.output_checks import LogProbabilities, check_outputs, check_weights

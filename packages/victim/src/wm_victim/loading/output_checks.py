@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from wm_victim.loading.contract import LoadingError, first_line
+from wm_inject.core.text import first_line
+from wm_victim.loading.contract import LoadingError
 
 _TOLERANCE = 1e-3  # of the largest logit: what another batch size may change by rounding
 _SUM = 1e-3  # how far rows of probabilities may be from 1

@@ -8,7 +8,8 @@ import os
 import stat
 from pathlib import Path
 
-from wm_victim.loading.contract import LoadingError, printable
+from wm_inject.core.text import printable
+from wm_victim.loading.contract import LoadingError
 
 _CHUNK = 2**20
 

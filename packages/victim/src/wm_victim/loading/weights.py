@@ -11,17 +11,11 @@ from typing import Any
 
 import torch
 
+from wm_inject.core.text import first_line, printable
 from wm_victim.loading.architectures import build
 from wm_victim.loading.archives import check_contents, check_pickle, list_archive
 from wm_victim.loading.child_process import run_child
-from wm_victim.loading.contract import (
-    Candidate,
-    Limits,
-    LoadingError,
-    ModelOptions,
-    first_line,
-    printable,
-)
+from wm_victim.loading.contract import Candidate, Limits, LoadingError, ModelOptions
 from wm_victim.loading.file_formats import SAVE_WEIGHTS, archive_format
 from wm_victim.loading.graphs import child_notes, open_torchscript
 from wm_victim.loading.regular_files import copy_regular_file

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wm_victim.loading.contract import first_line, printable
+from wm_inject.core.text import first_line, printable
 
 _OPSET = 17
 _TOLERANCE = 1e-3

@@ -12,5 +12,6 @@ __all__ = [
     "progress",
     "randomness",
     "resume",
+    "text",
     "toml_settings",
 ]
