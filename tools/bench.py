@@ -27,9 +27,11 @@ from wm_inject.core.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 BASELINE = ROOT / "tools" / "bench_baseline.json"
-FORMAT = "wm-bench-1"
+FORMAT, RECORD_FORMAT = "wm-bench-2", "wm-bench-1"  # of the baseline, of a record
 TOLERANCE = 0.15
 FIGURE = "fraction_of_matmul"
+# Processors that multiply with other units have other shares: each kind has a baseline of its own.
+UNITS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
 
 
 class Row(NamedTuple):
@@ -62,8 +64,14 @@ def fractions(report: Mapping[str, Any]) -> dict[str, float]:
     return _positive({name: value for name, value in found.items() if value is not None})
 
 
-def load_baseline(path: Path) -> dict[str, float]:
-    """The shares that a baseline file holds.
+def matrix_unit(report: Mapping[str, Any]) -> str:
+    """The best of `UNITS` that the processor of a report has, "other" if none."""
+    flags = report.get("machine_info", {}).get("cpu", {}).get("flags", ())
+    return next((unit for unit in UNITS if unit in flags), "other")
+
+
+def load_baseline(path: Path) -> dict[str, dict[str, float]]:
+    """The shares that a baseline file holds, by `matrix_unit`.
 
     Raises:
         ValueError: No such file, no JSON, another format, or a share that is no positive number.
@@ -79,10 +87,12 @@ def load_baseline(path: Path) -> dict[str, float]:
     kind = value.get("format") if isinstance(value, dict) else type(value).__name__
     if kind != FORMAT or not isinstance(value.get("fractions"), dict):
         raise ValueError(f"expected a baseline of format {FORMAT} in {path.name}, got {kind}")
-    return _positive(value["fractions"])
+    return {unit: _positive(shares) for unit, shares in value["fractions"].items()}
 
 
-def _positive(values: Mapping[str, Any]) -> dict[str, float]:
+def _positive(values: Any) -> dict[str, float]:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"expected shares by benchmark, got {values!r}")
     for name, value in values.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not (math.isfinite(value) and value > 0):
@@ -115,7 +125,7 @@ def record(report: Mapping[str, Any]) -> dict[str, Any]:
     versions = {name: metadata.version(name) for name in ("torch", "timm", "numpy")}
     cpu = report.get("machine_info", {}).get("cpu", {})
     return {
-        "format": FORMAT,
+        "format": RECORD_FORMAT,
         "processor": cpu.get("brand_raw", platform.machine()),
         "threads": int(os.environ.get("OMP_NUM_THREADS", "1")),
         "python": platform.python_version(),
@@ -181,15 +191,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         baseline = {} if args.update else load_baseline(args.baseline)
         report = run(chosen or ["packages"])
-        found = fractions(report)
+        found, unit = fractions(report), matrix_unit(report)
         if args.record:
             write_json(args.record, merged(args.record if chosen else None, record(report)))
         if args.update:
-            old = load_baseline(args.baseline) if args.baseline.exists() and chosen else {}
-            write_json(args.baseline, {"format": FORMAT, "fractions": {**old, **found}})
-            print(f"{len(found)} shares written to {args.baseline.name}")
+            every = load_baseline(args.baseline) if args.baseline.exists() else {}
+            every[unit] = {**(every.get(unit, {}) if chosen else {}), **found}
+            write_json(args.baseline, {"format": FORMAT, "fractions": every})
+            print(f"{len(found)} shares with {unit} written to {args.baseline.name}")
             return 0
-        again = [row.name for row in compare(found, baseline) if row.fell()]
+        before = baseline.get(unit, {})
+        if not before:
+            print(f"no baseline for processors with {unit}: nothing is compared; see --update")
+        again = [row.name for row in compare(found, before) if row.fell()]
         if again:
             print(f"{len(again)} fell: once more, to see whether it was the machine")
             second = fractions(run(again))
@@ -197,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 2
-    return verdict(compare(found, baseline))
+    return verdict(compare(found, before))
 
 
 def verdict(rows: Sequence[Row]) -> int:

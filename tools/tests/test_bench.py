@@ -27,13 +27,15 @@ def report(**shares: float | None) -> dict[str, Any]:
         }
         for name, share in shares.items()
     ]
-    return {"benchmarks": rows, "machine_info": {"node": "secret", "cpu": {"brand_raw": "fast"}}}
+    cpu = {"brand_raw": "fast", "flags": ["avx2", "avx512f"]}
+    return {"benchmarks": rows, "machine_info": {"node": "secret", "cpu": cpu}}
 
 
 @pytest.fixture
 def baseline(tmp_path: Path) -> Path:
     path = tmp_path / "baseline.json"
-    path.write_text(json.dumps({"format": bench.FORMAT, "fractions": {"a": 0.8, "b": 0.5}}))
+    shares = {"avx512f": {"a": 0.8, "b": 0.5}, "amx_bf16": {"a": 9.0}}
+    path.write_text(json.dumps({"format": bench.FORMAT, "fractions": shares}))
     return path
 
 
@@ -92,9 +94,20 @@ def test_new_and_missing_benchmarks_are_told_and_pass(
 def test_update_writes_the_baseline_whole_or_in_part(baseline: Path, runs: Runs) -> None:
     runs(report(c=0.3), report(a=0.7, ratio=None))
     assert bench.main(["--baseline", str(baseline), "--update", "-k", "c"]) == 0
-    assert bench.load_baseline(baseline) == {"a": 0.8, "b": 0.5, "c": 0.3}
+    other = {"amx_bf16": {"a": 9.0}}
+    assert bench.load_baseline(baseline) == {"avx512f": {"a": 0.8, "b": 0.5, "c": 0.3}, **other}
     assert bench.main(["--baseline", str(baseline), "--update"]) == 0
-    assert bench.load_baseline(baseline) == {"a": 0.7}
+    assert bench.load_baseline(baseline) == {"avx512f": {"a": 0.7}, **other}
+
+
+def test_another_kind_of_processor_is_not_compared(
+    baseline: Path, runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = report(a=0.1)
+    other["machine_info"]["cpu"]["flags"] = ["avx2"]
+    runs(other)
+    assert bench.main(["--baseline", str(baseline)]) == 0
+    assert "no baseline for processors with avx2" in capsys.readouterr().out
 
 
 def test_the_record_has_the_figures_and_names_no_machine(
@@ -131,12 +144,13 @@ def test_a_bad_baseline_is_refused_before_anything_runs(
     for text, message in [
         (None, "found no"),
         ("{", "expected JSON"),
-        ("[]", "of format wm-bench-1 in bad.json, got list"),
+        ("[]", "of format wm-bench-2 in bad.json, got list"),
         ('{"format": "other"}', "got other"),
-        ('{"format": "wm-bench-1"}', "of format"),
-        ('{"format": "wm-bench-1", "fractions": {"a": "fast"}}', "share > 0 for a, got 'fast'"),
-        ('{"format": "wm-bench-1", "fractions": {"a": 0}}', "share > 0 for a, got 0"),
-        ('{"format": "wm-bench-1", "fractions": {"a": NaN}}', "share > 0 for a, got nan"),
+        ('{"format": "wm-bench-2"}', "of format"),
+        ('{"format": "wm-bench-2", "fractions": {"a": 0.8}}', "by benchmark"),
+        ('{"format": "wm-bench-2", "fractions": {"x": {"a": "fast"}}}', "for a, got 'fast'"),
+        ('{"format": "wm-bench-2", "fractions": {"x": {"a": 0}}}', "share > 0 for a, got 0"),
+        ('{"format": "wm-bench-2", "fractions": {"x": {"a": NaN}}}', "share > 0 for a, got nan"),
     ]:
         with subtests.test(text=text, message=message):
             path = tmp_path / "bad.json"
