@@ -261,15 +261,42 @@ def test_what_does_not_fit_is_refused(source, tmp_path, subtests):
 
 def test_a_folder_without_class_folders_has_no_classes_to_choose_by(source, tmp_path):
     plan = PoisonPlan(ratio=None, label_map="clean-label", pool="target")
-    with pytest.raises(ValueError, match="expected a folder of class folders"):
+    with pytest.raises(ValueError, match="class folders"):
         poison_files(Marker(), source / "bee", tmp_path / "out", plan=plan, **SETTINGS)
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unreadable_image_is_named(source, tmp_path):
-    (source / "bee" / "broken.png").write_text("no image")
-    with pytest.raises(ValueError, match=r"broken\.png"):
-        poison_files(Marker(), source, tmp_path / "out", **SETTINGS)
+def test_all_unreadable_images_are_named_and_may_be_skipped(source, tmp_path):
+    for name in ("ant/00a.png", "bee/broken.png", "cow/11b.png"):
+        (source / name).write_text("no image")
+    out = tmp_path / "out"
+    settings = {"plan": PoisonPlan(ratio=None, target=1), "batch_size": 4, **SETTINGS}
+    with pytest.raises(ValueError, match="cannot read 3 of 15 images") as refused:
+        poison_files(Marker(), source, out, **settings)
+    message = str(refused.value)
+    assert "ant/00a.png" in message and "--skip-unreadable" in message and "\n" not in message
+    # The others are there, and are not made again.
+    done = poison_files(Marker(), source, out, skip_unreadable=True, **settings)
+    assert done[:3] == (12, 12, 0) and [file for file, _ in done.unread] == [
+        "ant/00a.png",
+        "bee/broken.png",
+        "cow/11b.png",
+    ]
+    assert [row["file"] for row in read_plan(out)["unread"]] == [file for file, _ in done.unread]
+    with (out / "labels.csv").open(newline="") as file:
+        listed = {row["file"] for row in csv.DictReader(file)}
+    assert listed == {path.relative_to(out).as_posix() for path in out.rglob("*.png")}
+    # One that is mended is taken up.
+    save_image(source / "bee" / "broken.png", np.zeros((4, 4, 3), np.uint8))
+    done = poison_files(Marker(), source, out, skip_unreadable=True, **settings)
+    assert done[:3] == (13, 13, 1) and len(read_plan(out)["unread"]) == 2
+
+
+def test_a_folder_of_nothing_but_damaged_files_is_refused(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_text("no image")
+    with pytest.raises(ValueError, match="cannot read 1 of 1 images"):
+        poison_files(Marker(), tmp_path / "in", tmp_path / "out", skip_unreadable=True, **SETTINGS)
 
 
 def test_two_files_of_one_name_are_refused(source, tmp_path):
@@ -290,7 +317,7 @@ def test_progress_is_a_line_where_there_is_no_terminal(source, tmp_path, monkeyp
 def test_the_common_side_of_a_folder(source):
     assert common_side(source) == 10
     Image.new("RGB", (12, 12)).save(source / "bee" / "z.bmp")
-    with pytest.raises(ValueError, match=r"expected --image-size.*00\.png 10 x 10 and z\.bmp 12 x"):
+    with pytest.raises(ValueError, match=r"expected --image-size.*00\.png 10 x 10 and .*z\.bmp 12"):
         common_side(source)
 
 
@@ -299,5 +326,5 @@ def test_images_that_are_not_square_have_no_common_side(tmp_path):
     with pytest.raises(ValueError, match=r"expected --image-size.*a\.bmp 12 x 10"):
         common_side(tmp_path)
     (tmp_path / "a.bmp").write_text("no image")
-    with pytest.raises(ValueError, match=r"cannot read a\.bmp"):
+    with pytest.raises(ValueError, match=r"cannot read 1 of 1 .*a\.bmp"):
         common_side(tmp_path)

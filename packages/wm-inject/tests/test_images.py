@@ -172,5 +172,5 @@ def test_listing_is_sorted_and_deep(tmp_path):
     with pytest.raises(ValueError, match="found none at"):
         list_images(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no image files"):
+    with pytest.raises(ValueError, match="found none"):
         list_images(tmp_path / "empty")

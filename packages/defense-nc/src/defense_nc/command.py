@@ -346,7 +346,10 @@ def _open_inputs(
     from wm_victim import defender_subset, load_classifier, load_dataset
 
     model = load_classifier(args.classifier)
-    data = load_dataset(args.data, root=args.root, image_size=model.config["image_size"])
+    data = load_dataset(
+        args.data, root=args.root, image_size=model.config["image_size"], skip_unreadable=True
+    )
+    say([] if data.source is None else data.source.lines())
     for name in ("num_classes", "channels"):
         if getattr(data, name) != model.config[name]:
             raise ValueError(

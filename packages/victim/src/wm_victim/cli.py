@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from wm_inject.command.common import CommandLine, Parser, add_json, resolve_device, write_results
 from wm_inject.command.config import add_config, print_config
 from wm_inject.command.export import add_export_options, run_export
+from wm_inject.command.folders import add_labels, add_skip_unreadable, say
 from wm_victim.__about__ import __version__
 from wm_victim.cli_train import add_train, run_train, train_settings
 
@@ -73,19 +74,36 @@ def _add_dataset(parser: Parser) -> None:
     parser.add_argument("--root", type=Path, help="where named sets lie (default: WM_DATA)")
     parser.add_argument("--image-size", type=int, help="resize to N x N (default: the set's own)")
     parser.add_argument("--no-download", action="store_true", help="do not fetch a missing set")
+    add_labels(parser)
+    add_skip_unreadable(parser)
 
 
 def _load_data(args: argparse.Namespace, **settings: Any) -> Dataset:
     from wm_victim.datasets import load_dataset
 
-    return load_dataset(args.data, root=args.root, download=not args.no_download, **settings)
+    data = load_dataset(
+        args.data,
+        root=args.root,
+        download=not args.no_download,
+        labels=args.labels,
+        skip_unreadable=args.skip_unreadable,
+        **settings,
+    )
+    say([] if data.source is None else data.source.lines())
+    return data
+
+
+def _facts(data: Dataset) -> dict[str, Any]:
+    """What was understood of a folder, for --json."""
+    return {} if data.source is None else {"source": data.source.to_dict()}
 
 
 def _data(args: argparse.Namespace) -> None:
     from wm_victim.inventory import inventory
 
-    values = inventory(_load_data(args, image_size=args.image_size, seed=args.seed))
-    write_results(args, values)
+    data = _load_data(args, image_size=args.image_size, seed=args.seed)
+    values = inventory(data)
+    write_results(args, values | _facts(data))
     for name, value in values.items():
         print(f"{name.replace('_', ' '):22} {value}")
 
@@ -101,7 +119,8 @@ def _train(args: argparse.Namespace) -> int:
     print(f"wrote {args.out}")
     if args.save_trigger is not None:
         print(f"wrote {args.save_trigger}")
-    write_results(args, _print_results(model, data, trigger, settings.target, args.device))
+    results = _print_results(model, data, trigger, settings.target, args.device)
+    write_results(args, results | _facts(data))
     return 0
 
 
@@ -121,7 +140,7 @@ def _test(args: argparse.Namespace) -> None:
     device = resolve_device(args.device)
     trigger = None if args.trigger is None else load_trigger(args.trigger).to(device)
     results = _print_results(model.to(device), data, trigger, args.target, args.device)
-    write_results(args, results)
+    write_results(args, results | _facts(data))
 
 
 def _export(args: argparse.Namespace) -> None:

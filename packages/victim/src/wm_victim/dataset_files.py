@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from wm_inject.core.images import check_pixels, list_images, load_image
+from wm_inject.core.decode import UnreadableImage, read_header
+from wm_inject.core.image_files import LeftOut, refuse_unread
+from wm_inject.core.images import check_pixels, load_images
+from wm_inject.core.labelled_folder import LabelledFolder, read_labelled_folder
+from wm_inject.core.text import escape
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 Labels = np.ndarray[Any, np.dtype[np.int64]]
 
 # Frames of this track of GTSRB's training set are also among its test images.
 LEAKED_CLASS, LEAKED_TRACK = 14, 23
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF")
 
 
 class RawData(NamedTuple):
@@ -38,6 +41,7 @@ class RawDataset(NamedTuple):
     classes: tuple[str, ...]
     train_ids: Labels
     default_size: int | None = None
+    source: LabelledFolder | None = None  # what was understood of a folder
 
 
 def stratified_order(labels: Labels, *, seed: int) -> Labels:
@@ -71,30 +75,36 @@ def split_once(
     )
 
 
-def read_folder(path: Path, size: int | None) -> RawDataset:
-    """Read labels.csv, train/ and test/, or class folders; split 80 / 20 where nothing else does.
+def read_folder(
+    path: Path, size: int | None, *, labels: Path | None = None, skip_unreadable: bool = False
+) -> RawDataset:
+    """Read what `read_labelled_folder` finds there; split 80 / 20 if no part is for testing.
+
+    Args:
+        path: The folder.
+        size: Side to resize to; all images have one size if None.
+        labels: A table of labels.
+        skip_unreadable: Go on without images that cannot be read.
 
     Raises:
-        ValueError: No images, images outside class folders, unreadable ones, or several sizes.
+        ValueError: No images, no labels, images that cannot be read, or of several sizes.
     """
-    listing = path / "labels.csv"
-    test_files: list[Path] = []
-    test_names: list[str] = []
-    if listing.is_file():
-        files, names = _read_listing(listing)
-    elif (path / "train").is_dir():
-        files, names = _class_folders(path / "train")
-        if (path / "test").is_dir():
-            test_files, test_names = _class_folders(path / "test")
-    else:
-        files, names = _class_folders(path)
-    classes, labels = _number(names + test_names)
-    data, count = RawData(_read_images(files + test_files, size), labels), len(files)
-    if not test_files:
-        return split_once(path.name, data, classes, first=round(0.8 * count))
-    train = RawData(data.pixels[:count], labels[:count])
-    test = RawData(data.pixels[count:], labels[count:])
-    return RawDataset(path.name, train, test, classes, np.arange(count))
+    source = read_labelled_folder(path, labels=labels)
+    if source.labels is None:
+        raise ValueError(
+            f"expected labels of the images below {escape(path)}: one folder per class, or a table "
+            f"(labels.csv, or --labels) with the columns file and label; {source.lines()[0]}"
+        )
+    testing = next((part for part in ("test", "val") if part in source.parts), None)
+    source, pixels = _read_images(_without_val(source, testing), size, skip_unreadable)
+    assert source.labels is not None
+    data, tested = RawData(pixels, source.labels), np.array(source.parts) == testing
+    if not tested.any() or tested.all():
+        first = round(0.8 * len(pixels))
+        return split_once(path.name, data, source.classes, first)._replace(source=source)
+    train, test = (RawData(pixels[one], source.labels[one]) for one in (~tested, tested))
+    ids = np.arange(len(train.labels))
+    return RawDataset(path.name, train, test, source.classes, ids, source=source)
 
 
 def read_npz(path: Path, name: str) -> RawDataset:
@@ -176,50 +186,33 @@ def _npz_split(arrays: dict[str, Any], split: str) -> RawData:
     return RawData(pixels, labels.astype(np.int64))
 
 
-def _class_folders(path: Path) -> tuple[list[Path], list[str]]:
-    """Every image under ``path`` and the name of its class folder."""
-    files = list_images(path)
-    names = [file.relative_to(path).parts[0] for file in files]
-    if any(file.parent == path for file in files):
-        raise ValueError(f"expected {path} to hold one folder of images per class, or a labels.csv")
-    return files, names
+def _without_val(source: LabelledFolder, testing: str | None) -> LabelledFolder:
+    """Without images for validation, where there are others for testing."""
+    if testing != "test" or "val" not in source.parts:
+        return source
+    places = [place for place, part in enumerate(source.parts) if part != "val"]
+    lost = len(source.names) - len(places)
+    return replace(source.subset(places), layout=f"{source.layout} without {lost} of val")
 
 
-def _read_listing(listing: Path) -> tuple[list[Path], list[str]]:
-    folder = listing.parent.resolve()
-    with listing.open(newline="", encoding="utf-8") as handle:
-        rows = csv.DictReader(handle)
-        if not {"file", "label"} <= set(rows.fieldnames or ()):
-            raise ValueError(f"expected the columns file,label in {listing.name}")
-        pairs = [(folder / (row["file"] or ""), row["label"] or "") for row in rows]
-    if not pairs:
-        raise ValueError(f"expected at least one row in {listing.name}")
-    for file, _ in pairs:
-        if not file.resolve().is_relative_to(folder):
-            raise ValueError(f"expected files below {folder.name} in {listing.name}, got {file}")
-    return [file for file, _ in pairs], [label for _, label in pairs]
-
-
-def _number(names: list[str]) -> tuple[tuple[str, ...], Labels]:
-    """Class names and label numbers: numbers stay what they are, names are sorted."""
-    if all(name.isascii() and name.isdigit() and len(name) <= 5 for name in names):
-        numbers = np.array([int(name) for name in names], np.int64)
-        return tuple(str(c) for c in range(int(numbers.max()) + 1)), numbers
-    classes = tuple(sorted(set(names)))
-    index = {name: number for number, name in enumerate(classes)}
-    return classes, np.array([index[name] for name in names], np.int64)
-
-
-def _read_images(files: list[Path], size: int | None) -> Pixels:
-    """All files as one array: grey only if every file is, and of one size unless resized."""
-    grey, sizes = True, set()
-    for file in files:
+def _read_images(
+    source: LabelledFolder, size: int | None, skip_unreadable: bool
+) -> tuple[LabelledFolder, Pixels]:
+    """All images as one array: grey only if every one is, and of one size unless resized."""
+    grey, readable, unread = True, [], []
+    for place, name in enumerate(source.names):
         try:
-            with Image.open(file, formats=_FORMATS) as header:
-                grey = grey and header.mode in ("1", "L")
-                sizes.add(header.size)
-        except Exception as error:
-            raise ValueError(f"cannot read {file.name} as an image: {error}") from error
-    if size is None and len(sizes) > 1:
+            grey = read_header(source.folder / name).grey and grey
+            readable.append(place)
+        except UnreadableImage as error:
+            unread.append(LeftOut(name, error.reason))
+    source, total = source.subset(readable), len(source.names)
+    pixels, places, more = load_images(
+        source.folder, source.names, size=size, channels=1 if grey else 3
+    )
+    refuse_unread([*unread, *more], total, skip=skip_unreadable)
+    sizes = {image.shape for image in pixels}
+    if len(sizes) > 1:
         raise ValueError(f"expected images of one size or an image_size, got {len(sizes)} sizes")
-    return np.stack([load_image(file, size=size, channels=1 if grey else 3) for file in files])
+    source = source.subset(places)
+    return replace(source, left_out=(*source.left_out, *unread, *more)), np.stack(pixels)

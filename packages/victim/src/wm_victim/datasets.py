@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from wm_inject.core.images import check_images, check_labels, quantize, to_float
+from wm_inject.core.labelled_folder import LabelledFolder
 from wm_victim.dataset_files import Pixels, RawData, stratified_order
 from wm_victim.named_datasets import read_dataset
 
@@ -79,6 +80,7 @@ class Dataset:
     test: ImageSet
     classes: tuple[str, ...]
     fingerprint: str
+    source: LabelledFolder | None = None  # what was understood, if it is from a folder
 
     @property
     def num_classes(self) -> int:
@@ -105,15 +107,17 @@ def load_dataset(
     seed: int = 0,
     download: bool = True,
     strict: bool = True,
+    labels: str | Path | None = None,
+    skip_unreadable: bool = False,
 ) -> Dataset:
     """Load a data set by name, or from a folder of images or an .npz file.
 
     Args:
         name_or_path: "digits" (scikit-learn's bundled 1,797 real scans, enlarged from 8 x 8 to
             32 x 32, split 1200 / 597), "mnist", "fashion-mnist", "cifar10", "gtsrb", "imagenet10"
-            (ten classes of ImageNet, those of Imagenette); or a folder (class folders, with
-            ``train/`` and ``test/`` above them or split 80 / 20 here; or a labels.csv with the
-            columns file,label); or an .npz with x_train, y_train, x_test, y_test (uint8
+            (ten classes of ImageNet, those of Imagenette); or a folder as `read_labelled_folder`
+            takes it (class folders, or a table of files and labels; with ``train/`` and ``test/``,
+            or split 80 / 20 here); or an .npz with x_train, y_train, x_test, y_test (uint8
             ``(N, H, W)`` or ``(N, H, W, C)`` and integers).
         root: Folder of named sets: NAME.npz, NAME.tar (lossless strips; JPEG files for imagenet10)
             or torchvision's files. The environment variable WM_DATA if None, else
@@ -126,6 +130,8 @@ def load_dataset(
         download: Let torchvision fetch a set that ``root`` does not hold.
         strict: Leave out GTSRB's training track 23 of class 14, whose frames are also among the
             test images (eight of them, in the published set).
+        labels: The table of a folder's labels, where its own names and places do not tell.
+        skip_unreadable: Go on without files of a folder that cannot be read.
 
     Raises:
         ValueError: No such set, unreadable files, non-square images without ``image_size``, or a
@@ -135,7 +141,13 @@ def load_dataset(
     if image_size is not None and not 4 <= image_size <= 1024:
         raise ValueError(f"expected image_size in 4 .. 1024, got {image_size}")
     raw = read_dataset(
-        str(name_or_path), root=root, size=image_size, download=download, strict=strict
+        str(name_or_path),
+        root=root,
+        size=image_size,
+        download=download,
+        strict=strict,
+        labels=None if labels is None else Path(labels),
+        skip_unreadable=skip_unreadable,
     )
     train, test, ids = raw.train, raw.test, raw.train_ids
     num_classes = len(raw.classes)
@@ -156,6 +168,7 @@ def load_dataset(
         test=_image_set(test, torch.arange(len(test.labels)) + first_test_id),
         classes=raw.classes,
         fingerprint=_fingerprint(train, test),
+        source=raw.source,
     )
 
 

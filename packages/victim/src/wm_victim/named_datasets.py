@@ -47,7 +47,14 @@ _IMAGENET10_SIDE = 224  # pixels, if no size is given
 
 
 def read_dataset(
-    name: str, *, root: Path, size: int | None, download: bool, strict: bool
+    name: str,
+    *,
+    root: Path,
+    size: int | None,
+    download: bool,
+    strict: bool,
+    labels: Path | None = None,
+    skip_unreadable: bool = False,
 ) -> RawDataset:
     """Read a named set, a folder or an .npz file.
 
@@ -68,7 +75,7 @@ def read_dataset(
             return _TORCHVISION[name](root, download, strict)._replace(name=name)
     path = Path(name)
     if path.is_dir():
-        return read_folder(path, size)
+        return read_folder(path, size, labels=labels, skip_unreadable=skip_unreadable)
     if path.suffix == ".npz" and path.is_file():
         return read_npz(path, path.stem)
     known = ", ".join(("digits", *_TORCHVISION, "imagenet10"))

@@ -20,6 +20,7 @@ from wm_inject.command.config import (
     read_settings,
 )
 from wm_inject.command.export import add_source, run_export
+from wm_inject.command.folders import add_skip_unreadable, read_all
 from wm_inject.command.trigger_options import add_pretrained
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def _add_train(parser: Parser) -> None:
         dest="training.psnr_floor",
         help="least PSNR in dB of a marked image (robust)",
     )
+    add_skip_unreadable(parser)
     add_json(parser)
     add_config(parser)
 
@@ -119,18 +121,17 @@ def _train(args: argparse.Namespace) -> int:
 
     from wm_extract.detect import MIN_CALIBRATION, MarkDetector, save_detector
     from wm_extract.joint import train_jointly
-    from wm_inject import list_images, load_image, quantize, save_trigger, to_float
+    from wm_inject import load_image, quantize, save_trigger, to_float
     from wm_inject.attacks.watermark import WatermarkTrigger
 
     config, seed, size = settings.training, settings.seed, settings.image_size
     device = resolve_device(args.device)
     channels = 1 if settings.grey else 3
-    files = list_images(args.images)
-    held_out = max(MIN_CALIBRATION, len(files) // 10)
-    if len(files) < 2 * held_out:
-        raise ValueError(f"expected at least {2 * MIN_CALIBRATION} images, found {len(files)}")
-    pixels = np.stack([load_image(f, size=size, channels=channels) for f in files])
-    images = to_float(pixels)
+    pixels = read_all(args, size=size, channels=channels)
+    held_out = max(MIN_CALIBRATION, len(pixels) // 10)
+    if len(pixels) < 2 * held_out:
+        raise ValueError(f"expected at least {2 * MIN_CALIBRATION} images, found {len(pixels)}")
+    images = to_float(np.stack(pixels))
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     clean, images = images[order[:held_out]], images[order[held_out:]]
     watermark = None
@@ -182,25 +183,41 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _detect(args: argparse.Namespace) -> None:
-    from wm_inject import list_images, load_image, to_float
+    from wm_inject import load_image, to_float
+    from wm_inject.core.decode import UnreadableImage
+    from wm_inject.core.image_files import LeftOut, describe, find_images, refuse_unread
+    from wm_inject.core.labelled_folder import listed
     from wm_inject.core.progress import progress
+    from wm_inject.core.text import escape
 
     detector = _load_detector(args.detector, args.pretrained)
     device = resolve_device(args.device)
     detector.extractor.to(device)
     size, channels = detector.watermark.shape[-1], detector.extractor.config["channels"]
-    rows = []
-    for file in progress(list_images(args.images), desc="look for marks"):
-        image = to_float(load_image(file, size=size, channels=channels)[None]).to(device)
-        detection = detector.detect(image)
-        name, score = str(file.relative_to(args.images)), float(detection.score)
-        rows.append({"file": name, "marked": bool(detection.marked), "score": score})
+    found, rows, unread = find_images(args.images), [], []
+    for name in progress(found.names, desc="look for marks"):
+        try:
+            pixels = load_image(found.folder / name, size=size, channels=channels)
+        except UnreadableImage as error:
+            unread.append(LeftOut(name, error.reason))
+            print(f"unread  {escape(name)}: {error.reason}")
+            continue
+        detection = detector.detect(to_float(pixels[None]).to(device))
+        row = {"marked": bool(detection.marked), "score": float(detection.score)}
+        rows.append({"file": escape(name)} | row)
     marked = [row for row in rows if row["marked"]]
     for row in marked:
         print(f"marked  {row['score']:7.2f}  {row['file']}")
     rate = detector.false_positive_rate
-    print(f"{len(marked)} of {len(rows)} images are marked (false-positive rate {rate:g})")
-    write_results(args, {"threshold": detector.threshold, "images": rows})
+    print(
+        f"{len(marked)} of {len(rows)} images are marked (false-positive rate {rate:g}), "
+        f"{len(unread)} unread"
+    )
+    if found.left_out:
+        print(f"not looked at: {describe(found.left_out)}")
+    lost = {"unread": listed(unread), "left_out": listed(found.left_out)}
+    write_results(args, {"threshold": detector.threshold, "images": rows} | lost)
+    refuse_unread(unread, len(found.names), skip=True)
 
 
 def _load_detector(path: Path | None, pretrained: str | None) -> MarkDetector:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from wm_inject import list_images, load_image, to_float
-from wm_inject.runtime.folder_plan import read_labels
+from wm_inject import load_image, to_float
+from wm_inject.core.decode import UnreadableImage
+from wm_inject.core.image_files import LeftOut, describe
+from wm_inject.core.labelled_folder import LabelledFolder, listed, read_labelled_folder
+from wm_inject.core.text import escape
 
 if TYPE_CHECKING:
     from wm_inject.core.images import Pixels
@@ -28,13 +29,27 @@ class CleanImages:
     Args:
         labels: int64 ``(N,)``; None if nobody knows them.
         files: Their names below the folder.
-        skipped: Names of files that could not be read, each with the reason.
+        skipped: Files that could not be read, each with the reason.
+        classes: The name of every label; None if they have only numbers, or nobody knows them.
+        source: What was understood of the folder.
     """
 
     images: Tensor
     labels: Tensor | None
     files: tuple[str, ...]
-    skipped: tuple[tuple[str, str], ...]
+    skipped: tuple[LeftOut, ...]
+    classes: tuple[str, ...] | None = None
+    source: LabelledFolder | None = None
+
+    def lines(self) -> list[str]:
+        """What was understood, left out and not read, for people."""
+        unread = [f"cannot read: {describe(self.skipped)}"] if self.skipped else []
+        return [*(self.source.lines() if self.source else ()), *unread]
+
+    def facts(self) -> dict[str, Any]:
+        """The same, ready for JSON."""
+        source = self.source.to_dict() if self.source else None
+        return {"used": len(self.files), "skipped": listed(self.skipped), "source": source}
 
 
 def read_clean(
@@ -49,61 +64,53 @@ def read_clean(
     """Read up to ``count`` images of a folder, drawn by the seed, in the order of their names.
 
     Args:
-        folder: Class folders, or images without labels; sub-folders are searched.
+        folder: What `read_labelled_folder` takes. Of a part for testing, or else for validation,
+            that has ``count`` images, only that part is used; else all of them.
         size: Side they are resized to.
         channels: 1 or 3.
         count: At most so many.
-        labels: A CSV file with the columns "file" and "label" (a number); class folders if None.
+        labels: A table of files and labels; the folder's own ones if None.
 
     Raises:
-        ValueError: No such folder, too few readable images, or labels that do not fit.
+        ValueError: No such folder, too few readable images, or labels that cannot be understood.
     """
-    folder = Path(folder)
     if count < MIN_IMAGES:
         raise ValueError(f"expected a count of at least {MIN_IMAGES} images, got {count}")
-    files = list_images(folder)
-    names = [file.relative_to(folder).as_posix() for file in files]
-    known = _labels(folder, files, names, labels)
+    source = _held_out(read_labelled_folder(folder, labels=labels), count)
     pixels: list[Pixels] = []
     kept: list[int] = []
-    skipped: list[tuple[str, str]] = []
-    for place in np.random.default_rng(seed).permutation(len(files)):
+    skipped: list[LeftOut] = []
+    for place in np.random.default_rng(seed).permutation(len(source.names)):
         if len(pixels) == count:
             break
+        name = source.names[place]
         try:
-            pixels.append(load_image(files[place], size=size, channels=channels))
+            pixels.append(load_image(source.folder / name, size=size, channels=channels))
             kept.append(int(place))
-        except ValueError as error:
-            skipped.append((names[place], str(error)))
+        except UnreadableImage as error:
+            skipped.append(LeftOut(name, error.reason))
     if len(kept) < MIN_IMAGES:
+        unread = f"; cannot read {describe(sorted(skipped))}" if skipped else ""
         raise ValueError(
-            f"expected at least {MIN_IMAGES} readable images in {folder}, found {len(kept)}"
+            f"expected at least {MIN_IMAGES} readable images in {escape(folder)}, found "
+            f"{len(kept)}{unread}; {'; '.join(source.lines())}"
         )
     order = np.argsort(kept)
-    chosen = [kept[place] for place in order]
+    used = [kept[place] for place in order]
     return CleanImages(
         to_float(np.stack([pixels[place] for place in order])),
-        None if known is None else torch.from_numpy(known[chosen]),
-        tuple(names[place] for place in chosen),
+        None if source.labels is None else torch.from_numpy(source.labels[used]),
+        tuple(source.names[place] for place in used),
         tuple(sorted(skipped)),
+        None if source.labels is None else source.class_names,
+        source,
     )
 
 
-def _labels(
-    folder: Path, files: Sequence[Path], names: Sequence[str], table: str | Path | None
-) -> np.ndarray | None:
-    if table is None:
-        found = read_labels(folder, files)
-        return None if found is None else found.labels
-    path = Path(table)
-    try:
-        with path.open(newline="", encoding="utf-8") as stream:
-            rows = {row["file"]: int(row["label"]) for row in csv.DictReader(stream)}
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"expected a CSV file with columns file and label (a number) at {path.name}: {error}"
-        ) from error
-    missing = [name for name in names if name not in rows]
-    if missing:
-        raise ValueError(f"expected a label for every image in {path.name}, none for {missing[0]}")
-    return np.array([rows[name] for name in names], np.int64)
+def _held_out(source: LabelledFolder, count: int) -> LabelledFolder:
+    """The part for testing or validation, if it is large enough."""
+    for part in ("test", "val"):
+        places = [place for place, name in enumerate(source.parts) if name == part]
+        if count <= len(places) < len(source.names):
+            return replace(source.subset(places), layout=f"{source.layout}, {part} alone")
+    return source

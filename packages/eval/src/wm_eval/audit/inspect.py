@@ -9,16 +9,22 @@ from pathlib import Path
 
 from wm_eval.records import write_text
 from wm_inject.core.files import atomic_path
+from wm_inject.core.image_files import ImageFiles, LeftOut
+from wm_inject.core.text import escape
 from wm_inject.runtime import ScannedFile, Scanner, providers_for
 
 
 def inspect_folder(
-    folder: str | Path, detectors: Sequence[Path], *, device: str = "auto", batch_size: int = 64
+    folder: str | Path | ImageFiles,
+    detectors: Sequence[Path],
+    *,
+    device: str = "auto",
+    batch_size: int = 64,
 ) -> tuple[Scanner, list[ScannedFile]]:
     """Judge every image of a folder with exported detectors.
 
     Args:
-        folder: The images; sub-folders are searched.
+        folder: The images, or what `find_images` found there; sub-folders are searched.
         detectors: ``.onnx`` files of ``wm-extract export`` or of a scan's ``--filter``.
         device: As for ``--device``.
 
@@ -31,29 +37,39 @@ def inspect_folder(
 
 
 def write_csv(path: Path, scanner: Scanner, rows: Sequence[ScannedFile]) -> None:
-    """Write one row a file: whether it is flagged, every score, and why it could not be read."""
+    """Write one row a file: whether it is flagged, every score, and why it could not be read.
+
+    Names of files are escaped, as they may hold anything but "/".
+    """
     names = list(scanner.detectors)
     with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["file", "flagged", *(f"score_{name}" for name in names), "error"])
         for row in rows:
             scores = [row.scores.get(name, "") for name in names]
-            table.writerow([_cell(row.file), int(row.flagged), *scores, _cell(row.error or "")])
+            table.writerow([_cell(escape(row.file)), int(row.flagged), *scores, _cell(row.error or "")])
 
 
-def write_page(path: Path, scanner: Scanner, rows: Sequence[ScannedFile], title: str) -> None:
+def write_page(
+    path: Path,
+    scanner: Scanner,
+    rows: Sequence[ScannedFile],
+    title: str,
+    left_out: Sequence[LeftOut] = (),
+) -> None:
     """Write one page that needs nothing beside itself; file names in it are escaped."""
     flagged = [row for row in rows if row.flagged]
     unread = [row for row in rows if row.error is not None]
     names = list(scanner.detectors)
     head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
     body = "\n".join(
-        f"<tr><td>{html.escape(row.file)}</td>"
+        f"<tr><td>{html.escape(escape(row.file))}</td>"
         + "".join(f"<td>{row.scores[name]:.3g}</td>" for name in names)
         + "</tr>"
         for row in flagged
     )
-    lost = "\n".join(f"<li>{html.escape(f'{r.file}: {r.error}')}</li>" for r in unread)
+    lost = [f"{row.file}: {row.error}" for row in unread]
+    lost += [f"{file}: not looked at, {reason}" for file, reason in left_out]
     told = "".join(
         f"<li>{html.escape(name)} looks for {html.escape(one.looks_for)}, threshold "
         f"{one.threshold:.4g}, false-positive rate {one.false_positive_rate:g}</li>"
@@ -70,7 +86,8 @@ def write_page(path: Path, scanner: Scanner, rows: Sequence[ScannedFile], title:
             head=head,
             body=body,
             unread=len(unread),
-            lost=lost,
+            left_out=len(left_out),
+            lost="\n".join(f"<li>{html.escape(escape(line))}</li>" for line in lost),
         ),
     )
 
@@ -103,7 +120,7 @@ td {{ border-bottom: 1px solid #8884; }}
 <table><thead><tr><th>file</th>{head}</tr></thead><tbody>
 {body}
 </tbody></table></div>
-<p>{unread} files could not be read.</p>
+<p>{unread} images could not be read, {left_out} files or folders were not looked at.</p>
 <ul>{lost}</ul>
 </body></html>
 """

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from wm_inject.attacks import ATTACKS, TRIGGER_KINDS
 from wm_inject.command.common import Parser, add_json, resolve_device, write_results
+from wm_inject.command.folders import add_skip_unreadable, read_all
 from wm_inject.command.trigger_options import add_set
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def add_fit(parser: Parser) -> None:
     )
     parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="default: 3")
     add_set(parser)
+    add_skip_unreadable(parser)
     add_json(parser, "write the facts of the fit here as JSON")
 
 
@@ -83,14 +85,13 @@ def run_fit(args: argparse.Namespace) -> None:
 def _load(args: argparse.Namespace) -> Tensor:
     import numpy as np
 
-    from wm_inject.core.images import check_side, list_images, load_image, to_float
+    from wm_inject.core.images import check_side, to_float
     from wm_inject.runtime.folder import common_side
 
     device = resolve_device(args.device)
-    files = list_images(args.images)
     side = check_side(common_side(args.images) if args.image_size is None else args.image_size)
-    pixels = np.stack([load_image(file, size=side, channels=args.channels) for file in files])
-    return to_float(pixels).to(device)
+    pixels = read_all(args, size=side, channels=args.channels)
+    return to_float(np.stack(pixels)).to(device)
 
 
 def _no_victim(hook: Any) -> NoReturn:

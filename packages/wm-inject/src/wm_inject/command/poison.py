@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wm_inject.command.common import Parser, add_json, resolve_device, write_results
+from wm_inject.command.folders import add_labels, add_skip_unreadable, say
 from wm_inject.command.trigger_options import (
     add_trigger,
     check_trigger,
@@ -17,6 +18,7 @@ from wm_inject.command.trigger_options import (
 
 if TYPE_CHECKING:
     from wm_inject.core.images import Pixels
+    from wm_inject.core.labelled_folder import LabelledFolder
     from wm_inject.core.plan import Labels, PoisonPlan, Pool
     from wm_inject.runtime.folder import FolderResult
 
@@ -37,7 +39,8 @@ def add_poison(parser: Parser) -> None:
     parser.add_argument("images", type=Path, metavar="IMAGES", help="folder of images")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for PNG files and plan.json")
     add_trigger(parser)
-    plan = parser.add_argument_group("the plan (labels: the class folders of IMAGES)")
+    plan = parser.add_argument_group("the plan (labels: class folders or labels.csv in IMAGES)")
+    add_labels(plan)
     plan.add_argument("--ratio", type=float, help="share poisoned (default: the whole pool)")
     plan.add_argument("--target", type=int, default=0, help="label asked for (default: 0)")
     maps = ("all-to-one", "all-to-all", "clean-label")
@@ -48,19 +51,29 @@ def add_poison(parser: Parser) -> None:
         help="where files are drawn from (default: all; with clean-label: target)",
     )
     parser.add_argument("--batch-size", type=int, default=64, help="images at once (default: 64)")
+    add_skip_unreadable(parser)
     add_json(parser)
 
 
 def run_poison(args: argparse.Namespace) -> None:
     """Poison the folder and print the counts."""
+    from wm_inject.core.image_files import describe
+    from wm_inject.core.labelled_folder import listed, read_labelled_folder
+
     check_trigger(args)
-    result = _with_onnx(args) if args.onnx else _with_torch(args)
+    data = read_labelled_folder(args.images, labels=args.labels)
+    say(data.lines())
+    result = _with_onnx(args, data) if args.onnx else _with_torch(args, data)
     counts = {"images": result.images, "poisoned": result.poisoned, "written": result.written}
-    write_results(args, counts)
+    write_results(
+        args, counts | {"source": data.to_dict(), "unread": listed(result.unread)}
+    )
     existing = result.images - result.written
     note = f", {existing} files were there" if existing else ""
     listing = args.out / "plan.json"
     print(f"{result.poisoned} of {result.images} images poisoned, listed in {listing}{note}")
+    if result.unread:
+        print(f"left out, as they cannot be read: {describe(result.unread)}")
 
 
 def _plan(args: argparse.Namespace) -> PoisonPlan:
@@ -76,20 +89,21 @@ def _plan(args: argparse.Namespace) -> PoisonPlan:
     )
 
 
-def _with_onnx(args: argparse.Namespace) -> FolderResult:
+def _with_onnx(args: argparse.Namespace, data: LabelledFolder) -> FolderResult:
     from wm_inject import runtime
 
     return runtime.poison_folder(
         args.onnx,
-        args.images,
+        data,
         args.out,
         plan=_plan(args),
         batch_size=args.batch_size,
+        skip_unreadable=args.skip_unreadable,
         providers=runtime.providers_for(args.device),
     )
 
 
-def _with_torch(args: argparse.Namespace) -> FolderResult:
+def _with_torch(args: argparse.Namespace, data: LabelledFolder) -> FolderResult:
     import torch
 
     from wm_inject.core.images import to_float, to_pixels
@@ -112,11 +126,12 @@ def _with_torch(args: argparse.Namespace) -> FolderResult:
 
     return poison_files(
         apply,
-        args.images,
+        data,
         args.out,
         size=size,
         channels=channels,
         plan=_plan(args),
         batch_size=args.batch_size,
+        skip_unreadable=args.skip_unreadable,
         record=record,
     )

@@ -36,19 +36,26 @@ def add_scan(parser: Parser) -> None:
 def run_scan(args: argparse.Namespace) -> None:
     """Scan the folder and print a line for every image that is flagged or cannot be read."""
     from wm_inject import runtime
+    from wm_inject.core.image_files import LeftOut, describe, find_images, refuse_unread
+    from wm_inject.core.labelled_folder import listed
+    from wm_inject.core.text import escape
 
     scanner = runtime.Scanner(*args.detector, providers=runtime.providers_for(args.device))
-    rows = list(scanner.folder(args.images, batch_size=args.batch_size))
+    found = find_images(args.images)
+    rows = list(scanner.folder(found, batch_size=args.batch_size))
     for row in rows:
         scores = "  ".join(f"{name} {value:.3g}" for name, value in row.scores.items())
         if row.error is not None:
-            print(f"unread   {row.file}: {row.error}")
+            print(f"unread   {escape(row.file)}: {row.error}")
         elif row.flagged:
-            print(f"flagged  {row.file}  {scores}")
-    unread = sum(row.error is not None for row in rows)
+            print(f"flagged  {escape(row.file)}  {scores}")
+    lost = [LeftOut(row.file, row.error) for row in rows if row.error is not None]
+    unread = len(lost)
     flagged = sum(row.flagged for row in rows)
     rate = f"false-positive rate at most {scanner.false_positive_rate:g}"
     print(f"{flagged} of {len(rows) - unread} images flagged ({rate}), {unread} unread")
+    if found.left_out:
+        print(f"not looked at: {describe(found.left_out)}")
     detectors = {
         name: {
             "looks_for": detector.looks_for,
@@ -57,4 +64,7 @@ def run_scan(args: argparse.Namespace) -> None:
         }
         for name, detector in scanner.detectors.items()
     }
-    write_results(args, {"detectors": detectors, "images": [row._asdict() for row in rows]})
+    images = [row._asdict() | {"file": escape(row.file)} for row in rows]
+    results = {"detectors": detectors, "images": images, "left_out": listed(found.left_out)}
+    write_results(args, results)
+    refuse_unread(lost, len(rows), skip=True)

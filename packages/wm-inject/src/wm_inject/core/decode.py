@@ -6,18 +6,69 @@ formats are tried, how large a picture may be, and what 16 bits, palettes and se
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, _imaging
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF")
+from wm_inject.core.text import escape, first_line
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 MAX_PIXELS = 50_000_000  # in one picture: 150 MB in RGB
 MAX_BYTES = 1 << 28  # of a file
+# Where it is not read, a file of such a name is still a picture that somebody would miss.
+PICTURE_SUFFIXES = frozenset(
+    ".png .jpg .jpeg .jpe .jfif .webp .bmp .ppm .pgm .pbm .pnm .tif .tiff .gif "
+    ".avif .heic .heif .jxl .jp2 .j2k .svg .tga .psd .ico .dcm .dds .qoi".split()
+)
+_HEAD = 256  # bytes that tell the format
+_STARTS = {
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"\xff\xd8\xff": "JPEG",
+    rb"RIFF....WEBP": "WEBP",
+    rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0": "BMP",
+    rb"P[1-6f]\s": "PPM",
+    rb"II[*+]\0|MM\0[*+]": "TIFF",
+    rb"GIF8[79]a": "GIF",
+    rb"....ftyp(avif|avis)": "AVIF",
+    rb"....ftyp(hei|hev|mif1|msf1)": "HEIC",
+    rb"\xff\x0a|\0\0\0\x0cJXL ": "JPEG XL",
+    rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51": "JPEG 2000",
+    rb"\s*(<\?xml.*?\?>\s*)?(<!--.*?-->\s*)*(<!DOCTYPE svg.*?>\s*)?<svg": "SVG",
+    rb"8BPS": "PSD",
+    rb"\0\0\1\0[^\0]": "ICO",
+    rb".{128}DICM": "DICOM",
+    rb"DDS ": "DDS",
+    rb"qoif": "QOI",
+    rb"P7\s": "PAM",
+}
+_CONTENT = [(re.compile(start, re.DOTALL), kind) for start, kind in _STARTS.items()]
+# What Pillow says about its own objects helps nobody.
+_INTERNAL = re.compile(r"<_io|decoder error|buffer|object|argument")
+
+
+class UnreadableImage(ValueError):
+    """A file that gives no picture; ``reason`` says why, without its name."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"cannot read {escape(path.name)} as an image: {reason}")
+        self.reason = reason
+
+
+class Header(NamedTuple):
+    """What a file's header says, before the picture is turned upright."""
+
+    width: int
+    height: int
+    grey: bool  # 1 or 8 bits, and no colour
 
 
 def decode_image(path: Path, *, channels: int) -> Image.Image:
@@ -27,64 +78,116 @@ def decode_image(path: Path, *, channels: int) -> Image.Image:
     colours under it come out. CMYK and palettes become RGB.
 
     Raises:
-        ValueError: Not a regular file, not a readable still picture, truncated, or too large.
+        UnreadableImage: Not a regular file, not a readable still picture, truncated, or too large.
     """
-    try:
-        with _opened(path) as opened:
-            opened.load()
-            upright = ImageOps.exif_transpose(opened)
-            return _in_eight_bits(upright, "RGB" if channels == 3 else "L")
-    # Pillow answers damaged files with nine kinds of exception; all of them mean "not an image".
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"cannot read {path.name} as an image: {reason[:200]}") from error
+    with _opened(path) as opened:
+        opened.load()
+        upright = ImageOps.exif_transpose(opened)
+        return _in_eight_bits(upright, "RGB" if channels == 3 else "L")
 
 
-def stored_size(path: Path) -> tuple[int, int]:
-    """Width and height as the file's header states them, before it is turned upright.
+def read_header(path: Path) -> Header:
+    """Size and colours as the file's header states them.
 
     Raises:
-        ValueError: As for `decode_image`, as far as the header tells.
+        UnreadableImage: As for `decode_image`, as far as the header tells.
     """
+    with _opened(path) as opened:
+        width, height = opened.size
+        return Header(int(width), int(height), opened.mode in ("1", "L"))
+
+
+def picture_format(head: bytes) -> str | None:
+    """The format of a picture by the first 256 bytes of its file; None if it is no picture."""
+    return next((kind for start, kind in _CONTENT if start.match(head)), None)
+
+
+def is_picture(path: str | Path) -> bool:
+    """Whether a file holds a picture, whatever its name is."""
     try:
-        with _opened(path) as opened:
-            width, height = opened.size
-            return int(width), int(height)
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"cannot read {path.name} as an image: {reason[:200]}") from error
+        with open(_regular(path), "rb") as file:
+            return picture_format(file.read(_HEAD)) is not None
+    except (OSError, _Refused):
+        return False
+
+
+class _Refused(Exception):
+    """Why a file is not read."""
+
+
+def _regular(path: str | Path) -> int:
+    """A descriptor of a file, if it is a regular one: what is checked is what is read."""
+    # A pipe would block on opening.
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if stat.S_ISREG(os.fstat(handle).st_mode):
+        return handle
+    os.close(handle)
+    raise _Refused("not a regular file")
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     """The file with its header read, if header and size are within bounds."""
-    # A pipe would block on opening; what is checked is the file that is read, not its name.
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with open(handle, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("not a regular file")
-        if not 0 < status.st_size <= MAX_BYTES:
-            raise ValueError(f"expected 1 .. {MAX_BYTES} bytes, got {status.st_size}")
-        with Image.open(file, formats=FORMATS) as opened:
-            width, height = opened.size
-            if width * height > MAX_PIXELS:
-                raise ValueError(f"expected at most {MAX_PIXELS} pixels, got {width} x {height}")
-            # Of a photograph with previews inside, the first is the picture.
-            frames = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
-            if frames > 1:
-                raise ValueError(f"expected one still picture, got {frames} frames")
-            yield opened
+    kind = None
+    try:
+        with open(_regular(path), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if not 0 < size <= MAX_BYTES:
+                raise _Refused(f"expected 1 .. {MAX_BYTES} bytes, got {size}")
+            kind = picture_format(file.read(_HEAD))
+            if kind not in FORMATS:
+                raise _Refused(f"{kind} is not read, convert it to PNG" if kind else "no picture")
+            file.seek(0)
+            if kind == "TIFF":
+                _silence_libtiff()
+            with Image.open(file, formats=(kind,)) as opened:
+                _check(opened)
+                yield opened
+    except _Refused as error:
+        raise UnreadableImage(path, str(error)) from error
+    except MemoryError:
+        raise
+    # Pillow answers damaged files with nine kinds of exception; all of them mean "not an image".
+    except Exception as error:
+        raise UnreadableImage(path, _reason(error, kind)) from error
+
+
+def _check(opened: Image.Image) -> None:
+    width, height = opened.size
+    if width * height > MAX_PIXELS:
+        raise _Refused(f"expected at most {MAX_PIXELS} pixels, got {width} x {height}")
+    # Of a photograph with previews inside, the first is the picture.
+    frames = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
+    if frames > 1:
+        raise _Refused(f"expected one still picture, got {frames} frames")
+
+
+def _reason(error: Exception, kind: str | None) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        return f"expected at most {MAX_PIXELS} pixels, got more"
+    detail = first_line(error)
+    return f"a damaged {kind} file" + ("" if _INTERNAL.search(detail) else f" ({detail[:100]})")
+
+
+@cache
+def _silence_libtiff() -> None:
+    """Without its handlers libtiff does not write to stderr by itself, at any depth of C."""
+    with suppress(AttributeError, OSError):
+        library = ctypes.CDLL(_imaging.__file__)
+        library.TIFFSetErrorHandler(None)
+        library.TIFFSetWarningHandler(None)
 
 
 def _in_eight_bits(image: Image.Image, mode: str) -> Image.Image:
     if image.mode == "F":
-        raise ValueError("expected 8 or 16 bits a value, got floating point")
+        raise _Refused("expected 8 or 16 bits a value, got floating point")
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         low, high = int(values.min()), int(values.max())
         if low < 0 or high > 65535:
-            raise ValueError(f"expected values of 16 bits, got {low} .. {high}")
+            raise _Refused(f"expected values of 16 bits, got {low} .. {high}")
         # Pillow's own conversion clips at 255: nearly all of the picture would be white.
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:

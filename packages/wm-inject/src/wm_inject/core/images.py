@@ -7,6 +7,7 @@ need it: the torch-free runtime shares these checks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +15,15 @@ import numpy as np
 from PIL import Image
 
 from wm_inject.core.checks import check_channels
-from wm_inject.core.decode import decode_image
+from wm_inject.core.decode import UnreadableImage, decode_image
 from wm_inject.core.files import atomic_path
+from wm_inject.core.image_files import LeftOut, find_images
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 MAX_SIDE = 4096  # a settings file must not be able to ask for all memory
 
 
@@ -200,11 +201,8 @@ def load_image(path: str | Path, *, size: int | None = None, channels: int = 3) 
     Raises:
         ValueError: Not a regular file, not a readable image, truncated, or unreasonably large.
     """
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"expected an image file, found none at {path}")
     check_channels(channels)
-    image = decode_image(path, channels=channels)
+    image = decode_image(Path(path), channels=channels)
     if size is not None:
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(image, dtype=np.uint8).reshape(image.height, image.width, channels)
@@ -223,15 +221,29 @@ def save_image(path: str | Path, pixels: Pixels) -> None:
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """Every image file under ``folder``, sorted by path.
+    """Every image file under ``folder``, sorted by path; `find_images` says what is left out.
 
     Raises:
         ValueError: No such folder, or no image in it.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"expected a folder of images, found none at {folder}")
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise ValueError(f"no image files ({', '.join(IMAGE_SUFFIXES)}) under {folder}")
-    return files
+    return find_images(folder).paths
+
+
+def load_images(
+    folder: Path, names: Sequence[str], *, size: int | None, channels: int
+) -> tuple[list[Pixels], list[int], list[LeftOut]]:
+    """Read images of a folder as `load_image` does.
+
+    Returns:
+        Their pixels, the positions of those that could be read, and those that could not.
+    """
+    pixels: list[Pixels] = []
+    places: list[int] = []
+    unread: list[LeftOut] = []
+    for place, name in enumerate(names):
+        try:
+            pixels.append(load_image(folder / name, size=size, channels=channels))
+            places.append(place)
+        except UnreadableImage as error:
+            unread.append(LeftOut(name, error.reason))
+    return pixels, places, unread

@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from wm_inject.core.decode import stored_size
+from wm_inject.core.decode import UnreadableImage, read_header
 from wm_inject.core.files import atomic_path, write_json
-from wm_inject.core.images import check_side, list_images, load_image, save_image
+from wm_inject.core.image_files import LeftOut, find_images, refuse_unread
+from wm_inject.core.images import check_side, load_images, save_image
+from wm_inject.core.labelled_folder import LabelledFolder, listed, read_labelled_folder
 from wm_inject.core.plan import Labels, PoisonPlan
 from wm_inject.core.progress import Progress
 from wm_inject.core.progress import progress as show_progress
-from wm_inject.runtime.folder_plan import FolderRow, list_rows, read_labels
+from wm_inject.core.text import escape
+from wm_inject.runtime.folder_plan import FolderRow, list_rows
 from wm_inject.runtime.pipeline import pipeline
 
 if TYPE_CHECKING:
@@ -42,17 +45,19 @@ class FolderResult(NamedTuple):
     images: int  # files in the whole set
     poisoned: int  # those of them that carry the trigger
     written: int  # those that this call wrote; the others were there
+    unread: tuple[LeftOut, ...] = ()  # those that could not be read, and are not in the set
 
 
 def poison_files(
     apply: Apply,
-    source: str | Path,
+    source: str | Path | LabelledFolder,
     out: str | Path,
     *,
     size: int,
     channels: int,
     plan: PoisonPlan | None = None,
     batch_size: int = 64,
+    skip_unreadable: bool = False,
     record: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> FolderResult:
@@ -60,47 +65,47 @@ def poison_files(
 
     ``plan.json`` is written first: every file with its label before and after. Files outside the
     plan are decoded, resized and written like the others, so ``out`` is a whole data set. Where
-    ``source`` consists of class folders, ``labels.csv`` names each file's class after poisoning,
-    as wm-victim reads it. Existing files are left alone, so a stopped call can be repeated; with
-    the same batch size it ends with the same bytes.
+    labels are known, ``labels.csv`` names each file's class after poisoning, as every command reads
+    it; where ``source`` has a part for training, files are chosen from that alone. Existing files
+    are left alone, so a stopped call can be repeated; with the same batch size it ends with the
+    same bytes.
 
     Args:
         apply: The trigger, on a batch of chosen files.
-        source: A folder of images; sub-folders are kept.
+        source: A folder of images, or what `read_labelled_folder` read there; sub-folders are kept.
         out: Must not lie inside ``source``.
         size: Side that the images are resized to, bilinear.
         channels: 1 or 3.
         plan: Which files are poisoned; every one if None.
+        skip_unreadable: Leave out what cannot be read; else it is an error, raised in the end.
         record: What tells this trigger from others (JSON types); goes to ``plan.json``.
 
     Raises:
         ValueError: No images, an unreadable one, two that would become one file, a plan that does
             not fit them, a bad ``out``, or one that holds the files of another run.
     """
-    source, out, plan = Path(source), Path(out), plan or PoisonPlan(ratio=None)
+    data = source if isinstance(source, LabelledFolder) else read_labelled_folder(source)
+    source, out, plan = data.folder, Path(out), plan or PoisonPlan(ratio=None)
     check_side(size)
     if batch_size < 1 or channels not in (1, 3):
         got = f"{batch_size} and {channels}"
         raise ValueError(f"expected a batch size >= 1 and channels 1 or 3, got {got}")
     if out.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"expected an output folder outside {source}, got {out}")
-    files = list_images(source)
-    known = read_labels(source, files)
-    rows = list_rows(source, files, known, plan)
+    rows = list_rows(data, plan)
     settings = {
         **(record or {}),
         "format": FORMAT,
         "plan": asdict(plan),
         "image_size": size,
         "channels": channels,
-        "classes": None if known is None else list(known.classes),
+        "classes": None if data.labels is None else list(data.classes),
         "images": [row._asdict() for row in rows],
     }
     _begin(out, settings, rows)
-    if known is not None:
-        _write_labels(out / LABELS_FILE, rows, known.classes)
+    _write_labels(out / LABELS_FILE, rows, data)
     written = 0
-    batches = _Batches(apply, source, out, size, channels, plan.target)
+    batches = _Batches(apply, source, out, size, channels, plan.target, [])
     shown: Progress[Any]
     with show_progress(total=len(rows), desc="poisoning", enabled=progress) as shown:
         for batch, pixels in pipeline(
@@ -108,25 +113,41 @@ def poison_files(
         ):
             written += 0 if pixels is None else len(pixels)
             shown.update(len(batch))
-    return FolderResult(len(rows), sum(row.poisoned for row in rows), written)
+    unread = tuple(sorted(batches.unread))
+    if unread:
+        lost = {file for file, _ in unread}
+        rows = [row for row in rows if row.source not in lost]
+        _write_labels(out / LABELS_FILE, rows, data)
+        write_json(out / PLAN_FILE, settings | {"unread": listed(unread)})
+        refuse_unread(unread, len(data.names), skip=skip_unreadable)
+    return FolderResult(len(rows), sum(row.poisoned for row in rows), written, unread)
 
 
 def common_side(source: str | Path) -> int:
     """The side, in pixels, that all images of a folder have.
 
     Raises:
-        ValueError: No images, an unreadable one, or images that are not all square and of one size.
+        ValueError: No images, none that can be read, or images that are not all square and of one
+            size.
     """
-    sizes: dict[tuple[int, int], Path] = {}
-    for file in list_images(source):
-        sizes.setdefault(stored_size(file), file)
+    sizes: dict[tuple[int, int], str] = {}
+    unread: list[LeftOut] = []
+    found = find_images(source)
+    for name, file in zip(found.names, found.paths, strict=True):
+        try:
+            header = read_header(file)
+        except UnreadableImage as error:
+            unread.append(LeftOut(name, error.reason))
+            continue
+        sizes.setdefault(header[:2], name)
         width, height = next(iter(sizes))
         if len(sizes) > 1 or width != height:
-            sizes_text = " and ".join(f"{name.name} {w} x {h}" for (w, h), name in sizes.items())
+            several = " and ".join(f"{escape(name)} {w} x {h}" for (w, h), name in sizes.items())
             raise ValueError(
-                f"expected --image-size, as the images of {source} are not all square and of one "
-                f"size: {sizes_text} pixels"
+                f"expected --image-size, as the images of {escape(source)} are not all square and "
+                f"of one size: {several} pixels"
             )
+    refuse_unread(unread, len(found.names), skip=True)
     return width
 
 
@@ -144,14 +165,16 @@ def _begin(out: Path, settings: Mapping[str, Any], rows: Sequence[FolderRow]) ->
         write_json(path, settings)
         return
     other = sorted(
-        key for key in {**settings, **previous} if previous.get(key) != _plain(settings, key)
+        key
+        for key in {**settings, **previous}
+        if key != "unread" and previous.get(key) != _plain(settings, key)
     )
     if other and any((out / str(row["file"])).exists() for row in previous["images"]):
         raise ValueError(
             f"{path} is of another run (different: {', '.join(other)}): "
             "delete the folder or choose another one"
         )
-    if other:  # of a run that wrote no image: replace it
+    if other or "unread" in previous:  # of a run that wrote no image, or not all: replace it
         write_json(path, settings)
     for part in [path for path in out.rglob(".*") if _HALF_WRITTEN.fullmatch(path.name)]:
         part.unlink(missing_ok=True)
@@ -175,11 +198,27 @@ def _plain(settings: Mapping[str, Any], key: str) -> Any:
     return json.loads(json.dumps(settings.get(key)))
 
 
-def _write_labels(path: Path, rows: Sequence[FolderRow], classes: Sequence[str]) -> None:
-    with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+def _write_labels(path: Path, rows: Sequence[FolderRow], data: LabelledFolder) -> None:
+    """Write the labels after poisoning, if any are known.
+
+    Names come with their numbers: a class without images keeps its place.
+    """
+    if data.labels is None:
+        return
+    named, divided = data.class_names is not None, any(data.parts)
+    header = ["file", "label", *["class_id"] * named, *["split"] * divided]
+    # Names that are not UTF-8 are written as they are on the disk, and read so.
+    with (
+        atomic_path(path) as part,
+        part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         table = csv.writer(file)
-        table.writerow(["file", "label"])
-        table.writerows((row.file, classes[row.label_after or 0]) for row in rows)
+        table.writerow(header)
+        for row in rows:
+            label, part_name = row.label_after or 0, data.parts[row.id]
+            table.writerow(
+                [row.file, data.classes[label], *[label] * named, *[part_name] * divided]
+            )
 
 
 def _batches(rows: Sequence[FolderRow], size: int) -> Iterator[Sequence[FolderRow]]:
@@ -199,27 +238,37 @@ class _Batches(NamedTuple):
     size: int
     channels: int
     target: int
+    unread: list[LeftOut]  # what could not be read so far
 
-    def read(self, batch: Sequence[FolderRow]) -> Pixels | None:
-        """The stored images; None if all of them are written already.
+    def read(self, batch: Sequence[FolderRow]) -> tuple[list[int], Pixels] | None:
+        """Places in the batch and stored images; None if all of them are written already.
 
         The whole batch is read even if a part of it is there: the last bit of a result may depend
         on the size of the batch.
         """
         if not self._missing(batch):
             return None
-        files = [self.source / row.source for row in batch]
-        return np.stack([load_image(f, size=self.size, channels=self.channels) for f in files])
+        names = [row.source for row in batch]
+        pixels, places, unread = load_images(
+            self.source, names, size=self.size, channels=self.channels
+        )
+        self.unread.extend(unread)
+        return (places, np.stack(pixels)) if pixels else None
 
-    def work(self, batch: Sequence[FolderRow], pixels: Pixels | None) -> dict[int, Pixels] | None:
+    def work(
+        self, batch: Sequence[FolderRow], read: tuple[list[int], Pixels] | None
+    ) -> dict[int, Pixels] | None:
         """The missing images by their place in the batch, poisoned where they are to be."""
-        if pixels is None:
+        if read is None:
             return None
+        places, pixels = read
+        rows = [batch[place] for place in places]
         if batch[0].poisoned:
-            targets = [self.target if row.label_after is None else row.label_after for row in batch]
-            ids = np.array([row.id for row in batch], np.int64)
+            targets = [self.target if row.label_after is None else row.label_after for row in rows]
+            ids = np.array([row.id for row in rows], np.int64)
             pixels = self.apply(pixels, ids=ids, target=np.array(targets, np.int64))
-        return {place: pixels[place] for place in self._missing(batch)}
+        images = dict(zip(places, pixels, strict=True))
+        return {place: images[place] for place in self._missing(batch) if place in images}
 
     def write(self, batch: Sequence[FolderRow], pixels: dict[int, Pixels] | None) -> None:
         """Write them, each whole or not at all."""

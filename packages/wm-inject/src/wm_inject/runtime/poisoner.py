@@ -15,6 +15,7 @@ from wm_inject.runtime.scanner import as_input, image_input
 
 if TYPE_CHECKING:
     from wm_inject.core.images import Pixels
+    from wm_inject.core.labelled_folder import LabelledFolder
     from wm_inject.core.plan import PoisonPlan
     from wm_inject.runtime.folder import FolderResult
     from wm_inject.runtime.onnx_model import Array
@@ -97,11 +98,12 @@ class Poisoner:
 
 def poison_folder(
     model_path: str | Path,
-    source: str | Path,
+    source: str | Path | LabelledFolder,
     out: str | Path,
     *,
     plan: PoisonPlan | None = None,
     batch_size: int = 64,
+    skip_unreadable: bool = False,
     providers: Sequence[str] = CPU,
     progress: bool = True,
 ) -> FolderResult:
@@ -128,6 +130,7 @@ def poison_folder(
         channels=poisoner.channels,
         plan=plan,
         batch_size=batch_size,
+        skip_unreadable=skip_unreadable,
         record={
             "trigger": poisoner.model.metadata,
             "model": Path(model_path).name,

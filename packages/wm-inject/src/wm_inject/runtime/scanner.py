@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from wm_inject.core.images import check_pixels, list_images, load_image
+from wm_inject.core.decode import UnreadableImage
+from wm_inject.core.image_files import ImageFiles, find_images
+from wm_inject.core.images import check_pixels, load_image
 from wm_inject.runtime.onnx_model import CPU, OnnxModel
 from wm_inject.runtime.pipeline import pipeline
 
@@ -159,8 +161,13 @@ class Scanner:
         flags = {name: scores[name] >= one.threshold for name, one in self.detectors.items()}
         return Scan(np.any(list(flags.values()), axis=0), flags, scores)
 
-    def folder(self, source: str | Path, *, batch_size: int = 64) -> Iterator[ScannedFile]:
+    def folder(
+        self, source: str | Path | ImageFiles, *, batch_size: int = 64
+    ) -> Iterator[ScannedFile]:
         """Scan every image of a folder and its sub-folders, resized to the detectors' size.
+
+        Args:
+            source: The folder, or what `find_images` found there.
 
         Yields:
             One row a file, in the order of their names. A file that is no image has an ``error``.
@@ -171,24 +178,26 @@ class Scanner:
         if batch_size < 1 or self.size[0] != self.size[1]:
             got = f"{batch_size} and {self.size[0]} x {self.size[1]} pixels"
             raise ValueError(f"expected a batch size >= 1 and square images, got {got}")
-        files = list_images(source)
-        batches = (files[n : n + batch_size] for n in range(0, len(files), batch_size))
-        for batch, rows in pipeline(batches, self._read, self._judge):
-            for file, (row, error) in zip(batch, rows, strict=True):
-                name = file.relative_to(source).as_posix()
+        found = source if isinstance(source, ImageFiles) else find_images(source)
+
+        def read(names: Sequence[str]) -> list[Pixels | str]:
+            images: list[Pixels | str] = []
+            for name in names:
+                file = found.folder / name
+                try:
+                    images.append(load_image(file, size=self.size[0], channels=self.channels))
+                except UnreadableImage as error:
+                    images.append(error.reason)
+            return images
+
+        starts = range(0, len(found.names), batch_size)
+        batches = (found.names[n : n + batch_size] for n in starts)
+        for batch, rows in pipeline(batches, read, self._judge):
+            for name, (row, error) in zip(batch, rows, strict=True):
                 flagged, scores = row if row else (False, {})
                 yield ScannedFile(name, flagged, scores, error)
 
-    def _read(self, files: Sequence[Path]) -> list[Pixels | str]:
-        images: list[Pixels | str] = []
-        for file in files:
-            try:
-                images.append(load_image(file, size=self.size[0], channels=self.channels))
-            except (ValueError, OSError) as error:
-                images.append(" ".join(str(error).split()))
-        return images
-
-    def _judge(self, _: Sequence[Path], read: Sequence[Pixels | str]) -> list[Any]:
+    def _judge(self, _: Sequence[str], read: Sequence[Pixels | str]) -> list[Any]:
         """For every file its flag and scores, or why there are none."""
         good = [one for one in read if not isinstance(one, str)]
         scan = self(np.stack(good)) if good else None
