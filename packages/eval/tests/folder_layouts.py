@@ -59,7 +59,7 @@ class Layout:
         return folder
 
     def part(self, name: str) -> str:
-        """ "train", "val", "test" or "" for an image."""
+        """The part of an image: "train", "val", "test" or ""."""
         return next((p for start, p in self.parts.items() if name.startswith(start)), "")
 
 
@@ -158,12 +158,12 @@ LAYOUTS: dict[str, Layout] = {
         {"annotations/a.xml": "<a/>", "readme.md": "hello"},
         left_out=("annotations/a.xml", "readme.md"),
     ),
-    "loose picture beside": Layout(
-        (*PETS, "logo.png"), _by_folder(PETS), left_out=("logo.png",)
-    ),
+    "loose picture beside": Layout((*PETS, "logo.png"), _by_folder(PETS), left_out=("logo.png",)),
     "folder around": Layout(n := _images("data/cat/", "data/dog/"), _by_folder(n, 1)),
     "two folders around": Layout(
-        n := _images("a/b/cat/", "a/b/dog/"), _by_folder(n, 2), {"readme.txt": "x"},
+        n := _images("a/b/cat/", "a/b/dog/"),
+        _by_folder(n, 2),
+        {"readme.txt": "x"},
         left_out=("readme.txt",),
     ),
     "links to class folders": Layout(
@@ -172,7 +172,9 @@ LAYOUTS: dict[str, Layout] = {
         links={"cat": "../far/cat"},
     ),
     "link that leads back": Layout(
-        PETS, _by_folder(PETS), links={"cat/again": "..", "all": "."},
+        PETS,
+        _by_folder(PETS),
+        links={"cat/again": "..", "all": "."},
         left_out=("all/", "cat/again/"),
     ),
     "pictures by content": Layout(
@@ -198,8 +200,12 @@ LAYOUTS: dict[str, Layout] = {
         parts={"Training/": "train", "Testing/": "test"},
     ),
     "a set inside folders of its own name": Layout(
-        n := _images("seg_train/seg_train/sea/", "seg_train/seg_train/sky/",
-                     "seg_test/seg_test/sea/", "seg_test/seg_test/sky/"),
+        n := _images(
+            "seg_train/seg_train/sea/",
+            "seg_train/seg_train/sky/",
+            "seg_test/seg_test/sea/",
+            "seg_test/seg_test/sky/",
+        ),
         _by_folder(n, 2),
         parts={"seg_train/": "train", "seg_test/": "test"},
     ),
@@ -296,7 +302,10 @@ LAYOUTS: dict[str, Layout] = {
         KINDS,
         {
             "sports.csv": _table(
-                {name: f"{KINDS[name]},{'train' if k < 8 else 'test'}" for k, name in enumerate(LOOSE)},
+                {
+                    name: f"{KINDS[name]},{'train' if k < 8 else 'test'}"
+                    for k, name in enumerate(LOOSE)
+                },
                 "filepaths,labels,data set",
             )
         },
@@ -349,9 +358,9 @@ LAYOUTS: dict[str, Layout] = {
         n := tuple(f"\u00e4{k:02}.png" for k in range(12)),
         _turns(n, "M\u00fcll", "Obst"),
         {
-            "labels.csv": _table(
-                _turns(n, "M\u00fcll", "Obst"), "file;label", "{};{}"
-            ).encode("latin-1")
+            "labels.csv": _table(_turns(n, "M\u00fcll", "Obst"), "file;label", "{};{}").encode(
+                "latin-1"
+            )
         },
     ),
     "umlauts of macOS": Layout(
@@ -371,11 +380,7 @@ LAYOUTS: dict[str, Layout] = {
     "numbers and names": Layout(
         LOOSE,
         _turns(LOOSE, "zebra", "ape", "cow"),
-        {
-            "labels.csv": _table(
-                _turns(LOOSE, "0,zebra", "1,ape", "2,cow"), "file,label,label_name"
-            )
-        },
+        {"labels.csv": _table(_turns(LOOSE, "0,zebra", "1,ape", "2,cow"), "file,label,label_name")},
         classes=("zebra", "ape", "cow"),
     ),
     "absolute paths of elsewhere": _labelled(_table(KINDS, row="/home/eve/set/{},{}")),
@@ -405,8 +410,11 @@ LAYOUTS: dict[str, Layout] = {
     "a table over class folders": Layout(
         PETS,
         {name: ("dog" if k == 0 else name[:3]) for k, name in enumerate(PETS)},
-        {"labels.csv": _table(
-            {name: ("dog" if k == 0 else name[:3]) for k, name in enumerate(PETS)})},
+        {
+            "labels.csv": _table(
+                {name: ("dog" if k == 0 else name[:3]) for k, name in enumerate(PETS)}
+            )
+        },
     ),
     "a table of classes": Layout(
         n := _images("0/", "1/"),
@@ -423,7 +431,8 @@ LAYOUTS: dict[str, Layout] = {
     # --- refused
     "two labels": Layout(LOOSE, "01.png", {"labels.csv": _table(KINDS) + "01.png,fox\n"}),
     "a name that may be two images": Layout(
-        ("cat/00.png", "dog/00.png"), "cat/00.png or dog/00.png",
+        ("cat/00.png", "dog/00.png"),
+        "cat/00.png or dog/00.png",
         {"labels.csv": "file,label\n00.png,cat\n"},
     ),
     "two tables that contradict": Layout(

@@ -23,6 +23,7 @@ from wm_eval.audit.scan import all_triggers, audit, conclude, longest_minutes, r
 from wm_eval.audit.unfold import fold, unfold
 from wm_eval.cli import main
 from wm_inject import OnnxModel, save_image, to_onnx
+from wm_inject.core.image_files import LeftOut
 from wm_inject.runtime import ScannedFile
 from wm_victim import build_classifier, save_classifier
 from wm_victim.models import Normalize
@@ -100,7 +101,10 @@ def test_clean_images_come_with_labels_and_without_what_cannot_be_read(folder):
     assert found.images.shape == (30, 1, 4, 4) and found.files == tuple(sorted(found.files))
     assert found.labels.tolist() == [int(name[0]) for name in found.files]
     ((name, reason),) = found.skipped
-    assert name == "1/broken.png" and "\n" not in reason
+    assert name == "1/broken.png" and reason == "no picture"
+    assert reason in found.lines()[-1] and found.facts()["skipped"] == [
+        {"file": name, "reason": reason}
+    ]
     some = read_clean(folder, size=4, channels=3, count=20, seed=1)
     again = read_clean(folder, size=4, channels=3, count=20, seed=1)
     assert len(some.files) == 20 and some.files == again.files
@@ -114,10 +118,16 @@ def test_labels_from_a_table(folder, tmp_path):
     table.write_text("file,label\n" + "".join(f"{name},{n % 5}\n" for n, name in enumerate(names)))
     found = read_clean(folder, size=4, channels=1, labels=table)
     assert found.labels.tolist() == [names.index(name) % 5 for name in found.files]
+    assert found.classes is None
+    table.write_text(
+        "name;kind\n" + "".join(f"{name};{'ba'[n % 2]}\n" for n, name in enumerate(names))
+    )
+    found = read_clean(folder, size=4, channels=1, labels=table)
+    assert found.classes == ("a", "b")
+    assert found.labels.tolist() == [1 - names.index(name) % 2 for name in found.files]
     for text, told_so in (
-        ("file,label\n0/00.png,1\n", "none for"),
-        ("name,class\n0/00.png,1\n", "columns file and label"),
-        ("file,label\n0/00.png,dog\n", "columns file and label"),
+        ("file,label\n0/00.png,1\n", "at least 20 readable"),
+        ("file,width,height\n0/00.png,1,1\n", "columns such as file and label"),
     ):
         table.write_text(text)
         with pytest.raises(ValueError, match=told_so):
@@ -473,15 +483,19 @@ def test_inspections_escape_names_and_formulas(tmp_path):
         ScannedFile("=cmd()|.png", True, {"a": 0.9}, None),
         ScannedFile("<img src=x>.png", True, {"a": 0.8}, None),
         ScannedFile("b.png", False, {}, "cannot read <b>"),
+        ScannedFile("c\nflagged d\udcff\x1b.png", True, {"a": 0.7}, None),
     ]
     write_csv(tmp_path / "a.csv", scanner, rows)
     lines = (tmp_path / "a.csv").read_text().splitlines()
     assert lines[0] == "file,flagged,score_a,error" and lines[1] == "'=cmd()|.png,1,0.9,"
     assert lines[3] == "b.png,0,,cannot read <b>"
-    write_page(tmp_path / "a.html", scanner, rows, "Images of <x>")
+    assert lines[4] == r"c\nflagged d\udcff\x1b.png,1,0.7,"
+    left_out = [LeftOut("<i>.txt", "no image")]
+    write_page(tmp_path / "a.html", scanner, rows, "Images of <x>", left_out)
     page = (tmp_path / "a.html").read_text()
     assert "<img" not in page and "&lt;img src=x&gt;.png" in page and "&lt;light&gt;" in page
-    assert "2 of 2 images are flagged" in page
+    assert "3 of 3 images are flagged" in page and "&lt;i&gt;.txt: not looked at, no image" in page
+    assert r"c\nflagged d\udcff\x1b.png" in page
 
 
 # --- the command line ---------------------------------------------------------------------------

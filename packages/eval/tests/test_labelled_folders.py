@@ -58,9 +58,8 @@ def train(folder: Path, layout: Layout) -> dict[str, str] | None:
         for value, label in zip(values, images.labels.tolist(), strict=True):
             name = names[value]
             read[name] = data.classes[label]
-            if "test" in layout.parts.values() and any(map(layout.part, data.source.names)):
-                wanted = {"train", ""} if part == "train" else {"test", "val"}
-                assert not layout.part(name) or layout.part(name) in wanted, name
+            if {"test", "val"} & set(map(layout.part, data.source.names)):
+                assert (layout.part(name) in ("test", "val")) == (part == "test"), name
     return read
 
 

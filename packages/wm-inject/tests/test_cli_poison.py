@@ -203,8 +203,8 @@ def test_the_second_run_goes_on_and_another_is_refused(photos, tmp_path, capsys)
     assert np.array_equal(read(out), before)
     for change in (["--seed", "2"], ["--ratio", "0.5"], ["--target", "1"], ["--grid", "5"]):
         assert main([*command, *change]) == 1
-        told = capsys.readouterr().err
-        assert "is of another run" in told and told.count("\n") == 1
+        understood, told = capsys.readouterr().err.splitlines()
+        assert "is of another run" in told and "no labels, 4 images" in understood
     assert np.array_equal(read(out), before)
 
 
@@ -271,8 +271,8 @@ def test_other_errors_are_one_line_and_exit_1(
         with subtests.test(arguments=arguments, message=message):
             monkeypatch.chdir(tmp_path)
             assert main(["poison", *CPU, *arguments]) == 1
-            told = capsys.readouterr().err
-            assert told.startswith("error: ") and told.count("\n") == 1 and message in told
+            *understood, told = capsys.readouterr().err.splitlines()
+            assert told.startswith("error: ") and message in told and len(understood) <= 1
             assert not (tmp_path / "out").exists()
 
 

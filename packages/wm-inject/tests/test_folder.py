@@ -56,7 +56,7 @@ def read_plan(folder) -> dict:
 def test_chosen_files_are_poisoned_and_the_others_only_stored_again(source, tmp_path):
     out, plan = tmp_path / "out", PoisonPlan(ratio=0.5, target=1, seed=5)
     done = poison_files(Marker(), source, out, plan=plan, batch_size=4, **SETTINGS)
-    assert done == (12, 6, 12)
+    assert done[:3] == (12, 6, 12)
     listed = read_plan(out)
     assert listed["classes"] == ["ant", "bee", "cow"] and listed["format"] == "wm-folder-1"
     assert listed["plan"]["ratio"] == 0.5 and listed["image_size"] == SIZE
@@ -135,11 +135,11 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(source, tmp_path):
     # One file of the batch that was done is lost as well: its whole batch is computed again.
     (out / read_plan(out)["images"][first.batches[0][1]]["file"]).unlink()
     second = Marker()
-    assert poison_files(second, source, out, **settings) == (12, 9, 12 - 3)
+    assert poison_files(second, source, out, **settings)[:3] == (12, 9, 12 - 3)
     assert second.batches[0] == first.batches[0]
     assert content(out) == content(tmp_path / "whole")
     third = Marker()
-    assert poison_files(third, source, out, **settings) == (12, 9, 0)
+    assert poison_files(third, source, out, **settings)[:3] == (12, 9, 0)
     assert third.batches == []
 
 

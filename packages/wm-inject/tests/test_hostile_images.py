@@ -68,9 +68,7 @@ found = find_images(Path({str(tmp_path)!r}))
 pixels, _, unread = load_images(found.folder, found.names, size=8, channels=3)
 print(len(pixels), len(unread))
 """
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(run.stdout.split()[1]) >= 8
     assert [line for line in run.stderr.splitlines() if "arning" not in line] == []
 

@@ -23,6 +23,7 @@ from wm_inject.command.config import (
     print_config,
     read_settings,
 )
+from wm_inject.command.folders import say
 
 if TYPE_CHECKING:
     from torch import nn

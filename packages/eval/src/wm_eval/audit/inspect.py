@@ -47,7 +47,9 @@ def write_csv(path: Path, scanner: Scanner, rows: Sequence[ScannedFile]) -> None
         table.writerow(["file", "flagged", *(f"score_{name}" for name in names), "error"])
         for row in rows:
             scores = [row.scores.get(name, "") for name in names]
-            table.writerow([_cell(escape(row.file)), int(row.flagged), *scores, _cell(row.error or "")])
+            table.writerow(
+                [_cell(escape(row.file)), int(row.flagged), *scores, _cell(row.error or "")]
+            )
 
 
 def write_page(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,13 +62,12 @@ def run_poison(args: argparse.Namespace) -> None:
     from wm_inject.core.labelled_folder import listed, read_labelled_folder
 
     check_trigger(args)
+    poison = _with_onnx(args) if args.onnx else _with_torch(args)
     data = read_labelled_folder(args.images, labels=args.labels)
     say(data.lines())
-    result = _with_onnx(args, data) if args.onnx else _with_torch(args, data)
+    result = poison(data)
     counts = {"images": result.images, "poisoned": result.poisoned, "written": result.written}
-    write_results(
-        args, counts | {"source": data.to_dict(), "unread": listed(result.unread)}
-    )
+    write_results(args, counts | {"source": data.to_dict(), "unread": listed(result.unread)})
     existing = result.images - result.written
     note = f", {existing} files were there" if existing else ""
     listing = args.out / "plan.json"
@@ -89,10 +89,10 @@ def _plan(args: argparse.Namespace) -> PoisonPlan:
     )
 
 
-def _with_onnx(args: argparse.Namespace, data: LabelledFolder) -> FolderResult:
+def _with_onnx(args: argparse.Namespace) -> Callable[[LabelledFolder], FolderResult]:
     from wm_inject import runtime
 
-    return runtime.poison_folder(
+    return lambda data: runtime.poison_folder(
         args.onnx,
         data,
         args.out,
@@ -103,7 +103,7 @@ def _with_onnx(args: argparse.Namespace, data: LabelledFolder) -> FolderResult:
     )
 
 
-def _with_torch(args: argparse.Namespace, data: LabelledFolder) -> FolderResult:
+def _with_torch(args: argparse.Namespace) -> Callable[[LabelledFolder], FolderResult]:
     import torch
 
     from wm_inject.core.images import to_float, to_pixels
@@ -124,7 +124,7 @@ def _with_torch(args: argparse.Namespace, data: LabelledFolder) -> FolderResult:
             tensors = {name: torch.from_numpy(value).to(device) for name, value in extra.items()}
             return to_pixels(trigger(to_float(pixels).to(device), **tensors))
 
-    return poison_files(
+    return lambda data: poison_files(
         apply,
         data,
         args.out,

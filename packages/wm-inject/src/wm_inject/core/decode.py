@@ -26,8 +26,11 @@ MAX_PIXELS = 50_000_000  # in one picture: 150 MB in RGB
 MAX_BYTES = 1 << 28  # of a file
 # Where it is not read, a file of such a name is still a picture that somebody would miss.
 PICTURE_SUFFIXES = frozenset(
-    ".png .jpg .jpeg .jpe .jfif .webp .bmp .ppm .pgm .pbm .pnm .tif .tiff .gif "
-    ".avif .heic .heif .jxl .jp2 .j2k .svg .tga .psd .ico .dcm .dds .qoi".split()
+    (
+        *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".ppm", ".pgm", ".pbm"),
+        *(".pnm", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".j2k"),
+        *(".svg", ".tga", ".psd", ".ico", ".dcm", ".dds", ".qoi"),
+    )
 )
 _HEAD = 256  # bytes that tell the format
 _STARTS = {
@@ -44,7 +47,7 @@ _STARTS = {
     rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51": "JPEG 2000",
     rb"\s*(<\?xml.*?\?>\s*)?(<!--.*?-->\s*)*(<!DOCTYPE svg.*?>\s*)?<svg": "SVG",
     rb"8BPS": "PSD",
-    rb"\0\0\1\0[^\0]": "ICO",
+    rb"\0\0\x01\0[^\0]": "ICO",
     rb".{128}DICM": "DICOM",
     rb"DDS ": "DDS",
     rb"qoif": "QOI",

@@ -8,7 +8,7 @@ import io
 import posixpath
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -18,14 +18,18 @@ from wm_inject.core.text import escape
 
 # Names of columns in small letters, without what is no letter or digit; the first that is there.
 _FILE_COLUMNS = frozenset(
-    "file filename fname files image images img imagename imgname imageid imgid path filepath "
-    "filepaths imagepath imgpath imagefile id idcode name picture photo relativepath".split()
+    (
+        *("file", "filename", "fname", "files", "filepath", "filepaths", "path", "relativepath"),
+        *("image", "images", "imagename", "imageid", "imagepath", "imagefile", "picture"),
+        *("img", "imgname", "imgid", "imgpath", "id", "idcode", "name", "photo"),
+    )
 )
 _LABEL_COLUMNS = (
     *("label", "labels", "class", "classid", "classidx", "classindex", "target", "targets", "y"),
     *("category", "categoryid", "labelid", "labelidx", "labelindex", "labelname", "classname"),
     *("categoryname", "classlabel", "labelnames", "species", "breed", "name"),
 )
+_NUMBER_COLUMN = re.compile(r"(class|label|category)(id|idx|index)")
 _PART_COLUMNS = ("split", "subset", "dataset", "set", "partition", "part", "phase", "usage")
 _PART = re.compile(
     r"(?:^|[\W_])(train|test|val|valid|validation|dev|eval|evaluation)"
@@ -77,7 +81,7 @@ class ImageNames:
 
 
 def part_of(name: str) -> str | None:
-    """ "train", "val" or "test" if the name of a folder, file or cell says so."""
+    """The part that the name of a folder, file or cell says: "train", "val" or "test"."""
     found = _PART.search(name)
     if found is None:
         return None
@@ -174,7 +178,7 @@ def _columns(
     width = len(rows[0]) if rows else 0
     if width < 2:
         return 0.0, None
-    names = [re.sub(r"[^a-z0-9]", "", cell.lower()) for cell in rows[0]]
+    names = list(map(_plain, rows[0]))
     known = any(name in _FILE_COLUMNS or name in _LABEL_COLUMNS for name in names)
     files = [place for place, name in enumerate(names) if name in _FILE_COLUMNS] if known else []
     best, file = 0, 0
@@ -184,6 +188,9 @@ def _columns(
             best, file = count, place
     labels = [names.index(name) for name in _LABEL_COLUMNS if name in names]
     labels = [place for place in labels if place != file]
+    numbered = [place for place in labels if _NUMBER_COLUMN.fullmatch(names[place])]
+    counted = [place for place in numbered if _all_numbers(row[place:] for row in sample[1:])]
+    labels = counted[:1] + [place for place in labels if place not in counted[:1]]
     if not labels and width == 2:
         labels = [1 - file]
     if not best or not labels:
@@ -195,6 +202,11 @@ def _columns(
     whole = [row for row in sample if len(row) > max(file, labels[0])]
     score = sum(bool(images.find(row[file], at)) for row in whole) / len(sample)
     return score, _Columns(file, labels[0], second, parts[0] if parts else None, header)
+
+
+def _all_numbers(rows: Iterable[Sequence[str]]) -> bool:
+    """Whether the first cells of some rows are numbers of classes."""
+    return all(is_number(_label(row[0])) for row in rows if row)
 
 
 def _labels(
@@ -227,23 +239,31 @@ def _labels(
             seconds[found[0]] = _label(cells[columns.second])
         if found and columns.part is not None and (part := part_of(cells[columns.part])):
             parts[found[0]] = part
-    labels, names = _number_and_name(labels, seconds)
+    numbered = columns.header and _NUMBER_COLUMN.search(_plain(rows[0][columns.label]))
+    labels, names = _number_and_name(labels, seconds, counted=bool(numbered))
     header = rows[0] if columns.header else [f"column {n + 1}" for n in range(len(rows[0]))]
     told = f"{escape(header[columns.file])} and {escape(header[columns.label])}"
     return LabelTable(labels, names, parts, tuple(missing), told)
 
 
 def _number_and_name(
-    labels: dict[str, str], seconds: dict[str, str]
+    labels: dict[str, str], seconds: dict[str, str], *, counted: bool
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Where one of two columns holds numbers and the other their names: both in their places."""
+    """Where one of two columns holds numbers and the other their names: both in their places.
+
+    Args:
+        labels: The labels that were chosen.
+        seconds: Those of another column.
+        counted: Whether the first ones are numbers by the name of their column.
+    """
     pairs = {(labels[name], second) for name, second in seconds.items() if name in labels}
-    numbers = {first for first, _ in pairs}, {second for _, second in pairs}
-    if not pairs or not len(numbers[0]) == len(numbers[1]) == len(pairs):
+    sides = {first for first, _ in pairs}, {second for _, second in pairs}
+    if not pairs or not len(sides[0]) == len(sides[1]) == len(pairs):
         return labels, {}
-    if all(map(is_number, numbers[0])):
+    first_numbers, second_numbers = (all(map(is_number, side)) for side in sides)
+    if first_numbers and (counted or not second_numbers):
         return labels, dict(pairs)
-    if all(map(is_number, numbers[1])):
+    if second_numbers and not first_numbers:
         return {name: seconds[name] for name in labels}, {second: first for first, second in pairs}
     return labels, {}
 
@@ -254,6 +274,10 @@ def _label(cell: str) -> str:
     if re.fullmatch(r"\d{1,9}(\.0*)?", text, re.ASCII):
         return str(int(float(text)))
     return "" if text.lower() == "nan" else text
+
+
+def _plain(column: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", column.lower())
 
 
 def _same(name: str) -> str:

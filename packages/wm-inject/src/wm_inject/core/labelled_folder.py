@@ -104,9 +104,7 @@ def listed(files: Iterable[LeftOut]) -> list[dict[str, str]]:
     return [{"file": escape(file), "reason": reason} for file, reason in files]
 
 
-def read_labelled_folder(
-    folder: str | Path, *, labels: str | Path | None = None
-) -> LabelledFolder:
+def read_labelled_folder(folder: str | Path, *, labels: str | Path | None = None) -> LabelledFolder:
     """Find the images of a folder and their labels.
 
     The labels come from ``labels``, or from a table called labels (.csv, .tsv, .txt) if there is
@@ -157,9 +155,9 @@ class _Level:
         # An empty folder is a class without images; one of other files alone is no class.
         for file, reason in found.left_out:
             head, slash, _ = file.removeprefix(prefix).partition("/")
-            if file.startswith(prefix) and slash and reason == NO_IMAGE:
-                if not self.folders.get(head, True):
-                    del self.folders[head]
+            empty = not self.folders.get(head, True)
+            if file.startswith(prefix) and slash and empty and reason == NO_IMAGE:
+                del self.folders[head]
 
     def tells_classes(self, known: Iterable[str]) -> bool:
         """Whether its folders are classes; one alone is none, unless ``known`` or a number."""
@@ -248,7 +246,9 @@ class _Reader:
             reason = f"named in {escape(table)} and not there"
             left_out += [LeftOut(name, reason) for name in missing]
         if self.labels:
-            left_out += [LeftOut(name, "without a label") for name in names if name not in self.labels]
+            left_out += [
+                LeftOut(name, "without a label") for name in names if name not in self.labels
+            ]
             names = tuple(name for name in names if name in self.labels)
         parts = tuple(self.parts.get(name, "") for name in names)
         classes, labels = self._number(names, parts) if self.labels else ((), None)
@@ -305,9 +305,7 @@ class _Reader:
         self.missing[name] = table.missing
         self.layouts[f"{escape(name)} ({table.columns})"] = None
 
-    def _number(
-        self, names: Sequence[str], parts: Sequence[str]
-    ) -> tuple[tuple[str, ...], Labels]:
+    def _number(self, names: Sequence[str], parts: Sequence[str]) -> tuple[tuple[str, ...], Labels]:
         """Class names and label numbers: numbers stay what they are, names are sorted."""
         labels = [self.labels[name] for name in names]
         every = {*labels, *self.empty}

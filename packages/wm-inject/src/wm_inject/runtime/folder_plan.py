@@ -59,9 +59,7 @@ def list_rows(source: LabelledFolder, plan: PoisonPlan) -> list[FolderRow]:
         before = labels.tolist()
         after = np.where(mask, changed, labels).tolist()
     columns = (source.names, targets, mask.tolist(), before, after)
-    return [
-        FolderRow(*row, place) for place, row in enumerate(zip(*columns, strict=True))
-    ]
+    return [FolderRow(*row, place) for place, row in enumerate(zip(*columns, strict=True))]
 
 
 def png_name(name: str) -> str:
