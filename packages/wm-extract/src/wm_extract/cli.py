@@ -203,14 +203,14 @@ def _detect(args: argparse.Namespace) -> None:
             print(f"unread  {escape(name)}: {error.reason}")
             continue
         detection = detector.detect(to_float(pixels[None]).to(device))
-        row = {"marked": bool(detection.marked), "score": float(detection.score)}
-        rows.append({"file": escape(name)} | row)
-    marked = [row for row in rows if row["marked"]]
-    for row in marked:
+        marked, score = bool(detection.marked), float(detection.score)
+        rows.append({"file": escape(name), "marked": marked, "score": score})
+    flagged = [row for row in rows if row["marked"]]
+    for row in flagged:
         print(f"marked  {row['score']:7.2f}  {row['file']}")
     rate = detector.false_positive_rate
     print(
-        f"{len(marked)} of {len(rows)} images are marked (false-positive rate {rate:g}), "
+        f"{len(flagged)} of {len(rows)} images are marked (false-positive rate {rate:g}), "
         f"{len(unread)} unread"
     )
     if found.left_out:

@@ -18,6 +18,7 @@ from wm_inject.command.common import (
     write_results,
 )
 from wm_inject.command.config import add_config, add_options, print_config, read_settings
+from wm_inject.command.folders import add_labels, say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,8 +37,8 @@ examples:
 
 The exit code is the verdict: 0 clean, 1 backdoored, 2 inconclusive, 3 not scanned (a file or images
 that cannot be used), 64 wrong usage. No code of the model's file runs in this process. Class
-folders or a CSV file with the columns file and label tell the true classes; without them the
-model's own answers are used.
+folders or a table of files and labels tell the true classes; without them the model's own answers
+are used.
 """
 _CLEAN_EPILOG = """\
 examples:
@@ -51,7 +52,7 @@ _INSPECT_EPILOG = """\
 examples:
   wm-eval inspect incoming/ --extractor detector.onnx --csv found.csv --html found.html
 
-The exit code is 0 whatever is flagged, and 1 after an error.
+The exit code is 0 whatever is flagged, and 1 after an error or if no image could be read.
 """
 
 
@@ -154,7 +155,7 @@ def _add_model(parser: Parser, settings: type) -> None:
         "model", type=Path, metavar="MODEL", help="ONNX, safetensors, or a weights-only .pth"
     )
     parser.add_argument("--images", type=Path, required=True, help="folder of clean images")
-    parser.add_argument("--labels", type=Path, help="CSV file with the columns file and label")
+    add_labels(parser)
     add_options(parser, settings, {"count": "images to use"})
     group = parser.add_argument_group("how the model is opened (what is left out is found out)")
     group.add_argument("--arch", help="an architecture of torchvision or timm, for bare weights")
@@ -266,23 +267,33 @@ def _clean(args: argparse.Namespace) -> int:
 
 def _inspect(args: argparse.Namespace) -> None:
     from wm_eval.audit.inspect import inspect_folder, write_csv, write_page
+    from wm_inject.core.image_files import LeftOut, describe, find_images, refuse_unread
+    from wm_inject.core.labelled_folder import listed
+    from wm_inject.core.text import escape
 
+    found = find_images(args.images)
     scanner, rows = inspect_folder(
-        args.images, args.extractor, device=args.device, batch_size=args.batch_size
+        found, args.extractor, device=args.device, batch_size=args.batch_size
     )
+    unread = [LeftOut(row.file, row.error) for row in rows if row.error is not None]
     for row in rows:
         if row.flagged:
-            print(f"flagged  {row.file}")
+            print(f"flagged  {escape(row.file)}")
         elif row.error is not None:
-            print(f"unread   {row.file}: {row.error}")
-    flagged, unread = sum(r.flagged for r in rows), sum(r.error is not None for r in rows)
+            print(f"unread   {escape(row.file)}: {row.error}")
+    flagged, count = sum(row.flagged for row in rows), len(rows) - len(unread)
     rate = f"clean ones at a rate of at most {scanner.false_positive_rate:g}"
-    print(f"{flagged} of {len(rows) - unread} images are flagged ({rate}), {unread} unread")
+    print(f"{flagged} of {count} images are flagged ({rate}), {len(unread)} unread")
+    if found.left_out:
+        print(f"not looked at: {describe(found.left_out)}")
     if args.csv is not None:
         write_csv(args.csv, scanner, rows)
-    write_results(args, {"images": [row._asdict() for row in rows]})
+    images = [row._asdict() | {"file": escape(row.file)} for row in rows]
+    write_results(args, {"images": images, "left_out": listed(found.left_out)})
     if args.html is not None:
-        write_page(args.html, scanner, rows, f"Images of {args.images.name}")
+        title = f"Images of {escape(args.images.name)}"
+        write_page(args.html, scanner, rows, title, found.left_out)
+    refuse_unread(unread, len(rows), skip=True)
 
 
 def _open(
@@ -310,6 +321,7 @@ def _open(
         labels=args.labels,
         seed=settings.seed,
     )
+    say(clean.lines())
     checked = check_model(
         opened.module, clean, num_classes=opened.num_classes, guess_scale=args.mean is None
     )
@@ -345,11 +357,11 @@ def _about(
     clean: CleanImages,
     checked: Checked,
 ) -> About:
-    from wm_eval.audit.outputs import About, rows_of
+    from wm_eval.audit.outputs import About
 
     names = ("source", "arch", "image_size", "channels", "num_classes", "layout", "outputs")
     model: dict[str, Any] = {name: getattr(opened, name) for name in names}
-    images = {"used": len(clean.files), "skipped": rows_of(clean.skipped), "seed": settings.seed}
+    images = clean.facts() | {"seed": settings.seed}
     return About(args.model.name, opened.sha256, model, images, checked.checks, opened.notes)
 
 

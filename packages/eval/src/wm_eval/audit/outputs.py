@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -171,8 +171,3 @@ def told(about: About, audit: Audit) -> str:
 def _said(model: Mapping[str, Any]) -> str:
     size = f"{model['image_size']} pixels, {model['channels']} channels"
     return f"{model['source']}, {model['arch']}, {size}, {model['num_classes']} classes"
-
-
-def rows_of(files: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
-    """Skipped files with their reasons, ready for JSON."""
-    return [{"file": name, "reason": reason} for name, reason in files]
