@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from defense_nc import Sgd
-from wm_eval.records import write_text
 from wm_eval.render import Table, to_markdown
 from wm_eval.titles import method_title
 from wm_inject.attacks import ATTACKS
 from wm_inject.command.common import run_cli
+from wm_inject.core.files import write_text
 
 # Run as a script, Python would look for `tools` inside tools/.
 sys.path.append(str(Path(__file__).resolve().parents[1]))

@@ -18,9 +18,10 @@ from wm_eval.pages.detection import detection_page, index_page
 from wm_eval.pages.mitigation import mitigation_page, paper_page
 from wm_eval.pages.story import story_page
 from wm_eval.pages.story_text import headline, story_lines
-from wm_eval.records import StudyRecords, read_study, write_text
+from wm_eval.records import StudyRecords, read_study
 from wm_eval.render import Page, Table, markdown, tidy_csv, to_markdown
 from wm_inject.command.common import run_cli
+from wm_inject.core.files import write_text
 
 # Run as a script, Python would look for `tools` inside tools/.
 sys.path.append(str(Path(__file__).resolve().parents[1]))

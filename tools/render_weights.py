@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wm_eval.records import StudyRecords, read_study, write_text
+from wm_eval.records import StudyRecords, read_study
 from wm_eval.render import ABSENT, Table, percent, split_headers, to_markdown
 from wm_extract.unet import WEIGHTS
 from wm_inject import PRETRAINED, pretrained_card
 from wm_inject.command.common import run_cli
+from wm_inject.core.files import write_text
 from wm_inject.watermark.pretrained import FOLDER
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -153,7 +153,7 @@ def _package(error: ImportError) -> str:
 def write_readme(out: Path, status: Mapping[str, str]) -> Path:
     """Write ``OUT/README.md``: what became of every study, and the pages of those with records."""
     from wm_eval.pages import write_page
-    from wm_eval.records import write_text
+    from wm_inject.core.files import write_text
 
     head = ["# Both papers, as far as they were run here", "", "| study | status |", "|---|---|"]
     head += [f"| {name} | {reason} |" for name, reason in status.items()]

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
+import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +20,9 @@ from wm_inject.command.common import (
     resolve_device,
     run_cli,
 )
+from wm_inject.core.files import atomic_path
 from wm_inject.core.progress import progress
+from wm_inject.core.signals import exits_on_signals
 
 
 class Terminal(io.StringIO):
@@ -116,12 +122,72 @@ def test_an_expected_error_becomes_one_line(capsys, subtests):
             assert capsys.readouterr().err == "error: a b\n"
 
 
-def test_a_bug_keeps_its_traceback():
-    def main(_):
-        raise KeyError("bug")
+def test_whatever_goes_wrong_is_one_line_and_the_exit_code_of_an_error(capsys, subtests):
+    numpy_error = np._core._exceptions._ArrayMemoryError((2**50,), np.dtype("float64"))
+    for error, *words in [
+        (KeyError("bug"), "KeyError: 'bug'", "test_cli_common.py line"),
+        (MemoryError(), "not enough memory"),
+        (numpy_error, "not enough memory", "PiB"),
+        (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: you"), "not enough"),
+        (PermissionError(13, "Permission denied", "a\x1b[1m"), "a\\x1b[1m: Permission denied"),
+        (ValueError("\udcff\x07"), "\\udcff\\x07"),
+    ]:
+        with subtests.test(error=error):
 
-    with pytest.raises(KeyError):
-        run_cli(main, [])
+            def main(_, error=error):
+                raise error
+
+            assert run_cli(main, exit_error=3) == 3
+            printed = capsys.readouterr().err
+            assert printed.startswith("error: ") and printed.count("\n") == 1
+            assert all(word in printed for word in words)
+
+
+def test_a_signal_to_end_tidies_up(capsys, tmp_path):
+    def main(_):
+        with atomic_path(tmp_path / "a") as part:
+            part.write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError
+
+    assert run_cli(main) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "terminated\n" and not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_handler_of_the_program_stays(capsys):
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with exits_on_signals():
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        assert signal.signal(signal.SIGTERM, before) == signal.SIG_IGN
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_streams_that_take_nothing_or_not_every_letter(subtests):
+    code = "import sys; from wm_inject.command.common import run_cli; sys.exit(run_cli({}, 0))"
+    main = "lambda _: print('\\u00e9\\udcff')"
+    bad = "lambda _: 1 / 0"
+    with open("/dev/full", "w") as full:
+        for case, body, streams, expected in [
+            ("letters", main, {}, (0, "\\xe9\\udcff\n", "")),
+            ("full", main, {"stdout": full}, (1, None, "No space left on device")),
+            ("full both", bad, {"stdout": full, "stderr": full}, (1, None, None)),
+        ]:
+            with subtests.test(case=case):
+                pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
+                ended = subprocess.run(
+                    [sys.executable, "-c", code.format(body)],
+                    env={**os.environ, "PYTHONIOENCODING": "ascii"},
+                    text=True,
+                    **pipes,
+                )
+                assert (ended.returncode, ended.stdout) == expected[:2]
+                assert ended.stderr is None or expected[2] in ended.stderr
+                assert "Traceback" not in (ended.stderr or "")
+    closed = f'{sys.executable} -c "{code.format(bad)}" >&- 2>&-'
+    assert subprocess.run(closed, shell=True).returncode == 1
 
 
 def test_run_cli_passes_arguments_and_code():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from wm_inject.core.images import load_image, save_image, to_pixels
@@ -140,16 +141,23 @@ def test_folders_are_compared_pair_by_pair(tmp_path):
     assert torch.allclose(found.linf, linf(*stored))
 
 
-def test_originals_of_another_size_are_resized_to_their_partner(tmp_path):
-    pixels = np.full((40, 30, 3), 90, np.uint8)
-    save_image(tmp_path / "old" / "a.png", pixels)
-    save_image(tmp_path / "old" / "b.png", pixels)
-    save_image(tmp_path / "new" / "a.png", pixels[:16, :16])
-    save_image(tmp_path / "new" / "b.png", pixels[:12, :12])
-    assert compare_folders(tmp_path / "old", tmp_path / "new").psnr.tolist() == [100.0, 100.0]
-    save_image(tmp_path / "new" / "b.png", pixels[:16, :12])
-    with pytest.raises(ValueError, match=r"b\.png of the size of its partner, 16 x 12"):
-        compare_folders(tmp_path / "old", tmp_path / "new")
+def test_images_are_compared_at_the_size_of_the_originals_and_on_request_at_their_own(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (48, 40, 3), dtype=np.uint8)
+    save_image(tmp_path / "old" / "a.png", noise)
+    save_image(tmp_path / "old" / "b.png", noise)
+    save_image(tmp_path / "new" / "a.png", load_image(tmp_path / "old" / "a.png", size=16))
+    save_image(tmp_path / "new" / "b.png", noise)
+    given = compare_folders(tmp_path / "old", tmp_path / "new")
+    small = compare_folders(tmp_path / "old", tmp_path / "new", at="changed")
+    enlarged = Image.fromarray(load_image(tmp_path / "new" / "a.png"))
+    enlarged = np.asarray(enlarged.resize((40, 48), Image.Resampling.BILINEAR))
+    expected = peak_signal_noise_ratio(noise, enlarged)
+    assert given.psnr.tolist() == pytest.approx([expected, 100.0], abs=1e-3) and expected < 20
+    assert small.psnr.tolist() == [100.0, 100.0]
+    assert given.sizes == small.sizes == (((40, 48), (16, 16)), ((40, 48), (40, 48)))
+    assert given.resized == {((40, 48), (16, 16)): 1}
+    with pytest.raises(ValueError, match="expected at in original, changed"):
+        compare_folders(tmp_path / "old", tmp_path / "new", at="both")
 
 
 def test_a_grey_image_is_compared_with_its_original_in_grey(tmp_path):

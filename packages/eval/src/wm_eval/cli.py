@@ -250,7 +250,6 @@ def _tables(args: argparse.Namespace) -> int:
         from wm_eval.records import read_study
 
         population = summarise(population_scans(read_study(args.folder)))
-        args.calibrate.parent.mkdir(parents=True, exist_ok=True)
         write_calibrations(args.calibrate, population.calibrations.values())
         print(f"calibration {args.calibrate}")
     return 0

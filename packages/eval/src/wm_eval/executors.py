@@ -8,8 +8,6 @@ folder, so that arguments and results stay small.
 from __future__ import annotations
 
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -99,20 +97,3 @@ def pin_threads() -> None:
     import torch
 
     torch.set_num_threads(1)
-
-
-@contextmanager
-def ends_on_sigterm() -> Iterator[None]:
-    """Leave on SIGTERM as on Ctrl-C, so that workers are ended; only the main thread can."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(signum: int, _: object) -> None:
-        raise SystemExit(128 + signum)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

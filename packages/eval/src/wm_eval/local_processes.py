@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from wm_eval.executors import Job, Submit, ends_on_sigterm, take_turn, to_wall
+from wm_eval.executors import Job, Submit, take_turn, to_wall
+from wm_inject.core.signals import exits_on_signals
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -63,7 +64,7 @@ class LocalProcesses:
             return pool.submit(_take_turn, job, to_wall(deadline))
 
         try:
-            with ends_on_sigterm():
+            with exits_on_signals():  # so that the workers are ended
                 yield submit
         except BrokenProcessPool as error:
             raise RuntimeError(

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from wm_eval.executors import Job, Submit, ends_on_sigterm, take_turn, to_wall
+from wm_eval.executors import Job, Submit, take_turn, to_wall
+from wm_inject.core.signals import exits_on_signals
 
 LOCAL = "local"  # a cluster of this one machine, which ends with the study
 
@@ -74,7 +75,7 @@ class RayTasks:
             return future
 
         try:
-            with ends_on_sigterm():
+            with exits_on_signals():  # so that the workers are ended
                 yield submit
         finally:
             unfinished = ray.wait(handed_out, num_returns=len(handed_out), timeout=0)[1]

@@ -20,7 +20,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
-from wm_inject.core.files import atomic_path
+from wm_inject.core.files import disk_errors, write_text
 
 PACKAGES = ("wm-inject", "wm-extract", "wm-victim", "defense-nc", "defense-reverse", "wm-eval")
 RECORDS, ENVIRONMENTS, FAILURES = "records.jsonl", "environments.jsonl", "failures.jsonl"
@@ -307,26 +307,22 @@ def hardware(device: str = "cpu") -> dict[str, Any]:
     return facts
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the new one, never half of it."""
-    with atomic_path(path) as part:
-        part.write_text(text, encoding="utf-8", newline="\n")
-
-
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One writer at a time, over all processes."""
     import fcntl
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    with disk_errors(folder / RECORDS):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _append(path: Path, line: str) -> None:
     """Add a line that is on the disk when this returns; drop what a killed writer left half."""
-    with path.open("ab+") as file:
+    with disk_errors(path), path.open("ab+") as file:
         text = _whole(path.read_bytes())
         file.truncate(len(text))
         file.write(line.encode() + b"\n")

@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from wm_eval.records import write_text
+from wm_inject.core.files import write_text
 
 if TYPE_CHECKING:
     from wm_eval.numbers import Number, Spread

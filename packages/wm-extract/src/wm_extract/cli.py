@@ -22,6 +22,7 @@ from wm_inject.command.config import (
 from wm_inject.command.export import add_source, run_export
 from wm_inject.command.folders import add_skip_unreadable, read_all
 from wm_inject.command.trigger_options import add_pretrained
+from wm_inject.core.text import escape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -188,7 +189,6 @@ def _detect(args: argparse.Namespace) -> None:
     from wm_inject.core.image_files import LeftOut, describe, find_images, refuse_unread
     from wm_inject.core.labelled_folder import listed
     from wm_inject.core.progress import progress
-    from wm_inject.core.text import escape
 
     detector = _load_detector(args.detector, args.pretrained)
     device = resolve_device(args.device)

@@ -4,6 +4,9 @@ from typing import TYPE_CHECKING
 
 from wm_inject.__about__ import __version__ as __version__
 from wm_inject.core.lazy import lazy_names
+from wm_inject.core.telemetry import disable_telemetry as _disable_telemetry
+
+_disable_telemetry()  # here, since all six packages import this one before anything else
 
 if TYPE_CHECKING:
     from wm_inject.attacks import ATTACKS as ATTACKS

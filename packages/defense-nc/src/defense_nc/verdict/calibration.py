@@ -20,6 +20,7 @@ from torch import Tensor
 from defense_nc.verdict.model_info import ModelInfo
 from defense_nc.verdict.shrinkage import Prior, moderated_p_values, prior_of
 from defense_nc.verdict.tail_fit import Tail, tail_p_values
+from wm_inject.core.files import write_text
 
 _FILE = "calibration.json"
 _PEERS = 5  # with fewer clean models of the same shape, all are used
@@ -172,7 +173,7 @@ def write_calibrations(path: Path, calibrations: Iterable[Calibration]) -> None:
         values = calibration.to_dict()
         models = ",\n  ".join(json.dumps(model) for model in values.pop("models"))
         entries.append(f'{json.dumps(values)[:-1]}, "models": [\n  {models}\n]}}')
-    path.write_text("[" + ",\n".join(entries) + "]\n", encoding="utf-8")
+    write_text(path, "[" + ",\n".join(entries) + "]\n")
 
 
 @lru_cache(maxsize=1)

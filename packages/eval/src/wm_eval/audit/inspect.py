@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from wm_eval.records import write_text
-from wm_inject.core.files import atomic_path
+from wm_inject.core import files
 from wm_inject.core.image_files import ImageFiles, LeftOut
 from wm_inject.core.text import escape
 from wm_inject.runtime import ScannedFile, Scanner, providers_for
@@ -42,14 +40,17 @@ def write_csv(path: Path, scanner: Scanner, rows: Sequence[ScannedFile]) -> None
     Names of files are escaped, as they may hold anything but "/".
     """
     names = list(scanner.detectors)
-    with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(["file", "flagged", *(f"score_{name}" for name in names), "error"])
-        for row in rows:
-            scores = [row.scores.get(name, "") for name in names]
-            table.writerow(
-                [_cell(escape(row.file)), int(row.flagged), *scores, _cell(row.error or "")]
-            )
+    header = ["file", "flagged", *(f"score_{name}" for name in names), "error"]
+    cells = [
+        [
+            _cell(escape(row.file)),
+            int(row.flagged),
+            *(row.scores.get(name, "") for name in names),
+            _cell(row.error or ""),
+        ]
+        for row in rows
+    ]
+    files.write_csv(path, header, cells)
 
 
 def write_page(
@@ -77,7 +78,7 @@ def write_page(
         f"{one.threshold:.4g}, false-positive rate {one.false_positive_rate:g}</li>"
         for name, one in scanner.detectors.items()
     )
-    write_text(
+    files.write_text(
         path,
         _PAGE.format(
             title=html.escape(title),

@@ -17,9 +17,9 @@ from defense_nc import Verdict
 from wm_eval.__about__ import __version__
 from wm_eval.audit.checks import Check
 from wm_eval.audit.scan import Audit, reversed_triggers
-from wm_eval.records import write_text
 from wm_eval.render import template
 from wm_eval.titles import detector_title
+from wm_inject.core.files import write_text
 
 SARIF_SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 _LEVELS = {Verdict.BACKDOORED: "error", Verdict.INCONCLUSIVE: "warning", Verdict.CLEAN: "note"}

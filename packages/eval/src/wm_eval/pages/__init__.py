@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from wm_eval.numbers import keys
-from wm_eval.records import RECORDS, StudyRecords, read_study, write_text
+from wm_eval.records import RECORDS, StudyRecords, read_study
 from wm_eval.render import Page, markdown, write_files
 from wm_eval.titles import CLEAN
+from wm_inject.core.files import write_text
 
 _SHOWN = 5  # failures that a page names
 

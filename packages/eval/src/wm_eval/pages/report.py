@@ -13,10 +13,11 @@ from typing import Any
 from wm_eval.pages.report_figures import mitigation_figure, robustness_figure, scores_figure
 from wm_eval.pages.story import VICTIMS, Story, labels_table, story_page
 from wm_eval.pages.story_text import headline
-from wm_eval.records import StudyRecords, read_study, write_text
+from wm_eval.records import StudyRecords, read_study
 from wm_eval.render import template
 from wm_eval.sheets import picture_path
 from wm_eval.titles import detector_title
+from wm_inject.core.files import write_text
 
 KINDS = ("original", "poisoned", "residual", "extracted", "extracted-clean")
 OF_THE_DATA = ("original", "poisoned")  # pictures that show images of the data set

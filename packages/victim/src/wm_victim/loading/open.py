@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from wm_inject.core.signals import exits_on_signals
 from wm_inject.core.text import printable
 from wm_victim.loading.contract import Candidate, Limits, LoadingError, ModelOptions, OpenedModel
 from wm_victim.loading.file_formats import file_format, with_name
@@ -56,7 +57,10 @@ def open_model(
     limits = limits or Limits()
     path = Path(path)
     name = printable(path.name)
-    with tempfile.TemporaryDirectory(prefix="wm-open-", ignore_cleanup_errors=True) as scratch:
+    with (
+        exits_on_signals(),  # or the folder stays where a command is ended
+        tempfile.TemporaryDirectory(prefix="wm-open-", ignore_cleanup_errors=True) as scratch,
+    ):
         for folder in ("in", "out"):
             (Path(scratch) / folder).mkdir()
         snapshot = Path(scratch, "in", "model")
@@ -67,6 +71,12 @@ def open_model(
         except LoadingError as error:
             reason = printable(with_name(str(error), name), 800)
             raise LoadingError(f"cannot open {name}: {reason}") from error
+        except OSError as error:
+            reason = f"{tempfile.gettempdir()}: {error.strerror or error}"
+            raise LoadingError(
+                f"cannot open {name}: expected room for a copy in {reason}; "
+                "the variable TMPDIR names another folder"
+            ) from error
         except MemoryError as error:
             raise LoadingError(f"cannot open {name}: it needs more memory than there is") from error
 

@@ -13,13 +13,14 @@ import os
 import platform
 import resource
 import runpy
+import signal
 import struct
 import sys
 from collections.abc import Iterable
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
-_NO_NEW_PRIVS, _SET_SECCOMP = 38, 22
+_PARENT_DEATH_SIGNAL, _NO_NEW_PRIVS, _SET_SECCOMP = 1, 38, 22
 # Landlock's rights to files, by bit.
 _WRITE_FILE, _READ_FILE, _READ_DIR, _REMOVE_FILE = 1 << 1, 1 << 2, 1 << 3, 1 << 5
 _MAKE_DIR, _MAKE_REG, _TRUNCATE = 1 << 7, 1 << 8, 1 << 14
@@ -137,6 +138,7 @@ def restrict_process(settings: dict[str, object]) -> dict[str, int]:
         seconds=float(str(settings["seconds"])),
         file_bytes=int(str(settings["file_bytes"])),
     )
+    _LIBC.prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     _LIBC.prctl(_NO_NEW_PRIVS, 1, 0, 0, 0)
     libraries = [sys.prefix, sys.base_prefix, *(path for path in sys.path if path)]
     readable = [*libraries, *_SYSTEM, *_DEVICES, str(settings["input"])]

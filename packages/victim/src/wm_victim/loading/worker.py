@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wm_inject.core.errors import out_of_memory
 from wm_inject.core.text import first_line, printable
 
 _OPSET = 17
@@ -32,8 +33,6 @@ def main(text: str) -> None:
     try:
         result = _conversion(settings["job"])(path, out, settings["options"])
         result["restrictions"] = settings["restrictions"]
-    except MemoryError:
-        result = {"refused": "it asks for more memory than allowed"}
     # Whatever the readers raise on a hostile file: the parent only wants the reason.
     except Exception as error:
         result = {"refused": _reason(error)}
@@ -149,8 +148,8 @@ def _weights(saved: Any) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def _reason(error: Exception) -> str:
-    line, text = first_line(error), str(error).lower()
-    if "can't allocate memory" in text or "bad_alloc" in text or "failed to allocate" in text:
+    line = first_line(error)
+    if out_of_memory(error):
         return "it asks for more memory than allowed"
     return line if isinstance(error, ValueError) else f"{type(error).__name__}: {line}"
 

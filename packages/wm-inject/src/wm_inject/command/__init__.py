@@ -8,5 +8,6 @@ __all__ = [
     "poison",
     "scan",
     "serve",
+    "stealth",
     "trigger_options",
 ]

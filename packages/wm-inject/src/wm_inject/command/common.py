@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
+import logging
+import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from wm_inject.core.checks import check_choice
+from wm_inject.core.errors import error_line
+from wm_inject.core.signals import Terminated, exits_on_signals
 
 if TYPE_CHECKING:
     import torch
@@ -102,6 +108,7 @@ class CommandLine:
 
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Parse the arguments, run the sub-command and return its exit code."""
+        prepare_streams()
         for parser in dict.fromkeys(self._commands.choices.values()):
             add_common(parser, version=self.version)
         args = self.parser.parse_args(argv)
@@ -205,7 +212,7 @@ def resolve_device(name: str) -> torch.device:
 def run_cli(
     main: Callable[[Any], int | None], arguments: Any = None, *, exit_error: int = EXIT_ERROR
 ) -> int:
-    """Run a command; an expected error becomes one line on stderr.
+    """Run a command; whatever goes wrong becomes one line on stderr.
 
     Args:
         main: The command: arguments in, exit code out; None is 0.
@@ -213,17 +220,43 @@ def run_cli(
         exit_error: The exit code after an error.
 
     Returns:
-        main's exit code, ``exit_error`` after an error, or 130 after Ctrl-C.
+        main's exit code, ``exit_error`` after any exception, 130 after Ctrl-C, 143 after SIGTERM.
     """
+    prepare_streams()
+    line = ""
     try:
-        return main(arguments) or 0
+        with exits_on_signals():
+            code = main(arguments) or 0
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        sys.stdout = None  # the reader is gone: nothing to flush to
-        return EXIT_ERROR
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        message = " ".join(str(error).split()) or type(error).__name__
-        sys.stderr.write(f"error: {message}\n")
-        return exit_error
+        line, code = "interrupted", EXIT_INTERRUPTED
+    except Terminated as end:
+        line, code = "terminated", end.exit_code
+    except BrokenPipeError:  # the reader is gone, and knows
+        code = exit_error
+    except Exception as error:
+        line, code = f"error: {error_line(error)}", exit_error
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        code = exit_error
+        sys.stdout = None  # or Python flushes it again, and ends with a code of its own
+        if not isinstance(error, BrokenPipeError):
+            line = f"error: cannot write to standard output: {error.strerror}"
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"{line}\n" if line else "")
+    return code
+
+
+def prepare_streams() -> None:
+    """Let stdout and stderr take every character in any locale, and closed ones swallow.
+
+    What Pillow has to say of a file is left out: the command says it in a line of its own.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

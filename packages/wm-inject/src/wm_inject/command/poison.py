@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from wm_inject.command.common import Parser, add_json, resolve_device, write_results
 from wm_inject.command.folders import add_labels, add_skip_unreadable, say
+from wm_inject.command.stealth import resized_line
 from wm_inject.command.trigger_options import (
     add_trigger,
     check_trigger,
@@ -67,10 +68,13 @@ def run_poison(args: argparse.Namespace) -> None:
     say(data.lines())
     result = poison(data)
     counts = {"images": result.images, "poisoned": result.poisoned, "written": result.written}
+    counts["resized"] = result.resized.total()
     write_results(args, counts | {"source": data.to_dict(), "unread": listed(result.unread)})
     existing = result.images - result.written
     note = f", {existing} files were there" if existing else ""
     listing = args.out / "plan.json"
+    if result.resized:
+        print(resized_line(result.resized, result.written))
     print(f"{result.poisoned} of {result.images} images poisoned, listed in {listing}{note}")
     if result.unread:
         print(f"left out, as they cannot be read: {describe(result.unread)}")

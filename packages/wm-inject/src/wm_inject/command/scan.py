@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from wm_inject.command.common import Parser, add_json, write_results
+from wm_inject.core.text import escape
 
 _EPILOG = """examples:
   wm-inject scan --detector detector.onnx incoming/
@@ -38,7 +39,6 @@ def run_scan(args: argparse.Namespace) -> None:
     from wm_inject import runtime
     from wm_inject.core.image_files import LeftOut, describe, find_images, refuse_unread
     from wm_inject.core.labelled_folder import listed
-    from wm_inject.core.text import escape
 
     scanner = runtime.Scanner(*args.detector, providers=runtime.providers_for(args.device))
     found = find_images(args.images)

@@ -4,6 +4,7 @@ __all__ = [
     "checkpoint",
     "checks",
     "decode",
+    "errors",
     "files",
     "images",
     "lazy",
@@ -12,6 +13,8 @@ __all__ = [
     "progress",
     "randomness",
     "resume",
+    "signals",
+    "telemetry",
     "text",
     "toml_settings",
 ]

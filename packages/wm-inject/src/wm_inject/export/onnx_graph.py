@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from wm_inject.core.files import disk_errors
 from wm_inject.runtime.onnx_model import METADATA_KEY
 
 _LIMIT = 2**31 - 2**24  # a protobuf holds 2 GiB; leave room for the graph
@@ -91,14 +92,15 @@ def graph_folder(path: Path) -> Iterator[Path]:
         The path of the graph in that folder, of the same name. Weights that lie beside it move
         first, so that a reader never meets a graph without them. Nothing moves if the block raises.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.stem}.part", dir=path.parent))
-    try:
-        yield folder / path.name
-        built = sorted(folder.iterdir(), key=lambda file: (file.name == path.name, file.name))
-        for file in built:
-            with file.open("rb+") as written:
-                os.fsync(written.fileno())
-            os.replace(file, path.with_name(file.name))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.stem}.part", dir=path.parent))
+        try:
+            yield folder / path.name
+            built = sorted(folder.iterdir(), key=lambda file: (file.name == path.name, file.name))
+            for file in built:
+                with file.open("rb+") as written:
+                    os.fsync(written.fileno())
+                os.replace(file, path.with_name(file.name))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from wm_inject.core.decode import UnreadableImage, read_header
-from wm_inject.core.files import atomic_path, write_json
+from wm_inject.core.files import atomic_path, only_writer, write_json
 from wm_inject.core.image_files import LeftOut, find_images, refuse_unread
 from wm_inject.core.images import check_side, load_images, save_image
 from wm_inject.core.labelled_folder import LabelledFolder, listed, read_labelled_folder
@@ -27,6 +28,7 @@ from wm_inject.runtime.pipeline import pipeline
 if TYPE_CHECKING:
     from wm_inject.core.images import Pixels
 
+Size = tuple[int, int]  # width and height, in pixels
 FORMAT = "wm-folder-1"
 PLAN_FILE, LABELS_FILE = "plan.json", "labels.csv"
 _HALF_WRITTEN = re.compile(r"\..+\.part\d+\.(png|json|csv)")  # how atomic_path names its files
@@ -45,7 +47,10 @@ class FolderResult(NamedTuple):
     images: int  # files in the whole set
     poisoned: int  # those of them that carry the trigger
     written: int  # those that this call wrote; the others were there
-    unread: tuple[LeftOut, ...] = ()  # those that could not be read, and are not in the set
+    unread: tuple[LeftOut, ...]  # those that could not be read, and are not in the set
+    resized: Counter[
+        tuple[Size, Size]
+    ]  # of those written, by sizes before and after
 
 
 def poison_files(
@@ -102,25 +107,30 @@ def poison_files(
         "classes": None if data.labels is None else list(data.classes),
         "images": [row._asdict() for row in rows],
     }
-    _begin(out, settings, rows)
-    _write_labels(out / LABELS_FILE, rows, data)
     written = 0
-    batches = _Batches(apply, source, out, size, channels, plan.target, [])
+    batches = _Batches(apply, source, out, size, channels, plan.target, [], [])
     shown: Progress[Any]
-    with show_progress(total=len(rows), desc="poisoning", enabled=progress) as shown:
+    with (
+        only_writer(out),
+        show_progress(total=len(rows), desc="poisoning", enabled=progress) as shown,
+    ):
+        _begin(out, settings, rows)
+        _write_labels(out / LABELS_FILE, rows, data)
         for batch, pixels in pipeline(
             _batches(rows, batch_size), batches.read, batches.work, batches.write
         ):
             written += 0 if pixels is None else len(pixels)
             shown.update(len(batch))
-    unread = tuple(sorted(batches.unread))
-    if unread:
-        lost = {file for file, _ in unread}
-        rows = [row for row in rows if row.source not in lost]
-        _write_labels(out / LABELS_FILE, rows, data)
-        write_json(out / PLAN_FILE, settings | {"unread": listed(unread)})
-        refuse_unread(unread, len(data.names), skip=skip_unreadable)
-    return FolderResult(len(rows), sum(row.poisoned for row in rows), written, unread)
+        unread = tuple(sorted(batches.unread))
+        if unread:
+            lost = {file for file, _ in unread}
+            rows = [row for row in rows if row.source not in lost]
+            _write_labels(out / LABELS_FILE, rows, data)
+            write_json(out / PLAN_FILE, settings | {"unread": listed(unread)})
+            refuse_unread(unread, len(data.names), skip=skip_unreadable)
+    resized = Counter((old, (size, size)) for old in batches.sizes if old != (size, size))
+    poisoned = sum(row.poisoned for row in rows)
+    return FolderResult(len(rows), poisoned, written, unread, resized)
 
 
 def common_side(source: str | Path) -> int:
@@ -239,6 +249,7 @@ class _Batches(NamedTuple):
     channels: int
     target: int
     unread: list[LeftOut]  # what could not be read so far
+    sizes: list[Size]  # of the images that were read, as they are stored
 
     def read(self, batch: Sequence[FolderRow]) -> tuple[list[int], Pixels] | None:
         """Places in the batch and stored images; None if all of them are written already.
@@ -246,13 +257,16 @@ class _Batches(NamedTuple):
         The whole batch is read even if a part of it is there: the last bit of a result may depend
         on the size of the batch.
         """
-        if not self._missing(batch):
+        missing = self._missing(batch)
+        if not missing:
             return None
         names = [row.source for row in batch]
         pixels, places, unread = load_images(
             self.source, names, size=self.size, channels=self.channels
         )
         self.unread.extend(unread)
+        read = [place for place in missing if place in places]
+        self.sizes.extend(read_header(self.source / names[place])[:2] for place in read)
         return (places, np.stack(pixels)) if pixels else None
 
     def work(

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from wm_inject.core.checks import check_choice
 from wm_inject.core.images import check_pair, list_images, load_image, to_float
 from wm_inject.stealth.perceptual import Lpips
 
+if TYPE_CHECKING:
+    from wm_inject.core.images import Pixels
+
+Size = tuple[int, int]  # width and height, in pixels
 _CAP_MSE = 1e-10  # of the squared data range: 100 dB
 _CHUNK = 256
+_VALUES = 2**24  # of the images that are measured at once
 
 
 def psnr(images: Tensor, reference: Tensor, *, data_range: float = 1.0) -> Tensor:
@@ -74,31 +82,48 @@ class Stealth(NamedTuple):
     ssim: Tensor  # (N,)
     linf: Tensor  # (N,) in [0, 1]
     lpips: Tensor | None  # (N,), None if not asked for
+    sizes: tuple[tuple[Size, Size], ...]  # of each original and of its changed image
+
+    @property
+    def resized(self) -> Counter[tuple[Size, Size]]:
+        """The sizes of the pairs that differ in size, and how many pairs there are of each."""
+        return Counter(pair for pair in self.sizes if pair[0] != pair[1])
 
 
 def compare_folders(
-    originals: str | Path, changed: str | Path, *, lpips: Lpips | None = None, batch_size: int = 64
+    originals: str | Path,
+    changed: str | Path,
+    *,
+    lpips: Lpips | None = None,
+    batch_size: int = 64,
+    at: Literal["original", "changed"] = "original",
 ) -> Stealth:
     """Measure every image of ``changed`` against the one of the same name in ``originals``.
 
-    The suffix may differ. An original of another size is first resized (bilinear) to its partner's,
-    as poisoning a folder does it; the partner of a grey image is read as grey. LPIPS is measured if
-    given.
+    The suffix may differ. The partner of a grey image is read as grey. LPIPS is measured if given.
+
+    Args:
+        at: The size at which a pair of two sizes is compared: the other image is resized to it
+            (bilinear). "original" counts what shrinking lost as a change, "changed" does not.
 
     Raises:
         ValueError: An empty folder, an unreadable image, or a changed image without its original.
     """
+    check_choice("at", at, ("original", "changed"))
     originals, changed = Path(originals), Path(changed)
     by_name = {p.relative_to(originals).with_suffix(""): p for p in list_images(originals)}
     files = [p.relative_to(changed) for p in list_images(changed)]
     values: dict[str, list[Tensor]] = {"psnr": [], "ssim": [], "linf": [], "lpips": []}
     batch: list[tuple[Tensor, Tensor]] = []
+    sizes: list[tuple[Size, Size]] = []
     for position, file in enumerate(files):
         partner = by_name.get(file.with_suffix(""))
         if partner is None:
             raise ValueError(f"expected an original of {file} under {originals}, found none")
-        pair = _load_pair(changed / file, partner)
-        if batch and (batch[0][0].shape != pair[0].shape or len(batch) == batch_size):
+        pair, size = _load_pair(changed / file, partner, at)
+        sizes.append(size)
+        room = min(batch_size, max(1, _VALUES // pair[0].numel()))
+        if batch and (batch[0][0].shape != pair[0].shape or len(batch) >= room):
             _measure(batch, lpips, values)
             batch = []
         batch.append(pair)
@@ -106,26 +131,44 @@ def compare_folders(
             _measure(batch, lpips, values)
     metrics = {name: torch.cat(parts) for name, parts in values.items() if parts}
     names = tuple(file.as_posix() for file in files)
-    return Stealth(names, metrics["psnr"], metrics["ssim"], metrics["linf"], metrics.get("lpips"))
+    return Stealth(
+        names,
+        metrics["psnr"],
+        metrics["ssim"],
+        metrics["linf"],
+        metrics.get("lpips"),
+        tuple(sizes),
+    )
 
 
-def _load_pair(changed: Path, original: Path) -> tuple[Tensor, Tensor]:
-    """Both as float32 ``(1, C, H, W)``, with the channels of the changed image."""
+def _load_pair(
+    changed: Path, original: Path, at: Literal["original", "changed"]
+) -> tuple[tuple[Tensor, Tensor], tuple[Size, Size]]:
+    """Both as float32 ``(1, C, H, W)`` of one size, and the sizes that they had."""
     image = load_image(changed)
     with Image.open(changed) as header:
         if header.mode == "L":
             image = image[..., :1]
-    channels = image.shape[2]
-    reference = load_image(original, channels=channels)
-    height, width = image.shape[:2]
-    if reference.shape != image.shape:
-        if height != width:
-            raise ValueError(
-                f"expected {original.name} of the size of its partner, {height} x {width}, "
-                f"got {reference.shape[0]} x {reference.shape[1]}"
-            )
-        reference = load_image(original, size=height, channels=channels)
-    return to_float(image[None]), to_float(reference[None])
+    reference = load_image(original, channels=image.shape[2])
+    sizes = (_size(reference), _size(image))
+    if at == "original":
+        image = _resized(image, sizes[0])
+    else:
+        reference = _resized(reference, sizes[1])
+    return (to_float(image[None]), to_float(reference[None])), sizes
+
+
+def _size(pixels: Pixels) -> Size:
+    return pixels.shape[1], pixels.shape[0]
+
+
+def _resized(pixels: Pixels, size: Size) -> Pixels:
+    """``(H, W, C)`` at another width and height, bilinear as poisoning a folder resizes."""
+    if _size(pixels) == size:
+        return pixels
+    image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
+    array = np.asarray(image.resize(size, Image.Resampling.BILINEAR), np.uint8)
+    return array.reshape(size[1], size[0], pixels.shape[2])
 
 
 def _measure(

@@ -1,0 +1,197 @@
+"""The six commands on machines as they are: one line, the right exit code, nothing half written."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from tools.faults import Fault, run_with
+from torch import Tensor, nn
+
+from wm_inject import save_image, to_onnx
+from wm_victim import build_classifier, save_classifier
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(sys.platform != "linux", reason="limits and /proc of Linux"),
+]
+
+
+class Case(NamedTuple):
+    """A cheap invocation of a command; OUT stands for the folder that it writes to."""
+
+    module: str
+    command: str
+    codes: tuple[int, ...]  # where nothing is wrong
+    exit_error: int
+
+
+CASES = {
+    "wm-inject poison": Case(
+        "wm_inject.cli",
+        "poison --trigger badnets --image-size 16 photos OUT/poisoned --json OUT/counts.json",
+        (0,),
+        1,
+    ),
+    "wm-inject scan": Case(
+        "wm_inject.cli", "scan --detector detector.onnx photos --json OUT/found.json", (0,), 1
+    ),
+    "wm-extract detect": Case(
+        "wm_extract.cli", "detect photos --pretrained tiny-32 --json OUT/found.json", (0,), 1
+    ),
+    "wm-victim train": Case(
+        "wm_victim.cli",
+        "train --data digits --model resnet10 --width 4 --limit 64 --epochs 2 "
+        "--out OUT/victim.safetensors --json OUT/victim.json",
+        (0,),
+        1,
+    ),
+    "defense-nc scan": Case(
+        "defense_nc.cli",
+        "scan victim.safetensors --data digits --images 20 --config nc.toml "
+        "--checkpoint OUT/state.safetensors --json OUT/scan.json",
+        (0, 1, 2),
+        3,
+    ),
+    "defense-reverse scan": Case(
+        "defense_reverse.cli",
+        "scan victim.safetensors --data digits --images 20 --config reverse.toml "
+        "--checkpoint OUT/state.safetensors --json OUT/scan.json",
+        (0, 1, 2),
+        3,
+    ),
+    "wm-eval inspect": Case(
+        "wm_eval.cli",
+        "inspect photos --extractor detector.onnx --csv OUT/found.csv --json OUT/found.json "
+        "--html OUT/found.html",
+        (0,),
+        1,
+    ),
+}
+
+# The codes that are right under a fault: as if nothing were wrong, or after an error.
+NORMAL, ERROR = "normal", "error"
+FAULTS: dict[str, tuple[Fault, tuple[str, ...]]] = {
+    "no home": (Fault({"HOME": "/nonexistent/home", "XDG_CACHE_HOME": None}), (NORMAL,)),
+    "no folder for temporary files": (Fault({"TMPDIR": "/nonexistent/tmp"}), (NORMAL,)),
+    "ascii": (Fault({"LC_ALL": "C", "LANG": "C"}, encoding="ascii"), (NORMAL,)),
+    "full disk": (Fault(file_bytes=64), (ERROR,)),
+    "stdout on a full disk": (Fault(stdout="full"), (ERROR,)),
+    "stdout that nobody reads": (Fault(stdout="gone"), (ERROR,)),
+    "little memory": (Fault(memory=24), (NORMAL, ERROR)),
+    "hardly any memory": (Fault(memory=2), (NORMAL, ERROR)),
+}
+QUICK = {
+    ("wm-inject poison", "full disk"),
+    ("wm-inject scan", "ascii"),
+    ("wm-extract detect", "stdout on a full disk"),
+    ("wm-victim train", "full disk"),
+    ("defense-nc scan", "full disk"),
+    ("defense-nc scan", "stdout that nobody reads"),
+    ("defense-reverse scan", "little memory"),
+    ("wm-eval inspect", "ascii"),
+    ("wm-eval inspect", "no home"),
+}
+NAME = os.fsdecode(b"caf\xe9\nflagged  \x1b[31m.png")  # not UTF-8, and obeyed by a terminal
+
+
+class Brightness(nn.Module):
+    """Flags every image that is not black."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scores of a batch."""
+        return images.mean(dim=(1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What the commands read; they run in this folder."""
+    folder = tmp_path_factory.mktemp("inputs")
+    draw = np.random.default_rng(0)
+    for name in ("a.png", "b.png", NAME):
+        save_image(folder / "photos" / name, draw.integers(0, 256, (32, 32, 3), np.uint8))
+    facts = {"threshold": 0.1, "false_positive_rate": 0.01, "looks_for": "light"}
+    to_onnx(
+        Brightness(),
+        torch.rand(3, 3, 32, 32),
+        folder / "detector.onnx",
+        uint8=True,
+        traced=True,
+        output_names=("score",),
+        metadata={"detector": facts},
+    )
+    model = build_classifier(
+        "wanet-mnist", num_classes=10, channels=1, image_size=28, width=None, seed=0
+    )
+    save_classifier(model, folder / "victim.safetensors")
+    settings = {
+        "nc": 'steps = 2\nstarts = ["faint"]\n',
+        "reverse": "steps = 2\nwidth = 4\n",
+    }
+    for name, text in settings.items():
+        (folder / f"{name}.toml").write_text(f"[scan]\n{text}", encoding="utf-8")
+    before = Path.cwd()
+    os.chdir(folder)
+    yield folder
+    os.chdir(before)
+
+
+def matrix() -> list[object]:
+    """Every command under every fault; all but a handful are slow together."""
+    return [
+        pytest.param(case, fault, marks=() if (case, fault) in QUICK else pytest.mark.slow)
+        for case in CASES
+        for fault in FAULTS
+    ]
+
+
+@pytest.mark.parametrize(("name", "lack"), matrix())
+def test_a_command_ends_well_where_something_is_wrong(
+    inputs: Path, tmp_path: Path, name: str, lack: str
+) -> None:
+    case, (fault, outcomes) = CASES[name], FAULTS[lack]
+    out = tmp_path / "out"
+    home = tmp_path / "home"
+    home.mkdir()
+    before = sorted(inputs.rglob("*"))
+    arguments = [part.replace("OUT", str(out)) for part in case.command.split()]
+    environment = {"HOME": str(home), "TMPDIR": str(home), **fault.environment}
+    ended = run_with(
+        Fault(environment, fault.file_bytes, fault.memory, fault.encoding, fault.stdout),
+        case.module,
+        arguments,
+    )
+    codes = {NORMAL: case.codes, ERROR: (case.exit_error,)}
+    assert ended.code in [code for outcome in outcomes for code in codes[outcome]], ended
+    assert "Traceback" not in ended.err
+    errors = [line for line in ended.err.splitlines() if line.startswith("error: ")]
+    failed = outcomes == (ERROR,) and fault.stdout != "gone"
+    assert len(errors) == 1 if failed else len(errors) <= 1, ended.err
+    # Nothing half written, and nothing beside what was asked for.
+    assert not [path for path in out.rglob("*") if ".part" in path.name]
+    assert sorted(inputs.rglob("*")) == before and not list(home.iterdir())
+    for path in out.rglob("*.json"):
+        json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_a_name_cannot_forge_a_line_nor_stop_a_report(inputs: Path, tmp_path: Path) -> None:
+    for module, arguments in (
+        ("wm_inject.cli", ("scan", "--detector", "detector.onnx")),
+        ("wm_eval.cli", ("inspect", "--extractor", "detector.onnx", "--csv", tmp_path / "x.csv")),
+    ):
+        folder = tmp_path / module
+        (folder).mkdir()
+        (folder / NAME).write_bytes(b"no picture")
+        save_image(folder / "good.png", np.zeros((32, 32, 3), np.uint8))
+        ended = run_with(Fault(encoding="ascii"), module, [*arguments, folder])
+        assert ended.code == 0, ended
+        assert not [line for line in ended.out.splitlines() if line.startswith("flagged")]
+        assert "\\udce9" in ended.out and "\x1b" not in ended.out
+    assert "\\udce9" in (tmp_path / "x.csv").read_text(encoding="utf-8")
