@@ -31,6 +31,26 @@ def paths(*values) -> list[str]:
     return [str(value) for value in values]
 
 
+def test_sizes_are_said_by_poison_and_by_stealth(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("wm_inject.stealth.perceptual.find_lpips_weights", lambda: None)
+    draw, source, out = np.random.default_rng(0), tmp_path / "photos", tmp_path / "poisoned"
+    for name, side in (("a.png", 60), ("b.png", 40), ("c.png", 16)):
+        save_image(source / name, draw.integers(0, 256, (side, side, 3), np.uint8))
+    poison = ("poison", "--trigger", "badnets", "--image-size", "16", source, out)
+    assert main(paths(*poison)) == 0
+    sizes = "2 of 3 images were resized: 60 x 60 to 16 x 16 (1), 40 x 40 to 16 x 16 (1) pixels"
+    assert sizes in capsys.readouterr().out
+    assert main(paths(*poison)) == 0
+    assert "resized" not in capsys.readouterr().out  # nothing was left to write
+    assert main(paths("stealth", "--json", tmp_path / "stealth.json", source, out)) == 0
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "stealth.json").read_text())
+    assert f"{sizes}; at the changed size:" in printed and printed.count("psnr") == 2
+    assert found["sizes"] == [[[n, n], [16, 16]] for n in (60, 40, 16)]
+    large, small = found["psnr"], found["at_changed_size"]["psnr"]
+    assert large[2] == small[2] and all(a < b - 10 for a, b in zip(large[:2], small, strict=False))
+
+
 @pytest.mark.integration
 def test_save_export_poison_and_measure(photos, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("wm_inject.stealth.perceptual.find_lpips_weights", lambda: None)
@@ -40,7 +60,8 @@ def test_save_export_poison_and_measure(photos, tmp_path, capsys, monkeypatch):
     told = tmp_path / "told.json"
     given = ["--json", str(told), "--checkpoint", *paths(saved, photos, tmp_path / "one")]
     assert main(["poison", *given]) == 0
-    assert json.loads(told.read_text()) == {"images": 3, "poisoned": 3, "written": 3}
+    counts = {"images": 3, "poisoned": 3, "written": 3, "resized": 0}
+    assert json.loads(told.read_text()) == counts
     assert main(["export", "--uint8", "--json", *paths(told, saved, model)]) == 0
     shown, found = capsys.readouterr().out, json.loads(told.read_text())
     assert f"{model}: at batch sizes 1 and 3 within {found['max_abs']:.2g} of" in shown
