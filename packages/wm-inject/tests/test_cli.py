@@ -61,7 +61,7 @@ def test_save_export_poison_and_measure(photos, tmp_path, capsys, monkeypatch):
     given = ["--json", str(told), "--checkpoint", *paths(saved, photos, tmp_path / "one")]
     assert main(["poison", *given]) == 0
     counts = {"images": 3, "poisoned": 3, "written": 3, "resized": 0}
-    assert json.loads(told.read_text()) == counts
+    assert counts.items() <= json.loads(told.read_text()).items()
     assert main(["export", "--uint8", "--json", *paths(told, saved, model)]) == 0
     shown, found = capsys.readouterr().out, json.loads(told.read_text())
     assert f"{model}: at batch sizes 1 and 3 within {found['max_abs']:.2g} of" in shown

@@ -48,9 +48,7 @@ class FolderResult(NamedTuple):
     poisoned: int  # those of them that carry the trigger
     written: int  # those that this call wrote; the others were there
     unread: tuple[LeftOut, ...]  # those that could not be read, and are not in the set
-    resized: Counter[
-        tuple[Size, Size]
-    ]  # of those written, by sizes before and after
+    resized: Counter[tuple[Size, Size]]  # of those written, by sizes before and after
 
 
 def poison_files(
