@@ -383,7 +383,7 @@ LAYOUTS: dict[str, Layout] = {
         {"labels.csv": _table(_turns(LOOSE, "0,zebra", "1,ape", "2,cow"), "file,label,label_name")},
         classes=("zebra", "ape", "cow"),
     ),
-    "absolute paths of elsewhere": _labelled(_table(KINDS, row="/mnt/set/{},{}")),
+    "absolute paths of elsewhere": _labelled(_table(KINDS, row="/data/set/{},{}")),
     "paths of Windows": _labelled(_table(KINDS, row="C:\\data\\set\\{},{}")),
     "paths with a dot": _labelled(_table(KINDS, row="./{},{}")),
     "paths with more folders": _labelled(_table(KINDS, row="data/set/{},{}")),
