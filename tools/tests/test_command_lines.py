@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tools import release
+from tools.tests.refusals.options import REFUSED
 
-from wm_inject.command.common import Parser
+from wm_inject.command.common import EXIT_USAGE, Parser
+from wm_inject.command.values import output_file, output_folder
 
 # Why a command does not write --json, or has no --config: its product says it, or it measures none.
 NO_JSON = {
@@ -173,3 +177,110 @@ def test_the_page_on_commands_names_them_all() -> None:
     reason = page[page.index("## Figures as JSON") : page.index("## Settings as a file")]
     for name in NO_JSON:
         assert f"`{name}`" in reason or f"`{name.split()[1]}`" in reason, name
+
+
+MODULES = {package.name: package.module for package in release.packages()}
+# What a command needs besides names of files, to be right but for one option.
+NEEDED = {"wm-inject serve": {"--model": "a=b"}, "wm-inject fit": {"--trigger": "ssba"}}
+
+
+def given(name: str, wrong: argparse.Action | None = None, value: str = "") -> list[str]:
+    """The command with everything that it requires, of which no file is there, and a wrong value.
+
+    Args:
+        wrong: The option or positional that gets the value.
+    """
+    one, argv = COMMANDS[name], name.split()
+    for action in one._actions:
+        if action.required or action is wrong:
+            right = next(iter(action.choices), "x") if action.choices else "x"
+            right = NEEDED.get(name, {}).get((action.option_strings or [""])[0], right)
+            argv += [*action.option_strings[:1], value if action is wrong else str(right)]
+        elif not action.option_strings and wrong is not None and not wrong.option_strings:
+            argv.append("x")  # a path before OUT that may be left out
+    for group in one._mutually_exclusive_groups:
+        if group.required:
+            argv += [group._group_actions[0].option_strings[0], "x"]
+    return argv
+
+
+def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command prints that refuses its options; another end is none."""
+    command, *rest = argv
+    with pytest.raises(SystemExit) as left:
+        importlib.import_module(f"{MODULES[command]}.cli").main(rest)
+    told = capsys.readouterr().err
+    assert left.value.code == EXIT_USAGE and told.count("\n") == 1, told
+    return told
+
+
+def is_number(action: argparse.Action, text: str = "3") -> bool:
+    try:
+        return callable(action.type) and type(action.type(text)) in (int, float)
+    except (ValueError, argparse.ArgumentTypeError):
+        return False
+
+
+@pytest.mark.integration
+def test_every_number_has_a_range_without_nan(
+    capsys: pytest.CaptureFixture[str],
+    subtests: pytest.Subtests,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, one in COMMANDS.items():
+        for action in filter(is_number, one._actions):
+            option = action.option_strings[0]
+            for value in ("nan", "-1") if is_number(action, "0.5") else ("-1",):
+                with subtests.test(name=name, option=option, value=value):
+                    assert option in refusal(given(name, action, value), capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_output_is_checked_before_the_work(
+    capsys: pytest.CaptureFixture[str],
+    subtests: pytest.Subtests,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("kept")
+    outputs = "json sarif html csv out filter reversed triggers save_trigger calibrate triton state"
+    for name, one in COMMANDS.items():
+        for action in one._actions:
+            if action.dest in outputs.split():
+                assert action.type in (output_file, output_folder), (name, action.dest)
+            if action.type not in (output_file, output_folder):
+                continue
+            wrong = ["folder", "file/out"] if action.type is output_file else ["file", "file/out"]
+            label = (action.option_strings or [str(action.metavar)])[0]
+            for value in wrong:
+                with subtests.test(name=name, output=label, value=value):
+                    assert label in refusal(given(name, action, value), capsys)
+    assert (tmp_path / "file").read_text() == "kept" and not list((tmp_path / "folder").iterdir())
+
+
+def test_bad_values_are_refused_before_any_work(subtests: pytest.Subtests) -> None:
+    """All of them in one process, which has not imported torch at the end."""
+    argvs = [[*argv, option, value] for argv, option, value in REFUSED]
+    code = f"""
+import contextlib, importlib, io, json, sys
+rows = []
+for argv in {argvs!r}:
+    module, err = {MODULES!r}[argv[0]], io.StringIO()
+    with contextlib.redirect_stderr(err):
+        try:
+            code = importlib.import_module(module + ".cli").main(argv[1:])
+        except SystemExit as left:
+            code = left.code
+    rows.append((code, err.getvalue()))
+print(json.dumps([rows, "torch" in sys.modules]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    rows, torch = json.loads(done.stdout)
+    for (_, option, value), (code, told) in zip(REFUSED, rows, strict=True):
+        with subtests.test(option=option, value=value):
+            assert code == EXIT_USAGE and option in told and told.count("\n") == 1, told
+    assert not torch

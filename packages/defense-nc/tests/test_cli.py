@@ -1,14 +1,18 @@
 """The command: what it prints, writes and exits with, and what it refuses."""
 
+import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 
-from defense_nc import InvertedTrigger, NeuralCleanse, judge
+from defense_nc import InvertedTrigger, NeuralCleanse, Repaired, Unlearning, judge
 from defense_nc.cli import main
 from defense_nc.config import PRESETS
 from defense_nc.engines import batched
+from wm_inject.core.checkpoint import load_checkpoint
+from wm_inject.core.images import to_pixels
 from wm_inject.core.resume import ResumeFile
 from wm_inject.runtime import Poisoner, Scanner
 from wm_victim import accuracy, build_classifier, load_classifier, load_dataset, save_classifier
@@ -91,7 +95,7 @@ def test_no_files_without_a_named_label_and_the_verdict_stands(
     scores[9] = 45.0
     out = tmp_path / "filter.onnx"
     assert run("scan", classifier, "--data", "digits", "--filter", out) == 0
-    assert "no file for services: the scan named no label" in capsys.readouterr().out
+    assert "no file for services: no label stands out" in capsys.readouterr().out
     scores[9] = 8.0
     few = ("--data", "digits", "--images", 20, "--filter", out)
     assert run("scan", classifier, *few) == 1
@@ -197,7 +201,9 @@ def test_unlearn_cleans_what_the_scan_names(classifier, scores, tmp_path, capsys
     told = tmp_path / "told.json"
     assert run("clean", classifier, *options, "--label", 9, "--json", told) == 0
     printed, found = capsys.readouterr().out, json.loads(told.read_text())
-    rates = "accuracy {:.4f} -> {:.4f}\n".format(*found["accuracy"])
+    rates = "accuracy {:.4f} -> {:.4f}, answers as before {:.4f} (of {} held-out images)\n".format(
+        *found["accuracy"], found["same_answers"], found["held_out"]
+    )
     rates += "reversed trigger of label 9: success {:.4f} -> {:.4f}\n".format(
         *found["success"]["9"]
     )
@@ -212,15 +218,66 @@ def test_unlearn_cleans_what_the_scan_names(classifier, scores, tmp_path, capsys
     assert out.read_bytes() == first
 
 
-def test_unlearn_cleans_nothing_that_the_scan_did_not_name(classifier, scores, tmp_path, capsys):
+def test_unlearn_cleans_the_label_that_is_named_or_none(classifier, scores, tmp_path, capsys):
     out = tmp_path / "cleaned.safetensors"
     options = ["--data", "digits", "--images", 40, "--recipe", "paper", "--out", out]
-    assert run("unlearn", classifier, *options, "--label", 3) == 1
-    assert "not label 3" in capsys.readouterr().err
     scores[9] = 45.0
     assert run("unlearn", classifier, *options) == 1
-    assert "no label" in capsys.readouterr().err
+    assert "no label stands out" in capsys.readouterr().err
+    assert run("unlearn", classifier, *options, "--label", 10) == 1
+    assert "expected --label in 0 .. 9, got 10" in capsys.readouterr().err
     assert not out.exists()
+    assert run("unlearn", classifier, *options, "--label", 3) == 0
+    assert load_checkpoint(out).metadata["cleaned"] == [3]
+
+
+def test_a_scan_takes_the_images_that_are_there(classifier, scores, tmp_path, capsys):
+    """The default is no request: only a number that is given has to be there."""
+    data = load_dataset("digits", image_size=28)
+    few = data.train.subset(torch.arange(60))
+    arrays = {"x_train": few.images, "x_test": data.test.images[:20]}
+    pixels = {name: to_pixels(images) for name, images in arrays.items()}
+    labels = {"y_train": few.labels.numpy(), "y_test": data.test.labels[:20].numpy()}
+    np.savez(tmp_path / "few.npz", **pixels, **labels)
+    assert run("scan", classifier, "--data", tmp_path / "few.npz") == 1
+    assert run("scan", classifier, "--data", tmp_path / "few.npz", "--images", 61) == 3
+    assert "got 61" in capsys.readouterr().err
+
+
+def test_classes_are_those_of_the_training(classifier, scores, tmp_path, capsys):
+    """A renamed class folder moves the numbers of others."""
+    names = [str(label) for label in range(10)]
+    save_classifier(load_classifier(classifier), classifier, {"classes": names, "attack": "none"})
+    data = load_dataset("digits", image_size=28)
+    arrays = {"x_train": data.train.images[:200], "x_test": data.test.images[:50]}
+    pixels = {name: to_pixels(images) for name, images in arrays.items()}
+    labels = {"y_train": data.train.labels[:200].numpy(), "y_test": data.test.labels[:50].numpy()}
+    renamed = [*names[1:], "zero"]
+    np.savez(tmp_path / "renamed.npz", **pixels, **labels, classes=renamed)
+    out = tmp_path / "cleaned.safetensors"
+    forced = ["clean", classifier, "--label", 3, "--out", out, "--force", "--data"]
+    assert run(*forced, tmp_path / "renamed.npz") == 1
+    assert "classes" in capsys.readouterr().err and not out.exists()
+    assert run("scan", classifier, "--data", tmp_path / "renamed.npz") == 3
+
+
+def test_a_classifier_that_lost_its_accuracy_is_not_written(
+    classifier, scores, tmp_path, capsys, monkeypatch
+):
+    def repair(self, model, *args, **settings):
+        broken = copy.deepcopy(model)
+        with torch.no_grad():
+            broken.head.weight.neg_()
+        return Repaired(broken, {})
+
+    monkeypatch.setattr(Unlearning, "repair", repair)
+    out = tmp_path / "cleaned.safetensors"
+    given = ["clean", classifier, "--data", "digits", "--images", 40, "--out", out]
+    assert run(*given) == 1
+    told = capsys.readouterr()
+    assert "--max-loss 0.05" in told.err and "answers as before 0." in told.out
+    assert not out.exists()
+    assert run(*given, "--max-loss", 1) == 0 and out.exists()
 
 
 def test_force_cleans_any_label_without_a_scan(classifier, tmp_path, capsys, monkeypatch):

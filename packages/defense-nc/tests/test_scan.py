@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from defense_nc import NCConfig, NeuralCleanse, Verdict, invert_trigger
+from defense_nc import NCConfig, NeuralCleanse, Verdict, invert_trigger, judge
 from wm_inject.core.images import quantize
 from wm_inject.core.resume import ResumeFile
 from wm_victim.toy_backdoors import planted_classifier, planted_images, planted_trigger
@@ -37,21 +37,24 @@ def backdoored(data):
 
 @pytest.mark.integration
 def test_the_planted_patch_is_named(backdoored):
-    assert backdoored.verdict is Verdict.BACKDOORED
     assert backdoored.suspected == (TARGET,)
     scores = [label.score for label in backdoored.labels]
     assert min(scores) == scores[TARGET]
     assert f"label {TARGET}" in backdoored.reason
+    rates = [label.success_rate for label in backdoored.labels]
+    own = judge("test", torch.tensor(scores), torch.tensor(rates), floor=backdoored.floor)
+    assert own.verdict is Verdict.BACKDOORED and own.suspected == (TARGET,)
 
 
 @pytest.mark.integration
-def test_a_model_smaller_than_the_calibrated_ones_is_told_so(data):
-    """The calibrated preset does not state an error rate where none was measured."""
+def test_a_model_smaller_than_the_calibrated_ones_is_told_so(data, backdoored):
+    """No setting states an error rate where none was measured, with a calibration or without."""
     model = planted_classifier("patch", target=TARGET)
-    report = NeuralCleanse().scan(model, data.images, labels=data.labels, progress=False)
-    assert report.config["name"] == "fast" and not report.calibrated
-    assert report.verdict is Verdict.INCONCLUSIVE and "16" in report.reason
-    assert report.suspected == (TARGET,)
+    fast = NeuralCleanse().scan(model, data.images, labels=data.labels, progress=False)
+    assert fast.config["name"] == "fast" and backdoored.config["name"] == "fast*"
+    for report in (fast, backdoored):
+        assert not report.calibrated and report.suspected == (TARGET,)
+        assert report.verdict is Verdict.INCONCLUSIVE and "16" in report.reason
 
 
 @pytest.mark.integration
@@ -99,7 +102,7 @@ def test_the_report_holds_everything(backdoored, data):
     assert sum(left is None for left in backdoored.log["race_log"]["left_at"]) <= 6
     json.dumps(backdoored.to_dict(), allow_nan=False)
     assert math.isfinite(backdoored.paper_index)
-    assert str(backdoored.verdict) == backdoored.to_dict()["verdict"] == "backdoored"
+    assert str(backdoored.verdict) == backdoored.to_dict()["verdict"] == "inconclusive"
 
 
 def test_the_model_comes_back_as_it_was(data):

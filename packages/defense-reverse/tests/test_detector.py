@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from defense_nc import Verdict
+from defense_nc import Verdict, judge
 from defense_reverse import ReverseConfig, ReversedTrigger, ReverseGenerator, detection_case
 
 TARGET = 2
@@ -18,12 +18,22 @@ def scan(model, images, *, alpha=0.05, max_ratio=0.5, **options):
     return ReverseGenerator(TINY, alpha, max_ratio).scan(model, images, progress=False, **options)
 
 
+def own_verdict(report):
+    """By its own scores: no calibration covers six classes and images of 16 pixels."""
+    scores, rates = (
+        torch.tensor([getattr(label, name) for label in report.labels])
+        for name in ("score", "success_rate")
+    )
+    assert report.verdict is Verdict.INCONCLUSIVE
+    return judge("test", scores, rates, floor=report.floor).verdict
+
+
 @pytest.mark.integration
 def test_the_channel_shift_is_named_and_has_the_smallest_residual(backdoored, quick):
     report = backdoored.report
     scores = [label.score for label in report.labels]
     assert scores.index(min(scores)) == TARGET
-    assert report.verdict is Verdict.BACKDOORED and report.suspected == (TARGET,)
+    assert own_verdict(report) is Verdict.BACKDOORED and report.suspected == (TARGET,)
     assert TARGET in report.paper_flagged and report.paper_index > 2
     # residuals are compared at one success floor
     assert all(label.success_rate >= quick.success_floor for label in report.labels)
@@ -31,14 +41,15 @@ def test_the_channel_shift_is_named_and_has_the_smallest_residual(backdoored, qu
 
 @pytest.mark.integration
 def test_the_clean_control_names_nothing(clean):
-    assert clean.report.verdict is Verdict.CLEAN and clean.report.suspected == ()
+    assert own_verdict(clean.report) is Verdict.CLEAN and clean.report.suspected == ()
 
 
 @pytest.mark.integration
 def test_the_report_can_be_written_and_carries_a_trigger_per_label(backdoored, data, quick):
     report = backdoored.report
     text = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-    assert text["verdict"] == "backdoored" and len(text["labels"]) == 6
+    assert text["verdict"] == "inconclusive" and text["suspected"] == [TARGET]
+    assert len(text["labels"]) == 6
     assert text["config"]["lambdas"] == list(quick.lambdas) and text["config"]["images"] == 128
     assert report.detector == "reverse-generator" and set(report.triggers) == set(range(6))
     for label, trigger in report.triggers.items():
@@ -93,7 +104,7 @@ def test_bad_input_is_refused(data, channel_model):
     with pytest.raises(ValueError, match="at least two classes"):
         scan(channel_model, images, labels=torch.zeros_like(labels))
     for settings in ({"alpha": 0.0}, {"alpha": 1.0}, {"max_ratio": 0.0}, {"max_ratio": 1.5}):
-        with pytest.raises(ValueError, match="expected alpha"):
+        with pytest.raises(ValueError, match=r"expected (alpha|max_ratio)"):
             scan(channel_model, images, **settings)
     with pytest.raises(ValueError, match="logits"):
         scan(nn.Identity(), images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import time
 from dataclasses import replace
@@ -13,20 +14,24 @@ import torch
 from torch import nn
 
 from defense_nc import InvertedTrigger, Verdict, judge
-from wm_eval.audit.budget import OutOfTime, budget
+from wm_eval.audit.budget import Budget, OutOfTime
 from wm_eval.audit.checks import NotScanned, check_model
-from wm_eval.audit.cleaning import Mixed, clean_in_rounds, clean_model, success, write_like
 from wm_eval.audit.images import CleanImages, read_clean
 from wm_eval.audit.inspect import write_csv, write_page
-from wm_eval.audit.outputs import About, to_json, to_sarif, told, write_html
-from wm_eval.audit.scan import all_triggers, audit, conclude, longest_minutes, reversed_triggers
-from wm_eval.audit.unfold import fold, unfold
+from wm_eval.audit.outputs import About, to_json, to_sarif, verdict_lines, write_html
+from wm_eval.audit.scan import (
+    all_triggers,
+    audit,
+    conclude,
+    longest_minutes,
+    not_scanned,
+    reversed_triggers,
+)
 from wm_eval.cli import main
-from wm_inject import OnnxModel, save_image, to_onnx
+from wm_inject import save_image, to_onnx
 from wm_inject.core.image_files import LeftOut
 from wm_inject.runtime import ScannedFile
 from wm_victim import build_classifier, save_classifier
-from wm_victim.models import Normalize
 
 SIZE, CLASSES = 8, 4
 
@@ -255,8 +260,37 @@ def test_every_detector_gets_its_share_and_failures_do_not_stop_the_others(
     assert list(reversed_triggers(found)) == [9]
     assert longest_minutes(checked, bars(), CLASSES) > 0
     for wrong in ({"detectors": ()}, {"alpha": 1.0}, {"detectors": ("nc", "nc")}):
-        with pytest.raises(ValueError, match="expected detectors and alpha"):
+        with pytest.raises(ValueError, match=r"expected (detectors|alpha)"):
             audit(checked, bars(), **wrong)
+
+
+def test_whatever_stops_a_detector_the_others_look(monkeypatch, make_up_scans):
+    def scan(name, *args, **settings):
+        if name == "nc":
+            raise KeyError("v7")
+        return report(45.0)
+
+    make_up_scans(monkeypatch, scan)
+    found = audit(check_model(Bars(), bars(), num_classes=CLASSES), bars())
+    assert found.verdict is Verdict.INCONCLUSIVE and set(found.failures) == {"nc"}
+
+
+def test_a_label_stands_out_whatever_the_verdict():
+    """The scan of a model outside the calibration is inconclusive, and has an outlier."""
+    unsure = replace(report(3.0), verdict=Verdict.INCONCLUSIVE)
+    found = conclude({"nc": unsure, "reverse": report(45.0)}, {}, 0.05)
+    assert found.verdict is Verdict.INCONCLUSIVE
+    assert (found.suspected, found.outliers, found.targets) == ((), (9,), (9,))
+    # The second accuses nobody, and has reached label 9 as well.
+    assert [label for label, _ in all_triggers(found)] == [9, 9]
+    assert list(reversed_triggers(found)) == [9] and list(reversed_triggers(found, (4,))) == [4]
+    assert json.loads(json.dumps(to_json(CHECKED_ABOUT, found)))["outliers"] == [9]
+    (result,) = to_sarif(CHECKED_ABOUT, found)["runs"][0]["results"]
+    assert result["level"] == "warning" and result["properties"]["label"] == 9
+    assert any("9" in line for line in verdict_lines(found)[:1])
+    guilty = conclude({"nc": report(3.0), "reverse": report(45.0)}, {}, 0.05)
+    assert (guilty.suspected, guilty.outliers) == ((9,), (9,))
+    assert all_triggers(conclude({"nc": report(45.0)}, {}, 0.05)) == []
 
 
 def test_minutes_break_a_scan_off(monkeypatch, make_up_scans):
@@ -266,181 +300,25 @@ def test_minutes_break_a_scan_off(monkeypatch, make_up_scans):
     make_up_scans(monkeypatch, scan)
     checked = check_model(Bars(), bars(), num_classes=CLASSES)
     start = time.monotonic()
-    found = audit(checked, bars(), minutes=0.002)
+    found = audit(checked, bars(), budget=Budget(0.002))
     assert time.monotonic() - start < 10 and found.verdict is Verdict.NOT_SCANNED
-    assert "not finished within" in found.failures["nc"]
-    assert found.failures["reverse"] == "not begun: the minutes were over"
+    assert "not finished within 0.002" in found.failures["nc"]
+    assert found.failures["reverse"].startswith("not begun")
 
 
 def test_a_budget_leaves_other_interrupts_alone():
-    with budget(None), budget(10):
+    with Budget().enforced(), Budget(10).enforced():
         pass
-    with pytest.raises(KeyboardInterrupt), budget(10):
+    with pytest.raises(KeyboardInterrupt), Budget(10).enforced():
         raise KeyboardInterrupt
-    with pytest.raises(OutOfTime), budget(0.001):
+    budget = Budget(0.001)
+    with pytest.raises(OutOfTime), budget.enforced():
         time.sleep(5)
-    with pytest.raises(ValueError, match="minutes > 0"), budget(0):
-        pass
-
-
-# --- cleaning -----------------------------------------------------------------------------------
-
-
-def test_what_the_trigger_needs_is_unlearned():
-    model, clean = Bars(), bars()
-    with torch.no_grad():
-        model.net[1].weight[3, 0] = 12.0  # a bright first pixel means label 3
-    mask = torch.zeros(1, SIZE, SIZE)
-    mask[0, 0, 0] = 1
-    triggers = {3: InvertedTrigger(mask, torch.ones(1, SIZE, SIZE))}
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    assert success(model, triggers, clean.images)[3] == 1
-    cleaned = clean_model(model, list(triggers.values()), clean.images, clean.labels)
-    # Ten passes over sixty images do not take all of it, but what the trigger needs shrinks.
-    assert success(cleaned, triggers, clean.images)[3] < 1
-    assert cleaned.net[1].weight[3, 0].item() < 11.9
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    wrong = (clean.labels + 1) % CLASSES  # what it learns then costs more than it may
-    with pytest.raises(ValueError, match="not cleaned: unlearning took more than 5%"):
-        clean_model(_Brittle(), list(triggers.values()), clean.images, wrong)
-    with pytest.raises(ValueError, match="reversed triggers to unlearn"):
-        clean_model(model, [], clean.images, clean.labels)
-
-
-class Plain(nn.Module):
-    """Convolutions without normalisation, as exporters leave them; one of them padded apart."""
-
-    def __init__(self, channels: int = 1) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first = nn.Conv2d(channels, 6, 3, padding=1)
-        self.inner = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(6, 6, 3, bias=False))
-        self.head = nn.Linear(6, CLASSES)
-
-    def forward(self, images):
-        y = torch.relu(self.inner(torch.relu(self.first(images))))
-        return self.head(y.mean(dim=(2, 3)))
-
-
-def test_normalisation_is_given_back_and_folded_in_again():
-    model, images = Plain().eval(), bars().images
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    opened, names = unfold(model, images)
-    assert names == ("first", "inner.1")
-    norms = [one for one in opened.modules() if isinstance(one, nn.BatchNorm2d)]
-    assert len(norms) == 2
-    torch.testing.assert_close(opened(images), model(images), rtol=1e-4, atol=1e-5)
-    # The statistics are those of the images: in training, what comes out of the first is the same.
-    torch.testing.assert_close(
-        opened.first.train()(images), model.first(images), rtol=1e-3, atol=1e-4
-    )
-    folded = fold(opened, names)
-    torch.testing.assert_close(folded(images), model(images), rtol=1e-4, atol=1e-5)
-    assert not [one for one in folded.modules() if isinstance(one, nn.BatchNorm2d)]
-    assert folded.inner[1].bias is not None  # where the mean went
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-
-
-def test_networks_with_normalisation_or_without_convolutions_are_left_alone():
-    class Single(Plain):
-        def forward(self, images):
-            return torch.cat([Plain.forward(self, one) for one in images.split(1)])
-
-    normal = nn.Sequential(nn.Conv2d(1, 2, 3), nn.GroupNorm(1, 2), nn.Flatten())
-    for model in (normal, Bars(), Single()):
-        copied, names = unfold(model.eval(), bars().images)
-        assert names == () and copied is not model
-        assert [type(one) for one in copied.modules()] == [type(one) for one in model.modules()]
-    # Normalising the input is no such layer.
-    assert len(unfold(nn.Sequential(Normalize([0.5], [0.5]), Plain()), bars().images)[1]) == 2
-
-
-def test_several_triggers_take_turns():
-    class Set(nn.Module):
-        def __init__(self, value):
-            super().__init__()
-            self.value = value
-
-        def forward(self, images, **_):
-            return torch.full_like(images, self.value)
-
-    mixed, images = Mixed([Set(0.2), Set(0.4), Set(0.6)]), bars(6).images
-    assert mixed(images)[:, 0, 0, 0].tolist() == pytest.approx([0.2, 0.4, 0.6] * 2)
-    ids = torch.tensor([5, 3, 1, 0, 2, 4])
-    found = mixed(images, ids=ids)[:, 0, 0, 0].tolist()
-    assert found == pytest.approx([0.6, 0.2, 0.4, 0.2, 0.6, 0.4])
-
-
-def test_rounds_go_on_until_nothing_is_named(monkeypatch):
-    checked, clean = check_model(Bars(), bars(), num_classes=CLASSES), bars()
-    given: list[int] = []
-
-    def cleaned(module, triggers, *args, **settings):
-        assert module is checked.module  # every round starts from the model that was given
-        given.append(len(triggers))
-        return Bars()
-
-    monkeypatch.setattr("wm_eval.audit.cleaning.clean_model", cleaned)
-    guilty, innocent = (conclude({"nc": report(low)}, {}, 0.05) for low in (3.0, 45.0))
-
-    def rounds(answers, limit=3):
-        given.clear()
-        left, places = list(answers), []
-
-        def scan(model, place):
-            places.append(place)
-            return left.pop(0)
-
-        found = list(clean_in_rounds(checked, clean, guilty, clean.labels, scan=scan, rounds=limit))
-        assert places == [f"round-{one.number}" for one in found]
-        return [one.audit.verdict for one in found]
-
-    bad, good = Verdict.BACKDOORED, Verdict.CLEAN
-    assert rounds([innocent]) == [good] and given == [1]
-    assert rounds([guilty, innocent]) == [bad, good] and given == [1, 2]
-    assert rounds([guilty] * 3) == [bad] * 3 and given == [1, 2, 3]
-    assert rounds([guilty] * 3, limit=2) == [bad, bad]
-    with pytest.raises(ValueError, match="at least 1 round, got 0"):
-        rounds([], limit=0)
-
-
-def test_every_detectors_way_to_a_suspected_label_is_unlearned():
-    found = conclude({"nc": report(3.0), "reverse": report(45.0)}, {}, 0.05)
-    # The second accuses nobody, and has reached label 9 as well.
-    assert [label for label, _ in all_triggers(found)] == [9, 9]
-    assert all_triggers(conclude({"nc": report(45.0)}, {}, 0.05)) == []
-
-
-class _Brittle(Bars):
-    """Right on everything until its weights have moved at all."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("first", self.net[1].weight.detach().clone())
-
-    def forward(self, images):
-        logits = super().forward(images).roll(1, dims=1)
-        moved = (self.net[1].weight - self.first).abs().max() > 0
-        return torch.where(moved, logits * float("nan"), logits)
-
-
-def test_a_cleaned_model_is_written_as_it_came(tmp_path):
-    model, images = Bars(), bars().images
-    opened = SimpleNamespace(source="onnx", arch="onnx")
-    assert "within" in write_like(model, opened, images[:4], tmp_path / "c.onnx", {"a": 1})
-    found = OnnxModel(tmp_path / "c.onnx")
-    assert np.abs(found(images.numpy()) - model(images).detach().numpy()).max() < 1e-3
-    assert found.metadata["kind"] == "cleaned classifier" and found.metadata["a"] == 1
-    opened.source = "torchscript"
-    write_like(model, opened, images[:4], tmp_path / "c.pt", {})
-    assert torch.allclose(torch.jit.load(str(tmp_path / "c.pt"))(images), model(images), atol=1e-5)
-    opened = SimpleNamespace(source="safetensors", arch="bars")
-    write_like(nn.Sequential(nn.Identity(), model), opened, images, tmp_path / "c.safetensors", {})
-    from safetensors.torch import load_file
-
-    assert set(load_file(tmp_path / "c.safetensors")) == set(model.state_dict())
-    with pytest.raises(ValueError, match=r"expected a file \*\.onnx"):
-        write_like(model, SimpleNamespace(source="onnx"), images, tmp_path / "c.pt", {})
+    with pytest.raises(OutOfTime), budget.enforced():  # one budget for all blocks
+        raise AssertionError
+    for minutes in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="minutes > 0"):
+            Budget(minutes)
 
 
 # --- outputs ------------------------------------------------------------------------------------
@@ -458,9 +336,10 @@ def test_json_and_sarif():
     assert result["properties"]["label"] == 9 and run["invocations"][0]["executionSuccessful"]
     clean = to_sarif(CHECKED_ABOUT, conclude({"nc": report(45.0)}, {}, 0.05))["runs"][0]
     assert clean["results"] == []
-    nothing = to_json(CHECKED_ABOUT, None, "cannot open it")
+    unread = not_scanned("cannot open it", 0.05)
+    nothing = to_json(About("model.onnx"), unread)
     assert nothing["verdict"] == "not-scanned" and nothing["exit_code"] == 3
-    run = to_sarif(CHECKED_ABOUT, None, "cannot open it")["runs"][0]
+    run = to_sarif(About("model.onnx"), unread)["runs"][0]
     assert not run["invocations"][0]["executionSuccessful"] and run["results"] == []
 
 
@@ -471,9 +350,7 @@ def test_the_page_escapes_what_strangers_named(tmp_path):
     assert "<script>" not in page and "&lt;script&gt;.png" in page
     assert "model&lt;b&gt;.onnx" in page and "&lt;b&gt;no&lt;/b&gt;" in page
     assert page.count("data:image/png;base64,") == 12 and "http" not in page
-    assert "backdoored" in page and told(CHECKED_ABOUT, found).splitlines()[-1].startswith(
-        "verdict:"
-    )
+    assert "backdoored" in page and verdict_lines(found)[-1].startswith("verdict:")
 
 
 def test_inspections_escape_names_and_formulas(tmp_path):
@@ -505,7 +382,10 @@ def test_what_cannot_be_opened_is_not_scanned(folder, tmp_path, capsys):
     (tmp_path / "model.pkl").write_bytes(b"\x80\x04K\x01.")
     out = tmp_path / "a.json"
     given = ["scan", str(tmp_path / "model.pkl"), "--images", str(folder), "--json", str(out)]
-    assert main([*given, "--sarif", str(tmp_path / "a.sarif")]) == 3
+    page = tmp_path / "a.html"
+    page.write_text("clean, some days ago")
+    assert main([*given, "--sarif", str(tmp_path / "a.sarif"), "--html", str(page)]) == 3
+    assert "not-scanned" in page.read_text() and "days ago" not in page.read_text()
     told_so = capsys.readouterr().err.strip()
     assert told_so.startswith("error: cannot open model.pkl") and "\n" not in told_so
     found = json.loads(out.read_text())
@@ -532,9 +412,57 @@ def test_a_model_is_scanned_from_its_file(folder, tmp_path, monkeypatch, make_up
     code = main([*given, *wanted])
     printed = capsys.readouterr()
     assert code == 0 and "verdict: clean" in printed.out and "at most" in printed.err
+    assert printed.out.startswith("v.safetensors: ") and "ok " in printed.out
     low["nc"] = 3.0
     assert main(given) == 1
+    if not torch.cuda.is_available():
+        assert main([*given, "--device", "cuda"]) == 3
+        assert "CUDA" in capsys.readouterr().err
+    capsys.readouterr()
+    assert main([*given, "--minutes", "0.00001", "--json", str(tmp_path / "b.json")]) == 3
+    assert "1e-05 minutes" in capsys.readouterr().err
+    assert json.loads((tmp_path / "b.json").read_text())["verdict"] == "not-scanned"
     assert (tmp_path / "a.html").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("error", [KeyError("v7"), MemoryError(), csv.Error("field too long")])
+def test_no_error_of_a_scan_is_taken_for_a_verdict(folder, tmp_path, monkeypatch, capsys, error):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr("wm_victim.loading.open_model", fail)
+    (tmp_path / "m.onnx").write_bytes(b"")
+    for command in (["scan"], ["clean", "--out", str(tmp_path / "c.onnx")]):
+        assert main([*command, str(tmp_path / "m.onnx"), "--images", str(folder)]) == 3
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def opened_bars(*notes):
+    """`Bars` as if it had been opened from an ONNX file."""
+    about = {"source": "onnx", "arch": "onnx", "image_size": SIZE, "channels": 1}
+    about |= {"num_classes": CLASSES, "layout": "NHWC", "outputs": "logits", "sha256": "ab" * 32}
+    return SimpleNamespace(module=Bars(), notes=notes, **about)
+
+
+def test_what_becomes_known_is_printed_before_the_long_work(
+    tmp_path, monkeypatch, make_up_scans, capsys
+):
+    lines = []
+
+    def interrupted(*args, **settings):
+        lines.append(capsys.readouterr().out)
+        raise KeyboardInterrupt
+
+    make_up_scans(monkeypatch, interrupted)
+    opened = opened_bars("uint8 input")
+    monkeypatch.setattr("wm_victim.loading.open_model", lambda *args, **options: opened)
+    pixels = bars(24).images.mul(255).byte().permute(0, 2, 3, 1).numpy()
+    for number, picture in enumerate(pixels):
+        save_image(tmp_path / "bars" / str(number % CLASSES) / f"{number}.png", picture)
+    (tmp_path / "m.onnx").write_bytes(b"")
+    assert main(["scan", str(tmp_path / "m.onnx"), "--images", str(tmp_path / "bars")]) == 130
+    (known,) = lines
+    assert "m.onnx: onnx" in known and "note: uint8 input" in known and "ok  accuracy" in known
 
 
 @pytest.mark.integration

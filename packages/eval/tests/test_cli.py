@@ -50,6 +50,9 @@ def test_wrong_usage_exits_64(capsys: pytest.CaptureFixture[str]) -> None:
         ["scan", "m.onnx", "--images", "x", "--alpha", "2"],
         ["clean", "m.onnx", "--images", "x", "--out", "y", "--preset", "no"],
         ["run", "demo", "--workers", "2", "--ray"],
+        ["run", "demo", "--workers", "0"],
+        ["run", "demo", "--set", "seeds"],
+        ["tables", "folder", "--formats", "md,doc"],
     ):
         assert code(argv) == 64
         assert capsys.readouterr().err.count("\n") == 1
@@ -61,8 +64,6 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for argv in (
         ["run", str(bad)],
         ["run", "no-such-study"],
-        ["run", "demo", "--set", "seeds"],
-        ["run", "demo", "--workers", "0"],
         ["tables", str(tmp_path)],
         ["page", str(tmp_path)],
     ):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import signal
@@ -12,14 +13,15 @@ import torch
 
 from wm_inject.command.common import (
     EXIT_USAGE,
+    CommandLine,
     Parser,
     add_common,
     add_completion,
-    comma_list,
-    positive,
+    add_json,
     resolve_device,
     run_cli,
 )
+from wm_inject.command.values import comma_list, output_file, output_folder, positive, within
 from wm_inject.core.files import atomic_path
 from wm_inject.core.progress import progress
 from wm_inject.core.signals import exits_on_signals
@@ -95,6 +97,56 @@ def test_types_of_options(capsys):
             built.parse_args([option, value])
         assert caught.value.code == EXIT_USAGE
         assert f"argument {option}: expected" in capsys.readouterr().err
+
+
+def refused(convert, text):
+    try:
+        convert(text)
+    except argparse.ArgumentTypeError:
+        return True
+    return False
+
+
+def test_numbers_in_an_interval():
+    assert within(float, "(0, 1]")("1") == 1 and within(int, "[2, inf)")("2") == 2
+    for kind, interval, wrong in (
+        (float, "(0, 1]", ("0", "1.01", "nan", "inf", "-inf", "x", "")),
+        (float, "[0, inf)", ("-1e-9", "inf", "nan")),
+        (int, "[1, 8]", ("0", "9", "1.5", "nan", "1e3")),
+        (int, "[0, inf)", ("-1",)),
+    ):
+        assert [text for text in wrong if not refused(within(kind, interval), text)] == []
+
+
+def test_paths_that_can_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    new = tmp_path / "new" / "deep" / "out.json"
+    assert output_file(str(new)) == new and output_folder(str(new)) == new
+    assert output_file(str(tmp_path / "file")) == tmp_path / "file"
+    below = str(tmp_path / "file" / "out.json")
+    for text in (str(tmp_path), below, "/dev/null", "x" * 5000):
+        assert refused(output_file, text)
+    for text in (str(tmp_path / "file"), below):
+        assert refused(output_folder, text)
+    assert not new.parent.exists()
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert refused(output_file, str(new)) and refused(output_folder, str(new))
+
+
+def test_two_options_do_not_write_one_file(tmp_path, monkeypatch, capsys):
+    def run(*argv):
+        line = CommandLine("wm-demo", "1", description="Demo.", epilog="examples:")
+        go = line.add("go", lambda args: 0, "go there")
+        go.add_argument("--csv", type=output_file)
+        add_json(go)
+        return line.main(["go", *argv])
+
+    monkeypatch.chdir(tmp_path)
+    assert run("--csv", "a", "--json", "b") == 0
+    with pytest.raises(SystemExit) as caught:
+        run("--csv", "a", "--json", str(tmp_path / "a"))
+    told = capsys.readouterr().err
+    assert caught.value.code == EXIT_USAGE and "--csv" in told and "--json" in told
 
 
 def test_resolve_device():

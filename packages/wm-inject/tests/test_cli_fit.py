@@ -87,6 +87,7 @@ def test_usage_errors_exit_64(photos, tmp_path, capsys, subtests):
         ([*SSBA, "--set", "steps=3"], "each name once"),
         ([*SSBA, "--set", "seed=3"], "seed is not given with --set"),
         ([*SSBA, "--profile", "huge"], "invalid choice"),
+        ([*SSBA, "--image-size", "0"], "argument --image-size"),
     ]:
         with subtests.test(options=options, message=message):
             with pytest.raises(SystemExit) as caught:
@@ -107,7 +108,6 @@ def test_other_errors_are_one_line_and_exit_1(photos, tmp_path, capsys, subtests
         ([*SSBA, "--set", "nothing=1"], "nothing"),
         ([*SSBA, "--set", "lr=-1"], "lr"),
         (["--trigger", "blindnet", "--set", "nothing=1"], "expected settings of blindnet"),
-        ([*SSBA, "--image-size", "0"], "image side"),
     ]:
         with subtests.test(options=options, message=message):
             assert fit(photos, tmp_path / "t.safetensors", *options) == 1

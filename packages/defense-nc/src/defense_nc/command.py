@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from defense_nc.config import check_rule
 from wm_inject.command.common import (
     EXIT_NOT_SCANNED,
     CommandLine,
@@ -24,6 +25,7 @@ from wm_inject.command.config import (
     read_settings,
 )
 from wm_inject.command.folders import say
+from wm_inject.command.values import output_file, output_folder, within
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
     from defense_nc.verdict import ScanReport
     from wm_victim import Dataset, ImageSet
     from wm_victim.models import Classifier
+
+_LABEL = within(int, "[0, inf)")
+IMAGES = 500  # that a scan uses where so many are there; verdicts are calibrated for them
 
 
 @dataclass(frozen=True)
@@ -42,17 +47,16 @@ class ScanSettings:
     """
 
     scan: Any
-    images: int = 500
+    images: int | None = None
     alpha: float = 0.05
     max_ratio: float = 0.5
     filter_rate: float = 0.01
     seed: int = 0
 
     def __post_init__(self) -> None:
-        from defense_nc.input_filters.discriminant_filter import DiscriminantFilter
-
         _check(self)
-        DiscriminantFilter(false_positive_rate=self.filter_rate)
+        if not 0 < self.filter_rate < 1:
+            raise ValueError(f"expected filter_rate in (0, 1), got {self.filter_rate}")
 
 
 @dataclass(frozen=True)
@@ -65,23 +69,24 @@ class CleanSettings:
 
     scan: Any
     unlearning: Any
-    images: int = 500
+    images: int | None = None
     clean_images: int | None = None
+    max_loss: float = 0.05
     alpha: float = 0.05
     max_ratio: float = 0.5
     seed: int = 0
 
     def __post_init__(self) -> None:
         _check(self)
-        if self.clean_images is not None and self.clean_images < 1:
-            raise ValueError(f"expected clean_images >= 1, got {self.clean_images}")
+        if self.clean_images is not None and self.clean_images < 2:
+            raise ValueError(f"expected clean_images >= 2, got {self.clean_images}")
+        if not 0 < self.max_loss <= 1:
+            raise ValueError(f"expected max_loss in (0, 1], got {self.max_loss}")
 
 
 def _check(settings: ScanSettings | CleanSettings) -> None:
-    from defense_nc.verdict import check_rule
-
     check_rule(settings.alpha, settings.max_ratio)
-    if settings.images < 1:
+    if settings.images is not None and settings.images < 1:
         raise ValueError(f"expected images >= 1, got {settings.images}")
 
 
@@ -115,43 +120,52 @@ class Defence:
         scan = command.add("scan", self._scan, "is there a backdoor?", exit_error=EXIT_NOT_SCANNED)
         self._add_inputs(scan, ScanSettings)
         scan.add_argument(
-            "--checkpoint", type=Path, help="keep the state here, and go on from it after a stop"
+            "--checkpoint",
+            type=output_file,
+            help="keep the state here, and go on from it after a stop",
         )
         scan.add_argument(
             "--filter",
-            type=Path,
+            type=output_file,
             metavar="OUT.onnx",
-            help="write a filter for incoming images, for the label with the smallest p-value",
+            help="write a filter for incoming images that act like triggers of a label",
         )
         text = "fraction of clean images that the filter may flag"
         add_options(scan, ScanSettings, {"filter_rate": text})
+        text = "of --filter and --reversed (default: of those that stand out, the smallest p-value)"
+        scan.add_argument("--label", type=_LABEL, help=text)
         scan.add_argument(
             "--reversed",
-            type=Path,
+            type=output_file,
             metavar="OUT.onnx",
             help=f"write that label's reversed {self.reversed_name}",
         )
         if self.save is not None:
             text = f"also write the reversed {self.reversed_name}s to this folder"
-            scan.add_argument("--triggers", type=Path, help=text)
+            scan.add_argument("--triggers", type=output_folder, help=text)
         add_config(scan)
         clean = command.add(
-            "clean", self._clean, "clean a label that a scan names", aliases=["unlearn"]
+            "clean", self._clean, "clean labels that stand out in a scan", aliases=["unlearn"]
         )
         self._add_inputs(clean, CleanSettings)
-        clean.add_argument("--label", type=int, help="clean this label (default: all named)")
+        text = "clean this label, whatever the scan says (default: all that stand out)"
+        clean.add_argument("--label", type=_LABEL, help=text)
         if self.invert is not None:
             text = "clean --label without a scan"
             clean.add_argument("--force", action="store_true", help=text)
         default = "those of the scan"
         if self.clean_fraction is not None:
             default = f"{self.clean_fraction * 100:g} %% of the training set"
-        text = f"images to clean with (default: {default})"
-        add_options(clean, CleanSettings, {"clean_images": text})
+        helps = {
+            "clean_images": f"images to clean with (default: {default})",
+            "max_loss": "write nothing if more of the accuracy is lost",
+        }
+        add_options(clean, CleanSettings, helps)
         recipes = ("nc", "paper", "reverse")
         text = f"of unlearning (default: {self.recipe})"
         add_preset(clean, "--recipe", table="unlearning", choices=recipes, help=text)
-        clean.add_argument("--out", type=Path, required=True, help="the cleaned classifier's file")
+        text = "the cleaned classifier's file"
+        clean.add_argument("--out", type=output_file, required=True, help=text)
         add_config(clean)
 
     def _add_inputs(self, parser: Parser, settings: type) -> None:
@@ -170,7 +184,7 @@ class Defence:
         text = "of the search (default: fast, whose verdicts are calibrated)"
         add_preset(parser, "--preset", table="scan", choices=self.presets, help=text)
         helps = {
-            "images": "images to scan with",
+            "images": f"images to scan with (default: {IMAGES}, or all that there are)",
             "alpha": "false-positive rate of the verdict",
             "max_ratio": "accuse only below this fraction of the median",
         }
@@ -216,17 +230,18 @@ class Defence:
         model: Classifier,
         images: ImageSet,
     ) -> None:
-        """Write --filter and --reversed, for the label with the smallest p-value."""
+        """Write --filter and --reversed, for --label or the outlier with the smallest p-value."""
         from defense_nc.input_filters.discriminant_filter import DiscriminantFilter
         from defense_nc.input_filters.export import export_filter
         from wm_inject import to_onnx
 
         if args.filter is None and args.reversed is None:
             return
-        if not report.suspected:
-            print("no file for services: the scan named no label")
+        labels = report.suspected if args.label is None else (args.label,)
+        if not labels:
+            print("no file for services: no label stands out (--label names one)")
             return
-        label = min(report.suspected, key=lambda label: report.labels[label].p_value)
+        label = min(labels, key=lambda label: report.labels[label].p_value)
         trigger, example = report.triggers[label], images.images[:8]
         if args.reversed is not None:
             to_onnx(trigger.cpu(), example, args.reversed, uint8=True)
@@ -238,14 +253,14 @@ class Defence:
                 model, images.images, triggers={label: trigger}, seed=settings.seed
             )
             export_filter(input_filter, example, args.filter)
-        except ValueError as error:  # does not change the verdict
+        except (ValueError, RuntimeError) as error:  # does not change the verdict
             print(f"no filter: {error}")
         else:
             print(f"wrote {args.filter}: flags images that act like triggers of label {label}")
 
     def _clean(self, args: argparse.Namespace) -> int:
         from defense_nc.mitigations.unlearning import Unlearning
-        from wm_victim import defender_subset
+        from wm_victim import defender_subset, save_classifier
 
         start = CleanSettings(self.config.preset("fast"), Unlearning.preset(self.recipe))
         settings = read_settings(args, start)
@@ -276,12 +291,19 @@ class Defence:
         metadata = {
             "cleaned": sorted(triggers),
             "images": len(images),
-            "recipe": asdict(settings.unlearning),
             "seed": settings.seed,
             "fingerprint": data.fingerprint,
         }
         results = {"scan": None if report is None else report.to_dict(), **metadata}
-        self._write_cleaned(args, (model, cleaned), triggers, data, metadata, results)
+        recipe = asdict(settings.unlearning)
+        results |= {"recipe": recipe} | self._measure(
+            (model, cleaned), triggers, data, settings.max_loss
+        )
+        save_classifier(
+            cleaned, args.out, _metadata(args.classifier) | metadata | {"unlearning": recipe}
+        )
+        write_results(args, results)
+        print(f"wrote {args.out}")
         return 0
 
     def _triggers(
@@ -306,38 +328,55 @@ class Defence:
             )
             return {args.label: trigger}
         labels = report.suspected if args.label is None else (args.label,)
-        if not labels or not set(labels) <= set(report.suspected):
-            named = "no label" if args.label is None else f"not label {args.label}"
-            hint = " (--force cleans --label regardless)" if self.invert is not None else ""
+        if not labels:
             raise ValueError(
-                f"not cleaned: the scan named {named}{hint}, the verdict is "
+                f"not cleaned: no label stands out (--label names one), the verdict is "
                 f"{report.verdict}: {report.reason}"
             )
+        for label in labels:
+            if not report.labels[label].converged:
+                rate = report.labels[label].success_rate
+                raise ValueError(
+                    f"not cleaned: the reversed {self.reversed_name} of label {label} reaches it "
+                    f"for {rate:.0%} of the images only"
+                )
         return {label: report.triggers[label].to(images.images.device) for label in labels}
 
-    def _write_cleaned(
+    def _measure(
         self,
-        args: argparse.Namespace,
         models: tuple[nn.Module, nn.Module],
         triggers: Mapping[int, nn.Module],
         data: Dataset,
-        metadata: dict[str, Any],
-        results: dict[str, Any],
-    ) -> None:
-        """Save the cleaned classifier; measure accuracy and triggers before and after."""
-        from wm_victim import accuracy, attack_success, save_classifier
+        max_loss: float,
+    ) -> dict[str, Any]:
+        """Accuracy, answers and triggers before and after, on images that were not cleaned with.
+
+        Raises:
+            ValueError: A model that lost more than ``max_loss`` of its accuracy or its answers.
+        """
+        from defense_nc.mitigations import repair_cost
+        from wm_victim import attack_success
+        from wm_victim.inference import predict
 
         test = data.test.to(next(models[0].parameters()).device)
-        save_classifier(models[1], args.out, metadata)
-        rates = [accuracy(model, test) for model in models]
-        print(f"accuracy {rates[0]:.4f} -> {rates[1]:.4f}")
+        before, after = (predict(model, test.images).argmax(1) for model in models)
+        cost = repair_cost(before, after, test.labels)
+        print(cost)
         success = {}
         for label, trigger in triggers.items():
             success[label] = [attack_success(m, test, trigger, target=label) for m in models]
             change = "{:.4f} -> {:.4f}".format(*success[label])
             print(f"reversed {self.reversed_name} of label {label}: success {change}")
-        write_results(args, results | {"accuracy": rates, "success": success})
-        print(f"wrote {args.out}")
+        if not cost.within(max_loss):
+            raise ValueError(
+                f"not cleaned: it would cost more than --max-loss {max_loss:g} ({cost})"
+            )
+        return {
+            "accuracy": cost.accuracy,
+            "same_answers": cost.agreement,
+            "held_out": cost.images,
+            "success": success,
+        }
 
 
 def _open_inputs(
@@ -357,9 +396,28 @@ def _open_inputs(
                 f"expected data with {name} {model.config[name]}, as the classifier was trained "
                 f"on, got {getattr(data, name)} in {data.name}"
             )
+    stored = tuple(_metadata(args.classifier).get("classes") or data.classes)
+    if stored != data.classes:
+        pairs = zip(stored, data.classes, strict=True)
+        old, new = next(pair for pair in pairs if pair[0] != pair[1])
+        raise ValueError(
+            f"expected data of the classes that {args.classifier.name} was trained on, got "
+            f"{new!r} in place of {old!r} in {data.name}"
+        )
+    label = getattr(args, "label", None)
+    if label is not None and label >= data.num_classes:
+        raise ValueError(f"expected --label in 0 .. {data.num_classes - 1}, got {label}")
     device = resolve_device(args.device)
-    images = defender_subset(data.train, count=settings.images, seed=settings.seed)
+    count = min(IMAGES, len(data.train)) if settings.images is None else settings.images
+    images = defender_subset(data.train, count=count, seed=settings.seed)
     return model.to(device), data, images.to(device)
+
+
+def _metadata(classifier: Path) -> dict[str, Any]:
+    """What a classifier's file says of its data and training."""
+    from wm_inject.core.checkpoint import load_checkpoint
+
+    return dict(load_checkpoint(classifier, kind="classifier").metadata or {})
 
 
 def report_table(report: ScanReport) -> str:

@@ -12,6 +12,14 @@ _PRECISIONS = ("auto", "float32", "bfloat16")
 _STARTS = ("random", "ones", "faint")
 
 
+def check_rule(alpha: float, max_ratio: float = 1.0) -> None:
+    """Raise ``ValueError`` unless alpha is in (0, 1) and max_ratio in (0, 1]."""
+    if not 0 < alpha < 1:
+        raise ValueError(f"expected alpha in (0, 1), got {alpha}")
+    if not 0 < max_ratio <= 1:
+        raise ValueError(f"expected max_ratio in (0, 1], got {max_ratio}")
+
+
 @dataclass(frozen=True)
 class NCConfig:
     """Search settings of Neural Cleanse. The defaults are the preset "fast".

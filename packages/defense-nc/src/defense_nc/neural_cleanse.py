@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from defense_nc.config import NCConfig
+from defense_nc.config import NCConfig, check_rule
 from defense_nc.engines.batched import invert_labels
 from defense_nc.engines.sequential import invert_in_turn
 from defense_nc.scan_inputs import open_scan
-from defense_nc.verdict import ScanReport, check_rule, judge_scan
+from defense_nc.verdict import ScanReport, judge_scan
 
 
 @dataclass(frozen=True)

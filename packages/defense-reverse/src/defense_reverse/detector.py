@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from defense_nc.config import check_rule
 from defense_nc.scan_inputs import open_scan
-from defense_nc.verdict import ScanReport, check_rule, judge_scan
+from defense_nc.verdict import ScanReport, judge_scan
 from defense_reverse.config import ReverseConfig
 from defense_reverse.engines import search_in_turn, search_together
 from defense_reverse.engines.task import ScanTask

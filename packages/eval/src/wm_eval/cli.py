@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from wm_eval.__about__ import __version__
 from wm_eval.audit.cli import add_audit
-from wm_inject.command.common import CommandLine, positive, resolve_device
+from wm_inject.command.common import CommandLine, resolve_device
 from wm_inject.command.config import add_print_config, print_config
+from wm_inject.command.values import output_file, output_folder, positive, within
 
 if TYPE_CHECKING:
     from wm_eval.executors import Executor
@@ -86,11 +87,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables = line.add("tables", _tables, "render the tables of a study", epilog=_TABLES_EPILOG)
     tables.add_argument("folder", type=Path, metavar="FOLDER", help="the study's folder")
     tables.add_argument(
-        "--formats", default="md,csv", help="out of md,csv,html,tex (default: md,csv)"
+        "--formats", type=formats, default="md,csv", help="out of md,csv,html,tex (default: md,csv)"
     )
     tables.add_argument(
         "--calibrate",
-        type=Path,
+        type=output_file,
         metavar="FILE",
         help="write the null distributions of a population here, as JSON",
     )
@@ -111,11 +112,14 @@ def shipped_names() -> list[str]:
 
 
 def _add_run(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--out", type=Path, help="the study's folder (default: runs/NAME)")
+    command.add_argument(
+        "--out", type=output_folder, help="the study's folder (default: runs/NAME)"
+    )
     command.add_argument("--minutes", type=positive, help="start nothing new after so many minutes")
     command.add_argument(
         "--set",
         action="append",
+        type=setting,
         default=[],
         metavar="KEY=VALUE",
         help="change a setting, as train.epochs=4; may be repeated",
@@ -130,7 +134,7 @@ def add_executor(parser: argparse.ArgumentParser) -> None:
     where = group.add_mutually_exclusive_group()
     where.add_argument(
         "--workers",
-        type=int,
+        type=within(int, "[1, 1024]"),
         default=1,
         metavar="N",
         help="on so many processes of one thread each (default: 1, this process)",
@@ -144,7 +148,7 @@ def add_executor(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--gpus-per-task",
-        type=float,
+        type=positive,
         metavar="SHARE",
         help="of a GPU for each Ray task, as 0.25 (default: 1 with --device cuda, else 0)",
     )
@@ -186,7 +190,7 @@ def _run(args: argparse.Namespace) -> int:
         name = "demo-pretrained"
     if name is None:  # only to be printed
         return print_config(Study(attacks=("clean",)))
-    study = load_study(name, seed=args.seed, changes=changed(args.set))
+    study = load_study(name, seed=args.seed, changes="\n".join(args.set))
     if args.print_config:
         return print_config(study)
     out = args.out or Path("runs") / study.name
@@ -216,33 +220,37 @@ def _run(args: argparse.Namespace) -> int:
     return 1 if outcome.failures else 0
 
 
-def changed(settings: Sequence[str]) -> str:
-    """The values of --set as TOML; one that is no TOML is a string.
-
-    Raises:
-        ValueError: Another form than KEY=VALUE.
+def setting(text: str) -> str:
+    """An `argparse` type: KEY=VALUE as a line of TOML; a value that is no TOML is a string.
 
     Examples:
-        >>> changed(["data.name=digits"])
+        >>> setting("data.name=digits")
         'data.name = "digits"'
     """
-    lines = []
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not key or not equals:
-            raise ValueError(f"expected --set KEY=VALUE, got {setting!r}")
-        try:
-            tomllib.loads(f"value = {value}")
-        except tomllib.TOMLDecodeError:
-            value = json.dumps(value)
-        lines.append(f"{key} = {value}")
-    return "\n".join(lines)
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
+    try:
+        tomllib.loads(f"value = {value}")
+    except tomllib.TOMLDecodeError:
+        value = json.dumps(value)
+    return f"{key} = {value}"
+
+
+def formats(text: str) -> tuple[str, ...]:
+    """An `argparse` type: formats of tables, as a,b."""
+    from wm_eval.render import FORMATS
+
+    names = tuple(text.split(","))
+    if not set(names) <= set(FORMATS):
+        raise argparse.ArgumentTypeError(f"expected formats out of {','.join(FORMATS)}")
+    return names
 
 
 def _tables(args: argparse.Namespace) -> int:
     from wm_eval.pages import write_tables
 
-    for path in write_tables(args.folder, args.formats.split(",")):
+    for path in write_tables(args.folder, args.formats):
         print(f"table       {path}")
     if args.calibrate is not None:
         from defense_nc.verdict.calibration import write_calibrations

@@ -12,6 +12,7 @@ from wm_inject.command.common import CommandLine, Parser, add_json, resolve_devi
 from wm_inject.command.config import add_config, print_config
 from wm_inject.command.export import add_export_options, run_export
 from wm_inject.command.folders import add_labels, add_skip_unreadable, say
+from wm_inject.command.values import output_file, within
 from wm_victim.__about__ import __version__
 from wm_victim.cli_train import add_train, run_train, train_settings
 
@@ -52,8 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     train = command.add("train", _train, "train a classifier")
     train.add_argument("--data", required=True, help=_DATA_HELP)
     _add_dataset(train)
-    train.add_argument("--out", type=Path, required=True, help="the classifier's file")
-    train.add_argument("--checkpoint", type=Path, help="where to keep the run (default: by --out)")
+    train.add_argument("--out", type=output_file, required=True, help="the classifier's file")
+    train.add_argument(
+        "--checkpoint", type=output_file, help="where to keep the run (default: by --out)"
+    )
     add_train(train)
     add_json(train)
     add_config(train)
@@ -62,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     test.add_argument("--data", required=True, help=_DATA_HELP)
     _add_dataset(test)
     test.add_argument("--trigger", type=Path, help="also measure the attack of this trigger")
-    test.add_argument("--target", type=int, default=0, help="its target label (default: 0)")
+    test.add_argument(
+        "--target", type=within(int, "[0, inf)"), default=0, help="its target label (default: 0)"
+    )
     add_json(test)
     export = command.add("export", _export, "turn a classifier into ONNX or TorchScript")
     export.add_argument("classifier", type=Path, help="a file that `wm-victim train` wrote")
@@ -72,7 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _add_dataset(parser: Parser) -> None:
     parser.add_argument("--root", type=Path, help="where named sets lie (default: WM_DATA)")
-    parser.add_argument("--image-size", type=int, help="resize to N x N (default: the set's own)")
+    parser.add_argument(
+        "--image-size",
+        type=within(int, "[4, 1024]"),
+        help="resize to N x N (default: the set's own)",
+    )
     parser.add_argument("--no-download", action="store_true", help="do not fetch a missing set")
     add_labels(parser)
     add_skip_unreadable(parser)
@@ -112,6 +121,7 @@ def _train(args: argparse.Namespace) -> int:
     settings = train_settings(args)
     if args.print_config:
         return print_config(settings)
+    resolve_device(args.device)  # "cuda" without one is refused before the data are read
     data = _load_data(
         args, image_size=settings.image_size, seed=settings.seed, limit=settings.limit
     )
@@ -128,6 +138,7 @@ def _test(args: argparse.Namespace) -> None:
     from wm_inject import load_trigger
     from wm_victim.models import load_classifier
 
+    device = resolve_device(args.device)
     model = load_classifier(args.classifier)
     size = args.image_size or model.config["image_size"]
     data = _load_data(args, image_size=size, seed=args.seed)
@@ -137,7 +148,6 @@ def _test(args: argparse.Namespace) -> None:
                 f"expected a data set with {model.config[field]} {field.replace('num_', '')}, "
                 f"{data.name} has {getattr(data, field)}"
             )
-    device = resolve_device(args.device)
     trigger = None if args.trigger is None else load_trigger(args.trigger).to(device)
     results = _print_results(model.to(device), data, trigger, args.target, args.device)
     write_results(args, results | _facts(data))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -14,9 +15,10 @@ from wm_inject.attacks import list_attacks
 from wm_inject.command.common import Parser, resolve_device
 from wm_inject.command.config import add_options, add_preset, read_settings
 from wm_inject.command.trigger_options import add_set
+from wm_inject.command.values import output_file
 from wm_inject.core.checks import check_choice
 from wm_inject.core.toml_settings import load_toml
-from wm_victim.train_config import TrainConfig
+from wm_victim.train_config import CLASSIFIERS, TrainConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,7 +34,7 @@ class TrainSettings:
     """Settings of ``wm-victim train``, as its options describe them.
 
     Raises:
-        ValueError: An unknown attack.
+        ValueError: An unknown attack or model, or a number outside its range.
     """
 
     image_size: int | None = None
@@ -52,6 +54,15 @@ class TrainSettings:
     def __post_init__(self) -> None:
         if self.attack is not None:
             check_choice("an attack", self.attack, list_attacks())
+        if not self.model.startswith("timm:"):
+            check_choice("a model of timm:NAME or", self.model, CLASSIFIERS)
+        ranges = {"image_size": (8, 1024), "limit": (1, math.inf), "width": (8, 512)}
+        for name, (low, high) in (ranges | {"target": (0, math.inf)}).items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"expected {name} in {low} .. {high}, got {value}")
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise ValueError(f"expected ratio in (0, 1], got {self.ratio}")
 
 
 def add_train(parser: Parser) -> None:
@@ -59,8 +70,7 @@ def add_train(parser: Parser) -> None:
     group = parser.add_argument_group("model and recipe")
     helps = {
         "limit": "train on the first N of a stratified order",
-        "model": "resnet18, preactresnet18, resnet10, preactresnet10, vgg16, mobilenetv2, "
-        "wanet-mnist or timm:NAME",
+        "model": f"{', '.join(CLASSIFIERS)} or timm:NAME",
         "width": "channels of the first stage (default: 64)",
     }
     add_options(group, TrainSettings, helps)
@@ -86,7 +96,9 @@ def add_train(parser: Parser) -> None:
         help=f"or make the trigger first, as the attack does: {', '.join(list_attacks())}",
     )
     add_set(group)
-    group.add_argument("--save-trigger", type=Path, metavar="PATH", help="keep the trigger here")
+    group.add_argument(
+        "--save-trigger", type=output_file, metavar="PATH", help="keep the trigger here"
+    )
     helps = {
         "profile": "how much making the trigger may cost (default: small)",
         "target": "target label",

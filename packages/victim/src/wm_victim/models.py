@@ -15,6 +15,7 @@ from wm_inject.core.randomness import seeded
 from wm_victim.mnist_net import MnistNetBody
 from wm_victim.mobilenet import MobileNetBody
 from wm_victim.resnet import Form, ResNetBody
+from wm_victim.train_config import CLASSIFIERS as CLASSIFIERS
 from wm_victim.vgg import VggBody
 
 _RESNETS: dict[str, tuple[Form, tuple[int, ...]]] = {
@@ -23,7 +24,6 @@ _RESNETS: dict[str, tuple[Form, tuple[int, ...]]] = {
     "resnet10": ("post", (1, 1, 1, 1)),
     "preactresnet10": ("pre", (1, 1, 1, 1)),
 }
-CLASSIFIERS = (*_RESNETS, "vgg16", "mobilenetv2", "wanet-mnist")
 
 # Mean and standard deviation per channel, as WaNet and BackdoorBench use them.
 DATASET_STATS: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]] = {

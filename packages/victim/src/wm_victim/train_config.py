@@ -13,6 +13,10 @@ Schedule = Literal["cosine", "onecycle", "constant", "triangular"]
 Augment = Literal["none", "crop", "crop-flip"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Layout = Literal["channels-last", "blocked"]
+CLASSIFIERS = (
+    *("resnet18", "preactresnet18", "resnet10", "preactresnet10"),
+    *("vgg16", "mobilenetv2", "wanet-mnist"),
+)
 
 _WARM_UP = 0.1  # one-cycle: share of the steps until the peak
 _FIRST, _LAST = 1 / 25, 1 / 250_000  # one-cycle: first and last rate, as shares of the peak

@@ -22,6 +22,7 @@ from wm_inject.command.config import (
 from wm_inject.command.export import add_source, run_export
 from wm_inject.command.folders import add_skip_unreadable, read_all
 from wm_inject.command.trigger_options import add_pretrained
+from wm_inject.command.values import output_folder, within
 from wm_inject.core.text import escape
 
 if TYPE_CHECKING:
@@ -45,13 +46,24 @@ Train only on images you may use; mark only images you own or may audit with. Th
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Settings of ``wm-extract train``, as its options describe them."""
+    """Settings of ``wm-extract train``, as its options describe them.
+
+    Raises:
+        ValueError: A value outside its range.
+    """
 
     image_size: int = 32
     grey: bool = False
     false_positive_rate: float = 1e-3
     seed: int = 0
     training: JointConfig = field(default_factory=JointConfig)
+
+    def __post_init__(self) -> None:
+        if not 8 <= self.image_size <= 1024:
+            raise ValueError(f"expected image_size in 8 .. 1024, got {self.image_size}")
+        if not 0 < self.false_positive_rate < 1:
+            rate = self.false_positive_rate
+            raise ValueError(f"expected false_positive_rate in (0, 1), got {rate}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,7 +85,9 @@ def _add_train(parser: Parser) -> None:
     parser.add_argument(
         "images", type=Path, metavar="IMAGES", help="folder of images (searched recursively)"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the trained files")
+    parser.add_argument(
+        "--out", type=output_folder, required=True, help="folder for the trained files"
+    )
     parser.add_argument("--watermark", type=Path, help="a picture; the built-in one if not given")
     parser.add_argument(
         "--encoder", type=Path, help="safetensors of timm's MAE ViT, to start the encoder from"
@@ -94,7 +108,7 @@ def _add_train(parser: Parser) -> None:
     add_options(parser, JointConfig, helps, table="training")
     parser.add_argument(
         "--psnr",
-        type=float,
+        type=within(float, "(0, inf)"),
         dest="training.psnr_floor",
         help="least PSNR in dB of a marked image (robust)",
     )

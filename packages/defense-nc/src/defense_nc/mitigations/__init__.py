@@ -12,12 +12,14 @@ from defense_nc.mitigations.fine_tune import (
     sgd_preset,
 )
 from defense_nc.mitigations.neuron_pruning import NeuronPruning
+from defense_nc.mitigations.repair_cost import RepairCost, repair_cost
 from defense_nc.mitigations.unlearning import Unlearning, pass_batches
 
 __all__ = [
     "Closure",
     "DivergedError",
     "NeuronPruning",
+    "RepairCost",
     "Sgd",
     "Unlearning",
     "check_repair",
@@ -26,6 +28,7 @@ __all__ = [
     "learning_rate",
     "pass_batches",
     "plain_step",
+    "repair_cost",
     "sgd_preset",
     "trainable",
 ]

@@ -4,7 +4,6 @@ from defense_nc.verdict.abstention import MIN_CONVERGED, scores_shifted
 from defense_nc.verdict.anomaly import (
     AnomalyIndex,
     OutlierTest,
-    check_rule,
     mad_index,
     outlier_test,
 )
@@ -31,7 +30,6 @@ __all__ = [
     "OutlierTest",
     "ScanReport",
     "Verdict",
-    "check_rule",
     "clean_model",
     "combine",
     "describe_model",

@@ -15,6 +15,8 @@ import torch
 from scipy.special import stdtr
 from torch import Tensor
 
+from defense_nc.config import check_rule
+
 _ZERO = 1e-6  # a score of zero counts as this share of the median: its logarithm must be finite
 
 
@@ -116,14 +118,6 @@ def outlier_test(scores: Tensor, *, alpha: float = 0.05, max_ratio: float = 0.5)
     ratio = values / middle
     suspected = ((p_values <= alpha) & (ratio <= max_ratio)).nonzero().flatten()
     return OutlierTest(p_values, ratio, tuple(suspected.tolist()))
-
-
-def check_rule(alpha: float, max_ratio: float = 1.0) -> None:
-    """Raise ``ValueError`` unless alpha is in (0, 1) and max_ratio in (0, 1]."""
-    if not 0 < alpha < 1 or not 0 < max_ratio <= 1:
-        raise ValueError(
-            f"expected alpha in (0, 1) and max_ratio in (0, 1], got {alpha}, {max_ratio}"
-        )
 
 
 def _check(scores: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from defense_nc.config import check_rule
 from defense_nc.verdict.abstention import (
     MIN_CONVERGED,
     NOT_LOOKED_FOR,
@@ -24,7 +25,6 @@ from defense_nc.verdict.abstention import (
 from defense_nc.verdict.anomaly import (
     AnomalyIndex,
     OutlierTest,
-    check_rule,
     mad_index,
     outlier_test,
 )
@@ -61,7 +61,9 @@ def judge(
         max_ratio: Without a calibration, a suspected score is at most this share of the median.
         config: Settings of the scan, ready for JSON.
         calibration: The null distribution of these scores, if there is one.
-        subject: The model's properties; None: like those of the calibration's models.
+        subject: The model's properties; None: like those of the calibration's models. Without a
+            calibration they are compared with those of the one that ships for other settings,
+            so that such a scan is no bolder than a calibrated one.
 
     Returns:
         backdoored: some label is suspected. inconclusive: a reason to abstain holds
@@ -76,7 +78,10 @@ def judge(
     paper, low = _paper(scores)
     # A rate of 0.9 in single precision lies a little below 0.9.
     reached = rates >= floor - 1e-6
-    outside = out_of_domain(subject, calibration) if calibration else None
+    known = calibration
+    if known is None and subject is not None:
+        known = load_calibration(detector, classes=len(scores))
+    outside = out_of_domain(subject, known) if known else None
     applicable = None if outside else calibration
     rule: dict[str, Any] = {"alpha": alpha, "max_ratio": max_ratio}
     test = _test(scores, reached, **rule, calibration=applicable, subject=subject)

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from defense_nc.verdict import ScanReport, check_rule, judge
+from defense_nc.config import check_rule
+from defense_nc.verdict import ScanReport, judge
 from defense_reverse.detectors.common import (
     SplitInputs,
     batches_of,

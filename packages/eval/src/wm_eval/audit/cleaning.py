@@ -1,26 +1,24 @@
-"""Unlearn what a scan names, and write the model back in the form in which it came."""
+"""Unlearn what a scan names, as long as the model keeps what it knows."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from defense_nc import Unlearning, Verdict
-from defense_nc.mitigations import DivergedError
+from defense_nc import Unlearning
+from defense_nc.mitigations import DivergedError, RepairCost, repair_cost
+from wm_eval.audit.budget import Budget
 from wm_eval.audit.checks import Checked, check_model
 from wm_eval.audit.images import CleanImages
 from wm_eval.audit.scan import Audit, all_triggers
 from wm_eval.audit.unfold import fold, unfold
-from wm_inject import to_onnx, to_torchscript
 from wm_inject.core.plan import Trigger
-
-TOLERANCE = 1e-3  # of the largest logit
-_LOSS = 0.05  # of accuracy on the defender's images that unlearning may cost
+from wm_victim.dataset_files import stratified_order
 
 
 class Mixed(nn.Module):
@@ -46,20 +44,34 @@ class Mixed(nn.Module):
         return marked
 
 
+class Cleaned(NamedTuple):
+    """A cleaned model on the CPU, and what it cost."""
+
+    model: nn.Module
+    cost: RepairCost
+
+
 def clean_model(
     module: nn.Module,
     triggers: Sequence[nn.Module],
     images: Tensor,
-    labels: Tensor,
+    labels: Tensor | None = None,
     *,
+    max_loss: float = 0.05,
     seed: int = 0,
     progress: bool = False,
-) -> nn.Module:
+    device: torch.device | str = "cpu",
+) -> Cleaned:
     """A copy of the model that has unlearned reversed triggers, all together.
+
+    A fifth of the images is held out, to see what it costs. Images that the model answers otherwise
+    than by their label are left out: either may be wrong.
 
     Args:
         module: Images in [0, 1] to logits; not changed.
         triggers: Reversed ones; a fifth of the images carries each, half of them at most any.
+        labels: int64 ``(N,)``; the model's own answers if None.
+        max_loss: Share of the images that it may cost, in (0, 1].
 
     Raises:
         ValueError: No triggers, a model that no learning rate leaves whole, or as
@@ -67,31 +79,46 @@ def clean_model(
     """
     if not triggers:
         raise ValueError("expected reversed triggers to unlearn, got none")
-    before = _right(module, images, labels)
+    answers = _answers(module, images)
+    order = torch.from_numpy(stratified_order(answers.numpy(), seed=seed))
+    held_out, rest = order.tensor_split([max(1, len(order) // 5)])
+    if labels is not None:
+        rest = rest[torch.eq(answers, labels)[rest]]
+    rest = rest[answers[rest] >= 0]
     share = min(0.5, len(triggers) * Unlearning.preset("nc").trigger_share)
     unlearning = Unlearning.preset("nc", trigger_share=share)
-    lr, mixed = unlearning.sgd.lr, {0: Mixed(triggers)}
+    mixed = {0: copy.deepcopy(Mixed(triggers)).to(device)}
     start, folded = unfold(module, images)
+    cost = None
     # Networks without normalisation of their own may still not stand a rate that is right for
     # others: the first that leaves the model what it knew is taken.
     for half_decades in range(5):
-        sgd = replace(unlearning.sgd, lr=lr * 10 ** (-half_decades / 2))
-        method = replace(unlearning, sgd=sgd)
+        sgd = replace(unlearning.sgd, lr=unlearning.sgd.lr * 10 ** (-half_decades / 2))
         try:
-            cleaned = method.repair(
-                start, images, labels, triggers=mixed, seed=seed, progress=progress
-            ).model
+            repaired = replace(unlearning, sgd=sgd).repair(
+                start.to(device),
+                images[rest],
+                answers[rest],
+                triggers=mixed,
+                seed=seed,
+                progress=progress,
+            )
         except DivergedError:
             continue
-        if _right(cleaned, images, labels) >= before - _LOSS:
-            return fold(cleaned, folded)
+        cleaned = fold(repaired.model.cpu(), folded)
+        after = _answers(cleaned, images[held_out])
+        known = None if labels is None else labels[held_out]
+        cost = repair_cost(answers[held_out], after, known)
+        if cost.within(max_loss):
+            return Cleaned(cleaned, cost)
+    why = "it diverges" if cost is None else f"{cost} at the lowest"
     raise ValueError(
-        f"not cleaned: unlearning took more than {_LOSS:.0%} of the accuracy at every learning rate"
+        f"not cleaned: unlearning costs more than --max-loss {max_loss:g} at every learning rate "
+        f"({why})"
     )
 
 
-@dataclass(frozen=True, eq=False)
-class Round:
+class Round(NamedTuple):
     """What one round of cleaning gave.
 
     Args:
@@ -99,23 +126,50 @@ class Round:
         checked: The cleaned model, checked again.
         audit: What a scan says of it.
         labels: Those whose triggers it has unlearned, sorted.
+        cost: What it cost.
     """
 
     number: int
     checked: Checked
     audit: Audit
     labels: tuple[int, ...]
+    cost: RepairCost
+
+
+def triggers_to_unlearn(found: Audit, label: int | None = None) -> list[tuple[int, nn.Module]]:
+    """The reversed triggers of ``label``, or of all labels that stand out, and their labels.
+
+    Raises:
+        ValueError: No label stands out, or no detector reaches the one that is named.
+    """
+    if label is not None:
+        if triggers := all_triggers(found, (label,)):
+            return triggers
+        rates = ", ".join(
+            f"{name} {report.labels[label].success_rate:.2f}"
+            for name, report in found.reports.items()
+        )
+        raise ValueError(
+            f"not cleaned: no detector reversed a trigger that reaches label {label} "
+            f"(success: {rates or 'no scan'})"
+        )
+    if triggers := all_triggers(found, found.targets):
+        return triggers
+    raise ValueError(f"not cleaned: no label stands out, the verdict is {found.verdict}")
 
 
 def clean_in_rounds(
     checked: Checked,
     clean: CleanImages,
     found: Audit,
-    labels: Tensor,
     *,
     scan: Callable[[Checked, str], Audit],
+    label: int | None = None,
     rounds: int = 3,
+    max_loss: float = 0.05,
     seed: int = 0,
+    budget: Budget | None = None,
+    device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> Iterator[Round]:
     """Unlearn what a scan names, scan again, unlearn what that names as well, and so on.
@@ -127,39 +181,51 @@ def clean_in_rounds(
         checked: The model; not changed.
         clean: The defender's images.
         found: The scan of it.
-        labels: int64 ``(N,)``: what the images are to be answered with.
         scan: Scans a model; the string names the round, "round-1" and so on.
+        label: Clean this label only, whatever the scan says; all that stand out if None.
         rounds: At most, 1 or more.
+        max_loss: Share of the images that cleaning may cost, in (0, 1].
+        budget: For the unlearning; ``scan`` keeps to its own.
 
     Yields:
-        Each round; the last one is not called backdoored, or nothing more can be done.
+        Each round; after the last one no label stands out, or nothing more can be done.
 
     Raises:
-        ValueError: No rounds, a scan that reversed no trigger, or as `clean_model`.
+        ValueError: No rounds, or as `triggers_to_unlearn` and `clean_model`.
     """
     if rounds < 1:
         raise ValueError(f"expected at least 1 round, got {rounds}")
-    known: list[tuple[int, nn.Module]] = []
+    budget = budget or Budget()
+    known = triggers_to_unlearn(found, label)
     for number in range(1, rounds + 1):
-        known += all_triggers(found)
-        triggers = [trigger for _, trigger in known]
-        module = clean_model(
-            checked.module, triggers, clean.images, labels, seed=seed, progress=progress
-        )
-        classes = len(module(clean.images[:1])[0])
-        again = check_model(module, clean, num_classes=classes, guess_scale=False)
+        with budget.enforced():
+            cleaned = clean_model(
+                checked.module,
+                [trigger for _, trigger in known],
+                clean.images,
+                checked.labels,
+                max_loss=max_loss,
+                seed=seed,
+                progress=progress,
+                device=device,
+            )
+            classes = len(cleaned.model(clean.images[:1])[0])
+            again = check_model(cleaned.model, clean, num_classes=classes, guess_scale=False)
         found = scan(again, f"round-{number}")
-        yield Round(number, again, found, tuple(sorted({label for label, _ in known})))
-        if found.verdict is not Verdict.BACKDOORED or not all_triggers(found):
+        labels = tuple(sorted({label for label, _ in known}))
+        yield Round(number, again, found, labels, cleaned.cost)
+        left = [one for one in found.targets if label in (None, one)]
+        more = all_triggers(found, left)
+        if not more:
             return
+        known += more
 
 
-def _right(module: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of images that get their label; NaN answers are wrong."""
+def _answers(module: nn.Module, images: Tensor) -> Tensor:
+    """The label of every image; -1 where the logits are NaN or infinite."""
     with torch.no_grad():
         logits = torch.cat([module(part) for part in images.split(64)])
-    right = torch.eq(logits.argmax(1), labels) & logits.isfinite().all(1)
-    return float(right.double().mean())
+    return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
 
 
 def success(module: nn.Module, triggers: Mapping[int, Trigger], images: Tensor) -> dict[int, float]:
@@ -171,58 +237,3 @@ def success(module: nn.Module, triggers: Mapping[int, Trigger], images: Tensor) 
             answers = torch.cat([module(part).argmax(1) for part in marked.split(64)])
             rates[label] = float((answers == label).double().mean())
     return rates
-
-
-def write_like(
-    module: nn.Module, opened: Any, images: Tensor, out: Path, metadata: Mapping[str, Any]
-) -> str:
-    """Write a cleaned model in the form of the file that it came from.
-
-    Args:
-        module: The cleaned model: images in [0, 1] to logits.
-        opened: What `wm_victim.loading.open_model` gave for the original.
-        images: At least three, to compare the file on.
-        out: The file.
-        metadata: Recorded inside it.
-
-    Returns:
-        What was written, in a line.
-
-    Raises:
-        ValueError: A suffix that does not fit, or a form that cannot be written.
-    """
-    form = {"onnx": ".onnx", "torchscript": ".pt"}.get(opened.source, ".safetensors")
-    if out.suffix != form:
-        raise ValueError(f"expected a file *{form} for a model that came as {opened.source}")
-    record = {"kind": "cleaned classifier", **metadata}
-    if form == ".onnx":
-        parity = to_onnx(
-            module,
-            images,
-            out,
-            relative=True,
-            tolerance=TOLERANCE,
-            metadata=record,
-            traced=True,
-        )
-        return f"wrote {out}: images in [0, 1] to logits, within {parity.max_rel:.1g} of the model"
-    if form == ".pt":
-        parity = to_torchscript(
-            module, images, out, relative=True, tolerance=TOLERANCE, metadata=record
-        )
-        return f"wrote {out}: images in [0, 1] to logits, within {parity.max_rel:.1g} of the model"
-    if opened.source == "wm":
-        from wm_victim import save_classifier
-
-        save_classifier(module, out, metadata=dict(metadata))
-        return f"wrote {out}"
-    from safetensors.torch import save_file
-
-    from wm_inject.core.files import atomic_path
-
-    # Weights go back under the names that they came with, for the same architecture.
-    inner = module[-1] if isinstance(module, nn.Sequential) else module
-    state = {name: value.contiguous().clone() for name, value in inner.state_dict().items()}
-    with atomic_path(out) as part:
-        save_file(state, part)
-    return f"wrote {out}: weights for {opened.arch}"

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from wm_eval.audit.open_options import add_open_options, check_open_options, open_options
+from wm_eval.audit.settings import CleanSettings, ScanSettings
 from wm_inject.command.common import (
     EXIT_NOT_SCANNED,
     CommandLine,
     Parser,
     add_json,
-    comma_list,
-    positive,
+    resolve_device,
     write_results,
 )
 from wm_inject.command.config import add_config, add_options, print_config, read_settings
 from wm_inject.command.folders import add_labels, say
+from wm_inject.command.values import output_file, output_folder, positive, within
+from wm_inject.core.errors import error_line
+from wm_inject.core.text import first_line
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
+    from wm_eval.audit.budget import Budget
     from wm_eval.audit.checks import Checked
     from wm_eval.audit.images import CleanImages
     from wm_eval.audit.outputs import About
@@ -44,9 +49,12 @@ _CLEAN_EPILOG = """\
 examples:
   wm-eval clean model.onnx --images clean/ --out cleaned.onnx
 
-It exits with the verdict on the cleaned model, as "scan" does, and 3 if nothing was cleaned. What
-the second scan still names is unlearned as well, and so on. The cleaned file takes images in
-[0, 1].
+  wm-eval clean model.onnx --images clean/ --label 3 --out cleaned.onnx
+
+Labels that stand out are cleaned, also where the verdict is "inconclusive", or the one that --label
+names. What the second scan still names is unlearned as well, and so on. It exits with the verdict
+on the cleaned model, as "scan" does, and with 3 if nothing was cleaned: then nothing is written.
+The cleaned file takes and gives what the original did.
 """
 _INSPECT_EPILOG = """\
 examples:
@@ -54,53 +62,6 @@ examples:
 
 The exit code is 0 whatever is flagged, and 1 after an error or if no image could be read.
 """
-
-
-@dataclass(frozen=True)
-class ScanSettings:
-    """Settings of ``wm-eval scan``, as its options describe them.
-
-    Raises:
-        ValueError: A value outside its range.
-    """
-
-    count: int = 500
-    detectors: tuple[str, ...] = ("nc", "reverse")
-    preset: str = "fast"
-    alpha: float = 0.05
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _check(self)
-
-
-@dataclass(frozen=True)
-class CleanSettings:
-    """Settings of ``wm-eval clean``, as its options describe them.
-
-    Raises:
-        ValueError: A value outside its range.
-    """
-
-    rounds: int = 3
-    count: int = 500
-    detectors: tuple[str, ...] = ("nc", "reverse")
-    preset: str = "fast"
-    alpha: float = 0.05
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _check(self)
-        if self.rounds < 1:
-            raise ValueError(f"expected rounds >= 1, got {self.rounds}")
-
-
-def _check(settings: ScanSettings | CleanSettings) -> None:
-    from wm_eval.audit.scan import build_detectors
-
-    build_detectors(settings.detectors, settings.preset, settings.alpha)
-    if settings.count < 1:
-        raise ValueError(f"expected count >= 1, got {settings.count}")
 
 
 def add_audit(command: CommandLine) -> None:
@@ -114,8 +75,8 @@ def add_audit(command: CommandLine) -> None:
     )
     _add_model(scan, ScanSettings)
     add_json(scan, "write the whole report here as JSON")
-    scan.add_argument("--sarif", type=Path, help="write a SARIF 2.1.0 log here")
-    scan.add_argument("--html", type=Path, help="write a page here")
+    scan.add_argument("--sarif", type=output_file, help="write a SARIF 2.1.0 log here")
+    scan.add_argument("--html", type=output_file, help="write a page here")
     add_config(scan)
     clean = command.add(
         "clean",
@@ -125,9 +86,18 @@ def add_audit(command: CommandLine) -> None:
         exit_error=EXIT_NOT_SCANNED,
     )
     _add_model(clean, CleanSettings)
-    clean.add_argument("--out", type=Path, required=True, help="the cleaned model's file")
+    clean.add_argument("--out", type=output_file, required=True, help="the cleaned model's file")
+    clean.add_argument(
+        "--label",
+        type=within(int, "[0, inf)"),
+        help="clean this label, whatever the scan says (default: all that stand out)",
+    )
     add_json(clean)
-    add_options(clean, CleanSettings, {"rounds": "unlearn and scan again so often at most"})
+    helps = {
+        "rounds": "unlearn and scan again so often at most",
+        "max_loss": "write nothing if more of the accuracy is lost",
+    }
+    add_options(clean, CleanSettings, helps)
     add_config(clean)
     inspect = command.add(
         "inspect",
@@ -144,10 +114,12 @@ def add_audit(command: CommandLine) -> None:
         metavar="FILE.onnx",
         help="an exported detector or filter; may be given several times",
     )
-    inspect.add_argument("--csv", type=Path, help="write a row for every file here")
+    inspect.add_argument("--csv", type=output_file, help="write a row for every file here")
     add_json(inspect)
-    inspect.add_argument("--html", type=Path, help="write a page of what is flagged here")
-    inspect.add_argument("--batch-size", type=int, default=64, help="default: 64")
+    inspect.add_argument("--html", type=output_file, help="write a page of what is flagged here")
+    inspect.add_argument(
+        "--batch-size", type=within(int, "[1, 65536]"), default=64, help="default: 64"
+    )
 
 
 def _add_model(parser: Parser, settings: type) -> None:
@@ -156,19 +128,8 @@ def _add_model(parser: Parser, settings: type) -> None:
     )
     parser.add_argument("--images", type=Path, required=True, help="folder of clean images")
     add_labels(parser)
-    add_options(parser, settings, {"count": "images to use"})
-    group = parser.add_argument_group("how the model is opened (what is left out is found out)")
-    group.add_argument("--arch", help="an architecture of torchvision or timm, for bare weights")
-    group.add_argument("--classes", type=int, help="number of classes")
-    group.add_argument("--image-size", type=int, help="side of its images, in pixels")
-    group.add_argument("--grey", action="store_true", help="it takes one channel")
-    for name in ("--mean", "--std"):
-        group.add_argument(
-            name, type=comma_list(float), metavar="A,B,C", help="of its normalisation"
-        )
-    group.add_argument(
-        "--allow-torchscript", action="store_true", help="open TorchScript, in a sandbox"
-    )
+    add_options(parser, settings, {"count": "images to use, at most"})
+    add_open_options(parser)
     group = parser.add_argument_group("the scan")
     helps = {
         "detectors": "their names (default: nc,reverse)",
@@ -176,78 +137,107 @@ def _add_model(parser: Parser, settings: type) -> None:
         "alpha": "false-positive rate of the verdict",
     }
     add_options(group, settings, helps)
-    group.add_argument("--minutes", type=positive, help="break off after so many minutes")
     group.add_argument(
-        "--state", type=Path, help="keep the scans' state in this folder, and go on from it"
+        "--minutes", type=positive, help="break the whole command off after so many minutes"
+    )
+    group.add_argument(
+        "--state",
+        type=output_folder,
+        help="keep the scans' state in this folder, and go on from it",
     )
 
 
 def _scan(args: argparse.Namespace) -> int:
-    from wm_eval.audit.outputs import About, to_json, to_sarif, told, write_html
-    from wm_eval.audit.scan import longest_minutes
-    from wm_inject.core.files import write_json
+    from wm_eval.audit.budget import Budget
 
     settings = read_settings(args, ScanSettings())
     if args.print_config:
         return print_config(settings)
+    check_open_options(args)
+    budget = Budget(args.minutes)
+    from wm_eval.audit.outputs import About, verdict_lines
+    from wm_eval.audit.scan import longest_minutes, not_scanned
+
+    about = About(args.model.name)
+    images = None
     try:
-        opened, clean, checked = _open(args, settings)
-    except (ValueError, RuntimeError) as error:
+        with budget.enforced():
+            subject = _open(args, settings, about)
+            images = subject.clean.images
+            longest = longest_minutes(subject.checked, subject.clean, subject.opened.num_classes)
+        _say(f"at most {max(1, round(longest))} minutes, usually much less")
+        report = _audit(args, settings, subject, subject.checked, budget)
+    except Exception as error:
         # A report that says why there is no verdict, for programs that read it.
-        about = About(args.model.name, "", {}, {"used": 0, "skipped": []}, (), ())
-        reason = " ".join(str(error).split())
-        write_results(args, to_json(about, None, reason))
-        if args.sarif is not None:
-            write_json(args.sarif, to_sarif(about, None, reason))
+        _write_reports(args, about, not_scanned(error_line(error), settings.alpha), images)
         raise
-    about = _about(args, settings, opened, clean, checked)
-    longest = longest_minutes(checked, clean, opened.num_classes)
-    sys.stderr.write(f"at most {max(1, round(longest))} minutes, usually much less\n")
-    report = _audit(args, settings, checked, clean)
-    print(told(about, report))
+    print("\n".join(verdict_lines(report)))
+    _write_reports(args, about, report, images)
+    return report.verdict.exit_code
+
+
+def _write_reports(
+    args: argparse.Namespace, about: About, report: Audit, images: Tensor | None
+) -> None:
+    from wm_eval.audit.outputs import to_json, to_sarif, write_html
+    from wm_inject.core.files import write_json
+
     write_results(args, to_json(about, report))
     if args.sarif is not None:
         write_json(args.sarif, to_sarif(about, report))
     if args.html is not None:
-        write_html(args.html, about, report, clean.images)
-    return report.verdict.exit_code
+        write_html(args.html, about, report, images)
 
 
 def _clean(args: argparse.Namespace) -> int:
-    from wm_eval.audit.cleaning import clean_in_rounds, success, write_like
-    from wm_eval.audit.scan import reversed_triggers
+    from wm_eval.audit.budget import Budget
 
     settings = read_settings(args, CleanSettings())
     if args.print_config:
         return print_config(settings)
-    opened, clean, checked = _open(args, settings)
-    before = _audit(args, settings, checked, clean, "before")
-    print(f"before: {before.verdict}. {before.reason}")
-    triggers = reversed_triggers(before)
-    if not triggers:
-        raise ValueError("not cleaned: the scan named no label")
-    images = clean.images
-    labels = _predictions(checked, clean) if checked.labels is None else checked.labels
+    check_open_options(args)
+    budget = Budget(args.minutes)
+    from wm_eval.audit.cleaned_file import CleanedFile
+    from wm_eval.audit.cleaning import clean_in_rounds, success, triggers_to_unlearn
+    from wm_eval.audit.outputs import About
+    from wm_eval.audit.scan import reversed_triggers
+
+    about = About(args.model.name)
+    with budget.enforced():
+        subject = _open(args, settings, about)
+        opened, checked, clean = subject.opened, subject.checked, subject.clean
+        if args.label is not None and args.label >= opened.num_classes:
+            raise ValueError(f"expected --label in 0 .. {opened.num_classes - 1}, got {args.label}")
+        file = CleanedFile(
+            args.model, args.out, opened, checked.module, clean.images, open_options(args)
+        )
+        _print(*(f"note: {note}" for note in file.notes))
+    before = _audit(args, settings, subject, checked, budget, "before")
+    print(f"before: {before.verdict}. {before.reason}", flush=True)
+    triggers_to_unlearn(before, args.label)
     last, rounds = None, []
     for last in clean_in_rounds(
         checked,
         clean,
         before,
-        labels,
-        scan=lambda model, folder: _audit(args, settings, model, clean, folder),
+        scan=lambda model, folder: _audit(args, settings, subject, model, budget, folder),
+        label=args.label,
         rounds=settings.rounds,
+        max_loss=settings.max_loss,
         seed=settings.seed,
+        budget=budget,
+        device=subject.device,
     ):
-        print(f"round {last.number}: {last.audit.verdict}. {last.audit.reason}")
+        print(f"round {last.number}: {last.audit.verdict}. {last.audit.reason}", flush=True)
         rounds.append(_verdict(last.audit))
     assert last is not None
     module = last.checked.module
-    rates = (success(checked.module, triggers, images), success(module, triggers, images))
+    triggers = reversed_triggers(before, last.labels)
+    rates = [success(one, triggers, clean.images) for one in (checked.module, module)]
     for label in triggers:
         change = f"{rates[0][label]:.4f} -> {rates[1][label]:.4f}"
         print(f"reversed trigger of label {label}: success {change}")
-    same = float((_predictions(last.checked, clean) == labels).double().mean())
-    print(f"answers as before on clean images: {same:.4f} of {len(images)}")
+    print(last.cost)
     metadata = {
         "cleaned": list(last.labels),
         "from_sha256": opened.sha256,
@@ -257,11 +247,13 @@ def _clean(args: argparse.Namespace) -> int:
         "before": _verdict(before),
         "rounds": rounds,
         "success": {label: [rate[label] for rate in rates] for label in triggers},
-        "same_answers": same,
-        "images": len(images),
+        "accuracy": last.cost.accuracy,
+        "same_answers": last.cost.agreement,
+        "held_out": last.cost.images,
+        "images": len(clean.images),
     }
+    print(file.write(module, metadata))
     write_results(args, metadata | results)
-    print(write_like(module, opened, images[:8], args.out, metadata))
     return last.audit.verdict.exit_code
 
 
@@ -296,23 +288,33 @@ def _inspect(args: argparse.Namespace) -> None:
     refuse_unread(unread, len(rows), skip=True)
 
 
+class _Subject(NamedTuple):
+    """A model, and the images to look with."""
+
+    opened: OpenedModel
+    clean: CleanImages
+    checked: Checked
+    device: torch.device
+
+
 def _open(
-    args: argparse.Namespace, settings: ScanSettings | CleanSettings
-) -> tuple[OpenedModel, CleanImages, Checked]:
+    args: argparse.Namespace, settings: ScanSettings | CleanSettings, about: About
+) -> _Subject:
+    """Open the model, read the images, check both; what becomes known is printed at once."""
+    for path in (args.model, args.images, args.labels):
+        if path is not None and not path.exists():
+            raise ValueError(f"expected a file or folder at {path}, found none")
+    device = resolve_device(args.device)
     from wm_eval.audit.checks import check_model
     from wm_eval.audit.images import read_clean
+    from wm_eval.audit.outputs import check_line, model_line
     from wm_victim.loading import open_model
 
-    opened = open_model(
-        args.model,
-        arch=args.arch,
-        num_classes=args.classes,
-        image_size=args.image_size,
-        channels=1 if args.grey else None,
-        mean=args.mean,
-        std=args.std,
-        allow_torchscript=args.allow_torchscript,
-    )
+    opened = open_model(args.model, **open_options(args))
+    about.sha256, about.notes = opened.sha256, opened.notes
+    names = ("source", "arch", "image_size", "channels", "num_classes", "layout", "outputs")
+    about.model = {name: getattr(opened, name) for name in names}
+    _print(model_line(about), *(f"note: {note}" for note in opened.notes))
     clean = read_clean(
         args.images,
         size=opened.image_size,
@@ -322,55 +324,71 @@ def _open(
         seed=settings.seed,
     )
     say(clean.lines())
+    about.images = clean.facts() | {"seed": settings.seed}
     checked = check_model(
         opened.module, clean, num_classes=opened.num_classes, guess_scale=args.mean is None
     )
-    return opened, clean, checked
+    about.checks = checked.checks
+    _print(*map(check_line, checked.checks))
+    if device.type != "cpu" and (why := _stays_on_cpu(checked, clean, device)):
+        if args.device != "auto":
+            raise ValueError(f"--device {args.device}: the model does not run there: {why}")
+        device = resolve_device("cpu")
+        about.notes = (*about.notes, f"scanned on the CPU: {why}")
+        _print(f"note: {about.notes[-1]}")
+    return _Subject(opened, clean, checked, device)
+
+
+def _stays_on_cpu(checked: Checked, clean: CleanImages, device: torch.device) -> str | None:
+    """Why a model cannot be computed on a device; None if it gives the same answers there."""
+    import copy
+
+    import torch
+
+    images = clean.images[:8]
+    try:
+        with torch.no_grad():
+            there = copy.deepcopy(checked.module).to(device)(images.to(device)).cpu()
+            here = checked.module(images)
+    except RuntimeError as error:  # imported graphs may hold constants that stay on the CPU
+        return first_line(error)
+    same = float((there - here).abs().max()) <= 1e-2 * float(here.abs().max())
+    return None if same else "it computes something else there"
 
 
 def _audit(
     args: argparse.Namespace,
     settings: ScanSettings | CleanSettings,
+    subject: _Subject,
     checked: Checked,
-    clean: CleanImages,
+    budget: Budget,
     folder: str = "",
 ) -> Audit:
     from wm_eval.audit.scan import audit
 
     return audit(
         checked,
-        clean,
+        subject.clean,
         detectors=settings.detectors,
         preset=settings.preset,
         alpha=settings.alpha,
         seed=settings.seed,
-        minutes=args.minutes,
+        budget=budget,
         state=None if args.state is None else args.state / folder,
-        say=lambda line: print(line, file=sys.stderr),
+        device=subject.device,
+        say=_say,
     )
 
 
-def _about(
-    args: argparse.Namespace,
-    settings: ScanSettings,
-    opened: OpenedModel,
-    clean: CleanImages,
-    checked: Checked,
-) -> About:
-    from wm_eval.audit.outputs import About
-
-    names = ("source", "arch", "image_size", "channels", "num_classes", "layout", "outputs")
-    model: dict[str, Any] = {name: getattr(opened, name) for name in names}
-    images = clean.facts() | {"seed": settings.seed}
-    return About(args.model.name, opened.sha256, model, images, checked.checks, opened.notes)
+def _print(*lines: str) -> None:
+    """Lines on stdout, kept even if the command is interrupted."""
+    if lines:
+        print("\n".join(lines), flush=True)
 
 
-def _predictions(checked: Checked, clean: CleanImages) -> Tensor:
-    import torch
-
-    with torch.no_grad():
-        return torch.cat([checked.module(part).argmax(1) for part in clean.images.split(64)])
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
-def _verdict(audit: Audit) -> dict[str, str]:
-    return {"verdict": audit.verdict, "reason": audit.reason}
+def _verdict(audit: Audit) -> dict[str, Any]:
+    return {"verdict": audit.verdict, "reason": audit.reason, "outliers": list(audit.outliers)}

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wm_eval.audit.settings import MIN_IMAGES
 from wm_inject import load_image, to_float
 from wm_inject.core.decode import UnreadableImage
 from wm_inject.core.image_files import LeftOut, describe
@@ -18,8 +19,6 @@ from wm_inject.core.text import escape
 
 if TYPE_CHECKING:
     from wm_inject.core.images import Pixels
-
-MIN_IMAGES = 20  # fewer say nothing of ten classes
 
 
 @dataclass(frozen=True, eq=False)

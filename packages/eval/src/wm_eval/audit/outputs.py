@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ _GAIN = 8  # how much a reversed trigger's change is amplified in pictures
 _PICTURES = 6  # images that a reversed trigger is shown on
 
 
-@dataclass(frozen=True)
+@dataclass
 class About:
-    """What was audited, for every output.
+    """What is known of an audited model, for every output; filled in while it becomes known.
 
     Args:
         file: The model's file name.
@@ -37,24 +37,19 @@ class About:
         model: How it was opened: its source, architecture, image size and so on.
         images: How many there were, how many were skipped, and why.
         checks: What the checks found.
-        notes: Remarks of opening and checking, one line each.
+        notes: Remarks of opening and reading, one line each.
     """
 
     file: str
-    sha256: str
-    model: Mapping[str, Any]
-    images: Mapping[str, Any]
-    checks: tuple[Check, ...]
-    notes: tuple[str, ...]
+    sha256: str = ""
+    model: Mapping[str, Any] = field(default_factory=dict)
+    images: Mapping[str, Any] = field(default_factory=lambda: {"used": 0, "skipped": []})
+    checks: tuple[Check, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def to_json(about: About, audit: Audit | None, reason: str | None = None) -> dict[str, Any]:
-    """Everything, ready for JSON; without an audit, why there is none."""
-    verdict = {
-        "verdict": Verdict.NOT_SCANNED.value,
-        "exit_code": Verdict.NOT_SCANNED.exit_code,
-        "reason": reason,
-    }
+def to_json(about: About, audit: Audit) -> dict[str, Any]:
+    """Everything, ready for JSON."""
     return {
         "format": "wm-audit-1",
         "version": __version__,
@@ -64,61 +59,68 @@ def to_json(about: About, audit: Audit | None, reason: str | None = None) -> dic
         "images": dict(about.images),
         "checks": [asdict(check) for check in about.checks],
         "notes": list(about.notes),
-        **(verdict if audit is None else audit.to_dict()),
+        **audit.to_dict(),
     }
 
 
-def to_sarif(about: About, audit: Audit | None, reason: str | None = None) -> dict[str, Any]:
-    """A SARIF 2.1.0 log with one result a suspected label; none where nothing was found."""
+def to_sarif(about: About, audit: Audit) -> dict[str, Any]:
+    """A SARIF 2.1.0 log with a result for each label that is accused or stands out.
+
+    One result without a label if nothing stands out and the verdict is not "clean"; none if it is,
+    or if nothing was scanned.
+    """
     place = {"physicalLocation": {"artifactLocation": {"uri": about.file}}}
-    results = []
-    if audit is not None and audit.verdict is not Verdict.CLEAN:
-        for label in audit.suspected or (None,):
-            said = audit.reason if label is None else f"Label {label} is suspected. {audit.reason}"
+    scanned, results = audit.verdict is not Verdict.NOT_SCANNED, []
+    accused = audit.verdict is Verdict.BACKDOORED
+    if scanned and audit.verdict is not Verdict.CLEAN:
+        for label in audit.targets or (None,):
+            about_label = "is suspected" if accused else "stands out at face value"
+            text = audit.reason if label is None else f"Label {label} {about_label}. {audit.reason}"
             results.append(
                 {
                     "ruleId": "backdoor",
                     "level": _LEVELS.get(audit.verdict, "warning"),
-                    "message": {"text": said},
+                    "message": {"text": text},
                     "locations": [place],
                     "properties": {"label": label, "verdict": audit.verdict},
                 }
             )
-    scanned = audit is not None and audit.verdict is not Verdict.NOT_SCANNED
-    why = reason if audit is None else audit.reason
-    failed = [] if scanned else [{"level": "error", "message": {"text": why or "not scanned"}}]
+    failed = [] if scanned else [{"level": "error", "message": {"text": audit.reason}}]
     rule = {
         "id": "backdoor",
         "name": "BackdooredClassifier",
         "shortDescription": {"text": "A label of the classifier is unusually easy to reach."},
     }
     driver = {"name": "wm-eval", "version": __version__, "rules": [rule]}
+    artifact: dict[str, Any] = {"location": {"uri": about.file}}
+    if about.sha256:
+        artifact["hashes"] = {"sha-256": about.sha256}
     run = {
         "tool": {"driver": driver},
-        "artifacts": [{"location": {"uri": about.file}, "hashes": {"sha-256": about.sha256}}],
+        "artifacts": [artifact],
         "invocations": [{"executionSuccessful": scanned, "toolExecutionNotifications": failed}],
         "results": results,
     }
     return {"$schema": SARIF_SCHEMA, "version": "2.1.0", "runs": [run]}
 
 
-def write_html(path: Path, about: About, audit: Audit, images: Tensor) -> None:
+def write_html(path: Path, about: About, audit: Audit, images: Tensor | None) -> None:
     """Write one page that needs nothing beside itself; all text in it is escaped.
 
     Args:
         path: The page.
         about: What was audited.
         audit: What was found.
-        images: The defender's images, for pictures of reversed triggers.
+        images: The defender's images, for pictures of reversed triggers; None if none were read.
     """
     scans = [
         {"title": detector_title(name), "report": report} for name, report in audit.reports.items()
     ]
     failures = {detector_title(name): why for name, why in audit.failures.items()}
-    pictures = {
-        label: _shown(trigger, images[:_PICTURES])
-        for label, trigger in reversed_triggers(audit).items()
-    }
+    pictures = {}
+    if images is not None:
+        for label, trigger in reversed_triggers(audit).items():
+            pictures[label] = _shown(trigger, images[:_PICTURES])
     page = template("audit.html").render(
         about=about,
         audit=audit,
@@ -152,22 +154,27 @@ def _data(image: Tensor) -> str:
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def told(about: About, audit: Audit) -> str:
-    """An audit for the terminal."""
-    lines: list[str] = [f"{about.file}: {_said(about.model)}"]
-    lines += [
-        f"{'ok' if check.passed else '!!'}  {check.name}: {check.detail}" for check in about.checks
-    ]
-    lines += [f"note: {note}" for note in about.notes]
+def model_line(about: About) -> str:
+    """How the model was opened, for the terminal."""
+    model = about.model
+    size = f"{model['image_size']} pixels, {model['channels']} channels"
+    text = f"{model['source']}, {model['arch']}, {size}, {model['num_classes']} classes"
+    return f"{about.file}: {text}"
+
+
+def check_line(check: Check) -> str:
+    """What a check found, for the terminal."""
+    return f"{'ok' if check.passed else '!!'}  {check.name}: {check.detail}"
+
+
+def verdict_lines(audit: Audit) -> list[str]:
+    """What every detector found, and the verdict, for the terminal."""
+    lines = []
     for name, report in audit.reports.items():
-        named = ", ".join(map(str, report.suspected)) or "no label"
+        labels = ", ".join(map(str, report.suspected)) or "no label"
+        verb = "names" if report.verdict is Verdict.BACKDOORED else "at face value"
         lines.append(
-            f"{detector_title(name)}: {report.verdict}, p {report.p_value:.2g}, names {named}"
+            f"{detector_title(name)}: {report.verdict}, p {report.p_value:.2g}, {verb} {labels}"
         )
     lines += [f"{detector_title(name)}: {why}" for name, why in audit.failures.items()]
-    return "\n".join([*lines, f"verdict: {audit.verdict}. {audit.reason}"])
-
-
-def _said(model: Mapping[str, Any]) -> str:
-    size = f"{model['image_size']} pixels, {model['channels']} channels"
-    return f"{model['source']}, {model['arch']}, {size}, {model['num_classes']} classes"
+    return [*lines, f"verdict: {audit.verdict}. {audit.reason}"]

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from defense_nc import Detector, ScanReport, Verdict
-from wm_eval.audit.budget import OutOfTime, budget
+from wm_eval.audit.budget import Budget
 from wm_eval.audit.checks import BATCH, Checked
 from wm_eval.audit.images import CleanImages
+from wm_eval.audit.settings import check_detectors
 from wm_eval.detectors import detector
 from wm_eval.titles import CALIBRATED, detector_title
+from wm_inject.core.errors import error_line
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +30,8 @@ class Audit:
         reports: By detector: its report.
         failures: By detector: why it gave none.
         alpha: Share of clean models that may be called backdoored by all detectors together.
+        suspected: The labels that the verdict accuses.
+        outliers: The labels that stand out at face value, whatever the verdict.
     """
 
     verdict: Verdict
@@ -35,7 +39,13 @@ class Audit:
     reports: Mapping[str, ScanReport]
     failures: Mapping[str, str]
     alpha: float
-    suspected: tuple[int, ...] = field(default=())
+    suspected: tuple[int, ...] = ()
+    outliers: tuple[int, ...] = ()
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """What is to be cleaned: the accused labels, or else those that stand out."""
+        return self.suspected or self.outliers
 
     def to_dict(self) -> dict[str, object]:
         """Everything, ready for JSON."""
@@ -44,6 +54,7 @@ class Audit:
             "exit_code": self.verdict.exit_code,
             "reason": self.reason,
             "suspected": list(self.suspected),
+            "outliers": list(self.outliers),
             "alpha": self.alpha,
             "detectors": {name: report.to_dict() for name, report in self.reports.items()},
             "failures": dict(self.failures),
@@ -58,8 +69,9 @@ def audit(
     preset: str = "fast",
     alpha: float = 0.05,
     seed: int = 0,
-    minutes: float | None = None,
+    budget: Budget | None = None,
     state: Path | None = None,
+    device: torch.device | str | None = None,
     progress: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> Audit:
@@ -74,36 +86,34 @@ def audit(
         detectors: Names of `wm_eval.detectors.DETECTORS`.
         preset: Of every detector.
         alpha: In (0, 1).
-        minutes: What is not finished by then is broken off; the same call goes on.
+        budget: What is not finished by then is broken off; with ``state``, the same call goes on.
         state: A folder where scans keep what they have.
         say: Called with a line for every detector.
 
     Raises:
-        ValueError: No detectors or two of one name, an unknown one, or numbers outside their range.
+        ValueError: As `check_detectors`.
     """
     scanners = build_detectors(detectors, preset, alpha)
     if state is not None:
         state.mkdir(parents=True, exist_ok=True)
     reports: dict[str, ScanReport] = {}
     failures: dict[str, str] = {}
-    end = None if minutes is None else time.monotonic() + 60 * minutes
+    budget = budget or Budget()
     for name, scanner in scanners.items():
         say(f"{detector_title(name)}: started")
-        left = None if end is None else (end - time.monotonic()) / 60
         try:
-            if left is not None and left <= 0:
-                raise OutOfTime("not begun: the minutes were over")
-            with budget(left):
+            with budget.enforced():
                 reports[name] = scanner.scan(
                     checked.module,
                     clean.images,
                     labels=checked.labels,
                     seed=seed,
                     progress=progress,
+                    device=device,
                     checkpoint=None if state is None else state / f"{name}.safetensors",
                 )
-        except (OutOfTime, ValueError, RuntimeError) as error:
-            failures[name] = " ".join(str(error).split()) or type(error).__name__
+        except Exception as error:  # whatever stops one detector, the others still look
+            failures[name] = error_line(error)
     return conclude(reports, failures, alpha)
 
 
@@ -111,11 +121,9 @@ def build_detectors(names: Sequence[str], preset: str, alpha: float) -> dict[str
     """The detectors of a scan, which share its false-positive rate equally.
 
     Raises:
-        ValueError: No detectors or two of one name, an unknown one, or alpha outside (0, 1).
+        ValueError: As `check_detectors`.
     """
-    if not names or len(set(names)) < len(names) or not 0 < alpha < 1:
-        given = ", ".join(names) or "none"
-        raise ValueError(f"expected detectors and alpha in (0, 1), got {given} and {alpha}")
+    check_detectors(names, preset, alpha)
     return {name: detector(name, preset, alpha=alpha / len(names)) for name in names}
 
 
@@ -124,7 +132,10 @@ def conclude(reports: Mapping[str, ScanReport], failures: Mapping[str, str], alp
     verdicts = {name: report.verdict for name, report in reports.items()}
     guilty = [name for name, verdict in verdicts.items() if verdict is Verdict.BACKDOORED]
     unsure = [name for name, verdict in verdicts.items() if verdict is not Verdict.CLEAN]
-    suspected = sorted({label for name in guilty for label in reports[name].suspected})
+    suspected, outliers = (
+        tuple(sorted({label for name in names for label in reports[name].suspected}))
+        for names in (guilty, reports)
+    )
     if guilty:
         verdict = Verdict.BACKDOORED
         reason = " ".join(f"{detector_title(name)}: {reports[name].reason}" for name in guilty)
@@ -139,7 +150,12 @@ def conclude(reports: Mapping[str, ScanReport], failures: Mapping[str, str], alp
         verdict = Verdict.CLEAN
         reason = "No detector found a label that is unusually easy to reach. Nothing found is not "
         reason += "proof that nothing is there."
-    return Audit(verdict, reason, dict(reports), dict(failures), alpha, tuple(suspected))
+    return Audit(verdict, reason, dict(reports), dict(failures), alpha, suspected, outliers)
+
+
+def not_scanned(reason: str, alpha: float) -> Audit:
+    """The audit of a model that no detector looked at."""
+    return Audit(Verdict.NOT_SCANNED, reason, {}, {}, alpha)
 
 
 def longest_minutes(checked: Checked, clean: CleanImages, num_classes: int) -> float:
@@ -160,26 +176,35 @@ def longest_minutes(checked: Checked, clean: CleanImages, num_classes: int) -> f
     return float(each * passes * num_classes / 60)
 
 
-def reversed_triggers(audit: Audit) -> dict[int, nn.Module]:
-    """For every suspected label, the reversed trigger of the detector that is surest of it."""
+def reversed_triggers(audit: Audit, labels: Sequence[int] | None = None) -> dict[int, nn.Module]:
+    """For every label, the reversed trigger of the detector that is surest of it.
+
+    Args:
+        labels: Those that stand out if None.
+    """
     best: dict[int, tuple[float, nn.Module]] = {}
-    for report in audit.reports.values():
-        for label in report.suspected:
-            p_value = report.labels[label].p_value
-            if label in report.triggers and (label not in best or p_value < best[label][0]):
-                best[label] = (p_value, report.triggers[label])
+    for label, report in _reaching(audit, labels):
+        p_value = report.labels[label].p_value
+        if label not in best or p_value < best[label][0]:
+            best[label] = (p_value, report.triggers[label])
     return {label: trigger for label, (_, trigger) in sorted(best.items())}
 
 
-def all_triggers(audit: Audit) -> list[tuple[int, nn.Module]]:
-    """For every suspected label, what any detector reversed that reaches it, and the label.
+def all_triggers(audit: Audit, labels: Sequence[int] | None = None) -> list[tuple[int, nn.Module]]:
+    """For every label, what any detector reversed that reaches it, and the label.
 
     A detector that accuses nobody may have found another way to the same label.
+
+    Args:
+        labels: Those that stand out if None.
     """
-    return [
-        (label, report.triggers[label])
-        for label in audit.suspected
-        for report in audit.reports.values()
-        if label in report.triggers
-        and (label in report.suspected or report.labels[label].converged)
-    ]
+    return [(label, report.triggers[label]) for label, report in _reaching(audit, labels)]
+
+
+def _reaching(audit: Audit, labels: Sequence[int] | None) -> Iterator[tuple[int, ScanReport]]:
+    """The labels, each with the reports whose trigger of it reaches it."""
+    for label in audit.outliers if labels is None else labels:
+        for report in audit.reports.values():
+            reached = label in report.suspected or report.labels[label].converged
+            if label in report.triggers and reached:
+                yield label, report

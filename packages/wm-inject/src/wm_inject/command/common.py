@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from wm_inject.command.values import output_file, seed
 from wm_inject.core.checks import check_choice
 from wm_inject.core.errors import error_line
 from wm_inject.core.signals import Terminated, exits_on_signals
@@ -112,7 +113,19 @@ class CommandLine:
         for parser in dict.fromkeys(self._commands.choices.values()):
             add_common(parser, version=self.version)
         args = self.parser.parse_args(argv)
+        _refuse_shared_outputs(args)
         return run_cli(args.run, args, exit_error=args.exit_error)
+
+
+def _refuse_shared_outputs(args: argparse.Namespace) -> None:
+    """Exit with a usage error if two options name one file to write."""
+    names: dict[Path, str] = {}
+    for action in args.parser._actions:
+        path = getattr(args, action.dest, None)
+        if action.type is output_file and path is not None:
+            name = action.option_strings[0] if action.option_strings else action.metavar
+            if (other := names.setdefault(path.absolute(), name)) != name:
+                args.parser.error(f"{other} and {name} name one file, {path}")
 
 
 def add_common(parser: argparse.ArgumentParser, *, version: str) -> None:
@@ -123,7 +136,7 @@ def add_common(parser: argparse.ArgumentParser, *, version: str) -> None:
     )
     # A command with a settings file takes its seed from there.
     default = None if "--print-config" in parser._option_string_actions else 0
-    group.add_argument("--seed", type=int, default=default, help="seed of every draw (default: 0)")
+    group.add_argument("--seed", type=seed, default=default, help="seed of every draw (default: 0)")
     package = parser.prog.split()[0]
     group.add_argument("--version", action="version", version=f"{package} {version}")
 
@@ -132,7 +145,7 @@ def add_json(
     parser: argparse.ArgumentParser, help: str = "write the printed figures here as JSON"
 ) -> None:
     """Give the parser of a command that prints figures the option --json."""
-    parser.add_argument("--json", type=Path, metavar="OUT", help=help)
+    parser.add_argument("--json", type=output_file, metavar="OUT", help=help)
 
 
 def write_results(args: argparse.Namespace, results: Any) -> None:
@@ -165,33 +178,6 @@ def add_completion(parser: argparse.ArgumentParser) -> None:
         choices=SHELLS,
         help="print the completion script of a shell and exit (needs shtab)",
     )
-
-
-def positive(text: str) -> float:
-    """An `argparse` type: a number above 0."""
-    with contextlib.suppress(ValueError):
-        if (number := float(text)) > 0:
-            return number
-    raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-
-
-def comma_list(kind: type) -> Callable[[str], tuple[Any, ...]]:
-    """An `argparse` type: values of one kind, as a,b.
-
-    Examples:
-        >>> comma_list(float)("0.01,0.05")
-        (0.01, 0.05)
-    """
-
-    def convert(text: str) -> tuple[Any, ...]:
-        try:
-            return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
-        except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"expected values of type {kind.__name__} as A,B, got {text!r}"
-            ) from None
-
-    return convert
 
 
 def resolve_device(name: str) -> torch.device:

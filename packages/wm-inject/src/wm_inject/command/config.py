@@ -15,7 +15,8 @@ from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from wm_inject.command.common import Parser, comma_list
+from wm_inject.command.common import Parser
+from wm_inject.command.values import comma_list
 from wm_inject.core.toml_settings import fill, load_toml, to_toml
 
 T = TypeVar("T")

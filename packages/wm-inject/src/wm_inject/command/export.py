@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from wm_inject.command.common import Parser, add_json, resolve_device, write_results
 from wm_inject.command.trigger_options import add_pretrained, image_shape
+from wm_inject.command.values import output_file, output_folder, positive, within
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +26,9 @@ _EPILOG = """examples:
 
 def add_export_options(parser: argparse.ArgumentParser) -> None:
     """Give a parser the file to write, its precision and its form."""
-    parser.add_argument("out", type=Path, metavar="OUT", help="OUT.onnx or OUT.pt (TorchScript)")
+    parser.add_argument(
+        "out", type=output_file, metavar="OUT", help="OUT.onnx or OUT.pt (TorchScript)"
+    )
     parser.add_argument("--uint8", action="store_true", help="stored pixels in and out (ONNX)")
     parser.add_argument(
         "--precision",
@@ -39,9 +42,14 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--any-size", action="store_true", help="images of any multiples of 8 pixels (ONNX)"
     )
-    parser.add_argument("--batch", type=int, default=3, help="images to compare on (default: 3)")
     parser.add_argument(
-        "--tolerance", type=float, help="largest difference (default: by precision)"
+        "--batch",
+        type=within(int, "[3, 65536]"),
+        default=3,
+        help="images to compare on (default: 3)",
+    )
+    parser.add_argument(
+        "--tolerance", type=positive, help="largest difference (default: by precision)"
     )
     add_json(parser)
 
@@ -106,7 +114,10 @@ def _resolve_source(args: argparse.Namespace) -> None:
     paths = [path for path in (args.source, args.out) if path is not None]
     if len(paths) != (1 if args.pretrained else 2):
         args.parser.error(f"give either {args.source_name} or --pretrained NAME, and OUT")
-    args.out = paths.pop()
+    try:
+        args.out = output_file(str(paths.pop()))  # argparse may have read it as the source
+    except argparse.ArgumentTypeError as error:
+        args.parser.error(f"argument OUT: {error}")
     args.source = paths.pop() if paths else None
 
 
@@ -142,7 +153,10 @@ def add_export(parser: Parser) -> None:
     add_source(parser, "CHECKPOINT", what="a saved trigger", shipped="a trained watermark")
     parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="default: 3")
     parser.add_argument(
-        "--triton", type=Path, metavar="DIR", help="also put it into a Triton model repository"
+        "--triton",
+        type=output_folder,
+        metavar="DIR",
+        help="also put it into a Triton model repository",
     )
 
 

@@ -10,6 +10,7 @@ from wm_inject.attacks import ATTACKS, TRIGGER_KINDS
 from wm_inject.command.common import Parser, add_json, resolve_device, write_results
 from wm_inject.command.folders import add_skip_unreadable, read_all
 from wm_inject.command.trigger_options import add_set
+from wm_inject.command.values import SIDE, output_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +28,9 @@ def add_fit(parser: Parser) -> None:
     parser.description = "Fit a trigger to images: train SSBA's encoder, or choose BlindNet's gain."
     parser.epilog = _EPILOG
     parser.add_argument("images", type=Path, metavar="IMAGES", help="folder of images")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the trigger's file (.safetensors)")
+    parser.add_argument(
+        "out", type=output_file, metavar="OUT", help="the trigger's file (.safetensors)"
+    )
     parser.add_argument(
         "--trigger",
         choices=TRIGGER_KINDS,
@@ -42,7 +45,7 @@ def add_fit(parser: Parser) -> None:
         help="how much the fit may cost (default: small)",
     )
     parser.add_argument(
-        "--image-size", type=int, help="side to resize to, in pixels (default: the images' own)"
+        "--image-size", type=SIDE, help="side to resize to, in pixels (default: the images' own)"
     )
     parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="default: 3")
     add_set(parser)

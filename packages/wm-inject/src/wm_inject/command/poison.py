@@ -17,6 +17,7 @@ from wm_inject.command.trigger_options import (
     make_trigger,
     trigger_digest,
 )
+from wm_inject.command.values import BATCH, output_folder, within
 
 if TYPE_CHECKING:
     from wm_inject.core.images import Pixels
@@ -39,12 +40,18 @@ def add_poison(parser: Parser) -> None:
     parser.description = "Put a trigger into the images of a folder; plan.json lists the files."
     parser.epilog = _EPILOG
     parser.add_argument("images", type=Path, metavar="IMAGES", help="folder of images")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder for PNG files and plan.json")
+    parser.add_argument(
+        "out", type=output_folder, metavar="OUT", help="folder for PNG files and plan.json"
+    )
     add_trigger(parser)
     plan = parser.add_argument_group("the plan (labels: class folders or labels.csv in IMAGES)")
     add_labels(plan)
-    plan.add_argument("--ratio", type=float, help="share poisoned (default: the whole pool)")
-    plan.add_argument("--target", type=int, default=0, help="label asked for (default: 0)")
+    plan.add_argument(
+        "--ratio", type=within(float, "(0, 1]"), help="share poisoned (default: the whole pool)"
+    )
+    plan.add_argument(
+        "--target", type=within(int, "[0, inf)"), default=0, help="label asked for (default: 0)"
+    )
     maps = ("all-to-one", "all-to-all", "clean-label")
     plan.add_argument("--label-map", choices=maps, default="all-to-one", help=f"default: {maps[0]}")
     plan.add_argument(
@@ -52,7 +59,7 @@ def add_poison(parser: Parser) -> None:
         choices=("all", "non_target", "target"),
         help="where files are drawn from (default: all; with clean-label: target)",
     )
-    parser.add_argument("--batch-size", type=int, default=64, help="images at once (default: 64)")
+    parser.add_argument("--batch-size", type=BATCH, default=64, help="images at once (default: 64)")
     add_skip_unreadable(parser)
     add_json(parser)
 

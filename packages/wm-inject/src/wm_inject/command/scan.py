@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from wm_inject.command.common import Parser, add_json, write_results
+from wm_inject.command.values import BATCH
 from wm_inject.core.text import escape
 
 _EPILOG = """examples:
@@ -31,7 +32,7 @@ def add_scan(parser: Parser) -> None:
         help="an exported detector; may be given several times",
     )
     add_json(parser, "write every image's scores here as JSON")
-    parser.add_argument("--batch-size", type=int, default=64, help="images at once (default: 64)")
+    parser.add_argument("--batch-size", type=BATCH, default=64, help="images at once (default: 64)")
 
 
 def run_scan(args: argparse.Namespace) -> None:

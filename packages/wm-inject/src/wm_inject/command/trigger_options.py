@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wm_inject.attacks import ATTACKS, TRIGGER_KINDS
+from wm_inject.command.values import SIDE, within
 from wm_inject.watermark.pretrained import PRETRAINED
 
 if TYPE_CHECKING:
@@ -38,14 +39,20 @@ def add_trigger(parser: argparse.ArgumentParser) -> None:
     add_pretrained(group, "a trained watermark")
     group.add_argument("--onnx", type=Path, help="an exported trigger; needs no torch")
     group.add_argument(
-        "--image-size", type=int, help="side to resize to, in pixels (default: the images' own)"
+        "--image-size", type=SIDE, help="side to resize to, in pixels (default: the images' own)"
     )
     group.add_argument("--channels", type=int, choices=(1, 3), default=3, help="default: 3")
-    group.add_argument("--patch-size", type=int, help="badnets: side in pixels")
-    group.add_argument("--alpha", type=float, help="blend, refool: weight of the picture")
+    group.add_argument("--patch-size", type=SIDE, help="badnets: side in pixels")
+    group.add_argument(
+        "--alpha", type=within(float, "[0, 1]"), help="blend, refool: weight of the picture"
+    )
     group.add_argument("--picture", help='blend: "noise", "cartoon" or an image file')
-    group.add_argument("--grid", type=int, help="wanet: side of the control grid")
-    group.add_argument("--strength", type=float, help="wanet, blindnet: scale of the change")
+    group.add_argument(
+        "--grid", type=within(int, "[2, 4096]"), help="wanet: side of the control grid"
+    )
+    group.add_argument(
+        "--strength", type=within(float, "[0, inf)"), help="wanet, blindnet: scale of the change"
+    )
     add_set(group)
 
 
