@@ -191,7 +191,8 @@ def test_a_classifier_is_exported_in_either_form(
 ) -> None:
     saved, images = tmp_path / "v.safetensors", torch.rand(4, 1, 16, 16)
     model = build_classifier("resnet10", num_classes=10, channels=1, image_size=16, width=8).eval()
-    save_classifier(model, saved)
+    classes = [f"class {number}" for number in range(10)]
+    save_classifier(model, saved, {"classes": classes})
     told = tmp_path / "told.json"
     assert main(["export", str(saved), str(tmp_path / "v.onnx"), "--json", str(told)]) == 0
     assert json.loads(told.read_text())["file"] == str(tmp_path / "v.onnx")
@@ -205,6 +206,7 @@ def test_a_classifier_is_exported_in_either_form(
     assert (script - want).abs().max() < 0.1
     assert found.metadata["kind"] == "classifier"
     assert found.metadata["config"]["num_classes"] == 10
+    assert found.metadata["classes"] == classes
     assert main(["export", "--precision", "int8", str(saved), str(tmp_path / "w.onnx")]) == 1
     assert "error: expected a model of matrix products" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:

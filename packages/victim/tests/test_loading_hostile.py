@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from wm_inject.core.text import printable
 from wm_victim.loading import LoadingError, open_model
 
 from .hostile_models import CASES, Case
@@ -49,7 +50,7 @@ def refuse(case: Case, tmp_path: Path) -> str:
     assert _largest_child() <= max(largest, _BYTES)
     message = str(caught.value)
     assert message.isprintable(), "one line, and nothing that a terminal obeys"
-    name = " ".join(path.name.split()).replace("\x1b", "?")
+    name = printable(path.name)
     assert message.startswith(f"cannot open {name}: ")
     assert len(message) > len(f"cannot open {name}: ") + 8
     return message

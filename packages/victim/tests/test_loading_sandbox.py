@@ -133,8 +133,6 @@ def test_torchscript_is_refused_where_there_is_no_sandbox(
     torch.jit.script(torch.nn.ReLU()).save(str(path))
     with pytest.raises(LoadingError, match=r"a\.pt: TorchScript, which is code"):
         open_model(path)
-    with pytest.raises(LoadingError, match="image_size and channels"):
-        open_model(path, allow_torchscript=True)
     monkeypatch.setattr("wm_victim.loading.graphs.sandboxed", lambda: False)
     with pytest.raises(LoadingError, match="no Landlock"):
         open_model(path, **SCRIPT)

@@ -154,11 +154,14 @@ def _test(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
+    from wm_inject.core.checkpoint import load_checkpoint
     from wm_victim.models import load_classifier
 
     def load() -> tuple[Classifier, int, int]:
         model = load_classifier(args.classifier)
         metadata["config"] = model.config
+        saved = load_checkpoint(args.classifier).metadata
+        metadata.update({name: saved[name] for name in ("classes",) if name in saved})
         return model, model.config["channels"], model.config["image_size"]
 
     metadata: dict[str, Any] = {"kind": "classifier"}

@@ -78,7 +78,7 @@ def getattr_chain_in_an_archive(folder: Path, marker: Path) -> Path:
     return put(folder, "a.pt", archive(code))
 
 
-@case("pickle runs code")
+@case("pickle runs code", child=True)
 def build_with_setstate(folder: Path, marker: Path) -> Path:
     code = b"\x80\x02ctorch.nn.modules.module\nModule\n)\x81}X\x01\x00\x00\x00aK\x01sb."
     return put(folder, "a.pt", archive(code))
@@ -98,7 +98,7 @@ def compressed_as_joblib_writes(folder: Path, marker: Path) -> Path:
     return put(folder, "a.joblib", zlib.compress(pickle.dumps(shell(marker), 2)))
 
 
-@case("pickle runs code")
+@case("pickle runs code", child=True)
 def whole_module(folder: Path, marker: Path) -> Path:
     path = folder / "a.pt"
     torch.save(torch.nn.Linear(2, 2), path)
@@ -151,7 +151,7 @@ def view_beyond_its_storage(folder: Path, marker: Path) -> Path:
     return put(folder, "a.pt", archive(code, {"data/0": bytes(8)}))
 
 
-@case("weights-only bypass")
+@case("weights-only bypass", child=True)
 def bytearray_of_six_gigabytes(folder: Path, marker: Path) -> Path:
     return put(
         folder, "a.pt", archive(b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\0\0\0\x80\x01\x85R.")

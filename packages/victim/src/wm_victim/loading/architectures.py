@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from wm_inject.core.text import printable
 from wm_victim.loading.contract import Candidate, LoadingError, ModelOptions
+from wm_victim.loading.image_sizes import guess_note, sizes_that_run
+from wm_victim.loading.subtrees import find_subtree
 from wm_victim.models import Normalize
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.", "encoder.", "classifier.")
-Shapes = Mapping[str, Sequence[int]]
+_STATISTICS = {"mean": "std", "mu": "sigma", "new_mean": "new_std"}
+_SMALL = 32  # pixels of the images that small stems are made for
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class _Form:
+    """An architecture and what its name leaves open; None for what is its own."""
+
+    full: str
+    image_size: int | None = None
+    channels: int = 3
+    small_stem: bool = False  # 3x3 with stride 1 and no max-pool, instead of 7x7 with stride 2
+    patch_size: int | None = None
 
 
 def find_arch(name: str) -> str:
@@ -41,42 +58,84 @@ def find_arch(name: str) -> str:
 def build(state: Mapping[str, Tensor], options: ModelOptions) -> Candidate:
     """Build the architecture ``options.arch`` and load weights strictly; infer what is None.
 
-    The number of classes is read off the classifier's shape, the channels off the first
-    convolution; image size, mean and std are the architecture's own. Prefixes that all names of
-    ``state`` share are removed.
+    The weights are those under the one prefix that fits. The number of classes is read off the
+    classifier's shape, channels and the kind of stem off the first convolution, the image size of a
+    transformer off its positions; else image size, mean and std are the architecture's own.
 
     Raises:
         LoadingError: An unknown name, or weights that are missing, left over or of another shape.
         RuntimeError: The library of the architecture is not installed.
     """
-    full, image_size = find_arch(str(options.arch)), options.image_size
-    weights = _without_prefixes(state, set(_shapes(_meta(full, 2, None, 3))))
-    channels = options.channels or _channels(full, weights)
-    notes = []
+    full = find_arch(str(options.arch))
+    own = _shapes(_meta(_Form(full), 2))
+    weights, others, subtree_notes = find_subtree(state, own)
+    form, notes = _form(full, own, weights, options)
     classes = options.num_classes
     if classes is None:
-        classes = _classes(full, weights, image_size)
+        classes = _classes(form, weights)
         notes.append(f"{classes} classes, by the shape of the classifier")
-    size = image_size or _default_size(full)
-    if image_size is None:
-        notes.append(f"image size {size}, the architecture's own")
-    _compare(full, weights, _shapes(_meta(full, classes, image_size, channels)))
+    size = form.image_size or (_SMALL if form.small_stem else _default_size(full))
+    _refuse_layers_behind(others, classes)
+    _compare(full, weights, _shapes(_meta(form, classes)))
     # On the CPU only now, when its size is known to be the file's.
-    module = _make(full, classes, image_size, channels)
-    own = module.state_dict()
+    module = _make(form, classes)
+    fresh = module.state_dict()
     fitting: OrderedDict[str, Tensor] = OrderedDict(
-        (n, t.float() if t.is_floating_point() else t) for n, t in weights.items() if n in own
+        (n, t.float() if t.is_floating_point() else t) for n, t in weights.items() if n in fresh
     )
     # Counters may be missing. The versions of layers, which safetensors does not keep, are today's.
-    fitting.update((n, t) for n, t in own.items() if n not in fitting)
-    vars(fitting)["_metadata"] = vars(own)["_metadata"]
+    fitting.update((n, t) for n, t in fresh.items() if n not in fitting)
+    vars(fitting)["_metadata"] = vars(fresh)["_metadata"]
     module.load_state_dict(fitting)
-    own_mean, own_std = _statistics(full, channels)
-    if options.mean is None or options.std is None:
-        notes.append("normalisation of ImageNet, the architecture's own: give mean and std if not")
-    normalize = Normalize(options.mean or own_mean, options.std or own_std)
-    model = nn.Sequential(normalize, module).eval()
-    return Candidate(model, "safetensors", full, channels, size, notes=tuple(notes))
+    mean, std = options.mean, options.std
+    if mean is None or std is None:
+        mean, std, note = _statistics(full, form.channels, others)
+        notes.append(note)
+    model = nn.Sequential(Normalize(mean, std), module).eval()
+    sizes: tuple[int, ...] = ()
+    if form.image_size is None:
+        sizes = sizes_that_run(model, form.channels, also=(size,))
+        notes.append(guess_note(size, sizes))
+    return Candidate(
+        model,
+        "safetensors",
+        full,
+        form.channels,
+        size,
+        notes=(*subtree_notes, *notes),
+        image_sizes=sizes,
+    )
+
+
+def _form(
+    full: str, own: Shapes, weights: Mapping[str, Tensor], options: ModelOptions
+) -> tuple[_Form, list[str]]:
+    """How the weights' architecture differs from the one that its name stands for."""
+    notes: list[str] = []
+    form = _Form(full, options.image_size, options.channels or 3)
+    name = next((n for n, shape in own.items() if len(shape) == 4 and shape[1] == 3), None)
+    if name is None or name not in weights or weights[name].ndim != 4:
+        return form, notes
+    kernel, stem = own[name][-1], weights[name]
+    if options.channels is None and stem.shape[1] == 1:
+        form = replace(form, channels=1)
+    positions = next((n for n in own if n.endswith(("pos_embed", "pos_embedding"))), None)
+    if positions is None:
+        if kernel == 7 and stem.shape[-1] == 3:
+            form = replace(form, small_stem=True)
+            notes.append(
+                f"{name!r} is 3x3: taken as the stem for small images, stride 1 and no max-pool"
+            )
+    elif positions in weights and weights[positions].ndim == 3:
+        patch, extra = stem.shape[-1], own[positions][1] - (_default_size(full) // kernel) ** 2
+        side = math.isqrt(max(0, weights[positions].shape[1] - extra))
+        if patch != kernel:
+            form = replace(form, patch_size=patch)
+            notes.append(f"patches of {patch} pixels, by the first convolution")
+        if options.image_size is None and side * patch != _default_size(full):
+            form = replace(form, image_size=side * patch)
+            notes.append(f"image size {side * patch}, by the number of positions")
+    return form, notes
 
 
 def _library(name: str) -> Any:
@@ -89,82 +148,72 @@ def _library(name: str) -> Any:
         raise RuntimeError(f"{package} is not installed: install wm-inject[torch]") from error
 
 
-def _make(full: str, classes: int, image_size: int | None, channels: int) -> nn.Module:
+def _make(form: _Form, classes: int) -> nn.Module:
     """The architecture with fresh weights; pretrained ones are never fetched."""
-    library, _, name = full.partition(":")
+    library, _, name = form.full.partition(":")
     sized: dict[str, Any] = {}
     if library == "torchvision":
-        if image_size is not None and name.startswith("vit_"):
-            sized["image_size"] = image_size
+        if form.image_size is not None and name.startswith("vit_"):
+            sized["image_size"] = form.image_size
         if name in ("googlenet", "inception_v3"):
             sized |= {"aux_logits": False, "init_weights": False, "transform_input": False}
         module: nn.Module = _library("torchvision.models").get_model(
             name, weights=None, num_classes=classes, **sized
         )
-        return _grey(module) if channels == 1 else module
-    timm = _library("timm")
-    settings = {"pretrained": False, "num_classes": classes, "in_chans": channels}
-    if image_size is not None:
-        with contextlib.suppress(TypeError):  # convolutional models take any size
-            sized_model: nn.Module = timm.create_model(name, img_size=image_size, **settings)
-            return sized_model
-    model: nn.Module = timm.create_model(name, **settings)
-    return model
+        if form.channels == 1:
+            _replace_first(module, nn.Conv2d, lambda conv: _like(conv, channels=1))
+        return _with_small_stem(module) if form.small_stem else module
+    settings = {"pretrained": False, "num_classes": classes, "in_chans": form.channels}
+    if form.patch_size is not None:
+        settings["patch_size"] = form.patch_size
+    if form.image_size is not None:
+        sized["img_size"] = form.image_size
+    try:
+        made: nn.Module = _library("timm").create_model(name, **settings, **sized)
+    except TypeError:  # convolutional models take any size
+        made = _library("timm").create_model(name, **settings)
+    return _with_small_stem(made) if form.small_stem else made
 
 
-def _grey(module: nn.Module) -> nn.Module:
-    """Replace the first convolution by one with a single input channel."""
+def _with_small_stem(module: nn.Module) -> nn.Module:
+    _replace_first(module, nn.Conv2d, lambda conv: _like(conv, kernel_size=3, stride=1, padding=1))
+    _replace_first(module, nn.MaxPool2d, lambda pool: nn.Identity())
+    return module
+
+
+def _like(conv: Any, *, channels: int | None = None, **changes: Any) -> nn.Conv2d:
+    """A convolution with the settings of another but for some, and fresh weights."""
+    names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+    settings = {name: getattr(conv, name) for name in names} | changes
+    bias = conv.bias is not None
+    return nn.Conv2d(channels or conv.in_channels, conv.out_channels, bias=bias, **settings)
+
+
+def _replace_first(
+    module: nn.Module, kind: type[nn.Module], new: Callable[[nn.Module], nn.Module]
+) -> None:
     for path, layer in module.named_modules():
-        if isinstance(layer, nn.Conv2d) and layer.in_channels == 3:
-            parent = module.get_submodule(path.rpartition(".")[0])
-            settings = {
-                name: getattr(layer, name)
-                for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")
-            }
-            grey = nn.Conv2d(1, layer.out_channels, bias=layer.bias is not None, **settings)
-            setattr(parent, path.rpartition(".")[2], grey)
-            return module
-    raise LoadingError("expected a convolution of three channels to turn into a grey one")
+        if isinstance(layer, kind):
+            parent, _, name = path.rpartition(".")
+            setattr(module.get_submodule(parent), name, new(layer))
+            return
+    raise LoadingError(f"expected an architecture with a {kind.__name__}")
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def _without_prefixes(state: Mapping[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
-    """Remove prefixes, such as that of data-parallel training, as long as more names fit."""
-    weights = dict(state)
-    for _ in range(4):
-        fits = len(expected & set(weights))
-        for prefix in _PREFIXES:
-            inner = {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
-            if len(inner) == len(weights) and len(expected & set(inner)) > fits:
-                weights = inner
-                break
-        else:
-            return weights
-    return weights
-
-
-def _channels(full: str, weights: Mapping[str, Tensor]) -> int:
-    """1 if exactly the weights that read the image have one channel, else 3."""
-    for name, shape in _shapes(_meta(full, 2, None, 3)).items():
-        if len(shape) == 4 and shape[1] == 3 and name in weights and weights[name].ndim == 4:
-            return 1 if weights[name].shape[1] == 1 else 3
-    return 3
-
-
-def _meta(full: str, classes: int, image_size: int | None, channels: int) -> nn.Module:
+def _meta(form: _Form, classes: int) -> nn.Module:
     """An architecture without memory behind its weights, where its constructor can do without."""
     with contextlib.suppress(NotImplementedError, RuntimeError), torch.device("meta"):
-        return _make(full, classes, image_size, channels)
-    return _make(full, classes, image_size, channels)
+        return _make(form, classes)
+    return _make(form, classes)
 
 
-def _classes(full: str, weights: Mapping[str, Tensor], image_size: int | None) -> int:
+def _classes(form: _Form, weights: Mapping[str, Tensor]) -> int:
     """The number of classes: the length that changes with it in the architecture."""
-    few = _shapes(_meta(full, 7, image_size, 3))
-    many = _shapes(_meta(full, 11, image_size, 3))
+    few, many = _shapes(_meta(form, 7)), _shapes(_meta(form, 11))
     counts = set()
     for name, shape in few.items():
         for axis, length in enumerate(shape):
@@ -172,8 +221,16 @@ def _classes(full: str, weights: Mapping[str, Tensor], image_size: int | None) -
             if fits and length == 7 and many[name][axis] == 11:
                 counts.add(weights[name].shape[axis])
     if len(counts) != 1:
+        full = form.full
         raise LoadingError(f"expected weights of {full} with one classifier, found {len(counts)}")
     return int(counts.pop())
+
+
+def _refuse_layers_behind(others: Mapping[str, Tensor], classes: int) -> None:
+    """Refuse a layer that reads the model's logits: it would be left out of the answers."""
+    for name, tensor in others.items():
+        if name.endswith("weight") and tensor.ndim == 2 and tensor.shape[1] == classes:
+            raise LoadingError(f"a layer behind the classifier, {printable(name, 60)!r}")
 
 
 def _compare(full: str, weights: Mapping[str, Tensor], expected: Shapes) -> None:
@@ -206,12 +263,21 @@ def _default_size(full: str) -> int:
         return 224
 
 
-def _statistics(full: str, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _statistics(
+    full: str, channels: int, others: Mapping[str, Tensor]
+) -> tuple[tuple[float, ...], tuple[float, ...], str]:
+    """Mean, standard deviation, and whether a layer of the file or the architecture has them."""
+    for name, tensor in others.items():
+        parent, _, last = name.rpartition(".")
+        other = f"{parent}.{_STATISTICS.get(last)}".lstrip(".")
+        if last in _STATISTICS and other in others:
+            mean, std = (tuple(t.flatten().tolist()) for t in (tensor, others[other]))
+            if len(mean) == len(std) == channels and all(0 < one <= 1 for one in std):
+                return mean, std, f"mean and std as the file has them, at {printable(name, 60)!r}"
     mean, std = _IMAGENET
-    library, _, name = full.partition(":")
+    library, _, short = full.partition(":")
     if library == "timm":
-        own = _library("timm").get_pretrained_cfg(name)
+        own = _library("timm").get_pretrained_cfg(short)
         mean, std = tuple(own.mean), tuple(own.std)
-    if channels == 1:
-        return (fmean(mean),), (fmean(std),)
-    return mean, std
+    note = "normalisation of ImageNet, the architecture's own: give mean and std if not"
+    return (mean, std, note) if channels == 3 else ((fmean(mean),), (fmean(std),), note)

@@ -14,6 +14,7 @@ from wm_victim.loading.contract import LoadingError
 _MAX_RATIO = 64
 _MAX_DIRECTORY = 16 * 2**20
 _END = struct.Struct("<4s4H2LH")
+MAX_PICKLE = 64 * 2**20
 _MAX_OPCODES = 1_000_000
 _STORAGES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 # What torch writes into a dictionary of tensors, and nothing else.
@@ -26,6 +27,19 @@ ALLOWED_GLOBALS = frozenset(
         *(f"torch {name}Storage" for name in _STORAGES),
     }
 )
+# Other ways to rebuild tensors, which torch has and this project does not need.
+_TENSORS = ("torch._utils _rebuild", "torch._tensor _rebuild", "torch.storage _load_from_bytes")
+# Modules whose functions act on the machine. Nothing in a file is ever called; one that names such
+# a function is refused all the same, so that its owner hears of it.
+_ACTING = """
+    os nt posix sys subprocess commands pty shutil socket runpy importlib imp pkgutil ctypes code
+    codeop pdb timeit cProfile webbrowser pip pickle _pickle marshal types io builtins
+    __builtin__
+"""
+_INERT_BUILTINS = """
+    bool bytearray bytes complex dict float frozenset int list object range set slice str
+    tuple
+"""
 # Those that name a class in a way of their own, or start code without naming a global.
 _REFUSED_OPCODES = frozenset({"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ_EX", "PERSID"})
 _REFUSED_OPCODES |= {"EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"}
@@ -83,10 +97,72 @@ def check_pickle(data: bytes) -> None:
         data: The whole pickle.
 
     Raises:
-        LoadingError: Another global than those of a dictionary of tensors, an unusual instruction,
-            too many instructions, bytes behind the end, or no pickle.
+        LoadingError: Another global than those of a dictionary of tensors, or as `foreign_globals`.
     """
-    global_names: dict[str, None] = {}
+    if names := foreign_globals(data):
+        raise _asks_for_code(names)
+
+
+def foreign_globals(data: bytes) -> list[str]:
+    """Check a pickle; the classes and functions, as "module.name", that no tensor needs.
+
+    Args:
+        data: The whole pickle.
+
+    Raises:
+        LoadingError: A global that acts on the machine, or that rebuilds tensors in another than
+            the plain way; an unusual instruction, too many of them, bytes behind the end, or no
+            pickle.
+    """
+    names, end = _read(data)
+    foreign = [name for name in names if name not in ALLOWED_GLOBALS]
+    if "torch._utils _rebuild_qtensor" in foreign:
+        raise LoadingError("quantised weights, which have no gradients; save them in float32")
+    if refused := [name for name in foreign if _acts(name) or name.startswith(_TENSORS)]:
+        raise _asks_for_code([name.replace(" ", ".") for name in refused])
+    if end != len(data) - 1:
+        raise LoadingError("a pickle with bytes behind its end")
+    return [name.replace(" ", ".") for name in foreign]
+
+
+def legacy_pickles(path: Path) -> list[tuple[int, int]]:
+    """Where the five pickles of torch's form without an archive begin and end.
+
+    They are a signature, a version, a description of the machine, the weights, and the order of the
+    storages, whose bytes follow.
+
+    Raises:
+        LoadingError: A damaged file, or code in one of the five but the fourth.
+    """
+    spans = []
+    with path.open("rb") as file:
+        for number in range(5):
+            start = file.tell()
+            data = file.read(MAX_PICKLE)
+            stop = _read(data)[1] + 1
+            if number != 3:
+                check_pickle(data[:stop])
+            spans.append((start, start + stop))
+            file.seek(start + stop)
+    return spans
+
+
+def _asks_for_code(names: list[str]) -> LoadingError:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return LoadingError(f"its pickle asks for code: {', '.join(names[:4])}{more}")
+
+
+def _acts(name: str) -> bool:
+    module, _, function = name.partition(" ")
+    root = module.partition(".")[0]
+    return root in _ACTING.split() and not (
+        root.strip("_")[:7] == "builtin" and function in _INERT_BUILTINS.split()
+    )
+
+
+def _read(data: bytes) -> tuple[list[str], int]:
+    """The globals that a pickle names, and the position of its last instruction."""
+    names: dict[str, None] = {}
     count, end = 0, -1
     try:
         for opcode, argument, position in pickletools.genops(data):
@@ -94,7 +170,7 @@ def check_pickle(data: bytes) -> None:
             if count > _MAX_OPCODES:
                 raise LoadingError(f"a pickle of more than {_MAX_OPCODES} instructions")
             if opcode.name == "GLOBAL":
-                global_names[str(argument)] = None
+                names[str(argument)] = None
             elif opcode.name in _REFUSED_OPCODES:
                 raise LoadingError(f"a pickle with the instruction {opcode.name}")
             end = position or 0
@@ -103,12 +179,7 @@ def check_pickle(data: bytes) -> None:
     # pickletools raises whatever its readers meet in a damaged stream.
     except Exception as error:
         raise LoadingError(f"a damaged pickle: {error}") from error
-    forbidden = [name.replace(" ", ".") for name in global_names if name not in ALLOWED_GLOBALS]
-    if forbidden:
-        more = f" and {len(forbidden) - 4} more" if len(forbidden) > 4 else ""
-        raise LoadingError(f"its pickle asks for code: {', '.join(forbidden[:4])}{more}")
-    if end != len(data) - 1:
-        raise LoadingError("a pickle with bytes behind its end")
+    return list(names), end
 
 
 def _check_end(path: Path) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from wm_inject.core.checks import check_channels
 
 Source = Literal["safetensors", "onnx", "torchscript", "wm"]
+MORE_MEMORY = "it asks for more memory than allowed"
 _MIB = 2**20
 
 
@@ -102,8 +103,11 @@ class Candidate:
     channels: int
     image_size: int
     layout: Literal["NCHW", "NHWC"] = "NCHW"
-    probabilities: bool = False  # the graph ended in a Softmax, which was removed
+    probabilities: bool = False  # of the graph's own outputs; the module gives logits
     notes: tuple[str, ...] = ()
+    class_names: object = None  # as the file stores them, unchecked
+    image_sizes: tuple[int, ...] = ()  # that it runs on, where image_size is a guess
+    at_once: int | None = None  # images to compute together in the checks; None for all
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,8 @@ class OpenedModel:
 
     Args:
         module: ``images`` to ``logits``, in eval mode, differentiable in its input, on the CPU.
-            Where the file gave probabilities, the logits are their logarithms.
+            In a graph they are read before softmax, sigmoid and whatever else keeps their order;
+            other models' probabilities are taken as logarithms.
         source: The form the weights came in.
         arch: The architecture's name, or "onnx" for a graph that brings its own.
         channels: 1 or 3.
@@ -121,6 +126,10 @@ class OpenedModel:
         outputs: What the file gives: "logits" or "probabilities".
         notes: One-line remarks: what was inferred, left out or not available.
         sha256: Of the file.
+        class_names: The K names that the file stores, in the order of its logits: unique and
+            printable. None if it stores none.
+        image_sizes: The usual sizes that the model runs on, ascending, where neither the file nor
+            the caller says which: ``image_size`` is then a guess. Otherwise ``(image_size,)``.
     """
 
     module: nn.Module
@@ -133,3 +142,5 @@ class OpenedModel:
     outputs: Literal["logits", "probabilities"]
     notes: tuple[str, ...]
     sha256: str
+    class_names: tuple[str, ...] | None = None
+    image_sizes: tuple[int, ...] = ()

@@ -8,25 +8,14 @@ from typing import Literal
 from wm_victim.loading.contract import LoadingError
 from wm_victim.loading.safetensors_header import looks_like_safetensors
 
-# `with_name` puts the file's name in the place of MODEL.
-SAVE_WEIGHTS = (
-    'ask its maker to save the weights: python -c "import torch; from safetensors.torch import '
-    "save_model; save_model(torch.load('MODEL', weights_only=False), 'MODEL.safetensors')\" "
-    "(this runs the file's code), then open MODEL.safetensors with its architecture's name"
-)
-_RESAVE = (
-    'if it holds weights alone, save it anew: python -c "import torch; '
-    "torch.save(torch.load('MODEL', weights_only=True), 'MODEL.pt')\""
+ASK_FOR_WEIGHTS = (
+    "ask its maker for the weights alone, torch.save(model.state_dict(), ...) or safetensors, and "
+    "open them with the architecture's name"
 )
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-_ONNX = "ask its maker for ONNX: python -m tf2onnx.convert --keras MODEL --output MODEL.onnx"
-_EXPORT = (
-    'ask its maker for ONNX: python -c "import torch; '
-    "torch.onnx.export(torch.export.load('MODEL').module(), EXAMPLE, 'MODEL.onnx')\" "
-    "(this runs the file's code)"
-)
+_ONNX = "ask its maker for ONNX"
 _JOBLIB = "a compressed pickle, such as joblib writes, which runs code when read"
-_TAR = f"a tar archive, torch's oldest form, which runs code when read; {SAVE_WEIGHTS}"
+_TAR = f"a tar archive, torch's oldest form, which runs code when read; {ASK_FOR_WEIGHTS}"
 # Offset, bytes, and the reason to refuse a file that has them there.
 _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\x89HDF\r\n\x1a\n", f"an HDF5 file, such as Keras writes; {_ONNX}"),
@@ -46,7 +35,7 @@ _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
 )
 
 
-def file_format(start: bytes) -> Literal["zip", "safetensors", "onnx"]:
+def file_format(start: bytes) -> Literal["zip", "legacy", "safetensors", "onnx"]:
     """What the first 512 bytes of a file say; ONNX, which has no signature, is the last guess.
 
     Raises:
@@ -65,13 +54,13 @@ def file_format(start: bytes) -> Literal["zip", "safetensors", "onnx"]:
         if start[offset : offset + len(signature)] == signature:
             raise LoadingError(reason)
     if start.startswith(_LEGACY):
-        raise LoadingError(f"torch's form without an archive, which runs code when read; {_RESAVE}")
+        return "legacy"
     if start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05":
-        raise LoadingError(f"a Python pickle, which runs code when read; {SAVE_WEIGHTS}")
+        raise LoadingError(f"a Python pickle, which runs code when read; {ASK_FOR_WEIGHTS}")
     # Protocols 0 and 1 have no signature: they begin with a global, a mark, or an empty container.
     if start[:1] in (b"c", b"(", b"]", b"}") and b"\n" in start[:200]:
         raise LoadingError(
-            f"a Python pickle of an old protocol, which runs code when read; {SAVE_WEIGHTS}"
+            f"a Python pickle of an old protocol, which runs code when read; {ASK_FOR_WEIGHTS}"
         )
     return "safetensors" if looks_like_safetensors(start) else "onnx"
 
@@ -86,17 +75,14 @@ def archive_format(names: Collection[str]) -> Literal["state", "torchscript"]:
     if "constants.pkl" in tails or any(tail.startswith("code/") for tail in tails):
         return "torchscript"
     if any("archive_format" in tail or tail.startswith("models/") for tail in tails):
-        raise LoadingError(f"a .pt2 program of torch.export, whose reader runs pickles; {_EXPORT}")
+        raise LoadingError(f"a .pt2 program of torch.export, whose reader runs pickles; {_ONNX}")
     if "data.pkl" in tails:
         return "state"
     if names and all(name.endswith(".npy") for name in names):
         raise LoadingError("an archive of NumPy arrays, no model")
     if {"config.json", "model.weights.h5"} & set(names):
         raise LoadingError(f"a Keras file, whose layers may hold code; {_ONNX}")
+    files = [name for name in names if not name.endswith("/") and "__MACOSX" not in name]
+    if len(files) == 1:
+        raise LoadingError(f"an archive that holds {files[0]!r}: unpack it and name that file")
     raise LoadingError("an archive that is no PyTorch file")
-
-
-def with_name(reason: str, name: str) -> str:
-    """A reason whose command names the file, unless a shell would read more into the name."""
-    plain = name.isascii() and name.replace(".", "").replace("_", "").replace("-", "").isalnum()
-    return reason.replace("MODEL", name) if plain and name[0] != "-" else reason

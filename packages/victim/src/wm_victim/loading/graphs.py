@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import mmap
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,14 @@ from torch import nn
 
 from wm_inject.core.text import printable
 from wm_victim.loading.child_process import run_child, sandboxed
-from wm_victim.loading.contract import Candidate, Limits, LoadingError, ModelOptions, Source
+from wm_victim.loading.contract import (
+    MORE_MEMORY,
+    Candidate,
+    Limits,
+    LoadingError,
+    ModelOptions,
+    Source,
+)
 from wm_victim.loading.onnx_module import OnnxNet, read_io_format
 from wm_victim.loading.onnx_scan import OnnxScan, scan_onnx
 from wm_victim.loading.onnx_simplify import refuse_sizes_from_pixels
@@ -54,7 +62,7 @@ def open_onnx(path: Path, snapshot: Path, options: ModelOptions, limits: Limits)
         if size > limits.max_bytes:
             raise LoadingError(f"a model of {size} bytes, more than {limits.max_bytes}")
     _require_packages()
-    report = run_child("onnx", snapshot, size, limits, options.for_child())
+    report = _run_child("onnx", snapshot, size, limits, options)
     return _read_result(snapshot, report, options, limits, size, "onnx")
 
 
@@ -62,8 +70,8 @@ def open_torchscript(snapshot: Path, options: ModelOptions, limits: Limits) -> C
     """Open a TorchScript archive whose directory has been checked: only inside the sandbox.
 
     Raises:
-        LoadingError: Not allowed, no sandbox here, no image size or channels given, code that reads
-            or writes files, or what the child refuses.
+        LoadingError: Not allowed, no sandbox here, code that reads or writes files, or what the
+            child refuses.
         RuntimeError: A package that reads ONNX is not installed.
     """
     if not options.allow_torchscript:
@@ -76,14 +84,28 @@ def open_torchscript(snapshot: Path, options: ModelOptions, limits: Limits) -> C
         raise LoadingError(f"TorchScript with {call}, which no classifier needs")
     if not sandboxed():
         raise LoadingError("TorchScript needs the sandbox, and this kernel has no Landlock")
-    if options.image_size is None or options.channels is None:
-        raise LoadingError("TorchScript needs image_size and channels")
     _require_packages()
     size = snapshot.stat().st_size
-    report = run_child("torchscript", snapshot, size, limits, options.for_child())
+    report = _run_child("torchscript", snapshot, size, limits, options)
     if report.get("restrictions", {}).get("landlock", 0) < 1:
         raise LoadingError("the sandbox could not be closed")
     return _read_result(snapshot, report, options, limits, size, "torchscript")
+
+
+def _run_child(
+    job: str, snapshot: Path, size: int, limits: Limits, options: ModelOptions
+) -> dict[str, Any]:
+    """Let a child convert a graph; with one image at a time where several need too much memory."""
+    try:
+        return {**run_child(job, snapshot, size, limits, options.for_child()), "at_once": None}
+    except LoadingError as error:
+        if str(error) != MORE_MEMORY:
+            raise
+    out = snapshot.parent.parent / "out"
+    shutil.rmtree(out)
+    out.mkdir()
+    report = run_child(job, snapshot, size, limits, {**options.for_child(), "at_once": 1})
+    return {**report, "at_once": 1}
 
 
 def child_notes(report: dict[str, Any]) -> tuple[str, ...]:
@@ -139,6 +161,8 @@ def _read_result(
     except ValueError as error:
         raise LoadingError(str(error)) from error
     notes, channels = child_notes(report), io_format.channels
+    if report.get("at_once"):
+        notes = (*notes, "checked one image at a time, for want of memory")
     if options.mean is not None and options.std is not None:
         if len(options.mean) != channels or len(options.std) != channels:
             raise LoadingError(f"a mean and std for {channels} channels are needed")
@@ -152,9 +176,18 @@ def _read_result(
         channels,
         io_format.image_size,
         layout="NHWC" if io_format.nhwc else "NCHW",
-        probabilities=io_format.softmax,
+        probabilities=io_format.probabilities,
         notes=notes,
+        class_names=report.get("class_names"),
+        image_sizes=_sizes(report.get("image_sizes"), io_format.image_size),
+        at_once=report.get("at_once"),
     )
+
+
+def _sizes(sizes: Any, own: int) -> tuple[int, ...]:
+    """The image sizes that a child reports; none if they are no sizes, or without its own."""
+    plain = isinstance(sizes, list) and all(type(one) is int and 4 <= one <= 1024 for one in sizes)
+    return tuple(sorted(set(sizes))) if plain and own in sizes else ()
 
 
 def _check_plain(model: Any) -> None:

@@ -22,16 +22,16 @@ class IoFormat:
         image_size: H = W, in pixels.
         nhwc: It takes (N, H, W, C).
         pixels: It takes 0 .. 255 (a uint8 input) instead of 0 .. 1.
-        one_by_one: It takes single images only.
-        softmax: A final Softmax was removed; a log-softmax takes its place.
+        batch: How many images it takes at once; 0 for any number.
+        probabilities: Its outputs were probabilities; what made them of logits was taken off.
     """
 
     channels: int
     image_size: int
     nhwc: bool = False
     pixels: bool = False
-    one_by_one: bool = False
-    softmax: bool = False
+    batch: int = 0
+    probabilities: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The fields by name."""
@@ -42,15 +42,15 @@ def read_io_format(report: Any) -> IoFormat:
     """The format that a child reports; ``ValueError`` if it is none."""
     if not isinstance(report, dict) or set(report) != set(IoFormat.__dataclass_fields__):
         raise ValueError("its reader gave no description of the graph")
-    sizes = (report["channels"], report["image_size"])
-    flags = [value for name, value in report.items() if name not in ("channels", "image_size")]
-    if not all(type(value) is bool for value in flags) or not all(type(n) is int for n in sizes):
+    numbers = ("channels", "image_size", "batch")
+    kinds = {name: int if name in numbers else bool for name in report}
+    if any(type(value) is not kinds[name] for name, value in report.items()):
         raise ValueError("its reader gave a description of other types")
     io = IoFormat(**report)
-    if io.channels not in (1, 3) or not 4 <= io.image_size <= 1024:
+    if io.channels not in (1, 3) or not 4 <= io.image_size <= 1024 or not 0 <= io.batch <= 1024:
         raise ValueError(
-            f"expected images of 1 or 3 channels and 4 .. 1024 pixels, it takes "
-            f"{io.channels} channels and {io.image_size} pixels"
+            f"expected images of 1 or 3 channels and 4 .. 1024 pixels, at most 1024 at once, it "
+            f"takes {io.channels} channels, {io.image_size} pixels and {io.batch} at once"
         )
     return io
 
@@ -81,13 +81,17 @@ class OnnxNet(nn.Module):
             # torch warns of how the importer's Gather and Slice index; that they compute what ONNX
             # Runtime computes has been checked.
             warnings.filterwarnings("ignore", category=UserWarning, module=r"onnx2pytorch\.")
-            if self.io_format.one_by_one and len(x) > 1:
-                y: Tensor = torch.cat([self.net(image) for image in x.split(1)])
-            else:
-                y = self.net(x)
-        if y.ndim == 4 and y.shape[2:] == (1, 1):
-            y = y.flatten(1)
-        return y.log_softmax(1) if self.io_format.softmax else y
+            batch = self.io_format.batch
+            y = torch.cat([self._filled(part) for part in x.split(batch)]) if batch else self.net(x)
+        if y.ndim > 2 and y[:1].numel() == max(y.shape[1:]):
+            y = y.flatten(1)  # axes of length one beside the classes
+        return y
+
+    def _filled(self, part: Tensor) -> Tensor:
+        """Outputs of a batch, which is filled up with its last image if it is short."""
+        missing = self.io_format.batch - len(part)
+        y: Tensor = self.net(torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]))
+        return y[: len(part)]
 
 
 def _import(model: Any) -> nn.Module:

@@ -12,7 +12,7 @@ _CONSTANTS = ("value", "value_float", "value_floats", "value_int", "value_ints")
 _SHAPES = ("Shape", "Size")
 
 
-def simplify(model: Any, *, image: str, output: str) -> tuple[Any, bool]:
+def simplify(model: Any, *, image: str, output: str) -> Any:
     """The part of a graph that leads from the image to one output, in its plainest form.
 
     Files of torch's older exporter share weights through Identity nodes, which importers do not
@@ -24,7 +24,7 @@ def simplify(model: Any, *, image: str, output: str) -> tuple[Any, bool]:
         output: The name of the output to keep.
 
     Returns:
-        The model, and whether a final Softmax was taken off.
+        The model.
 
     Raises:
         ValueError: A graph whose memory or steps depend on the pixels, a value that nothing gives,
@@ -41,8 +41,6 @@ def simplify(model: Any, *, image: str, output: str) -> tuple[Any, bool]:
     nodes = [node for node in graph.node if not _constant(node, initial)]
     nodes, output = _fold(nodes, initial, output)
     nodes = _needed(nodes, output)
-    nodes, output, softmax = _without_softmax(nodes, output, _opset(model))
-    nodes = _needed(nodes, output)
     refuse_sizes_from_pixels(nodes, image)
     used = {name for node in nodes for name in node.input} | {output}
     weights = [tensor for name, tensor in initial.items() if name in used and name != image]
@@ -58,7 +56,7 @@ def simplify(model: Any, *, image: str, output: str) -> tuple[Any, bool]:
     opsets = [onnx.helper.make_opsetid("", _opset(model))]
     simplified = onnx.helper.make_model(plain, opset_imports=opsets)
     simplified.ir_version = min(max(model.ir_version, 4), 10)
-    return simplified, softmax
+    return simplified
 
 
 def _opset(model: Any) -> int:
@@ -124,18 +122,6 @@ def _needed(nodes: list[Any], output: str) -> list[Any]:
             values |= set(node.input)
             used.append(node)
     return used[::-1]
-
-
-def _without_softmax(nodes: list[Any], output: str, opset: int) -> tuple[list[Any], str, bool]:
-    last = next((node for node in nodes if output in node.output), None)
-    if last is None or last.op_type != "Softmax":
-        return nodes, output, False
-    axis = next(
-        (entry.i for entry in last.attribute if entry.name == "axis"), -1 if opset >= 13 else 1
-    )
-    if axis not in (-1, 1):
-        return nodes, output, False
-    return [node for node in nodes if node is not last], last.input[0], True
 
 
 def refuse_sizes_from_pixels(nodes: Iterable[Any], image: str) -> None:

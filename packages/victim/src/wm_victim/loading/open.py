@@ -8,12 +8,13 @@ from pathlib import Path
 
 from wm_inject.core.signals import exits_on_signals
 from wm_inject.core.text import printable
+from wm_victim.loading.class_names import read_names
 from wm_victim.loading.contract import Candidate, Limits, LoadingError, ModelOptions, OpenedModel
-from wm_victim.loading.file_formats import file_format, with_name
+from wm_victim.loading.file_formats import file_format
 from wm_victim.loading.graphs import open_onnx
 from wm_victim.loading.output_checks import LogProbabilities, check_outputs, check_weights
 from wm_victim.loading.regular_files import copy_regular_file
-from wm_victim.loading.weights import open_archive, open_safetensors
+from wm_victim.loading.weights import open_archive, open_legacy, open_safetensors
 
 
 def open_model(
@@ -69,7 +70,7 @@ def open_model(
             candidate = _read(path, snapshot, options, limits)
             return _checked(candidate, options, limits, digest)
         except LoadingError as error:
-            reason = printable(with_name(str(error), name), 800)
+            reason = printable(error, 800)
             raise LoadingError(f"cannot open {name}: {reason}") from error
         except OSError as error:
             reason = f"{tempfile.gettempdir()}: {error.strerror or error}"
@@ -88,6 +89,8 @@ def _read(path: Path, snapshot: Path, options: ModelOptions, limits: Limits) -> 
         return open_safetensors(snapshot, options, limits)
     if kind == "zip":
         return open_archive(snapshot, options, limits)
+    if kind == "legacy":
+        return open_legacy(snapshot, options, limits)
     return open_onnx(path, snapshot, options, limits)
 
 
@@ -103,9 +106,14 @@ def _checked(
         num_classes=options.num_classes,
         max_classes=limits.max_classes,
         brief=candidate.source in ("onnx", "torchscript"),
+        at_once=candidate.at_once,
     )
     if outputs.probabilities:
         module = LogProbabilities(module).eval()
+    names, notes = read_names(candidate.class_names), candidate.notes
+    if names is not None and len(names) != outputs.num_classes:
+        notes = (*notes, f"the file names {len(names)} classes, it gives {outputs.num_classes}")
+        names = None
     return OpenedModel(
         module=module,
         source=candidate.source,
@@ -115,6 +123,8 @@ def _checked(
         num_classes=outputs.num_classes,
         layout=candidate.layout,
         outputs="probabilities" if outputs.probabilities or candidate.probabilities else "logits",
-        notes=candidate.notes,
+        notes=notes,
         sha256=digest,
+        class_names=names,
+        image_sizes=candidate.image_sizes or (candidate.image_size,),
     )

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from wm_inject.core.errors import out_of_memory
 from wm_inject.core.text import first_line
 from wm_victim.loading.contract import LoadingError
 
@@ -65,6 +66,7 @@ def check_outputs(
     num_classes: int | None,
     max_classes: int,
     brief: bool = False,
+    at_once: int | None = None,
 ) -> Outputs:
     """Run a model on a few images and see whether it behaves as a classifier does.
 
@@ -75,6 +77,8 @@ def check_outputs(
         num_classes: The K to expect; any from 2 to ``max_classes`` if None.
         max_classes: The largest plausible K.
         brief: Leave out what repeats the run: a child with a time limit has done it.
+        at_once: Images to compute together at most; all if None. With one, answers that change with
+            the batch are not seen.
 
     Raises:
         LoadingError: No (N, K) float32 output, NaN or infinity, another K, an answer that changes
@@ -82,7 +86,7 @@ def check_outputs(
     """
     images = torch.cat([probe_images(2, channels, size), torch.zeros(1, channels, size, size)])
     with torch.no_grad():
-        logits = _run(module, images)
+        logits = _run(module, images, at_once)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise LoadingError(f"expected outputs of shape (N, K), got {got} for N = {len(images)}")
@@ -96,26 +100,34 @@ def check_outputs(
         if num_classes is not None and classes != num_classes:
             raise LoadingError(f"expected {num_classes} classes, it gives {classes}")
         if not brief:
-            _check_repeats(module, images, logits)
-    _check_gradient(module, images[:2])
-    sums = logits.sum(1)
-    positive = bool((logits >= 0).all())
-    return Outputs(classes, probabilities=positive and bool(((sums - 1).abs() < _SUM).all()))
+            _check_repeats(module, images, logits, at_once)
+    _check_gradient(module, images[: min(at_once or 2, 2)])
+    return Outputs(classes, probabilities=are_probabilities(logits))
 
 
-def _check_repeats(module: nn.Module, images: Tensor, logits: Tensor) -> None:
+def are_probabilities(outputs: Tensor) -> bool:
+    """Whether all rows ``(N, K)`` are >= 0 and add up to 1."""
+    return bool((outputs >= 0).all()) and bool(((outputs.sum(1) - 1).abs() < _SUM).all())
+
+
+def _check_repeats(module: nn.Module, images: Tensor, logits: Tensor, at_once: int | None) -> None:
     bound = _TOLERANCE * (float(logits.abs().max()) + 1e-6)
-    if float((_run(module, images) - logits).abs().max()) > bound:
+    if float((_run(module, images, at_once) - logits).abs().max()) > bound:
         raise LoadingError("its answers change from run to run")
     alone = torch.cat([_run(module, image[None]) for image in images])
     if alone.shape != logits.shape or float((alone - logits).abs().max()) > bound:
         raise LoadingError("the answer for an image changes with the others in its batch")
 
 
-def _run(module: nn.Module, images: Tensor) -> Tensor:
+def _run(module: nn.Module, images: Tensor, at_once: int | None = None) -> Tensor:
     try:
-        y: Tensor = module(images)
+        if at_once is None:
+            y: Tensor = module(images)
+        else:
+            y = torch.cat([module(part) for part in images.split(at_once)])
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        if out_of_memory(error):
+            raise MemoryError(first_line(error)) from error
         shape = tuple(images.shape)
         raise LoadingError(f"it does not run on images {shape}: {first_line(error)}") from error
     return y

@@ -13,16 +13,22 @@ import torch
 
 from wm_inject.core.text import first_line, printable
 from wm_victim.loading.architectures import build
-from wm_victim.loading.archives import check_contents, check_pickle, list_archive
+from wm_victim.loading.archives import (
+    MAX_PICKLE,
+    check_contents,
+    foreign_globals,
+    legacy_pickles,
+    list_archive,
+)
 from wm_victim.loading.child_process import run_child
+from wm_victim.loading.class_names import stored_names
 from wm_victim.loading.contract import Candidate, Limits, LoadingError, ModelOptions
-from wm_victim.loading.file_formats import SAVE_WEIGHTS, archive_format
+from wm_victim.loading.file_formats import ASK_FOR_WEIGHTS, archive_format
 from wm_victim.loading.graphs import child_notes, open_torchscript
 from wm_victim.loading.regular_files import copy_regular_file
 from wm_victim.loading.safetensors_header import Header, read_header
 from wm_victim.models import build_classifier, load_classifier
 
-_MAX_PICKLE = 64 * 2**20
 _WM_ENTRY = "wm"
 _NO_ARCH = "weights without an architecture; name one of torchvision or timm"
 
@@ -54,7 +60,8 @@ def open_safetensors(
         if "not installed" in str(error):
             raise
         raise LoadingError(first_line(error)) from error
-    return replace(candidate, notes=(*notes, *candidate.notes))
+    names = stored_names(header.metadata)
+    return replace(candidate, notes=(*notes, *candidate.notes), class_names=names)
 
 
 def _open_checkpoint(file: Path, header: Header) -> Candidate:
@@ -72,13 +79,15 @@ def _open_checkpoint(file: Path, header: Header) -> Candidate:
         wrong += [name for name in shapes if header.shapes.get(name) != shapes[name]]
         if wrong:
             raise ValueError(f"its tensors do not fit its config, the first of them {wrong[0]!r}")
-        model = load_classifier(file)
+        model, metadata = load_classifier(file), description.get("metadata")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise LoadingError(first_line(error).replace(file.name, "it")) from error
     except (RuntimeError, RecursionError, AssertionError) as error:
         raise LoadingError(first_line(error)) from error
     settings: dict[str, Any] = model.config
-    return Candidate(model, "wm", settings["name"], settings["channels"], settings["image_size"])
+    names = stored_names(metadata) if isinstance(metadata, dict) else None
+    size: int = settings["image_size"]
+    return Candidate(model, "wm", settings["name"], settings["channels"], size, class_names=names)
 
 
 def open_archive(file: Path, options: ModelOptions, limits: Limits) -> Candidate:
@@ -102,17 +111,44 @@ def open_archive(file: Path, options: ModelOptions, limits: Limits) -> Candidate
         raise LoadingError(
             f"an archive of {len(pickles)} pickles in {len(roots)} folders, not of one"
         )
-    if records[pickles[0]].file_size > _MAX_PICKLE:
-        raise LoadingError(f"a pickle of more than {_MAX_PICKLE} bytes")
+    if records[pickles[0]].file_size > MAX_PICKLE:
+        raise LoadingError(f"a pickle of more than {MAX_PICKLE} bytes")
     with zipfile.ZipFile(file) as archive:
         data = archive.read(pickles[0])
+    return _open_state(file, data, None, options, limits)
+
+
+def open_legacy(file: Path, options: ModelOptions, limits: Limits) -> Candidate:
+    """Open torch's older form of a file of weights: pickles and storages without an archive.
+
+    Raises:
+        LoadingError: As `open_archive`.
+    """
+    span = legacy_pickles(file)[3]
+    with file.open("rb") as opened:
+        opened.seek(span[0])
+        data = opened.read(span[1] - span[0])
+    return _open_state(file, data, span, options, limits)
+
+
+def _open_state(
+    file: Path, data: bytes, span: tuple[int, int] | None, options: ModelOptions, limits: Limits
+) -> Candidate:
+    """Check the pickle of a file of weights, and let a child turn the file into safetensors."""
     try:
-        check_pickle(data)
+        objects = foreign_globals(data)
     except LoadingError as error:
-        raise LoadingError(f"{error}; {SAVE_WEIGHTS}") from error
+        raise LoadingError(f"{error}; {ASK_FOR_WEIGHTS}") from error
     if options.arch is None:
         raise LoadingError(_NO_ARCH)
-    report = run_child("state", file, size, limits, {"max_tensors": limits.max_tensors})
+    size = file.stat().st_size
+    asked = {"max_tensors": limits.max_tensors, "objects": objects, "pickle": span}
+    report = run_child("state", file, size, limits, asked)
     weights, out = file.with_name("weights"), file.parent.parent / "out" / "weights.safetensors"
     copy_regular_file(out, weights, max_bytes=3 * size + 2**26, untrusted_name=True)
-    return open_safetensors(weights, options, limits, child_notes(report))
+    notes, side = child_notes(report), report.get("image_size")
+    if options.image_size is None and type(side) is int and 8 <= side <= 1024:
+        options = replace(options, image_size=side)
+        notes = (*notes, f"image size {side}, as the file says")
+    candidate = open_safetensors(weights, options, limits, notes)
+    return replace(candidate, class_names=report.get("class_names"))

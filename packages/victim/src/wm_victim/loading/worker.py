@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import pickle
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,12 @@ import torch
 from torch import Tensor
 
 from wm_inject.core.errors import out_of_memory
-from wm_inject.core.text import first_line, printable
+from wm_inject.core.text import first_line
+from wm_victim.loading.contract import MORE_MEMORY
+from wm_victim.loading.state_files import convert_state
 
 _OPSET = 17
 _TOLERANCE = 1e-3
-# Where training scripts keep the weights; averaged ones last, since they are the exception.
-_WRAPPERS = (
-    *("state_dict", "model_state_dict", "model", "net", "weights", "params", "state"),
-    *("state_dict_ema", "model_ema"),
-)
 
 
 def main(text: str) -> None:
@@ -39,39 +35,6 @@ def main(text: str) -> None:
     (out / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 
-def convert_state(path: Path, out: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Load a checkpoint with ``weights_only=True`` and write its tensors as safetensors.
-
-    It is not mapped into memory: torch 2.15 then skips the check of a record's size and reads other
-    records as weights.
-
-    Args:
-        path: The archive, checked by `archives`.
-        out: Where ``weights.safetensors`` goes.
-        options: "max_tensors".
-
-    Raises:
-        ValueError: No dictionary of tensors, or tensors larger than the file.
-    """
-    from safetensors.torch import save_file
-
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
-    except pickle.UnpicklingError as error:
-        # Its own text recommends to load the file without this protection.
-        raise ValueError(
-            "torch refuses its pickle: it is no dictionary of plain tensors"
-        ) from error
-    state, notes = _weights(saved)
-    if len(state) > options["max_tensors"]:
-        raise ValueError(f"{len(state)} tensors, more than {options['max_tensors']}")
-    if sum(tensor.nbytes for tensor in state.values()) > 2 * path.stat().st_size + 2**20:
-        raise ValueError("tensors that are larger than the file: views that repeat its bytes")
-    plain = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
-    save_file(plain, out / "weights.safetensors")
-    return {"notes": notes}
-
-
 def _convert_script(path: Path, out: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Load a TorchScript archive, export it to ONNX, and continue as with untrusted ONNX.
 
@@ -82,14 +45,17 @@ def _convert_script(path: Path, out: Path, options: dict[str, Any]) -> dict[str,
     from wm_victim.loading.import_onnx import convert_onnx
     from wm_victim.loading.output_checks import probe_images
 
-    module = torch.jit.load(str(path), map_location="cpu").eval()
-    images = probe_images(2, options["channels"], options["image_size"])
+    module = torch.jit.load(str(path), map_location="cpu").float().eval()
+    channels, size, notes = _script_images(module, options)
+    images = probe_images(options.get("at_once") or 2, channels, size)
     exported = out / "exported.onnx"
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        expected = module(images)
-        if not isinstance(expected, Tensor):
-            raise ValueError(f"expected one tensor from it, got {type(expected).__name__}")
+    with torch.no_grad():
+        given = module(images)
+    expected = given if isinstance(given, (tuple, list)) else (given,)
+    if not expected or not all(isinstance(value, Tensor) for value in expected):
+        raise ValueError(f"expected tensors from it, got {type(given).__name__}")
+    names = [f"output{number}" for number in range(len(expected))]
+    with torch.no_grad():
         torch.onnx.export(
             module,
             (images,),
@@ -97,16 +63,41 @@ def _convert_script(path: Path, out: Path, options: dict[str, Any]) -> dict[str,
             dynamo=False,
             opset_version=_OPSET,
             input_names=["image"],
-            output_names=["output"],
-            dynamic_axes={"image": {0: "batch"}, "output": {0: "batch"}},
+            output_names=names,
+            dynamic_axes={name: {0: "batch"} for name in ("image", *names)},
         )
     session = ort.InferenceSession(str(exported), providers=["CPUExecutionProvider"])
-    outputs = torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
-    if outputs.shape != expected.shape or not bool(
-        (outputs - expected).abs().max() <= _TOLERANCE * (expected.abs().max() + 1e-6)
-    ):
+    outputs = map(torch.from_numpy, session.run(names, {"image": images.numpy()}))
+    if not all(map(_same, outputs, expected)):
         raise ValueError("its export to ONNX computes something else")
-    return convert_onnx(exported, out, options)
+    result = convert_onnx(exported, out, options)
+    return {**result, "notes": [*notes, *result["notes"]]}
+
+
+def _same(outputs: Tensor, expected: Tensor) -> bool:
+    if outputs.shape != expected.shape:
+        return False
+    bound = _TOLERANCE * (expected.abs().max() + 1e-6)
+    return bool((outputs - expected).abs().max() <= bound)
+
+
+def _script_images(module: Any, options: dict[str, Any]) -> tuple[int, int, list[str]]:
+    """Channels and size of the images that a script takes: given, or the first that run."""
+    from wm_victim.loading.image_sizes import guess_note, likely_size, sizes_that_run
+
+    first = next((p.shape[1] for p in module.parameters() if p.ndim == 4), None)
+    channels = (
+        [options["channels"]] if options["channels"] else [first] if first in (1, 3) else [3, 1]
+    )
+    given = (options["image_size"],) if options["image_size"] else None
+    for count in channels:
+        if sizes := sizes_that_run(module, count, only=given):
+            size = likely_size(module, count, sizes)
+            notes = [] if options["channels"] else [f"{count} channels, by trying"]
+            return count, size, notes if given else [*notes, guess_note(size, sizes)]
+    asked = "image_size" if given is None else "channels"
+    shown = f"{' or '.join(map(str, channels))} channels"
+    raise ValueError(f"expected {asked}: it runs on no usual images of {shown}")
 
 
 def _conversion(job: str) -> Callable[[Path, Path, dict[str, Any]], dict[str, Any]]:
@@ -119,38 +110,10 @@ def _conversion(job: str) -> Callable[[Path, Path, dict[str, Any]], dict[str, An
     return _convert_script
 
 
-def _weights(saved: Any) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors by name, from under the wrappers, and notes on what was left out."""
-    notes: list[str] = []
-    for _ in range(3):
-        if not isinstance(saved, Mapping):
-            raise ValueError(f"expected a dictionary of tensors, got {type(saved).__name__}")
-        inner = next((key for key in _WRAPPERS if isinstance(saved.get(key), Mapping)), None)
-        if inner is None:
-            break
-        notes.append(f"weights taken from the entry {inner!r}")
-        saved = saved[inner]
-    state: dict[str, Tensor] = {}
-    skipped = []
-    for name, value in saved.items():
-        if not isinstance(name, str):
-            raise ValueError("expected tensors by name, got another key")
-        dense = isinstance(value, Tensor) and value.layout == torch.strided
-        if dense and not value.is_quantized and not value.is_complex():
-            state[name] = value
-        else:
-            skipped.append(printable(name, 40))
-    if not state:
-        raise ValueError("expected a dictionary of tensors, found no tensor in it")
-    if skipped:
-        notes.append(f"left out what is no plain tensor: {', '.join(skipped[:5])}")
-    return state, notes
-
-
 def _reason(error: Exception) -> str:
     line = first_line(error)
     if out_of_memory(error):
-        return "it asks for more memory than allowed"
+        return MORE_MEMORY
     return line if isinstance(error, ValueError) else f"{type(error).__name__}: {line}"
 
 

@@ -1,0 +1,286 @@
+"""Graphs and scripts as exporters write them: precision, batch, size, outputs, names of classes."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from wm_victim.loading import LoadingError, open_model
+from wm_victim.loading.contract import MORE_MEMORY, ModelOptions
+from wm_victim.loading.import_onnx import convert_onnx
+from wm_victim.loading.onnx_module import OnnxNet, read_io_format
+from wm_victim.loading.worker import _convert_script
+
+CLASSES, FEATURES = 4, 5
+GENERATOR = np.random.default_rng(0)
+# Numbers that half precision holds exactly.
+KERNEL = GENERATOR.normal(size=(FEATURES, 3, 3, 3)).astype(np.float16).astype(np.float32)
+MATRIX = GENERATOR.normal(size=(FEATURES, CLASSES)).astype(np.float16).astype(np.float32)
+SHAPES: list[Any] = ["n", 3, 16, 16]
+
+
+def answers(images: Tensor) -> Tensor:
+    """What every graph here computes."""
+    features = nn.functional.conv2d(images, torch.tensor(KERNEL)).mean((2, 3)).relu()
+    return features @ torch.tensor(MATRIX)
+
+
+def node(kind: str, inputs: str, outputs: str, **attributes: Any) -> Any:
+    return helper.make_node(kind, inputs.split(), outputs.split(), **attributes)
+
+
+def write(
+    path: Path,
+    *,
+    shape: list[Any] = SHAPES,
+    dtype: int = TensorProto.FLOAT,
+    numbers: Any = np.float32,
+    first: list[Any] | None = None,
+    last: list[Any] | None = None,
+    outputs: dict[str, list[Any]] | None = None,
+    inputs: tuple[str, ...] = ("image",),
+    metadata: dict[str, str] | None = None,
+    **weights: Any,
+) -> Path:
+    """A small classifier; ``first`` makes "x" of "image", ``last`` the outputs of "y" (N, 4)."""
+    kernel, matrix = KERNEL.astype(numbers), MATRIX.astype(numbers)
+    arrays = {"kernel": kernel, "matrix": matrix, **weights}
+    body = [
+        *(first or [node("Identity", "image", "x")]),
+        node("Conv", "x kernel", "a"),
+        node("GlobalAveragePool", "a", "b"),
+        node("Flatten", "b", "c"),
+        node("Relu", "c", "features"),
+        node("MatMul", "features matrix", "y"),
+        *(last or [node("Identity", "y", "output")]),
+    ]
+    outputs = outputs or {"output": ["n", CLASSES]}
+    kind = TensorProto.FLOAT if dtype in (TensorProto.INT8, TensorProto.INT64) else dtype
+    graph = helper.make_graph(
+        body,
+        "g",
+        [helper.make_tensor_value_info(name, dtype, shape) for name in inputs],
+        [helper.make_tensor_value_info(name, kind, dims) for name, dims in outputs.items()],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in arrays.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    helper.set_model_props(model, metadata or {})
+    onnx.save(model, str(path))
+    return path
+
+
+def convert(path: Path, **options: Any) -> tuple[OnnxNet, dict[str, Any]]:
+    """The module that this process reads back, and what the child reports; without a child."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = convert_onnx(path, path.parent, ModelOptions(**options).for_child())
+    report = json.loads(json.dumps(report))
+    plain = onnx.load(str(path.with_name("plain.onnx")))
+    return OnnxNet(plain, read_io_format(report["io_format"])), report
+
+
+def check(net: OnnxNet, size: int = 16) -> None:
+    """The answers and their gradients, in batches of several sizes."""
+    images = torch.rand(5, 3, size, size)
+    for count in (1, 3, 5):
+        part = images[:count].clone().requires_grad_()
+        want = images[:count].clone().requires_grad_()
+        torch.testing.assert_close(net(part), answers(want), rtol=1e-3, atol=1e-4)
+        (found,) = torch.autograd.grad(net(part).square().sum(), part)
+        (expected,) = torch.autograd.grad(answers(want).square().sum(), want)
+        torch.testing.assert_close(found, expected, rtol=5e-3, atol=1e-4)
+
+
+def _logits_and(other: str) -> list[Any]:
+    return [node("Identity", "y", "output"), node(*other.split("|"))]
+
+
+SHAPED = {"dims": np.array([-1, CLASSES, 1, 1]), "flat": np.array([1, CLASSES])}
+HABITS: dict[str, dict[str, Any]] = {
+    "a second output, the features": {
+        "last": _logits_and("Identity|features|embedding"),
+        "outputs": {"embedding": ["n", FEATURES], "output": ["n", CLASSES]},
+    },
+    "probabilities beside logits": {
+        "last": _logits_and("Softmax|y|probabilities"),
+        "outputs": {"probabilities": ["n", CLASSES], "output": ["n", CLASSES]},
+    },
+    "(N, K, 1, 1)": {
+        "last": [node("Reshape", "y dims", "output")],
+        "outputs": {"output": ["n", CLASSES, 1, 1]},
+        "dims": np.array([-1, CLASSES, 1, 1]),
+    },
+    "(N, 1, K)": {
+        "last": [node("Reshape", "y dims", "output")],
+        "outputs": {"output": ["n", 1, CLASSES]},
+        "dims": np.array([-1, 1, CLASSES]),
+    },
+    "a batch of 8": {
+        "shape": [8, 3, 16, 16],
+        "last": [node("Reshape", "y dims", "output")],
+        "outputs": {"output": [8, CLASSES]},
+        "dims": np.array([8, CLASSES]),
+    },
+    "a batch of 8 inside": {
+        "last": [node("Reshape", "y dims", "output")],
+        "outputs": {"output": [8, CLASSES]},
+        "dims": np.array([8, CLASSES]),
+    },
+    "a batch of 1 inside": {
+        "last": [node("Reshape", "y dims", "output")],
+        "outputs": {"output": ["n", CLASSES]},
+        "dims": np.array([1, CLASSES]),
+    },
+    "NHWC in a batch of 2": {
+        "shape": [2, 16, 16, 3],
+        "first": [node("Transpose", "image", "x", perm=[0, 3, 1, 2])],
+        "last": [node("Reshape", "y dims", "output")],
+        "outputs": {"output": [2, CLASSES]},
+        "dims": np.array([2, CLASSES]),
+    },
+    "float16": {"dtype": TensorProto.FLOAT16, "numbers": np.float16},
+    "float64": {"dtype": TensorProto.DOUBLE, "numbers": np.float64},
+    "float16 inside": {
+        "numbers": np.float16,
+        "first": [node("Cast", "image", "x", to=TensorProto.FLOAT16)],
+        "last": [node("Cast", "y", "output", to=TensorProto.FLOAT)],
+    },
+    "int64 pixels": {
+        "dtype": TensorProto.INT64,
+        "first": [node("Cast", "image", "f", to=TensorProto.FLOAT), node("Mul", "f scale", "x")],
+        "scale": np.float32(1 / 255),
+    },
+}
+
+
+@pytest.mark.integration
+def test_graphs_of_every_habit_are_opened(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for name, settings in HABITS.items():
+        with subtests.test(name=name):
+            net, report = convert(write(tmp_path / "a.onnx", **settings))
+            check(net)
+            assert bool(report["notes"]) == (not name.startswith("(N"))
+
+
+def test_bfloat16_is_opened(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.onnx")
+    model = onnx.load(str(path))
+    for tensor in model.graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        raw = (values.view(np.uint32) >> 16).astype(np.uint16)
+        tensor.raw_data, tensor.data_type = raw.tobytes(), TensorProto.BFLOAT16
+    for port in (*model.graph.input, *model.graph.output):
+        port.type.tensor_type.elem_type = TensorProto.BFLOAT16
+    onnx.save(model, str(path))
+    net, _ = convert(path)
+    images = torch.rand(3, 3, 16, 16)
+    torch.testing.assert_close(net(images), answers(images), rtol=0.05, atol=0.05)
+
+
+def test_graphs_that_leave_it_open_are_refused_by_name(
+    tmp_path: Path, subtests: pytest.Subtests
+) -> None:
+    two = {
+        "last": [node("Identity", "y", "one"), node("Neg", "y", "two")],
+        "outputs": {"one": ["n", CLASSES], "two": ["n", CLASSES]},
+    }
+    for said, settings in [
+        (r"found 2 among one \(2, 4\), two \(2, 4\)", two),
+        ("takes 2: image, other", {"inputs": ("image", "other")}),
+        ("type 3", {"dtype": TensorProto.INT8, "first": [
+            node("Cast", "image", "x", to=TensorProto.FLOAT)]}),
+    ]:  # fmt: skip
+        with subtests.test(said=said), pytest.raises(ValueError, match=said):
+            convert(write(tmp_path / "a.onnx", **settings))
+
+
+def test_an_open_size_is_tried_and_said(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    shape = ["n", 3, "h", "w"]
+    fixed = {
+        "last": [
+            node("Flatten", "a", "pixels"),
+            node("MatMul", "pixels wide", "output"),
+        ],
+        "wide": GENERATOR.normal(size=(FEATURES * 62 * 62, CLASSES)).astype(np.float32),
+    }
+    for name, settings, options, sizes, size in [
+        ("any", {}, {}, [32, 64, 96, 128, 224], 32),
+        ("given", {}, {"image_size": 48}, [], 48),
+        ("one", fixed, {}, [64], 64),
+    ]:
+        with subtests.test(name=name):
+            net, report = convert(write(tmp_path / "a.onnx", shape=shape, **settings), **options)
+            assert report["image_sizes"] == sizes
+            assert net.io_format.image_size == size
+            said = [note for note in report["notes"] if f"image size {size}" in note]
+            assert len(said) == (not options)
+            if name == "any":
+                check(net, 224)
+
+
+def test_class_names_are_read_from_the_metadata(tmp_path: Path) -> None:
+    for metadata in (
+        {"names": "{0: 'a', 1: 'b', 2: 'c', 3: 'd'}"},
+        {"other": "x", "labels": '["a", "b", "c", "d"]'},
+        {"record": '{"kind": "classifier", "classes": ["a", "b", "c", "d"]}'},
+    ):
+        _, report = convert(write(tmp_path / "a.onnx", metadata=metadata))
+        assert report["class_names"] == ["a", "b", "c", "d"]
+
+
+class Script(nn.Module):
+    """A classifier of any size, whose answers come with its features if ``pair``."""
+
+    def __init__(self, channels: int, *, pair: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.fc = nn.Conv2d(channels, 6, 3), nn.Linear(6, 5)
+        self.pair = pair
+
+    def forward(self, x: Tensor) -> Any:
+        features = self.conv(x).relu().mean((2, 3))
+        return (features, self.fc(features)) if self.pair else self.fc(features)
+
+
+def test_scripts_say_their_channels_and_sizes(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for channels, pair, options in [
+        (3, True, {}),
+        (1, False, {}),
+        (3, False, {"image_size": 48}),
+    ]:
+        with subtests.test(channels=channels, pair=pair), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            net = Script(channels, pair=pair).eval()
+            torch.jit.trace(net, torch.rand(2, channels, 16, 16)).save(str(tmp_path / "a.pt"))
+            given = ModelOptions(**options).for_child()
+            report = _convert_script(tmp_path / "a.pt", tmp_path, given)
+        io_format = report["io_format"]
+        assert io_format["channels"] == channels
+        assert io_format["image_size"] == options.get("image_size", 28 if channels == 1 else 32)
+        assert any("image size" in note for note in report["notes"]) == (not options)
+
+
+def test_memory_that_does_not_suffice_means_one_image_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.onnx")
+    options = {**ModelOptions().for_child(), "at_once": 1}
+    report = convert_onnx(path, tmp_path, options)
+    assert report["io_format"]["batch"] == 0
+
+    def short_of_memory(job: str, file: Path, *rest: Any) -> dict[str, Any]:
+        if rest[-1].get("at_once") is None:
+            raise LoadingError(MORE_MEMORY)
+        return convert_onnx(file, file.parent.parent / "out", rest[-1])
+
+    monkeypatch.setattr("wm_victim.loading.graphs.run_child", short_of_memory)
+    opened = open_model(path)
+    assert any("one image at a time" in note for note in opened.notes)
+    assert (opened.num_classes, opened.image_sizes) == (CLASSES, (16,))
