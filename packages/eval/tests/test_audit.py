@@ -413,6 +413,12 @@ def test_a_model_is_scanned_from_its_file(folder, tmp_path, monkeypatch, make_up
     printed = capsys.readouterr()
     assert code == 0 and "verdict: clean" in printed.out and "at most" in printed.err
     assert printed.out.startswith("v.safetensors: ") and "ok " in printed.out
+    # What was understood of the folder is said, and in the report.
+    assert "class folders, 31 images of 3 classes (0 10, 1 11, 2 10)" in printed.err
+    assert "1/broken.png" in printed.err
+    found = json.loads((tmp_path / "a.json").read_text())["images"]
+    assert (found["used"], found["source"]["images"]) == (30, 31)
+    assert found["skipped"] == [{"file": "1/broken.png", "reason": "no picture"}]
     low["nc"] = 3.0
     assert main(given) == 1
     if not torch.cuda.is_available():
@@ -490,3 +496,17 @@ def test_inspect(tmp_path, capsys):
     assert [row["flagged"] for row in rows] == [False, False, True]  # 0.png, 100.png, 250.png
     assert len((tmp_path / "found.csv").read_text().splitlines()) == 4
     assert "250.png" in (tmp_path / "found.html").read_text()
+    # A marked picture does not hide behind a suffix; what is not looked at is named everywhere.
+    (tmp_path / "in" / "250.png").rename(tmp_path / "in" / "250.txt")
+    (tmp_path / "in" / "notes.txt").write_text("x")
+    assert main(["inspect", str(tmp_path / "in"), "--extractor", str(detector), *outputs]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "flagged  250.txt" in lines and "not looked at: 1 no image (notes.txt)" in lines
+    assert "notes.txt: not looked at, no image" in (tmp_path / "found.html").read_text()
+    left_out = json.loads((tmp_path / "found.json").read_text())["left_out"]
+    assert left_out == [{"file": "notes.txt", "reason": "no image"}]
+    for path in (tmp_path / "in").iterdir():
+        path.write_bytes(b"no picture")
+    assert main(["inspect", str(tmp_path / "in"), "--extractor", str(detector), *outputs]) == 1
+    assert "cannot read 2 of 2 images" in capsys.readouterr().err
+    assert len((tmp_path / "found.csv").read_text().splitlines()) == 3

@@ -128,6 +128,19 @@ def test_command_line_trains_on_a_folder_and_finds_marks(
     assert main(["detect", str(photos), "--detector", detector, "--json", str(report)]) == 0
     assert len(json.loads(report.read_text())["images"]) == 120
     assert "of 120 images are marked" in capsys.readouterr().out
+    # Files that are no pictures are named, all of them, and stop nothing but a training.
+    for name in ("3.png", "7.png"):
+        (photos / name).write_bytes(b"no picture")
+    (photos / "notes.txt").write_text("x")
+    assert main(["detect", str(photos), "--detector", detector, "--json", str(report)]) == 0
+    shown, measured = capsys.readouterr().out, json.loads(report.read_text())
+    assert "of 118 images are marked" in shown and "not looked at: 1 no image (notes.txt)" in shown
+    assert [row["file"] for row in measured["unread"]] == ["3.png", "7.png"]
+    assert main(["train", str(photos), "--out", str(tmp_path / "new"), *arguments]) == 1
+    assert "cannot read 2 of 120 images: 2 no picture (3.png, 7.png)" in capsys.readouterr().err
+    for path in photos.glob("*.png"):
+        path.write_bytes(b"no picture")
+    assert main(["detect", str(photos), "--detector", detector]) == 1
 
 
 def test_command_line_says_in_one_line_what_is_wrong(

@@ -115,6 +115,16 @@ def test_other_errors_are_one_line_and_exit_1(photos, tmp_path, capsys, subtests
             assert told.startswith("error: ") and told.count("\n") == 1 and message in told
 
 
+def test_unreadable_images_are_named_or_skipped(photos, tmp_path, capsys):
+    for name in ("7.png", "8.png"):
+        (photos / name).write_bytes(b"no picture")
+    out = tmp_path / "f.safetensors"
+    assert fit(photos, out) == 1
+    assert "cannot read 2 of 8 images: 2 no picture (7.png, 8.png)" in capsys.readouterr().err
+    assert fit(photos, out, *SSBA, "--skip-unreadable") == 0
+    assert "fitted to 6 images" in capsys.readouterr().out
+
+
 def test_images_of_several_sizes_ask_for_one(photos, tmp_path, capsys):
     save_image(photos / "z.png", np.zeros((8, 8, 3), np.uint8))
     assert fit(photos, tmp_path / "t.safetensors") == 1

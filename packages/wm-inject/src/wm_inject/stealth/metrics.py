@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wm_inject.core.checks import check_choice
-from wm_inject.core.images import check_pair, list_images, load_image, to_float
+from wm_inject.core.image_files import find_images
+from wm_inject.core.images import check_pair, load_image, to_float
+from wm_inject.runtime.folder_plan import png_name
 from wm_inject.stealth.perceptual import Lpips
 
 if TYPE_CHECKING:
@@ -111,13 +113,13 @@ def compare_folders(
     """
     check_choice("at", at, ("original", "changed"))
     originals, changed = Path(originals), Path(changed)
-    by_name = {p.relative_to(originals).with_suffix(""): p for p in list_images(originals)}
-    files = [p.relative_to(changed) for p in list_images(changed)]
+    by_name = {png_name(name): originals / name for name in find_images(originals).names}
+    files = [Path(name) for name in find_images(changed).names]
     values: dict[str, list[Tensor]] = {"psnr": [], "ssim": [], "linf": [], "lpips": []}
     batch: list[tuple[Tensor, Tensor]] = []
     sizes: list[tuple[Size, Size]] = []
     for position, file in enumerate(files):
-        partner = by_name.get(file.with_suffix(""))
+        partner = by_name.get(png_name(file.as_posix()))
         if partner is None:
             raise ValueError(f"expected an original of {file} under {originals}, found none")
         pair, size = _load_pair(changed / file, partner, at)
