@@ -15,7 +15,7 @@ from torch import nn
 
 from defense_nc import InvertedTrigger, Verdict, judge
 from wm_eval.audit.budget import Budget, OutOfTime
-from wm_eval.audit.checks import NotScanned, check_model
+from wm_eval.audit.checks import NotScanned, Stated, check_model
 from wm_eval.audit.images import CleanImages, read_clean
 from wm_eval.audit.inspect import write_csv, write_page
 from wm_eval.audit.outputs import About, to_json, to_sarif, verdict_lines, write_html
@@ -32,6 +32,8 @@ from wm_inject import save_image, to_onnx
 from wm_inject.core.image_files import LeftOut
 from wm_inject.runtime import ScannedFile
 from wm_victim import build_classifier, save_classifier
+from wm_victim.loading import OpenedModel
+from wm_victim.reading import Way
 
 SIZE, CLASSES = 8, 4
 
@@ -174,14 +176,18 @@ def test_logarithms_of_probabilities_have_gradients():
     assert check_model(Logs(), bars(), num_classes=CLASSES).notes == ()
 
 
-def test_labels_that_mean_something_else_are_not_used():
+def test_labels_are_those_of_the_models_outputs():
     clean = bars()
     found = check_model(Bars(), replace(clean, labels=(clean.labels + 1) % 4), num_classes=CLASSES)
-    assert found.labels is None and any(note.startswith("accuracy:") for note in found.notes)
+    assert torch.equal(found.labels, clean.labels)
+    assert any(note.startswith("labels: permutation (") for note in found.notes)
     assert check_model(Bars(), replace(clean, labels=None), num_classes=CLASSES).labels is None
+    by_chance = torch.randint(4, (60,), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(NotScanned, match="--class-names"):
+        check_model(Bars(), replace(clean, labels=by_chance), num_classes=CLASSES)
 
 
-def test_another_scale_of_images_is_found_by_the_labels():
+def test_another_range_of_values_is_found_by_the_labels():
     class Wide(Bars):
         """Right for images in [-1, 1] alone: elsewhere the first label wins."""
 
@@ -191,9 +197,9 @@ def test_another_scale_of_images_is_found_by_the_labels():
             return torch.where(wide[:, None], logits, 1e-3 * logits + torch.tensor([9.0, 1, 1, 1]))
 
     with pytest.raises(NotScanned, match="answers of several classes"):
-        check_model(Wide(), bars(), num_classes=CLASSES, guess_scale=False)
+        check_model(Wide(), bars(), num_classes=CLASSES, stated=Stated(ways=(Way(),)))
     found = check_model(Wide(), bars(), num_classes=CLASSES)
-    assert found.accuracy == 1 and "[-1, 1]" in found.checks[4].detail
+    assert found.accuracy == 1 and "--preprocessing signed" in found.checks[4].detail
 
 
 @pytest.mark.parametrize(
@@ -408,6 +414,7 @@ def test_a_model_is_scanned_from_its_file(folder, tmp_path, monkeypatch, make_up
     assert len(model(images).argmax(1).unique()) > 1
     save_classifier(model, tmp_path / "v.safetensors")
     given = ["scan", str(tmp_path / "v.safetensors"), "--images", str(folder)]
+    given += ["--unlabelled", "--preprocessing", "unit"]
     wanted = ["--html", str(tmp_path / "a.html"), "--json", str(tmp_path / "a.json")]
     code = main([*given, *wanted])
     printed = capsys.readouterr()
@@ -447,7 +454,7 @@ def opened_bars(*notes):
     """`Bars` as if it had been opened from an ONNX file."""
     about = {"source": "onnx", "arch": "onnx", "image_size": SIZE, "channels": 1}
     about |= {"num_classes": CLASSES, "layout": "NHWC", "outputs": "logits", "sha256": "ab" * 32}
-    return SimpleNamespace(module=Bars(), notes=notes, **about)
+    return OpenedModel(module=Bars(), notes=notes, **about)
 
 
 def test_what_becomes_known_is_printed_before_the_long_work(

@@ -56,6 +56,8 @@ class LabelMap:
     def describe(self, classes: Sequence[str] | None = None) -> str:
         """The map in a line, with the classes whose output is not their own number."""
         pairs = sorted(self.outputs.items(), key=lambda pair: pair[1])
+        if self.kind == "offset":
+            return f"the labels count the first output as {pairs[0][0] - pairs[0][1]}"
         moved = [f"{_name(n, classes)} -> {output}" for n, output in pairs if n != output]
         more = f", and {len(moved) - _SHOWN} more" if len(moved) > _SHOWN else ""
         return f"{self.kind} ({', '.join(moved[:_SHOWN])}{more})" if moved else self.kind

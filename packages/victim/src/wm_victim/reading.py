@@ -133,6 +133,7 @@ def read_model(
         fed = ways[0].applied_to(module, channels)
         logits = predict(fed, images, batch_size=BATCH)
         return Reading(fed, ways[0], None, None, None, _confidence(logits))
+    names_stated = names_stated and classes is not None  # bare numbers have none
     if names_stated and classes is not None and output_names is not None:
         map_names([classes[label] for label in labels.unique().tolist()], output_names)
     match = partial(

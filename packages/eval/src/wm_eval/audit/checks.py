@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from wm_eval.audit.images import CleanImages
+from wm_victim.label_map import match_labels
+from wm_victim.reading import (
+    BATCH,
+    MisreadError,
+    Reading,
+    Trial,
+    Way,
+    all_ways,
+    best_trial,
+    read_model,
+    try_ways,
+    unexplained,
+)
 
-BATCH = 64
-# What classifiers expect images to be, by name: mean and standard deviation in units of [0, 1].
-SCALES: dict[str, tuple[float, float]] = {
-    "[-1, 1]": (0.5, 0.5),
-    "0 .. 255": (0.0, 1 / 255),
-    "ImageNet's mean and deviation": (0.449, 0.226),
-}
-_GAIN = 0.1  # of accuracy, before another scale is believed
+if TYPE_CHECKING:
+    from wm_victim.loading import OpenedModel
+
+_TRIED = 128  # images that sizes are tried on
+
+_OPTIONS = (
+    "say what it takes (--preprocessing, --channel-order, --mean and --std, --image-size) and how "
+    "the labels are meant (--class-names, --label-offset), or --unlabelled for its own answers"
+)
 
 
 class NotScanned(ValueError):
@@ -41,6 +58,7 @@ class Checked:
     labels: Tensor | None  # int64 (N,), believed to be the classes as the model numbers them
     accuracy: float | None
     checks: tuple[Check, ...]
+    reading: Reading
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -48,35 +66,39 @@ class Checked:
         return tuple(f"{check.name}: {check.detail}" for check in self.checks if not check.passed)
 
 
-class Rescaled(nn.Module):
-    """A model behind another scale of its images."""
+@dataclass(frozen=True)
+class Stated:
+    """What is known of a model beforehand.
 
-    def __init__(self, module: nn.Module, mean: float, std: float) -> None:
-        super().__init__()
-        self.module, self.mean, self.std = module, mean, std
+    Args:
+        class_names: Of its outputs, in their order.
+        by_user: The user says these names; otherwise the file does.
+        label_offset: The number that the labels count the first output as.
+        ways: Ways to feed the model that are tried; all usual ones if None.
+    """
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of images in [0, 1]."""
-        found: Tensor = self.module((images - self.mean) / self.std)
-        return found
+    class_names: tuple[str, ...] | None = None
+    by_user: bool = False
+    label_offset: int | None = None
+    ways: tuple[Way, ...] | None = None
 
 
 def check_model(
-    module: nn.Module, clean: CleanImages, *, num_classes: int, guess_scale: bool = True
+    module: nn.Module, clean: CleanImages, *, num_classes: int, stated: Stated | None = None
 ) -> Checked:
-    """Check a classifier on clean images.
+    """Check a classifier on clean images, and find out how it reads them and their labels.
 
     Args:
         module: Images in [0, 1] to logits ``(N, K)``.
         clean: The defender's images.
-        guess_scale: Try other scales of the images where the labels say that this one is wrong.
+        stated: What is known beforehand.
 
     Raises:
         NotScanned: It gives no finite logits of K classes, other ones the second time, no gradient,
-            or one answer to all images.
+            one answer to all images, or answers that the labels do not fit in any usual reading.
     """
     module.eval()
-    images = clean.images
+    images, stated = clean.images, stated or Stated()
     logits = _logits(module, images)
     if logits.shape != (len(images), num_classes) or not bool(logits.isfinite().all()):
         got = f"{tuple(logits.shape)}" + (
@@ -93,25 +115,94 @@ def check_model(
     told = f"alone and in a batch, logits differ by {apart:.1g} of the largest"
     checks.append(Check("batch-independent", apart < 1e-3, told))
     checks.append(_gradient(module, images))
-    labels, accuracy = None, None
-    if clean.labels is not None:
-        labels = clean.labels
-        module, accuracy, told = _scaled(module, clean, logits, guess_scale)
-        chance = float((labels.bincount() / len(labels)).max())
-        good = int(labels.max()) < num_classes and accuracy > 1.5 * chance
-        checks.append(Check("accuracy", good, told))
-        if not good:
-            labels = None
-        logits = _logits(module, images)
-    answers = logits.argmax(1)
-    classes = len(answers.unique())
-    if classes < 2:
-        raise NotScanned(
-            f"expected answers of several classes, got label {int(answers[0])} for all"
+    try:
+        reading = read_model(
+            module,
+            images,
+            clean.labels,
+            num_classes=num_classes,
+            classes=clean.classes,
+            output_names=stated.class_names,
+            names_stated=stated.by_user,
+            label_offset=stated.label_offset,
+            ways=stated.ways,
         )
-    told = f"{classes} of {num_classes} labels are answered"
-    checks.append(Check("answers", classes >= min(num_classes, 3), told))
-    return Checked(module, labels, accuracy, tuple(checks))
+    except ValueError as error:
+        raise NotScanned(f"{error}; {_OPTIONS}") from error
+    checks += _remarks(reading, clean, stated)
+    answers = _logits(reading.module, images).argmax(1)
+    answered = len(answers.unique())
+    if answered < 2:
+        raise NotScanned(
+            f"expected answers of several classes, got label {int(answers[0])} for all; {_OPTIONS}"
+        )
+    told = f"{answered} of {num_classes} labels are answered"
+    checks.append(Check("answers", answered >= min(num_classes, 3), told))
+    return Checked(reading.module, reading.labels, reading.accuracy, tuple(checks), reading)
+
+
+def choose_size(
+    opened: OpenedModel, read: Callable[[int, int | None], CleanImages], stated: Stated
+) -> tuple[OpenedModel, CleanImages]:
+    """The model and its images at the size that explains most labels, where it takes several.
+
+    Args:
+        opened: As its file says.
+        read: Images of a size; so many of them, or all.
+        stated: What is known beforehand.
+
+    Raises:
+        NotScanned: Several sizes, and no labels that could tell.
+    """
+    if len(opened.image_sizes) < 2:
+        return opened, read(opened.image_size, None)
+    trials: dict[Trial, int] = {}
+    for size in opened.image_sizes:
+        clean = read(size, _TRIED)
+        if clean.labels is None:
+            raise NotScanned(
+                f"expected --image-size: the model runs on {opened.image_sizes}, and without "
+                "labels none is better"
+            )
+        match = partial(
+            match_labels,
+            num_classes=opened.num_classes,
+            classes=clean.classes,
+            output_names=stated.class_names,
+            offset=stated.label_offset,
+        )
+        ways = stated.ways or all_ways(opened.module, opened.channels)
+        with suppress(MisreadError):  # it does not run on images of this size
+            found = try_ways(opened.module, clean.images, clean.labels, ways, match)
+            trials[best_trial(found)] = size
+    if not trials:
+        raise NotScanned(f"expected --image-size: the model runs on none of {opened.image_sizes}")
+    best = best_trial(tuple(trials))
+    size, accuracy = trials[best], best.label_map.accuracy
+    note = f"image size {size}, of those that it takes, explains most labels: {accuracy:.1%}"
+    return replace(opened, image_size=size, notes=(*opened.notes, note)), read(size, None)
+
+
+def _remarks(reading: Reading, clean: CleanImages, stated: Stated) -> list[Check]:
+    """What was found out of images and labels, each with the option that says so."""
+    checks, way, label_map = [], reading.way, reading.label_map
+    if way != Way():
+        options = "" if way.preprocessing is None else f" --preprocessing {way.preprocessing}"
+        options += "" if way.channel_order == "rgb" else f" --channel-order {way.channel_order}"
+        plain = "" if reading.plain is None else f"; as they are, {reading.plain:.1%} fit"
+        checks.append(Check("images", reading.plain is None, f"as{options} says{plain}"))
+    if label_map is None:
+        return checks
+    if label_map.kind not in ("names", "same order"):
+        detail = label_map.describe(clean.classes)
+        option = "--label-offset" if label_map.kind == "offset" else "--class-names"
+        checks.append(Check("labels", stated.label_offset is not None, f"{detail} ({option})"))
+    assert clean.labels is not None
+    if weak := unexplained(label_map, clean.labels):
+        names = ", ".join(str(label) for label in weak[:5])
+        checks.append(Check("classes", False, f"images of label {names} get other answers"))
+    told = f"{reading.accuracy:.1%} of {len(clean.files)} images"
+    return [*checks, Check("accuracy", True, told)]
 
 
 def _logits(module: nn.Module, images: Tensor, *, batch: int = BATCH) -> Tensor:
@@ -134,32 +225,3 @@ def _gradient(module: nn.Module, images: Tensor) -> Check:
     if not bool(grad.isfinite().all()) or not bool(grad.flatten(1).abs().amax(1).gt(0).all()):
         raise NotScanned("expected finite gradients that are not zero, got others")
     return Check("gradients", True, "finite and not zero")
-
-
-def _scaled(
-    module: nn.Module, clean: CleanImages, logits: Tensor, guess: bool
-) -> tuple[nn.Module, float, str]:
-    """The model at the scale of images that fits the labels, its accuracy, and a remark."""
-    assert clean.labels is not None
-    accuracy = _share(logits.argmax(1), clean.labels)
-    told = f"{accuracy:.1%} of {len(clean.labels)} images"
-    best = max(_candidates(module, clean), default=None, key=lambda one: one[0]) if guess else None
-    if best is None or best[0] < accuracy + _GAIN:
-        return module, accuracy, told
-    return (
-        best[2],
-        best[0],
-        f"{best[0]:.1%}, with images in {best[1]} (as they are: {accuracy:.1%})",
-    )
-
-
-def _candidates(module: nn.Module, clean: CleanImages) -> Iterator[tuple[float, str, nn.Module]]:
-    for name, (mean, std) in SCALES.items():
-        other = Rescaled(module, mean, std).eval()
-        answers = _logits(other, clean.images).argmax(1)
-        assert clean.labels is not None
-        yield _share(answers, clean.labels), name, other
-
-
-def _share(answers: Tensor, labels: Tensor) -> float:
-    return float(torch.eq(answers, labels).double().mean())

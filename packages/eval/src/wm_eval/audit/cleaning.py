@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from defense_nc import Unlearning
 from defense_nc.mitigations import DivergedError, RepairCost, repair_cost
 from wm_eval.audit.budget import Budget
-from wm_eval.audit.checks import Checked, check_model
+from wm_eval.audit.checks import Checked, Stated, check_model
 from wm_eval.audit.images import CleanImages
 from wm_eval.audit.scan import Audit, all_triggers
 from wm_eval.audit.unfold import fold, unfold
 from wm_inject.core.plan import Trigger
 from wm_victim.dataset_files import stratified_order
+from wm_victim.reading import Way
 
 
 class Mixed(nn.Module):
@@ -197,6 +198,9 @@ def clean_in_rounds(
         raise ValueError(f"expected at least 1 round, got {rounds}")
     budget = budget or Budget()
     known = triggers_to_unlearn(found, label)
+    # Both are read by now.
+    known_labels = replace(clean, labels=checked.labels, classes=None)
+    as_it_is = Stated(ways=(Way(),))
     for number in range(1, rounds + 1):
         with budget.enforced():
             cleaned = clean_model(
@@ -210,7 +214,7 @@ def clean_in_rounds(
                 device=device,
             )
             classes = len(cleaned.model(clean.images[:1])[0])
-            again = check_model(cleaned.model, clean, num_classes=classes, guess_scale=False)
+            again = check_model(cleaned.model, known_labels, num_classes=classes, stated=as_it_is)
         found = scan(again, f"round-{number}")
         labels = tuple(sorted({label for label, _ in known}))
         yield Round(number, again, found, labels, cleaned.cost)

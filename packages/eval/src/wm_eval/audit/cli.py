@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wm_eval.audit.open_options import add_open_options, check_open_options, open_options
 from wm_eval.audit.settings import CleanSettings, ScanSettings
+from wm_eval.audit.stated import add_reading_options, read_stated
 from wm_inject.command.common import (
     EXIT_NOT_SCANNED,
     CommandLine,
@@ -130,6 +132,7 @@ def _add_model(parser: Parser, settings: type) -> None:
     add_labels(parser)
     add_options(parser, settings, {"count": "images to use, at most"})
     add_open_options(parser)
+    add_reading_options(parser)
     group = parser.add_argument_group("the scan")
     helps = {
         "detectors": "their names (default: nc,reverse)",
@@ -305,7 +308,7 @@ def _open(
         if path is not None and not path.exists():
             raise ValueError(f"expected a file or folder at {path}, found none")
     device = resolve_device(args.device)
-    from wm_eval.audit.checks import check_model
+    from wm_eval.audit.checks import check_model, choose_size
     from wm_eval.audit.images import read_clean
     from wm_eval.audit.outputs import check_line, model_line
     from wm_victim.loading import open_model
@@ -315,19 +318,25 @@ def _open(
     names = ("source", "arch", "image_size", "channels", "num_classes", "layout", "outputs")
     about.model = {name: getattr(opened, name) for name in names}
     _print(model_line(about), *(f"note: {note}" for note in opened.notes))
-    clean = read_clean(
-        args.images,
-        size=opened.image_size,
-        channels=opened.channels,
-        count=settings.count,
-        labels=args.labels,
-        seed=settings.seed,
-    )
+    stated = read_stated(args, opened)
+
+    def read(size: int, count: int | None) -> CleanImages:
+        clean = read_clean(
+            args.images,
+            size=size,
+            channels=opened.channels,
+            count=min(settings.count, count or settings.count),
+            labels=args.labels,
+            seed=settings.seed,
+        )
+        return replace(clean, labels=None) if args.unlabelled else clean
+
+    opened, clean = choose_size(opened, read, stated)
+    _print(*(f"note: {note}" for note in opened.notes[len(about.notes) :]))
+    about.notes, about.model["image_size"] = opened.notes, opened.image_size
     say(clean.lines())
     about.images = clean.facts() | {"seed": settings.seed}
-    checked = check_model(
-        opened.module, clean, num_classes=opened.num_classes, guess_scale=args.mean is None
-    )
+    checked = check_model(opened.module, clean, num_classes=opened.num_classes, stated=stated)
     about.checks = checked.checks
     _print(*map(check_line, checked.checks))
     if device.type != "cpu" and (why := _stays_on_cpu(checked, clean, device)):

@@ -12,12 +12,13 @@ from torch import nn
 
 from defense_nc import Detector, ScanReport, Verdict
 from wm_eval.audit.budget import Budget
-from wm_eval.audit.checks import BATCH, Checked
+from wm_eval.audit.checks import Checked
 from wm_eval.audit.images import CleanImages
 from wm_eval.audit.settings import check_detectors
 from wm_eval.detectors import detector
 from wm_eval.titles import CALIBRATED, detector_title
 from wm_inject.core.errors import error_line
+from wm_victim.reading import BATCH
 
 
 @dataclass(frozen=True, eq=False)
