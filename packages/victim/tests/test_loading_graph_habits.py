@@ -238,33 +238,35 @@ def test_class_names_are_read_from_the_metadata(tmp_path: Path) -> None:
 class Script(nn.Module):
     """A classifier of any size, whose answers come with its features if ``pair``."""
 
-    def __init__(self, channels: int, *, pair: bool) -> None:
+    def __init__(self, channels: int, *, pair: bool = False, single: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.conv, self.fc = nn.Conv2d(channels, 6, 3), nn.Linear(6, 5)
-        self.pair = pair
+        self.pair, self.single = pair, single
 
     def forward(self, x: Tensor) -> Any:
         features = self.conv(x).relu().mean((2, 3))
+        features = features.reshape(1, 6) if self.single else features
         return (features, self.fc(features)) if self.pair else self.fc(features)
 
 
 def test_scripts_say_their_channels_and_sizes(tmp_path: Path, subtests: pytest.Subtests) -> None:
-    for channels, pair, options in [
-        (3, True, {}),
-        (1, False, {}),
-        (3, False, {"image_size": 48}),
+    for channels, habit, options in [
+        (3, {"pair": True}, {}),
+        (1, {}, {}),
+        (3, {"single": True}, {"image_size": 48}),
     ]:
-        with subtests.test(channels=channels, pair=pair), warnings.catch_warnings():
+        with subtests.test(channels=channels, habit=habit), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            net = Script(channels, pair=pair).eval()
-            torch.jit.trace(net, torch.rand(2, channels, 16, 16)).save(str(tmp_path / "a.pt"))
+            net = Script(channels, **habit).eval()
+            torch.jit.trace(net, torch.rand(1, channels, 16, 16)).save(str(tmp_path / "a.pt"))
             given = ModelOptions(**options).for_child()
             report = _convert_script(tmp_path / "a.pt", tmp_path, given)
         io_format = report["io_format"]
         assert io_format["channels"] == channels
         assert io_format["image_size"] == options.get("image_size", 28 if channels == 1 else 32)
         assert any("image size" in note for note in report["notes"]) == (not options)
+        assert io_format["batch"] == ("single" in habit)
 
 
 def test_memory_that_does_not_suffice_means_one_image_at_a_time(

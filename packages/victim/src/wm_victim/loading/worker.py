@@ -40,17 +40,41 @@ def _convert_script(path: Path, out: Path, options: dict[str, Any]) -> dict[str,
 
     Its code runs here, at load and in the export. What leaves the sandbox is the graph.
     """
-    import onnxruntime as ort
-
+    from wm_victim.loading.image_sizes import guess_note
     from wm_victim.loading.import_onnx import convert_onnx
-    from wm_victim.loading.output_checks import probe_images
 
     module = torch.jit.load(str(path), map_location="cpu").float().eval()
-    channels, size, notes = _script_images(module, options)
-    images = probe_images(options.get("at_once") or 2, channels, size)
-    exported = out / "exported.onnx"
+    channels, sizes, notes = _script_images(module, options)
+    exported, problem = out / "exported.onnx", None
+    for size in sizes:
+        try:
+            _export(module, exported, channels, size, options.get("at_once") or 2)
+        except (RuntimeError, ValueError) as error:
+            if out_of_memory(error):
+                raise
+            problem = problem or error
+            continue
+        if options["image_size"] is None:
+            notes.append(guess_note(size, tuple(sorted(sizes))))
+        result = convert_onnx(exported, out, options)
+        return {**result, "notes": [*notes, *result["notes"]]}
+    assert problem is not None
+    raise problem
+
+
+def _export(module: Any, path: Path, channels: int, size: int, count: int) -> None:
+    """Export a script for images of one size, in any number or, where it takes no other, singly."""
+    import onnxruntime as ort
+
+    from wm_victim.loading.output_checks import probe_images
+
+    images = probe_images(count, channels, size)
     with torch.no_grad():
-        given = module(images)
+        try:
+            given = module(images)
+        except RuntimeError:
+            images = images[:1]
+            given = module(images)
     expected = given if isinstance(given, (tuple, list)) else (given,)
     if not expected or not all(isinstance(value, Tensor) for value in expected):
         raise ValueError(f"expected tensors from it, got {type(given).__name__}")
@@ -59,19 +83,17 @@ def _convert_script(path: Path, out: Path, options: dict[str, Any]) -> dict[str,
         torch.onnx.export(
             module,
             (images,),
-            str(exported),
+            str(path),
             dynamo=False,
             opset_version=_OPSET,
             input_names=["image"],
             output_names=names,
             dynamic_axes={name: {0: "batch"} for name in ("image", *names)},
         )
-    session = ort.InferenceSession(str(exported), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     outputs = map(torch.from_numpy, session.run(names, {"image": images.numpy()}))
     if not all(map(_same, outputs, expected)):
         raise ValueError("its export to ONNX computes something else")
-    result = convert_onnx(exported, out, options)
-    return {**result, "notes": [*notes, *result["notes"]]}
 
 
 def _same(outputs: Tensor, expected: Tensor) -> bool:
@@ -81,20 +103,19 @@ def _same(outputs: Tensor, expected: Tensor) -> bool:
     return bool((outputs - expected).abs().max() <= bound)
 
 
-def _script_images(module: Any, options: dict[str, Any]) -> tuple[int, int, list[str]]:
-    """Channels and size of the images that a script takes: given, or the first that run."""
-    from wm_victim.loading.image_sizes import guess_note, likely_size, sizes_that_run
+def _script_images(module: Any, options: dict[str, Any]) -> tuple[int, list[int], list[str]]:
+    """The channels that a script takes, the sizes to try, the likeliest first, and notes."""
+    from wm_victim.loading.image_sizes import likely_size, sizes_that_run
 
     first = next((p.shape[1] for p in module.parameters() if p.ndim == 4), None)
-    channels = (
-        [options["channels"]] if options["channels"] else [first] if first in (1, 3) else [3, 1]
-    )
+    channels = [3, 1] if first not in (1, 3) else [first]
+    channels = [options["channels"]] if options["channels"] else channels
     given = (options["image_size"],) if options["image_size"] else None
     for count in channels:
         if sizes := sizes_that_run(module, count, only=given):
-            size = likely_size(module, count, sizes)
+            likely = likely_size(module, count, sizes)
             notes = [] if options["channels"] else [f"{count} channels, by trying"]
-            return count, size, notes if given else [*notes, guess_note(size, sizes)]
+            return count, sorted(sizes, key=lambda size: abs(size - likely)), notes
     asked = "image_size" if given is None else "channels"
     shown = f"{' or '.join(map(str, channels))} channels"
     raise ValueError(f"expected {asked}: it runs on no usual images of {shown}")
