@@ -10,10 +10,18 @@ import torch
 from safetensors.torch import save
 
 from wm_victim.loading import Limits, LoadingError
-from wm_victim.loading.archives import ALLOWED_GLOBALS, check_contents, check_pickle, list_archive
+from wm_victim.loading.archives import (
+    ALLOWED_GLOBALS,
+    check_contents,
+    check_pickle,
+    foreign_globals,
+    legacy_pickles,
+    list_archive,
+)
 from wm_victim.loading.file_formats import archive_format, file_format
 from wm_victim.loading.onnx_operators import SUPPORTED
 from wm_victim.loading.onnx_scan import scan_onnx
+from wm_victim.loading.pickled_objects import without_objects
 from wm_victim.loading.safetensors_header import read_header
 
 from .hostile_models import function, graph
@@ -78,6 +86,21 @@ def test_a_damaged_pickle_or_archive_is_refused_in_one_way(tmp_path: Path) -> No
         path.write_bytes(data)
         list_archive(path, max_entries=100, max_bytes=2**20)
         check_contents(path)
+
+    _, refused = outcomes(check, path.read_bytes(), LoadingError)
+    assert refused > 0
+
+
+def test_a_damaged_file_of_the_older_form_is_refused_in_one_way(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    content = {"a": torch.ones(3), "b": Path("c"), "d": slice(2)}
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+    def check(data: bytes) -> None:
+        path.write_bytes(data)
+        start, stop = legacy_pickles(path)[3]
+        foreign_globals(data[start:stop])
+        check_pickle(without_objects(data[start:stop], ALLOWED_GLOBALS))
 
     _, refused = outcomes(check, path.read_bytes(), LoadingError)
     assert refused > 0

@@ -93,6 +93,27 @@ def legacy_torch_file(folder: Path, marker: Path) -> Path:
     return put(folder, "a.pth", out.getvalue())
 
 
+def legacy(content: Any) -> bytes:
+    """A file in torch's older form, without an archive."""
+    out = io.BytesIO()
+    torch.save(content, out, _use_new_zipfile_serialization=False)
+    return out.getvalue()
+
+
+@case("pickle runs code")
+def code_in_the_head_of_the_older_form(folder: Path, marker: Path) -> Path:
+    data = legacy({"weight": torch.ones(2)})
+    head = data.index(b"\x80", 20)  # behind the signature and the version
+    return put(folder, "a.pth", data[:head] + pickle.dumps(shell(marker), 2) + data[head:])
+
+
+@case("pickle runs code")
+def code_behind_the_weights_of_the_older_form(folder: Path, marker: Path) -> Path:
+    data = legacy({"weight": torch.ones(2)})
+    keys = data.rindex(b"\x80\x02")  # the list of storages
+    return put(folder, "a.pth", data[:keys] + pickle.dumps(shell(marker), 2) + data[keys:])
+
+
 @case("pickle runs code")
 def compressed_as_joblib_writes(folder: Path, marker: Path) -> Path:
     return put(folder, "a.joblib", zlib.compress(pickle.dumps(shell(marker), 2)))
@@ -178,6 +199,18 @@ def one_storage_as_a_thousand_tensors(folder: Path, marker: Path) -> Path:
     )
     body = b"".join(b"X\x02\x00\x00\x00" + b"%02d" % n + wide[2:-1] for n in range(60))
     return put(folder, "a.pt", archive(b"\x80\x02}(" + body + b"u.", {"data/0": bytes(16)}))
+
+
+@case("weights-only bypass", child=True)
+def older_form_that_claims_six_gigabytes(folder: Path, marker: Path) -> Path:
+    data = legacy({"w": torch.ones(2)})
+    claim = b"\x8a\x05" + (6 * 2**28).to_bytes(5, "little")
+    return put(folder, "a.pth", data.replace(b"K\x02Nt", claim + b"Nt"))
+
+
+@case("weights-only bypass", child=True)
+def bytes_behind_the_older_form(folder: Path, marker: Path) -> Path:
+    return put(folder, "a.pth", legacy({"w": torch.ones(2)}) + pickle.dumps(shell(marker), 2))
 
 
 @case("weights-only bypass")
