@@ -322,6 +322,8 @@ LAYOUTS: dict[str, Layout] = {
     "spaces behind commas": _labelled(_table(KINDS, "file, label", "{} , {} ")),
     "CRLF": _labelled(_table(KINDS, end="\r\n")),
     "CR": _labelled(_table(KINDS, end="\r")),
+    "a line on the separator": _labelled("sep=;\n" + _table(KINDS, "file;label", "{};{}")),
+    "a comment": _labelled("# by hand\n" + _table(KINDS, "#file,label")),
     "empty lines": _labelled(_table(KINDS, end="\n\n")),
     "capitals": _labelled(_table(KINDS, "FileName,ClassName"), "Labels.CSV"),
     **{
@@ -397,6 +399,10 @@ LAYOUTS: dict[str, Layout] = {
     "files that are not there": _labelled(
         _table(KINDS | {"gone.png": "cat"}), left_out=("gone.png",)
     ),
+    "few files of a large table": _labelled(
+        _table({f"x{n}.png": "cat" for n in range(500)} | KINDS),
+        left_out=tuple(f"x{n}.png" for n in range(500)),
+    ),
     "files twice": _labelled(_table(KINDS) + "00.png,cat\n"),
     "images without a row": Layout(
         (*LOOSE, "more.png"), KINDS, {"labels.csv": _table(KINDS)}, left_out=("more.png",)
@@ -429,6 +435,15 @@ LAYOUTS: dict[str, Layout] = {
         LOOSE, None, {"sizes.csv": "width,height\n8,8\n"}, left_out=("sizes.csv",)
     ),
     # --- refused
+    "a table in a folder of its own": Layout(
+        LOOSE, None, {"notes/list.csv": _table(KINDS)}, left_out=("notes/list.csv",)
+    ),
+    "a text for every image": Layout(
+        tuple(f"{n:02}.png" for n in range(24)),
+        None,
+        {f"{n:02}.txt": "0 0.5 0.5 1 1\n" for n in range(24)},
+        left_out=tuple(f"{n:02}.txt" for n in range(24)),
+    ),
     "two labels": Layout(LOOSE, "01.png", {"labels.csv": _table(KINDS) + "01.png,fox\n"}),
     "a name that may be two images": Layout(
         ("cat/00.png", "dog/00.png"),

@@ -171,6 +171,8 @@ def _reason(error: Exception, kind: str | None) -> str:
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return f"expected at most {MAX_PIXELS} pixels, got more"
     detail = first_line(error)
+    if "runcated" in detail:
+        return f"a {kind} file that is cut off"
     return f"a damaged {kind} file" + ("" if _INTERNAL.search(detail) else f" ({detail[:100]})")
 
 

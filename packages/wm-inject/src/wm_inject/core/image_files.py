@@ -15,6 +15,7 @@ _SYSTEM_NAMES = frozenset(
     {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "lost+found", "__pycache__"}
     | {"$recycle.bin", "system volume information"}
 )
+_REASONS = 6  # that are spelt out in a line
 _TABLE_SUFFIXES = (".csv", ".tsv", ".txt")
 
 
@@ -103,14 +104,17 @@ def find_images(folder: str | Path) -> ImageFiles:
 
 
 def describe(files: Iterable[LeftOut]) -> str:
-    """Files by their reasons, in one line: how many, and the first names."""
+    """Files by their commonest reasons, in one line: how many, and the first names."""
     groups: dict[str, list[str]] = {}
     for file, reason in files:
         groups.setdefault(reason, []).append(file)
-    return "; ".join(
+    common = sorted(groups.items(), key=lambda group: -len(group[1]))
+    lines = [
         f"{len(names)} {reason} ({', '.join(map(escape, names[:3]))}{', ...' * (len(names) > 3)})"
-        for reason, names in groups.items()
-    )
+        for reason, names in common[:_REASONS]
+    ]
+    others = sum(len(names) for _, names in common[_REASONS:])
+    return "; ".join([*lines, *([f"{others} for other reasons"] if others else [])])
 
 
 def refuse_unread(unread: Iterable[LeftOut], count: int, *, skip: bool) -> None:

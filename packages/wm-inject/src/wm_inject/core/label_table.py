@@ -36,6 +36,7 @@ _PART = re.compile(
     r"(?:ing|sets?|data|images|imgs|labels?)?(?=$|[\W_\d])",
     re.IGNORECASE,
 )
+_PREAMBLE = re.compile(r"\A((sep=.|#[^,;\t|\r\n]*)(\r\n|\r|\n))+")  # of Excel; comments
 _MAX_BYTES = 1 << 28
 _SAMPLE = 200  # rows by which the reading of a table is chosen
 
@@ -136,6 +137,7 @@ class _Columns(NamedTuple):
 def _readings(content: bytes) -> Iterator[list[list[str]]]:
     """The rows of a table, by every encoding, separator and way of quoting that may be meant."""
     for text in _texts(content):
+        text = _PREAMBLE.sub("", text)
         lines = [line for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
         if not lines:
             continue

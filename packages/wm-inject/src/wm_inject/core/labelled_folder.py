@@ -203,6 +203,8 @@ class _Reader:
 
     def read_given(self, path: Path) -> None:
         """Take the labels from the table that the user names."""
+        if not path.is_file():
+            raise ValueError(f"expected a table of labels at {escape(path)}, found none")
         folder, at = os.path.realpath(self.found.folder), os.path.realpath(path.parent)
         below = os.path.relpath(at, folder).replace(os.sep, "/")
         at = "" if below == "." else f"{below}/"
