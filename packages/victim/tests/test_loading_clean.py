@@ -98,6 +98,25 @@ def test_no_clean_model_of_the_list_is_refused(case: tuple[str, ...], tmp_path: 
     check(case, tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("library", "name", "size"),
+    [("torchvision", "densenet121", 384), ("timm", "vit_tiny_patch16_224", 512)],
+)
+def test_a_model_of_large_images_is_opened_one_by_one(
+    library: str, name: str, size: int, tmp_path: Path
+) -> None:
+    import timm
+
+    module, _ = build(library, name)
+    if library == "timm":
+        module = timm.create_model(name, num_classes=10, img_size=size).eval()
+    write("onnx-legacy", module, size, tmp_path / "model")
+    opened = open_model(tmp_path / "model")
+    assert (opened.num_classes, opened.image_size) == (10, size)
+    assert any("one image at a time" in note for note in opened.notes)
+
+
 def test_the_list_has_forty_models_of_both_libraries_and_forms() -> None:
     assert len(CLEAN) >= 40
     assert len(set(CLEAN)) == len(CLEAN)

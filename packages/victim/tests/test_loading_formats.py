@@ -1,5 +1,6 @@
 """Every form that is opened: what is inferred, what is noted, and that it computes the same."""
 
+import argparse
 import warnings
 from pathlib import Path
 from typing import Any
@@ -161,18 +162,21 @@ def test_our_own_checkpoint_opens(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_a_weights_only_file_opens(tmp_path: Path, wrapped: bool) -> None:
+def test_a_weights_only_file_opens(tmp_path: Path, wrapped: bool, legacy: bool) -> None:
     state: Any = weights()
     if wrapped:
         named = {
             f"module.{name}": nn.Parameter(t) for name, t in state.items() if t.is_floating_point()
         }
-        state = {"epoch": 3, "best": 0.5, "state_dict": named}
-    torch.save(state, tmp_path / "a.pt")
+        settings = argparse.Namespace(lr=0.1)
+        state = {"epoch": 3, "best": np.float64(0.5), "args": settings, "state_dict": named}
+    torch.save(state, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy)
     opened = open_model(tmp_path / "a.pt", arch=ARCH)
     assert opened.num_classes == 6
     assert any("state_dict" in note for note in opened.notes) == wrapped
+    assert any("argparse.Namespace" in note for note in opened.notes) == wrapped
 
 
 @pytest.mark.parametrize("softmax", [False, True])

@@ -93,7 +93,7 @@ def image_input(model: Any, options: Mapping[str, Any]) -> tuple[ImageInput, boo
         names = ", ".join(printable(value.name, 40) for value in inputs[:6])
         raise ValueError(f"expected one input, the images, it takes {len(inputs)}: {names}")
     kind = inputs[0].type.tensor_type
-    dims = [dim.dim_value or None for dim in kind.shape.dim]
+    dims = [dim.dim_value if dim.dim_value > 0 else None for dim in kind.shape.dim]
     if kind.elem_type not in (_FLOAT, *_PIXELS):
         raise ValueError(f"expected a float or uint8 input, it has ONNX type {kind.elem_type}")
     if len(dims) != 4:
