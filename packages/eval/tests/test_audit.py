@@ -414,7 +414,7 @@ def test_a_model_is_scanned_from_its_file(folder, tmp_path, monkeypatch, make_up
     assert len(model(images).argmax(1).unique()) > 1
     save_classifier(model, tmp_path / "v.safetensors")
     given = ["scan", str(tmp_path / "v.safetensors"), "--images", str(folder)]
-    given += ["--unlabelled", "--preprocessing", "unit"]
+    given.append("--unlabelled")
     wanted = ["--html", str(tmp_path / "a.html"), "--json", str(tmp_path / "a.json")]
     code = main([*given, *wanted])
     printed = capsys.readouterr()

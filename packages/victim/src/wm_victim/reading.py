@@ -16,11 +16,11 @@ from wm_victim.label_map import KINDS, LabelMap, clearly_fewer, map_names, match
 from wm_victim.preprocessing import CHANNEL_ORDERS, PREPROCESSING, Preprocessed, own_normalize
 
 BATCH = 64
-_TRIED = 256  # images that ways to feed a model are tried on
+_TRIED = 128  # images that ways to feed a model are tried on; more where there are many classes
 _LEVEL = 0.001  # of the sign test by which one of some fourteen ways is better than another
 _GOOD = 0.97  # accuracy above which no other way is tried
-# Classifiers are surer than they are right, by 0.16 on CIFAR-100 (Guo et al. 2017, table 1) and by
-# 0.25 where few training images were learnt by heart. Beyond that the labels or images are misread.
+# Classifiers are surer than they are right, by up to 0.17 in Guo et al. 2017, table 1. Twice that,
+# and the labels or the images are misread.
 _OVERCONFIDENCE = 0.35
 _LEAST_RECALL = 0.2  # of a class
 _LEAST_KAPPA = 0.2  # agreement of answers and labels beyond chance (Cohen 1960)
@@ -178,8 +178,9 @@ def try_ways(
     Raises:
         MisreadError: The model runs on none of them.
     """
-    few = torch.linspace(0, len(images) - 1, min(len(images), _TRIED)).long()
-    trials = []
+    count = min(len(images), max(_TRIED, 6 * len(labels.unique())))
+    few = torch.linspace(0, len(images) - 1, count).long()
+    trials: list[Trial] = []
     for way in ways:
         logits = _logits(way.applied_to(module, images.shape[1]), images[few])
         if logits is not None:
@@ -192,13 +193,13 @@ def try_ways(
     return trials
 
 
-def best_trial(trials: Sequence[Trial]) -> Trial:
-    """Of those not clearly worse than the best: the plainest map, the first or the best way."""
+def best_trial(trials: Sequence[Trial], *, prefer_first: bool = True) -> Trial:
+    """Of those not clearly worse than the best, with the plainest map: the first, or the best."""
     best = max(trials, key=lambda one: one.label_map.right.sum()).label_map.right
     able = [one for one in trials if not clearly_fewer(one.label_map.right, best, _LEVEL)]
     plainest = min(KINDS.index(one.label_map.kind) for one in able)
     able = [one for one in able if KINDS.index(one.label_map.kind) == plainest]
-    if able[0] is trials[0]:
+    if prefer_first and able[0] is trials[0]:
         return able[0]
     return min(able, key=lambda one: one.loss)
 

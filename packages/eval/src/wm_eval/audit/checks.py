@@ -177,7 +177,7 @@ def choose_size(
             trials[best_trial(found)] = size
     if not trials:
         raise NotScanned(f"expected --image-size: the model runs on none of {opened.image_sizes}")
-    best = best_trial(tuple(trials))
+    best = best_trial(tuple(trials), prefer_first=False)
     size, accuracy = trials[best], best.label_map.accuracy
     note = f"image size {size}, of those that it takes, explains most labels: {accuracy:.1%}"
     return replace(opened, image_size=size, notes=(*opened.notes, note)), read(size, None)

@@ -97,9 +97,11 @@ def _from_json(content: Any) -> tuple[str, ...]:
 
 def _ways(args: argparse.Namespace, opened: OpenedModel) -> tuple[Way, ...]:
     from wm_victim.preprocessing import own_normalize
-    from wm_victim.reading import all_ways
+    from wm_victim.reading import Way, all_ways
 
     name, order = args.preprocessing, args.channel_order
+    if opened.source == "wm" and name is None and order is None:
+        return (Way(),)  # our own files bring their normalisation
     if args.mean is not None and name is not None:
         raise ValueError("expected --preprocessing or --mean and --std, got both")
     if name == "unit" and own_normalize(opened.module) is None:
