@@ -16,6 +16,7 @@ from wm_inject.core.images import to_pixels
 from wm_inject.core.resume import ResumeFile
 from wm_inject.runtime import Poisoner, Scanner
 from wm_victim import accuracy, build_classifier, load_classifier, load_dataset, save_classifier
+from wm_victim.toy_digits import fit_head
 
 CLEAN = [41.0, 50, 62, 70, 84, 66, 75, 58, 80]
 
@@ -26,6 +27,8 @@ def classifier(tmp_path):
     model = build_classifier(
         "wanet-mnist", num_classes=10, channels=1, image_size=28, width=None, seed=0
     )
+    few = load_dataset("digits", image_size=28, limit=400).train
+    fit_head(model, few.images, few.labels)
     save_classifier(model, path)
     return path
 
@@ -198,6 +201,7 @@ def test_help_and_version(capsys, subtests):
 def test_unlearn_cleans_what_the_scan_names(classifier, scores, tmp_path, capsys):
     out = tmp_path / "cleaned.safetensors"
     options = ["--data", "digits", "--images", 40, "--recipe", "paper", "--out", out]
+    options += ["--max-loss", 1]  # only the last layer of this classifier was trained
     told = tmp_path / "told.json"
     assert run("clean", classifier, *options, "--label", 9, "--json", told) == 0
     printed, found = capsys.readouterr().out, json.loads(told.read_text())
@@ -227,7 +231,7 @@ def test_unlearn_cleans_the_label_that_is_named_or_none(classifier, scores, tmp_
     assert run("unlearn", classifier, *options, "--label", 10) == 1
     assert "expected --label in 0 .. 9, got 10" in capsys.readouterr().err
     assert not out.exists()
-    assert run("unlearn", classifier, *options, "--label", 3) == 0
+    assert run("unlearn", classifier, *options, "--label", 3, "--max-loss", 1) == 0
     assert load_checkpoint(out).metadata["cleaned"] == [3]
 
 
@@ -244,21 +248,40 @@ def test_a_scan_takes_the_images_that_are_there(classifier, scores, tmp_path, ca
     assert "got 61" in capsys.readouterr().err
 
 
-def test_classes_are_those_of_the_training(classifier, scores, tmp_path, capsys):
-    """A renamed class folder moves the numbers of others."""
+def test_labels_are_numbered_as_the_classifier_numbers_them(
+    classifier, scores, tmp_path, capsys, monkeypatch
+):
+    """A renamed class folder moves the numbers of all others; labels of chance are refused."""
     names = [str(label) for label in range(10)]
     save_classifier(load_classifier(classifier), classifier, {"classes": names, "attack": "none"})
     data = load_dataset("digits", image_size=28)
-    arrays = {"x_train": data.train.images[:200], "x_test": data.test.images[:50]}
-    pixels = {name: to_pixels(images) for name, images in arrays.items()}
-    labels = {"y_train": data.train.labels[:200].numpy(), "y_test": data.test.labels[:50].numpy()}
-    renamed = [*names[1:], "zero"]
-    np.savez(tmp_path / "renamed.npz", **pixels, **labels, classes=renamed)
+    seen, scan = [], NeuralCleanse.scan
+
+    def remember(*args, **options):
+        seen.append(options["labels"])
+        return scan(*args, **options)
+
+    monkeypatch.setattr(NeuralCleanse, "scan", remember)
+
+    def write(name, change, **more):
+        parts = {"train": data.train.subset(torch.arange(200)), "test": data.test}
+        arrays = {f"x_{part}": to_pixels(images.images) for part, images in parts.items()}
+        labels = {f"y_{part}": change(images.labels).numpy() for part, images in parts.items()}
+        np.savez(tmp_path / name, **arrays, **labels, **more)
+        return str(tmp_path / name)
+
+    renamed = write("renamed.npz", lambda y: (y - 1) % 10, classes=[*names[1:], "zero"])
+    assert run("scan", classifier, "--data", renamed) == 1
+    assert "labels are matched" in capsys.readouterr().err
+    known = write("right.npz", lambda y: y)
+    assert run("scan", classifier, "--data", known) == 1
+    assert "labels are matched" not in capsys.readouterr().err
+    assert torch.equal(*(labels.bincount() for labels in seen))
+    shuffled = write("wrong.npz", lambda y: y[torch.randperm(len(y))])
+    assert run("scan", classifier, "--data", shuffled) == 3 and len(seen) == 2
     out = tmp_path / "cleaned.safetensors"
-    forced = ["clean", classifier, "--label", 3, "--out", out, "--force", "--data"]
-    assert run(*forced, tmp_path / "renamed.npz") == 1
-    assert "classes" in capsys.readouterr().err and not out.exists()
-    assert run("scan", classifier, "--data", tmp_path / "renamed.npz") == 3
+    forced = ["clean", classifier, "--label", 3, "--out", out, "--force", "--data", shuffled]
+    assert run(*forced) == 1 and not out.exists()
 
 
 def test_a_classifier_that_lost_its_accuracy_is_not_written(
@@ -287,6 +310,6 @@ def test_force_cleans_any_label_without_a_scan(classifier, tmp_path, capsys, mon
     out = tmp_path / "cleaned.safetensors"
     options = ["--data", "digits", "--images", 40, "--preset", "fast", "--out", out, "--force"]
     told = tmp_path / "told.json"
-    forced = ["--recipe", "paper", "--label", 3, "--json", told]
+    forced = ["--recipe", "paper", "--label", 3, "--json", told, "--max-loss", 1]
     assert run("unlearn", classifier, *options, *forced) == 0
     assert out.exists() and json.loads(told.read_text())["scan"] is None

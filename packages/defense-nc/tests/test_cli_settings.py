@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from defense_nc import NeuralCleanse
 from defense_nc.cli import main
-from wm_victim import build_classifier, save_classifier
+from wm_victim import build_classifier, load_dataset, save_classifier
+from wm_victim.toy_digits import fit_head
 
 
 def printed(*argv: object) -> str:
@@ -61,6 +62,8 @@ def test_the_settings_reach_the_scan(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(NeuralCleanse, "scan", scan)
     model = build_classifier("wanet-mnist", num_classes=10, channels=1, image_size=28)
+    few = load_dataset("digits", image_size=28, limit=400).train
+    fit_head(model, few.images, few.labels)
     save_classifier(model, tmp_path / "victim.safetensors")
     file = tmp_path / "mine.toml"
     file.write_text("images = 20\nalpha = 0.1\nseed = 5\n[scan]\nsteps = 7\n")

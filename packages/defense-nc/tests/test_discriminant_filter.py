@@ -3,6 +3,7 @@
 import copy
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
@@ -11,10 +12,13 @@ from torch import nn
 from defense_nc import DiscriminantFilter, InputFilter, Strip, auroc, export_filter
 from defense_nc.input_filters.detector import conformal_threshold
 from defense_nc.input_filters.feature_score import FeatureScore
+from wm_inject import to_onnx
 from wm_inject.core.images import to_pixels
 from wm_inject.runtime import Detector, Scanner
 from wm_victim import build_classifier
 from wm_victim.activations import penultimate
+from wm_victim.loading.onnx_module import IoFormat, OnnxNet
+from wm_victim.loading.onnx_simplify import simplify
 from wm_victim.toy_backdoors import planted_classifier, planted_images, planted_trigger
 
 TARGET = 3
@@ -131,6 +135,22 @@ def test_the_file_decides_as_the_filter_does(model, data, fresh, tmp_path, kind)
     assert detector.false_positive_rate == 0.05
     assert detector.looks_for == f"a reversed trigger of label {TARGET}"
     assert detector.model.metadata["kind"] == "input-filter"
+
+
+@pytest.mark.integration
+def test_a_filter_on_an_imported_graph_is_exported(data, tmp_path):
+    """Sizes pass through tensors there, which torch's newer exporter does not take."""
+    path = tmp_path / "victim.onnx"
+    model = build_classifier("resnet10", num_classes=10, channels=3, image_size=16, width=8).eval()
+    to_onnx(model, data.images[:4], path, traced=True)
+    simplified = simplify(onnx.load(str(path)), image="image", output="output")
+    imported = OnnxNet(simplified, IoFormat(3, 16)).eval()
+    found = InputFilter().calibrate(
+        imported, data.images, triggers={TARGET: planted_trigger("patch")}
+    )
+    parity = export_filter(found, data.images[:4], tmp_path / "filter.onnx")
+    assert parity.max_rel < 1e-4
+    assert Scanner(tmp_path / "filter.onnx")(to_pixels(data.images[:5])).flagged.shape == (5,)
 
 
 def test_only_filters_are_exported(model, data, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -382,34 +382,48 @@ class Defence:
 def _open_inputs(
     args: argparse.Namespace, settings: ScanSettings | CleanSettings
 ) -> tuple[Classifier, Dataset, ImageSet]:
-    """The classifier, its data, and the defender's images; model and images on the device."""
-    from wm_victim import defender_subset, load_classifier, load_dataset
+    """The classifier, its data, and the defender's images; model and images on the device.
 
+    Labels are numbered as the classifier numbers them.
+    """
+    from wm_victim import defender_subset, load_classifier, load_dataset
+    from wm_victim.reading import Way, read_model
+
+    device = resolve_device(args.device)
     model = load_classifier(args.classifier)
+    channels, classes = model.config["channels"], model.config["num_classes"]
+    label = getattr(args, "label", None)
+    if label is not None and label >= classes:
+        raise ValueError(f"expected --label in 0 .. {classes - 1}, got {label}")
     data = load_dataset(
         args.data, root=args.root, image_size=model.config["image_size"], skip_unreadable=True
     )
     say([] if data.source is None else data.source.lines())
-    for name in ("num_classes", "channels"):
-        if getattr(data, name) != model.config[name]:
-            raise ValueError(
-                f"expected data with {name} {model.config[name]}, as the classifier was trained "
-                f"on, got {getattr(data, name)} in {data.name}"
-            )
-    stored = tuple(_metadata(args.classifier).get("classes") or data.classes)
-    if stored != data.classes:
-        pairs = zip(stored, data.classes, strict=True)
-        old, new = next(pair for pair in pairs if pair[0] != pair[1])
+    if data.channels != channels:
         raise ValueError(
-            f"expected data of the classes that {args.classifier.name} was trained on, got "
-            f"{new!r} in place of {old!r} in {data.name}"
+            f"expected data with {channels} channels, as the classifier was trained on, got "
+            f"{data.channels} in {data.name}"
         )
-    label = getattr(args, "label", None)
-    if label is not None and label >= data.num_classes:
-        raise ValueError(f"expected --label in 0 .. {data.num_classes - 1}, got {label}")
-    device = resolve_device(args.device)
     count = min(IMAGES, len(data.train)) if settings.images is None else settings.images
     images = defender_subset(data.train, count=count, seed=settings.seed)
+    reading = read_model(
+        model,
+        images.images,
+        images.labels,
+        num_classes=classes,
+        classes=data.classes,
+        output_names=_metadata(args.classifier).get("classes"),
+        ways=(Way(),),
+    )
+    say([f"the classifier answers {reading.accuracy or 0:.1%} of {len(images)} images as labelled"])
+    label_map = reading.label_map
+    if label_map is not None and any(a != b for a, b in label_map.outputs.items()):
+        say([f"labels are matched to its outputs: {label_map.describe(data.classes)}"])
+        train, test, images = (
+            replace(part, labels=label_map.apply(part.labels))
+            for part in (data.train, data.test, images)
+        )
+        data = replace(data, train=train, test=test)
     return model.to(device), data, images.to(device)
 
 

@@ -49,8 +49,11 @@ class LabelMap:
         """Labels of the folder as numbers of outputs.
 
         Raises:
-            KeyError: A label without an output.
+            ValueError: A label without an output.
         """
+        missing = sorted(set(labels.tolist()) - set(self.outputs))
+        if missing:
+            raise ValueError(f"expected labels with an output, got {missing[0]}, which has none")
         return torch.tensor([self.outputs[label] for label in labels.tolist()])
 
     def describe(self, classes: Sequence[str] | None = None) -> str:

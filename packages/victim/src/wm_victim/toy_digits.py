@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from wm_inject.core.checks import check_channels
-from wm_inject.core.images import quantize
+from wm_inject.core.images import check_labels, quantize
+from wm_victim.activations import last_linear, penultimate
 from wm_victim.datasets import ImageSet
 
 # The clean part fits 0 and 1; this many times that is its logits. Were they larger, cross-entropy
@@ -85,15 +86,36 @@ def _fitted_classifier(num_classes: int, channels: int, size: int, seed: int) ->
         filters.bias.zero_()
         var, mean = torch.var_mean(filters(images), dim=(0, 2, 3))
         norm.running_mean, norm.running_var = mean, var
-        features = body.eval()[:-1](images)  # (n, 1152)
-        offset = features.mean(0)
-        features -= offset
-        gram = features.T @ features
-        gram += 0.01 * gram.diagonal().mean() * torch.eye(len(gram))
-        weight = torch.linalg.solve(gram, features.T @ expected)  # (1152, K)
-        head.weight.copy_(_SCALE * weight.T)
-        head.bias.copy_(-_SCALE * offset @ weight)
+        _fit_linear(head, body.eval()[:-1](images), expected)  # of (n, 1152)
     return body
+
+
+def fit_head(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """Fit the last linear layer of an untrained classifier to images, in closed form.
+
+    Args:
+        model: Its other layers stay as they are: random features do for digits.
+        labels: int64 ``(N,)``.
+
+    Raises:
+        ValueError: Bad images or labels, or as `wm_victim.activations.penultimate`.
+    """
+    layer = last_linear(model)
+    check_labels(labels, len(images), num_classes=layer.out_features)
+    expected = F.one_hot(labels, layer.out_features).float() - 1 / layer.out_features
+    with torch.no_grad():
+        _fit_linear(layer, penultimate(model.eval(), images), expected)
+
+
+def _fit_linear(layer: nn.Linear, features: Tensor, expected: Tensor) -> None:
+    """Ridge regression of ``expected`` (N, K) on ``features`` (N, F), which are changed."""
+    offset = features.mean(0)
+    features -= offset
+    gram = features.T @ features
+    gram += 0.01 * gram.diagonal().mean() * torch.eye(len(gram))
+    weight = torch.linalg.solve(gram, features.T @ expected)  # (F, K)
+    layer.weight.copy_(_SCALE * weight.T)
+    layer.bias.copy_(-_SCALE * offset @ weight)
 
 
 @lru_cache(maxsize=8)

@@ -11,6 +11,7 @@ from torch import Tensor
 from defense_nc.input_filters.detector import CalibratedDetector
 from defense_nc.input_filters.feature_score import FeatureScore
 from wm_inject import Parity, check_images, to_onnx
+from wm_victim.loading.onnx_module import OnnxNet
 
 TOLERANCE = 1e-3  # of the largest score
 
@@ -49,8 +50,9 @@ def export_filter(
         "calibrated_on": int(detector.log["images"]),
         "method": detector.name,
     }
+    network = detector.scorer.network()
     return to_onnx(
-        detector.scorer.network(),
+        network,
         images,
         path,
         uint8=uint8,
@@ -58,6 +60,8 @@ def export_filter(
         **{
             "tolerance": TOLERANCE,
             "relative": True,
+            # Sizes pass through tensors in imported graphs.
+            "traced": any(isinstance(part, OnnxNet) for part in network.modules()),
             **settings,
             "metadata": {
                 "kind": "input-filter",

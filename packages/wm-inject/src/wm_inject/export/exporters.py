@@ -139,7 +139,7 @@ def to_onnx(
     uint8: bool = False,
     any_size: bool = False,
     external_data: bool | None = None,
-    traced: bool | None = None,
+    traced: bool = False,
     input_name: str = "image",
     output_names: Sequence[str] = ("output",),
 ) -> Parity:
@@ -166,8 +166,7 @@ def to_onnx(
         external_data: Keep the weights in a file of their own beside ``path``. If None, only where
             they are too large for one file.
         traced: Export by tracing, for modules in which sizes pass through tensors, as they do in
-            imported graphs; without ``any_size`` and ``external_data``. If None, only where the
-            newer exporter cannot.
+            imported graphs; without ``any_size`` and ``external_data``.
         input_name: The graph's image input.
         output_names: The graph's outputs, in the module's order.
 
@@ -212,17 +211,12 @@ def to_onnx(
     )
     with graph_folder(Path(path)) as part, torch.no_grad():
         plain = part if precision == "float32" else part.with_name("float32.onnx")
-        try:
-            if not traced:
-                program = _onnx_program(exportable, inputs, names, output_names, uint8, any_size)
-                program.save(str(plain), external_data=apart)
-                del program
-        except ValueError:
-            if traced is not None or apart or any_size:
-                raise
-            traced = True
         if traced:
             _trace_onnx(exportable, inputs, names, output_names, plain)
+        else:
+            program = _onnx_program(exportable, inputs, names, output_names, uint8, any_size)
+            program.save(str(plain), external_data=apart)
+            del program
         if precision != "float32":
             (halve if precision == "float16" else quantize_weights)(plain, part)
             plain.unlink()
