@@ -184,6 +184,9 @@ MODULES = {package.name: package.module for package in release.packages()}
 NEEDED = {"wm-inject serve": {"--model": "a=b"}, "wm-inject fit": {"--trigger": "ssba"}}
 
 
+SIGNED = {"--label-offset"}  # any whole number
+
+
 def given(name: str, wrong: argparse.Action | None = None, value: str = "") -> list[str]:
     """The command with everything that it requires, of which no file is there, and a wrong value.
 
@@ -232,6 +235,8 @@ def test_every_number_has_a_range_without_nan(
     for name, one in COMMANDS.items():
         for action in filter(is_number, one._actions):
             option = action.option_strings[0]
+            if option in SIGNED:
+                continue
             for value in ("nan", "-1") if is_number(action, "0.5") else ("-1",):
                 with subtests.test(name=name, option=option, value=value):
                     assert option in refusal(given(name, action, value), capsys)
