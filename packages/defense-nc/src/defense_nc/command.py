@@ -452,6 +452,7 @@ def report_table(report: ScanReport) -> str:
             f"default rule: p {report.p_value:.2g} (alpha {report.alpha:g}), suspected: {named}",
             f"paper's rule: index {report.paper_index:.2f}, with the lower median "
             f"{report.paper_index_low:.2f}; flagged (> 2): {flagged}",
+            *(f"note: {note}" for note in report.notes),
             f"verdict: {report.verdict}. {report.reason}",
         ]
     )

@@ -101,5 +101,7 @@ class NeuralCleanse:
             max_ratio=self.max_ratio,
             triggers=triggers,
             seed=seed,
+            starved=inverted.starved,
+            notes=inputs.notes,
         )
         return replace(report, log={"race_log": inverted.race})

@@ -80,6 +80,7 @@ class Inverted(NamedTuple):
     triggers: tuple[InvertedTrigger, ...]
     scores: tuple[float, ...]  # norms in pixels, at the effort of the labels searched longest
     race: dict[str, Any] | None  # when each label was stopped, ready for JSON
+    starved: tuple[float, ...]  # `GradientCount.share` of each label
 
 
 def compose(images: Tensor, mask: Tensor, pattern: Tensor) -> Tensor:

@@ -100,6 +100,8 @@ class ReverseGenerator:
             max_ratio=self.max_ratio,
             triggers=result.triggers,
             seed=seed,
+            starved=[result.starved[label] for label in result.triggers],
+            notes=inputs.notes,
         )
         log = {
             "label_steps": [result.steps[label] for label in result.triggers],

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from defense_nc.batches import EndlessBatches
+from defense_nc.gradients import GradientCount, count_images, reached
 from defense_reverse.config import ReverseConfig
 from wm_inject import Lpips
 from wm_inject.core.images import quantize
@@ -18,6 +19,7 @@ from wm_victim.inference import resolve_precision
 Generate = Callable[[Tensor], Tensor]  # images (N, C, H, W) -> the same
 Loss = Callable[[Tensor, Tensor], Tensor]  # generated, images (N, C, H, W) -> (N,)
 
+_WATCHED = 8  # images of every round whose gradients are looked at
 _NARROW = 1.1  # a bracket narrower than this factor is not bisected further
 
 
@@ -97,6 +99,7 @@ class LabelState:
         self._patience, self._stale = config.patience, 0
         self.search = LambdaSearch(config.lambdas[0], growth=config.growth, shrink=config.shrink)
         self.candidates: list[Candidate] = [start]  # the best first
+        self.gradients = GradientCount()
 
     def __repr__(self) -> str:
         return f"LabelState(score={self.score:.4g}, finished={self.finished})"
@@ -135,12 +138,14 @@ class LabelState:
             "search": self.search.state_dict(),
             "stale": self._stale,
             "candidates": [tuple(candidate) for candidate in self.candidates],
+            "gradients": self.gradients.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from the state of another label."""
         self.search.load_state_dict(state["search"])
         self._stale = state["stale"]
+        self.gradients = GradientCount(*state["gradients"])
         device = self.candidates[0].weights.device
         self.candidates = [
             Candidate(rate, residual, weights.to(device))
@@ -176,10 +181,23 @@ def measure(
     with torch.no_grad():
         for part in images.split(256):
             generated = quantize(generate(part).float())
-            hits += int((model(generated).argmax(1) == target).sum())
+            logits = model(generated)
+            goals = torch.full((len(part),), target, device=part.device)
+            # In bfloat16, where searches run, ties are chance.
+            hit = reached(logits, goals) if logits.dtype == torch.float32 else None
+            hits += int((logits.argmax(1) == goals if hit is None else hit).sum())
             each = size(generated - part).mean(dim=(1, 2, 3)).double()
             change += float((each if score == "l1" else each.sqrt()).sum())
     return hits / len(images), change / len(images)
+
+
+def count_gradients(
+    generate: Generate, model: nn.Module, images: Tensor, target: int
+) -> tuple[int, int]:
+    """As `count_images`, of what a generator makes of the first of the images."""
+    with torch.no_grad():
+        generated = generate(images[:_WATCHED])
+    return count_images(model, generated, target)
 
 
 def reconstruction(config: ReverseConfig, device: torch.device) -> Loss:
@@ -201,6 +219,10 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     """Take one step down."""
     optimizer.zero_grad()
     loss.backward()
+    for group in optimizer.param_groups:
+        for value in group["params"]:
+            if value.grad is not None:
+                value.grad.nan_to_num_(0, 0, 0)  # what has no finite gradient stays where it is
     optimizer.step()
 
 

@@ -54,7 +54,8 @@ def predict(model: nn.Module, images: Tensor, *, batch_size: int = 512) -> Tenso
     device = device_of(model)
     with frozen(model), torch.no_grad():
         parts = [
-            model(batch.to(device, memory_format=torch.channels_last)).float()
+            # A copy, since some models normalise their images in place.
+            _tensor(model(batch.to(device, memory_format=torch.channels_last, copy=True))).float()
             for batch in images.split(batch_size)
         ]
     logits = torch.cat(parts)
@@ -83,6 +84,15 @@ def onednn_bfloat16() -> bool:
     """Whether oneDNN convolves in bfloat16 here; its variable ONEDNN_MAX_CPU_ISA counts."""
     probe = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     return torch.backends.mkldnn.is_available() and bool(probe())
+
+
+def _tensor(outputs: object) -> Tensor:
+    if not isinstance(outputs, Tensor):
+        raise ValueError(
+            f"expected logits (N, K) as one tensor from the model, got {type(outputs).__name__}: "
+            "give a module that returns the logits alone"
+        )
+    return outputs
 
 
 def _check_module(model: object) -> None:

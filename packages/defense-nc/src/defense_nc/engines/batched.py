@@ -15,6 +15,7 @@ from defense_nc.config import NCConfig
 from defense_nc.engines.candidates import check_inputs, conclude
 from defense_nc.engines.search_rows import Forward, Search, advance
 from defense_nc.engines.stopping_rules import nc_halving, stopping_starts
+from defense_nc.gradients import GradientCount
 from defense_nc.scan_inputs import ScanInputs
 from defense_nc.trigger import Inverted
 from wm_inject.core.progress import Progress
@@ -74,7 +75,7 @@ def invert_labels(
     checkpoint: Path | None,
 ) -> Inverted:
     """`invert_triggers` for inputs that are checked and a model that is frozen."""
-    model, images, labels, _ = inputs
+    model, images, labels = inputs[:3]
     searches = [
         Search(
             target,
@@ -100,6 +101,10 @@ def invert_labels(
         trigger.steps = sum(search.steps for search in own)
         triggers.append(trigger)
     file.remove()
+    starved = []
+    for target in targets:
+        counts = [search.gradients for search in searches if search.label == target]
+        starved.append(sum(counts, GradientCount()).share)
     gains = run.halving.gains(run.scores())
     stopped_at = run.halving.stopped_at
     return Inverted(
@@ -111,6 +116,7 @@ def invert_labels(
             "stopped_at": run.all_stopped_at,
             "steps": [trigger.steps for trigger in triggers],
         },
+        tuple(starved),
     )
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from defense_nc.gradients import reached
 from defense_nc.trigger import InvertedTrigger, compose
 from wm_inject.core.images import check_images, check_labels
 from wm_victim.inference import predict
@@ -66,7 +67,8 @@ def conclude(
     rates: list[float] = []
     for mask, pattern in ((one.mask, one.pattern) for one in candidates):
         triggered = compose(images, mask, pattern).clamp(0, 1)
-        hits = predict(model, triggered).argmax(1) == target
+        goals = torch.full((len(images),), target, device=images.device)
+        hits = reached(predict(model, triggered), goals)
         rates.append(float(hits.double().mean()))
         if rates[-1] >= floor:
             break

@@ -14,6 +14,8 @@ from defense_nc.batches import EndlessBatches
 from defense_nc.config import NCConfig
 from defense_nc.engines.candidates import Candidate, draw, squash
 from defense_nc.engines.cost_schedule import CostSchedule
+from defense_nc.gradients import GradientCount, reached, vanished
+from wm_victim.inference import resolve_precision
 
 Forward = Callable[[Tensor], Tensor]
 _EPS = 1e-8  # Adam's, as torch has it
@@ -54,6 +56,7 @@ class Search:
         self.success = 0.0  # of the last step
         self.best: deque[Candidate] = deque(maxlen=config.fallbacks)
         self.schedule = CostSchedule(config)
+        self.gradients = GradientCount()
         self._batches = EndlessBatches(len(pool), config.batch_size, generator)
 
     def __repr__(self) -> str:
@@ -97,6 +100,7 @@ class Search:
             "norms": [one.norm for one in self.best],
             **{name: getattr(self, name) for name in ("steps", "stopped", "success")},
             "schedule": self.schedule.state_dict(),
+            "gradients": self.gradients.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -104,6 +108,7 @@ class Search:
         self.theta, self.first, self.second, *best = state["tensors"].to(self.theta.device)
         self.steps, self.stopped, self.success = state["steps"], state["stopped"], state["success"]
         self.schedule.load_state_dict(state["schedule"])
+        self.gradients = GradientCount(*state["gradients"])
         self.best.extend(
             _candidate(norm, one) for norm, one in zip(state["norms"], best, strict=True)
         )
@@ -170,28 +175,39 @@ def _step(
 ) -> None:
     """One step of the schedule for every row: ``config.batches`` mini-batches, then the costs."""
     count = len(live)
+    # In bfloat16 equal logits are chance; in float32 they are saturated, and reach no label.
+    exact = resolve_precision(config.precision, images.device) == torch.float32
     goal = torch.tensor([search.label for search in live], device=images.device)
     cost = torch.tensor([search.schedule.cost for search in live], device=images.device)
-    success = torch.zeros(count, device=images.device)
+    success, missed, lost = torch.zeros(3, count, device=images.device)
     steps = torch.tensor([search.steps * config.batches for search in live], dtype=torch.float64)
     for _ in range(config.batches):
         index = torch.stack([search.next_batch() for search in live]).to(images.device)  # (S, B)
-        grad, reached = _gradients(forward, images[index], rows.theta, goal, cost)
+        grad, *counts = _gradients(forward, images[index], rows.theta, goal, cost, exact=exact)
         steps += 1
         adam_rows(*rows, grad, steps, lr=config.lr, betas=config.betas)
-        success += reached
+        for total, each in zip((success, missed, lost), counts, strict=True):
+            total += each
     norms = squash(rows.theta[:, :1]).clamp(0, 1).sum(dim=(1, 2, 3)).tolist()
     rates = (success / config.batches).clamp(max=1).tolist()
-    for search, rate, norm in zip(live, rates, norms, strict=True):
-        search.take(rate, norm)
+    for row, search in enumerate(live):
+        search.take(rates[row], norms[row])
+        search.gradients.add(float(missed[row]), float(lost[row]))
 
 
 def _gradients(
-    forward: Forward, images: Tensor, theta: Tensor, goal: Tensor, cost: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The gradient of every row's own loss, and the share of its images that reach its label.
+    forward: Forward,
+    images: Tensor,
+    theta: Tensor,
+    goal: Tensor,
+    cost: Tensor,
+    *,
+    exact: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradient of every row's own loss; of its images, the share that reaches its label.
 
-    The sum of the losses has each row's own gradient in that row: no row sees another's images.
+    And how many do not, and how many of these have a vanished gradient. The sum of the losses has
+    each row's own gradient in that row: no row sees another's images.
     """
     count, size = images.shape[:2]
     with torch.enable_grad():
@@ -203,9 +219,16 @@ def _gradients(
         goals = goal.repeat_interleave(size)
         losses = F.cross_entropy(logits, goals, reduction="none").view(count, size).mean(1)
         total = (losses + cost * mask.sum(dim=(1, 2, 3, 4))).sum()
-        (grad,) = torch.autograd.grad(total, theta)
-    reached = (logits.detach().argmax(1) == goals).view(count, size).float().mean(1)
-    return grad, reached
+        # A model of thresholds depends on no image: then there are no gradients of them.
+        grad, pixels = torch.autograd.grad(total, (theta, triggered), allow_unused=True)
+    hits = reached(logits, goals)
+    pixels = None if pixels is None else pixels.flatten(0, 1) * size
+    lost = vanished(pixels, logits, goals)
+    success = hits if exact else logits.detach().argmax(1) == goals
+    counts = [each.view(count, size).float() for each in (success, ~hits, lost)]
+    # A row without a finite gradient stays where it is.
+    grad = torch.where(grad.isfinite(), grad, 0)
+    return grad, counts[0].mean(1), counts[1].sum(1), counts[2].sum(1)
 
 
 @torch.no_grad()

@@ -23,13 +23,14 @@ from defense_nc.engines.candidates import (
     squash,
 )
 from defense_nc.engines.cost_schedule import CostSchedule
+from defense_nc.gradients import GradientCount, reached, vanished
 from defense_nc.scan_inputs import ScanInputs
 from defense_nc.trigger import Inverted, InvertedTrigger, compose
 from wm_inject.core.progress import Progress
 from wm_inject.core.progress import progress as show_progress
 from wm_inject.core.resume import ResumeFile, fingerprint
 from wm_victim.forward_fusion import fused_forward
-from wm_victim.inference import frozen
+from wm_victim.inference import frozen, resolve_precision
 
 
 def invert_trigger(
@@ -56,7 +57,7 @@ def invert_trigger(
     with frozen(model):
         labels, _ = check_inputs(model, images, labels, [target])
         inputs = ScanInputs(model, images, labels, 0)
-        return _invert(inputs, target, config=config, seed=seed, progress=progress)
+        return _invert(inputs, target, config=config, seed=seed, progress=progress)[0]
 
 
 def invert_in_turn(
@@ -69,7 +70,7 @@ def invert_in_turn(
     checkpoint: Path | None,
 ) -> Inverted:
     """One label after the other; a checkpoint holds the labels that are done."""
-    model, images, labels, _ = inputs
+    model, images, labels = inputs[:3]
     run = {
         "seed": seed,
         "data": fingerprint(*model.state_dict().values(), images, labels),
@@ -79,8 +80,9 @@ def invert_in_turn(
     file = ResumeFile(checkpoint, kind="neural-cleanse-labels", run=run)
     done: list[dict[str, Any]] = file.load() or []
     for target in show_progress(targets[len(done) :], desc="labels", enabled=progress):
-        trigger = _invert(inputs, target, config=config, seed=seed, progress=False)
-        done.append({"tensors": trigger.cpu().state_dict(), "config": trigger.config})
+        trigger, starved = _invert(inputs, target, config=config, seed=seed, progress=False)
+        state = {"tensors": trigger.cpu().state_dict(), "config": trigger.config}
+        done.append({**state, "starved": starved})
         file.save(done)
     file.remove()
     triggers = []
@@ -89,25 +91,28 @@ def invert_in_turn(
         triggers.append(
             InvertedTrigger(**state["tensors"], target=target, success_rate=rate, steps=steps)
         )
-    return Inverted(tuple(triggers), tuple(trigger.l1_norm for trigger in triggers), None)
+    scores = tuple(trigger.l1_norm for trigger in triggers)
+    return Inverted(tuple(triggers), scores, None, tuple(state["starved"] for state in done))
 
 
 def _invert(
     inputs: ScanInputs, target: int, *, config: NCConfig, seed: int, progress: bool
-) -> InvertedTrigger:
-    model, images, labels, _ = inputs
+) -> tuple[InvertedTrigger, float]:
+    """One label's trigger, and the share of its images whose gradients had vanished."""
+    model, images, labels = inputs[:3]
     images = images[labels != target]
     forward = fused_forward(model, config.precision, images.device)
     candidates: list[Candidate] = []
-    steps = 0
+    steps, gradients = 0, GradientCount()
     for index, start in enumerate(config.starts):
-        more, taken = _search(
+        more, taken, counted = _search(
             forward, images, target, start, config=config, seed=seed + index, progress=progress
         )
         candidates, steps = [*candidates, *more], steps + taken
+        gradients += counted
     trigger = conclude(model, images, target, candidates, floor=config.floor)
     trigger.steps = steps
-    return trigger
+    return trigger, gradients.share
 
 
 def _search(
@@ -119,8 +124,8 @@ def _search(
     config: NCConfig,
     seed: int,
     progress: bool,
-) -> tuple[list[Candidate], int]:
-    """The best masks and patterns, the smallest first, and how many steps were taken."""
+) -> tuple[list[Candidate], int, GradientCount]:
+    """The best masks and patterns, the smallest first; steps taken; what gradients there were."""
     generator = torch.Generator().manual_seed(seed)
     theta_mask, theta_pattern = (
         theta.to(images.device).requires_grad_()
@@ -130,7 +135,8 @@ def _search(
     schedule = CostSchedule(config)
     batches = EndlessBatches(len(images), config.batch_size, generator)
     best: deque[Candidate] = deque(maxlen=config.fallbacks)
-    step, norm = 0, float("inf")
+    step, norm, gradients = 0, float("inf"), GradientCount()
+    exact = resolve_precision(config.precision, images.device) == torch.float32
     bar: Progress[None] = show_progress(
         total=config.steps, desc=f"label {target}", enabled=progress
     )
@@ -141,13 +147,22 @@ def _search(
             for _ in range(config.batches):
                 index = next(batches).to(images.device)
                 mask, pattern = squash(theta_mask), squash(theta_pattern)
-                logits = forward(compose(images[index], mask, pattern))
+                triggered = compose(images[index], mask, pattern)
+                triggered.retain_grad()
+                logits = forward(triggered)
                 goal = torch.full((len(index),), target, device=images.device)
                 loss = F.cross_entropy(logits, goal) + schedule.cost * mask.sum()
                 optimizer.zero_grad()
                 loss.backward()
+                for theta in (theta_mask, theta_pattern):
+                    assert theta.grad is not None
+                    theta.grad.nan_to_num_(0, 0, 0)
                 optimizer.step()
-                success += (logits.detach().argmax(1) == target).float().mean()
+                hits = reached(logits, goal)
+                success += (hits if exact else logits.detach().argmax(1) == target).float().mean()
+                pixels = triggered.grad
+                lost = vanished(None if pixels is None else pixels * len(index), logits, goal)
+                gradients.add(int((~hits).sum()), int(lost.sum()))
             average = min(1.0, float(success) / config.batches)
             current = candidate(theta_mask, theta_pattern, average >= config.threshold)
             if current.succeeded and current.norm < norm:
@@ -156,4 +171,4 @@ def _search(
             schedule.update(average, norm)
             bar.update()
             bar.set_postfix(success=average, norm=current.norm, cost=schedule.cost)
-    return list(best) or [candidate(theta_mask, theta_pattern, False)], step
+    return list(best) or [candidate(theta_mask, theta_pattern, False)], step, gradients

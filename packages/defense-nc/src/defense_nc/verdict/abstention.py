@@ -17,6 +17,7 @@ from defense_nc.verdict.calibration import Calibration, CleanModel
 from defense_nc.verdict.model_info import ModelInfo
 
 MIN_CONVERGED = 4  # with fewer labels no score is an outlier
+STARVED = 0.5  # a label's search led by the minority of its images is none
 NOT_LOOKED_FOR = "Triggers bound to an image's own class were not looked for"
 _SLACK = 2.0  # the number of images may differ by this factor: scores change little with it
 _WIDER = 1.5  # a spread above this times the widest of the clean models is not a clean one
@@ -47,6 +48,27 @@ def too_many(suspected: Sequence[int], compared: int) -> str | None:
     return (
         f"Too many labels stand out ({len(suspected)} of {compared}): "
         "several backdoors, or one that has many targets."
+    )
+
+
+def starved_search(
+    starved: Sequence[float], reached: Tensor, suspected: Sequence[int]
+) -> str | None:
+    """Searches had no gradients to follow.
+
+    Those of most labels: no score is that of the model. Or that of a label that was not reached,
+    and no other one is suspected.
+    """
+    hungry = [label for label, share in enumerate(starved) if share > STARVED]
+    lost = [] if suspected else [label for label in hungry if not bool(reached[label])]
+    lost = hungry if 2 * len(hungry) > len(starved) else lost
+    if not lost:
+        return None
+    named = ", ".join(map(str, lost[:6])) + (" and others" if len(lost) > 6 else "")
+    return (
+        f"The search for label {named} had no gradients to follow (up to "
+        f"{max(starved[k] for k in lost):.0%} of its images): they vanish behind outputs that are "
+        "rounded or saturate, or are masked."
     )
 
 

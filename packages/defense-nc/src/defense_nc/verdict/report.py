@@ -7,7 +7,7 @@ one `outlier_test` decides, from the scan's own scores only.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from defense_nc.verdict.abstention import (
     NOT_LOOKED_FOR,
     out_of_domain,
     scores_shifted,
+    starved_search,
     too_few,
     too_many,
 )
@@ -47,6 +48,8 @@ def judge(
     seed: int = 0,
     calibration: Calibration | None = None,
     subject: ModelInfo | None = None,
+    starved: Sequence[float] = (),
+    notes: Sequence[str] = (),
 ) -> ScanReport:
     """Judge K scores of a classifier.
 
@@ -64,11 +67,14 @@ def judge(
         subject: The model's properties; None: like those of the calibration's models. Without a
             calibration they are compared with those of the one that ships for other settings,
             so that such a scan is no bolder than a calibrated one.
+        starved: As `ScanReport.starved`, (K,) or empty; so is ``notes``.
 
     Returns:
         backdoored: some label is suspected. inconclusive: a reason to abstain holds
         (``suspected`` still lists the labels that stand out), or without a calibration a label is
-        significant yet not far below the median. clean: neither.
+        significant yet not far below the median. not-scanned: the
+        searches for most labels had no gradients to follow, or that for a label that was not
+        reached while nothing is suspected. clean: none of these.
 
     Source: ours; neither paper states an error rate.
     """
@@ -96,6 +102,9 @@ def judge(
         verdict = Verdict.INCONCLUSIVE
     else:
         verdict = Verdict.BACKDOORED if test.suspected else Verdict.CLEAN
+    hungry = starved_search(starved, reached, test.suspected)
+    if hungry:
+        verdict, test = Verdict.NOT_SCANNED, test._replace(suspected=())
     labels = tuple(
         LabelScore(
             label=label,
@@ -119,7 +128,7 @@ def judge(
         suspected=test.suspected,
         alpha=alpha,
         max_ratio=max_ratio,
-        reason=_reason(verdict, test, reached, limit=limit, max_ratio=max_ratio),
+        reason=hungry or _reason(verdict, test, reached, limit=limit, max_ratio=max_ratio),
         triggers=dict(triggers or {}),
         config=dict(config or {}),
         seed=seed,
@@ -127,6 +136,8 @@ def judge(
         calibrated=applicable is not None,
         calibration=calibration,
         subject=subject,
+        starved=tuple(starved),
+        notes=tuple(notes),
     )
 
 
@@ -143,6 +154,8 @@ def judge_scan(
     max_ratio: float = 0.5,
     triggers: Mapping[int, nn.Module] | None = None,
     seed: int = 0,
+    starved: Sequence[float] = (),
+    notes: Sequence[str] = (),
 ) -> ScanReport:
     """`judge` with the calibration shipped for this detector and its ``settings``, if any."""
     return judge(
@@ -157,6 +170,8 @@ def judge_scan(
         seed=seed,
         calibration=load_calibration(detector, settings=settings, classes=len(scores)),
         subject=describe_model(model, images, classes=len(scores)),
+        starved=starved,
+        notes=notes,
     )
 
 

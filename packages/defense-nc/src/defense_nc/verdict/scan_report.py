@@ -67,6 +67,10 @@ class ScanReport:
     repeats: int = 1  # scans behind the scores
     log: Mapping[str, Any] = field(default_factory=dict)  # of the search, ready for JSON
     model_score: float | None = None  # of the model as a whole, where a detector gives one
+    # By label: of the search's images not yet there, the share whose gradients had vanished. A
+    # search that was starved so and failed leaves the model not scanned.
+    starved: tuple[float, ...] = ()
+    notes: tuple[str, ...] = ()  # what was done to the model's outputs, one line each
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the triggers, ready for JSON; an infinite index is written as None."""
@@ -83,6 +87,7 @@ class ScanReport:
             | ({} if label.source is None else {"source": label.source})
             for label in self.labels
         ]
+        out["starved"], out["notes"] = list(self.starved), list(self.notes)
         if self.model_score is not None:
             out["model_score"] = _finite(self.model_score)
         return out

@@ -101,6 +101,8 @@ def combine(reports: Sequence[ScanReport]) -> ScanReport:
         seed=first.seed,
         calibration=first.calibration,
         subject=first.subject,
+        starved=torch.tensor([report.starved for report in reports]).mean(0).tolist(),
+        notes=first.notes,
     )
     return replace(joint, repeats=sum(report.repeats for report in reports))
 

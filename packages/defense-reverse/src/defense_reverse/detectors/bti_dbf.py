@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from defense_nc.config import check_rule
+from defense_nc.gradients import GradientCount
 from defense_nc.verdict import ScanReport, judge
 from defense_reverse.detectors.bti_losses import (
     BtiDbfConfig,
@@ -49,6 +50,7 @@ class Inverted(NamedTuple):
     generator: UNetGenerator
     mask: Tensor  # of the benign features, the shape of one image's, in [0, 1]
     changes: Changes  # of the last batch
+    starved: float  # share of the steps without a gradient, of the mask's or of the inversion's
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,8 @@ class BtiDbf:
             triggers={target: trigger},
             config={**self.settings, "images": len(images)},
             seed=seed,
+            starved=[inverted.starved] * inputs.num_classes,
+            notes=inputs.notes,
         )
         share = float(shares[target])
         finding = (
@@ -137,7 +141,7 @@ class BtiDbf:
         compared = "at least" if suspected else "less than"
         reason = f"BTI-DBF's rule: {finding}, {compared} {config.min_share:g}."
         log = {"raw": inverted.changes.numbers()}
-        return with_own_verdict(report, suspected, reason, log=log)
+        return with_own_verdict(report, suspected, reason, floor=config.min_share, log=log)
 
 
 def invert(
@@ -156,14 +160,16 @@ def invert(
         start: The generator to continue training; a fresh one if None.
     """
     random = torch.Generator().manual_seed(seed)
+    gradients = GradientCount()
     with torch.enable_grad():
-        mask = _decouple(inputs, config, random)
+        mask, starved = _decouple(inputs, config, random)
         generator = _start(inputs, config, seed=seed) if start is None else start
         optimizer = torch.optim.Adam(generator.parameters(), lr=config.lr)
         batches = batches_of(inputs.images, config.batch_size, random)
         for _ in show_progress(range(config.steps), desc="inversion", enabled=progress):
             rows = next(batches).to(inputs.images.device)
             generated = generator(inputs.images[rows])
+            generated.retain_grad()
             features = inputs.split.features(generated)
             change = image_change(generated, inputs.images[rows], inputs.scale)
             changes = feature_changes(inputs.features[rows], features, mask, change)
@@ -172,8 +178,9 @@ def invert(
                 goal = torch.full((len(rows),), target, device=rows.device)
                 loss = loss + F.cross_entropy(inputs.split.head(features), goal)
             descend(optimizer, loss)
+            gradients.add(1, not _leads(generated.grad))
     last = Changes(*(value.detach() for value in changes))
-    return Inverted(generator.eval(), mask, last)
+    return Inverted(generator.eval(), mask, last, max(starved, gradients.share))
 
 
 def frequent_label(
@@ -186,18 +193,26 @@ def frequent_label(
     return label, float(counts[label]) / len(predictions)
 
 
-def _decouple(inputs: SplitInputs, config: BtiDbfConfig, random: torch.Generator) -> Tensor:
-    """The mask of the benign features."""
+def _decouple(
+    inputs: SplitInputs, config: BtiDbfConfig, random: torch.Generator
+) -> tuple[Tensor, float]:
+    """The mask of the benign features, and the share of its steps without a gradient."""
     theta = torch.randn(inputs.features.shape[1:], generator=random).to(inputs.images.device)
     theta.requires_grad_()
-    optimizer = torch.optim.Adam([theta], lr=config.mask_lr)
+    optimizer, gradients = torch.optim.Adam([theta], lr=config.mask_lr), GradientCount()
     batches = batches_of(inputs.features, config.batch_size, random)
     for _ in range(config.mask_steps):
         rows = next(batches).to(inputs.images.device)
         mask = squash(theta)
         loss = decoupling_loss(inputs.split.head, inputs.features[rows], inputs.labels[rows], mask)
         descend(optimizer, loss)
-    return squash(theta.detach())
+        gradients.add(1, not _leads(theta.grad))
+    return squash(theta.detach()), gradients.share
+
+
+def _leads(gradient: Tensor | None) -> bool:
+    """Whether a gradient is finite and not zero everywhere."""
+    return gradient is not None and bool(gradient.isfinite().all() & gradient.any())
 
 
 def _start(inputs: SplitInputs, config: BtiDbfConfig, *, seed: int) -> UNetGenerator:

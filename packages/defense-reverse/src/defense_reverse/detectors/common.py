@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from defense_nc.batches import EndlessBatches
 from defense_nc.scan_inputs import open_scan
 from defense_nc.verdict import ScanReport, Verdict
+from defense_nc.verdict.abstention import starved_search
 from defense_reverse.detectors.split import (
     FeatureSplit,
     check_split,
@@ -32,6 +33,7 @@ class SplitInputs(NamedTuple):
     features: Tensor  # (N, ...), without gradients
     scale: Tensor  # (1, C, 1, 1): the unit of a change of an image
     num_classes: int
+    notes: tuple[str, ...] = ()  # what was done to the classifier's outputs
 
     def others(self, label: int) -> Tensor:
         """The images that are not of this class."""
@@ -71,8 +73,16 @@ def open_split(
         with torch.no_grad():
             features = torch.cat([split.features(part) for part in images.split(256)])
         scale = image_scale(inputs.model, images)
-        labels = inputs.labels
-        yield SplitInputs(inputs.model, split, images, labels, features, scale, inputs.num_classes)
+        yield SplitInputs(
+            inputs.model,
+            split,
+            images,
+            inputs.labels,
+            features,
+            scale,
+            inputs.num_classes,
+            inputs.notes,
+        )
 
 
 def check_settings(config: object, counts: Sequence[str], positive: Sequence[str]) -> None:
@@ -109,8 +119,25 @@ def squash(theta: Tensor) -> Tensor:
 
 
 def with_own_verdict(
-    report: ScanReport, suspected: Sequence[int], reason: str, *, log: Mapping[str, Any]
+    report: ScanReport,
+    suspected: Sequence[int],
+    reason: str,
+    *,
+    floor: float,
+    log: Mapping[str, Any],
 ) -> ScanReport:
-    """The report, with the verdict of a method's own rule in place of `judge`'s."""
-    verdict = Verdict.BACKDOORED if suspected else Verdict.CLEAN
-    return replace(report, verdict=verdict, suspected=tuple(suspected), reason=reason, log=log)
+    """The report, with the verdict of a method's own rule in place of `judge`'s.
+
+    Args:
+        floor: Success rate from which a label counts as reached.
+    """
+    reached = torch.tensor([label.success_rate >= floor for label in report.labels])
+    hungry = starved_search(report.starved, reached, suspected)
+    found = Verdict.BACKDOORED if suspected else Verdict.CLEAN
+    return replace(
+        report,
+        verdict=Verdict.NOT_SCANNED if hungry else found,
+        suspected=() if hungry else tuple(suspected),
+        reason=hungry or reason,
+        log=log,
+    )

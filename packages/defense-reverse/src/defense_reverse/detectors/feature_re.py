@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from defense_nc.config import check_rule
+from defense_nc.gradients import GradientCount, reached, vanished
 from defense_nc.verdict import ScanReport, judge
 from defense_reverse.detectors.common import (
     SplitInputs,
@@ -178,12 +179,15 @@ class FeatureRE:
             triggers=triggers,
             config={**self.settings, "images": len(images)},
             seed=seed,
+            starved=[best.starved for best in rounds],
+            notes=inputs.notes,
         )
         suspected = [label for label, value in enumerate(raw) if value < config.threshold]
         return with_own_verdict(
             report,
             suspected,
             _reason(raw, suspected, config),
+            floor=config.success_floor,
             log={"raw": [{"score": best.score, **best.terms.numbers()} for best in rounds]},
         )
 
@@ -195,6 +199,7 @@ class _Round(NamedTuple):
     terms: Terms
     mask: Tensor
     state: dict[str, Tensor]
+    starved: float = 0.0  # `GradientCount.share` of the whole search
 
 
 @torch.enable_grad()
@@ -214,6 +219,7 @@ def _search(inputs: SplitInputs, target: int, *, config: FeatureREConfig, seed: 
         change = image_change(generated, batch, inputs.scale)
         descend(optimizer, warmup_loss(attack, change, config))
     class_mean = _class_mean(inputs, target)
+    span, gradients = inputs.features.amax(0) - inputs.features.amin(0), GradientCount()
     best: _Round | None = None
     previous, measured = Excess(), []
     for step in range(1, config.steps + 1):
@@ -234,8 +240,15 @@ def _search(inputs: SplitInputs, target: int, *, config: FeatureREConfig, seed: 
         )
         descend(optimizer, generator_loss(terms, config, previous))
         mask = squash(theta)
-        attack, _ = _attack(inputs, mix(features.detach(), reference, mask), target)
+        mixed = mix(features.detach(), reference, mask)
+        mixed.retain_grad()
+        logits = inputs.split.head(mixed)
+        goal = torch.full((len(logits),), target, device=logits.device)
+        attack = F.cross_entropy(logits, goal) + 0 * mask.sum()  # the head may have no gradients
         descend(mask_optimizer, mask_loss(attack, mask, config))
+        moved = None if mixed.grad is None else mixed.grad * len(batch) * span
+        lost = vanished(moved, logits, goal)
+        gradients.add(int((~reached(logits, goal)).sum()), int(lost.sum()))
         measured.append(Terms(*(value.detach() for value in terms)))
         if step % config.round_steps == 0 or step == config.steps:
             terms, measured = round_mean(measured), []
@@ -245,7 +258,7 @@ def _search(inputs: SplitInputs, target: int, *, config: FeatureREConfig, seed: 
                 state = {name: tensor.clone() for name, tensor in generator.state_dict().items()}
                 best = _Round(value, terms, squash(theta.detach()), state)
     assert best is not None
-    return best
+    return best._replace(starved=gradients.share)
 
 
 def _class_mean(inputs: SplitInputs, target: int) -> Tensor:

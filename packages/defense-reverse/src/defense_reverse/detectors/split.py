@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wm_victim.logits import Logits
 from wm_victim.mnist_net import MnistNetBody
 from wm_victim.mobilenet import MobileNetBody
 from wm_victim.models import Classifier, Normalize
@@ -40,6 +41,12 @@ def split_at_last_map(model: nn.Module) -> FeatureSplit:
 
     Source: FeatureRE (Wang 2022) and BTI-DBF (Xu 2024), whose networks are cut in the same place.
     """
+    if isinstance(model, Logits):
+        inner, copied = split_at_last_map(model.model), model.copy
+        return FeatureSplit(
+            lambda images: inner.features(images.clone() if copied else images),
+            lambda features: model.convert(inner.head(features)),
+        )
     if isinstance(model, Classifier):
         parts = _cut(model.body)
         if parts is not None:
@@ -71,6 +78,7 @@ def image_scale(model: nn.Module, images: Tensor) -> Tensor:
     Published bounds hold for normalised images. Without a `Normalize` it is the deviation of
     ``images``.
     """
+    model = model.model if isinstance(model, Logits) else model
     normalize = getattr(model, "normalize", None)
     if isinstance(normalize, Normalize):
         return normalize.std

@@ -20,6 +20,7 @@ from defense_reverse.label_state import (
     Candidate,
     LabelState,
     autocast,
+    count_gradients,
     label_batches,
     measure,
     reconstruction,
@@ -71,7 +72,9 @@ def search_together(
     file.remove()
     residuals = {label: trigger.residual_norm for label, trigger in triggers.items()}
     steps = {search.label: search.steps for search in searches}
-    return SearchResult(triggers, halving.compare(residuals), steps, dict(halving.stopped_at))
+    starved = {search.label: search.state.gradients.share for search in searches if search.state}
+    scores = halving.compare(residuals)
+    return SearchResult(triggers, scores, steps, dict(halving.stopped_at), starved)
 
 
 def _groups(
@@ -169,6 +172,7 @@ class GroupTrainer:
         for row, search in enumerate(group):
             if search.state is None:
                 search.state = LabelState(config, self._candidate(stack, row, search))
+                self._count(stack, row, search)
         while step < stop:
             step += 1
             self._step(stack, group)
@@ -178,6 +182,7 @@ class GroupTrainer:
             for row, search in enumerate(group):
                 assert search.state is not None
                 search.state.update(self._candidate(stack, row, search))
+                self._count(stack, row, search)
                 search.steps = step
             unfinished = [row for row, search in enumerate(group) if not search.finished]
             if len(unfinished) < len(group):
@@ -217,3 +222,11 @@ class GroupTrainer:
                 score=self._config.score,
             )
         return Candidate(*rates, stack.weights(row))
+
+    def _count(self, stack: GeneratorStack, row: int, search: LabelSearch) -> None:
+        """Look at the gradients that a label's next steps follow."""
+        assert search.state is not None
+        judged = self._images[search.judged.to(self._images.device)]
+        with autocast(self._config, judged.device):
+            counts = count_gradients(stack.generator(row), self._model, judged, search.label)
+        search.state.gradients.add(*counts)

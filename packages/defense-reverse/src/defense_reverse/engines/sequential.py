@@ -14,6 +14,7 @@ from defense_reverse.label_state import (
     Candidate,
     LabelState,
     autocast,
+    count_gradients,
     descend,
     label_batches,
     measure,
@@ -29,14 +30,15 @@ def search_in_turn(
 ) -> SearchResult:
     """Search the labels of a scan in turn, each to its end; saves after each label."""
     file = task.resume_file(checkpoint)
-    done: list[tuple[float, float, torch.Tensor, int]] = file.load() or []
+    done: list[tuple[float, float, torch.Tensor, int, float]] = file.load() or []
     for label in show_progress(range(task.inputs.num_classes), desc="labels", enabled=progress):
         if label < len(done):
             continue
         state, steps = search_label(task, label)
         trigger = task.trigger(label, state).cpu()
         weights = pack(trigger.generator)
-        done.append((trigger.success_rate, trigger.residual_norm, weights, steps))
+        starved = state.gradients.share
+        done.append((trigger.success_rate, trigger.residual_norm, weights, steps, starved))
         file.save(done)
     triggers = {
         label: ReversedTrigger(
@@ -45,11 +47,12 @@ def search_in_turn(
             success_rate=rate,
             residual_norm=residual,
         )
-        for label, (rate, residual, weights, _) in enumerate(done)
+        for label, (rate, residual, weights, *_) in enumerate(done)
     }
     file.remove()
     scores = {label: trigger.residual_norm for label, trigger in triggers.items()}
-    return SearchResult(triggers, scores, {k: row[3] for k, row in enumerate(done)}, {})
+    steps, starved = ({k: row[index] for k, row in enumerate(done)} for index in (3, 4))
+    return SearchResult(triggers, scores, steps, {}, starved)
 
 
 @torch.enable_grad()
@@ -68,7 +71,12 @@ def search_label(task: ScanTask, target: int, *, progress: bool = False) -> tupl
             rates = measure(generator.transform, model, judged, target, score=config.score)
         return Candidate(*rates, pack(generator))
 
+    def count() -> None:
+        with autocast(config, images.device):
+            state.gradients.add(*count_gradients(generator.transform, model, judged, target))
+
     step, state = 0, LabelState(config, candidate())
+    count()
     bar = show_progress(range(1, config.steps + 1), desc=f"label {target}", enabled=progress)
     for step in bar:
         batch = images[others[next(batches)].to(images.device)]  # (B, C, H, W)
@@ -80,6 +88,7 @@ def search_label(task: ScanTask, target: int, *, progress: bool = False) -> tupl
         descend(optimizer, state.search.value * attack + loss(generated, batch).mean())
         if step % config.round_steps == 0 or step == config.steps:
             state.update(candidate())
+            count()
             bar.set_postfix(residual=state.score, weight=state.search.value)
             if state.finished:
                 break

@@ -26,6 +26,7 @@ class SearchResult(NamedTuple):
     scores: dict[int, float]  # residuals at equal effort, see `LabelHalving.compare`
     steps: dict[int, int]
     stopped_at: dict[int, int]  # only labels that were stopped early: at which step
+    starved: dict[int, float]  # `GradientCount.share`
 
 
 class ScanTask(NamedTuple):

@@ -23,8 +23,9 @@ from wm_victim.loading.onnx_float32 import to_float32
 from wm_victim.loading.onnx_module import OnnxNet
 from wm_victim.loading.onnx_scan import scan_onnx
 from wm_victim.loading.onnx_simplify import simplify
-from wm_victim.loading.output_checks import are_probabilities, check_outputs, probe_images
+from wm_victim.loading.output_checks import check_outputs, probe_images
 from wm_victim.loading.output_ends import cut_end
+from wm_victim.logits import are_probabilities
 
 _TOLERANCE = 1e-3  # of the largest output: two libraries that round in other places
 

@@ -12,9 +12,10 @@ from wm_victim.loading.class_names import read_names
 from wm_victim.loading.contract import Candidate, Limits, LoadingError, ModelOptions, OpenedModel
 from wm_victim.loading.file_formats import file_format
 from wm_victim.loading.graphs import open_onnx
-from wm_victim.loading.output_checks import LogProbabilities, check_outputs, check_weights
+from wm_victim.loading.output_checks import check_outputs, check_weights
 from wm_victim.loading.regular_files import copy_regular_file
 from wm_victim.loading.weights import open_archive, open_legacy, open_safetensors
+from wm_victim.logits import Logits, Squash
 
 
 def open_model(
@@ -109,7 +110,7 @@ def _checked(
         at_once=candidate.at_once,
     )
     if outputs.probabilities:
-        module = LogProbabilities(module).eval()
+        module = Logits(module, Squash()).eval()
     names, notes = read_names(candidate.class_names), candidate.notes
     if names is not None and len(names) != outputs.num_classes:
         notes = (*notes, f"the file names {len(names)} classes, it gives {outputs.num_classes}")

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from wm_inject.core.errors import out_of_memory
 from wm_inject.core.text import first_line
 from wm_victim.loading.contract import LoadingError
+from wm_victim.logits import are_probabilities
 
 _TOLERANCE = 1e-3  # of the largest logit: what another batch size may change by rounding
-_SUM = 1e-3  # how far rows of probabilities may be from 1
 
 
 class Outputs(NamedTuple):
@@ -20,19 +20,6 @@ class Outputs(NamedTuple):
 
     num_classes: int
     probabilities: bool
-
-
-class LogProbabilities(nn.Module):
-    """The logarithms of the probabilities that ``model`` gives."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images to logits."""
-        y: Tensor = self.model(images).clamp_min(1e-12).log()
-        return y
 
 
 def check_weights(module: nn.Module) -> None:
@@ -103,11 +90,6 @@ def check_outputs(
             _check_repeats(module, images, logits, at_once)
     _check_gradient(module, images[: min(at_once or 2, 2)])
     return Outputs(classes, probabilities=are_probabilities(logits))
-
-
-def are_probabilities(outputs: Tensor) -> bool:
-    """Whether all rows ``(N, K)`` are >= 0 and add up to 1."""
-    return bool((outputs >= 0).all()) and bool(((outputs.sum(1) - 1).abs() < _SUM).all())
 
 
 def _check_repeats(module: nn.Module, images: Tensor, logits: Tensor, at_once: int | None) -> None:
