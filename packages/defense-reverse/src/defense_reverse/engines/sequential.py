@@ -51,8 +51,9 @@ def search_in_turn(
     }
     file.remove()
     scores = {label: trigger.residual_norm for label, trigger in triggers.items()}
-    steps, starved = ({k: row[index] for k, row in enumerate(done)} for index in (3, 4))
-    return SearchResult(triggers, scores, steps, {}, starved)
+    taken = {label: row[3] for label, row in enumerate(done)}
+    starved = {label: row[4] for label, row in enumerate(done)}
+    return SearchResult(triggers, scores, taken, {}, starved)
 
 
 @torch.enable_grad()
