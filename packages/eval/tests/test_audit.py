@@ -164,6 +164,7 @@ def test_a_good_model_passes(monkeypatch):
         "gradients",
         "accuracy",
         "answers",
+        "margins",
     ]
 
 
@@ -209,6 +210,7 @@ def test_another_range_of_values_is_found_by_the_labels():
         (lambda x: x[:, :3], "finite logits"),
         (lambda x: x + torch.rand(1), "the same logits"),
         (lambda x: x.detach(), "gradients with respect"),
+        (lambda x: (2 * x).detach() - x, "those of its answers"),
         (lambda x: x * 0, "finite gradients that are not zero"),
         (lambda x: x * 1e-3 + torch.tensor([9.0, 0, 0, 0]), "several classes, got label 0 for all"),
     ],
@@ -279,6 +281,14 @@ def test_whatever_stops_a_detector_the_others_look(monkeypatch, make_up_scans):
     make_up_scans(monkeypatch, scan)
     found = audit(check_model(Bars(), bars(), num_classes=CLASSES), bars())
     assert found.verdict is Verdict.INCONCLUSIVE and set(found.failures) == {"nc"}
+
+
+def test_a_starved_detector_leaves_the_model_not_scanned():
+    """Unless the other one accuses; nothing that it says is a reason to call the model clean."""
+    starved = replace(report(45.0), verdict=Verdict.NOT_SCANNED, reason="No gradients.")
+    for other, verdict in ((45.0, Verdict.NOT_SCANNED), (3.0, Verdict.BACKDOORED)):
+        found = conclude({"nc": starved, "reverse": report(other)}, {}, 0.05)
+        assert found.verdict is verdict and ("No gradients" in found.reason) == (other == 45.0)
 
 
 def test_a_label_stands_out_whatever_the_verdict():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from wm_eval.audit.gradients import LEAST, margin_rise
 from wm_eval.audit.images import CleanImages
 from wm_victim.label_map import match_labels
 from wm_victim.reading import (
@@ -94,8 +95,9 @@ def check_model(
         stated: What is known beforehand.
 
     Raises:
-        NotScanned: It gives no finite logits of K classes, other ones the second time, no gradient,
-            one answer to all images, or answers that the labels do not fit in any usual reading.
+        NotScanned: It gives no finite logits of K classes, other ones the second time, no gradient
+            or one that is not of its answers, one answer to all images, or answers that the labels
+            do not fit in any usual reading.
     """
     module.eval()
     images, stated = clean.images, stated or Stated()
@@ -138,7 +140,18 @@ def check_model(
         )
     told = f"{answered} of {num_classes} labels are answered"
     checks.append(Check("answers", answered >= min(num_classes, 3), told))
+    checks.append(_follows(reading.module, images))
     return Checked(reading.module, reading.labels, reading.accuracy, tuple(checks), reading)
+
+
+def _follows(module: nn.Module, images: Tensor) -> Check:
+    share = margin_rise(module, images)
+    if not share >= LEAST:
+        raise NotScanned(
+            "expected gradients that are those of its answers, got others: a step along them "
+            f"raises the margin by {share:.0%} of what they promise"
+        )
+    return Check("margins", True, f"rise by {share:.0%} of what the gradients promise")
 
 
 def choose_size(

@@ -176,5 +176,6 @@ def verdict_lines(audit: Audit) -> list[str]:
         lines.append(
             f"{detector_title(name)}: {report.verdict}, p {report.p_value:.2g}, {verb} {labels}"
         )
+        lines += [f"note: {note}" for note in report.notes]
     lines += [f"{detector_title(name)}: {why}" for name, why in audit.failures.items()]
     return [*lines, f"verdict: {audit.verdict}. {audit.reason}"]

@@ -129,9 +129,13 @@ def build_detectors(names: Sequence[str], preset: str, alpha: float) -> dict[str
 
 
 def conclude(reports: Mapping[str, ScanReport], failures: Mapping[str, str], alpha: float) -> Audit:
-    """One verdict from several reports: backdoored if one says so, clean if all say so."""
+    """One verdict from several reports: backdoored if one says so, clean if all say so.
+
+    Not scanned if no detector accuses and one had no gradients to follow.
+    """
     verdicts = {name: report.verdict for name, report in reports.items()}
     guilty = [name for name, verdict in verdicts.items() if verdict is Verdict.BACKDOORED]
+    starved = [name for name, verdict in verdicts.items() if verdict is Verdict.NOT_SCANNED]
     unsure = [name for name, verdict in verdicts.items() if verdict is not Verdict.CLEAN]
     suspected, outliers = (
         tuple(sorted({label for name in names for label in reports[name].suspected}))
@@ -140,6 +144,9 @@ def conclude(reports: Mapping[str, ScanReport], failures: Mapping[str, str], alp
     if guilty:
         verdict = Verdict.BACKDOORED
         reason = " ".join(f"{detector_title(name)}: {reports[name].reason}" for name in guilty)
+    elif starved:
+        verdict = Verdict.NOT_SCANNED
+        reason = " ".join(f"{detector_title(name)}: {reports[name].reason}" for name in starved)
     elif not reports:
         verdict = Verdict.NOT_SCANNED
         reason = " ".join(f"{detector_title(name)}: {why}." for name, why in failures.items())
