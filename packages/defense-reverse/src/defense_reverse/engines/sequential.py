@@ -52,8 +52,8 @@ def search_in_turn(
     file.remove()
     scores = {label: trigger.residual_norm for label, trigger in triggers.items()}
     taken = {label: row[3] for label, row in enumerate(done)}
-    starved = {label: row[4] for label, row in enumerate(done)}
-    return SearchResult(triggers, scores, taken, {}, starved)
+    shares = {label: row[4] for label, row in enumerate(done)}
+    return SearchResult(triggers, scores, taken, {}, shares)
 
 
 @torch.enable_grad()
