@@ -108,6 +108,10 @@ HABITS: dict[str, dict[str, Any]] = {
         "last": _logits_and("Identity|features|embedding"),
         "outputs": {"embedding": ["n", FEATURES], "output": ["n", CLASSES]},
     },
+    "normalised features beside the answers": {
+        "last": _logits_and("LpNormalization|features|embedding"),
+        "outputs": {"embedding": ["n", FEATURES], "output": ["n", CLASSES]},
+    },
     "probabilities beside logits": {
         "last": _logits_and("Softmax|y|probabilities"),
         "outputs": {"probabilities": ["n", CLASSES], "output": ["n", CLASSES]},

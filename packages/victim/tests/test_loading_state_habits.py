@@ -159,6 +159,41 @@ def test_the_older_form_is_read(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], value) for name, value in state.items())
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
+def test_tensors_as_torch_wrote_them_in_2017_are_read(tmp_path: Path) -> None:
+    class Rebuilt:
+        def __init__(self, call: Any, *args: Any) -> None:
+            self.call, self.args = call, args
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return self.call, self.args
+
+    state = {
+        name: Rebuilt(
+            nn.Parameter,
+            Rebuilt(torch._utils._rebuild_tensor, t.storage(), 0, tuple(t.shape), t.stride()),
+            True,
+        )
+        for name, t in WEIGHTS.items()
+    }
+    for legacy in (False, True):
+        assert convert(tmp_path, state, legacy=legacy) == {"notes": []}
+        assert same(tmp_path)
+
+
+def test_an_archive_that_was_packed_anew_is_read(tmp_path: Path) -> None:
+    torch.save({"state_dict": WEIGHTS, "args": argparse.Namespace(a=1)}, tmp_path / "m.pt")
+    with zipfile.ZipFile(tmp_path / "m.pt") as old:
+        for folder in ("runs/best/", ""):
+            (tmp_path / "plain").unlink(missing_ok=True)
+            with zipfile.ZipFile(tmp_path / "n.pt", "w", zipfile.ZIP_DEFLATED) as new:
+                for name in old.namelist():
+                    new.writestr(folder + name.partition("/")[2], old.read(name))
+            options = {"max_tensors": 9, "objects": ["argparse.Namespace"]}
+            convert_state(tmp_path / "n.pt", tmp_path, options)
+            assert same(tmp_path)
+
+
 def test_a_damaged_older_form_is_refused(tmp_path: Path, subtests: pytest.Subtests) -> None:
     path = saved(tmp_path / "m.pt", WEIGHTS, legacy=True)
     data = path.read_bytes()

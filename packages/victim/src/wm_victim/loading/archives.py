@@ -22,6 +22,9 @@ ALLOWED_GLOBALS = frozenset(
     {
         "collections OrderedDict",
         "torch._utils _rebuild_tensor_v2",
+        # As torch wrote them in 2017, and published weights still have them.
+        "torch._utils _rebuild_tensor",
+        "torch.nn.parameter Parameter",
         "torch._utils _rebuild_parameter",
         "torch Size",
         *(f"torch {name}Storage" for name in _STORAGES),

@@ -76,7 +76,7 @@ def archive_format(names: Collection[str]) -> Literal["state", "torchscript"]:
         return "torchscript"
     if any("archive_format" in tail or tail.startswith("models/") for tail in tails):
         raise LoadingError(f"a .pt2 program of torch.export, whose reader runs pickles; {_ONNX}")
-    if "data.pkl" in tails:
+    if any(f"/{name}".endswith("/data.pkl") for name in names):
         return "state"
     if names and all(name.endswith(".npy") for name in names):
         raise LoadingError("an archive of NumPy arrays, no model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,8 @@ from wm_victim.loading.output_checks import probe_images
 _FLOAT = 1
 _PIXELS = {2: np.uint8, 6: np.int32, 7: np.int64}  # element types of 0 .. 255
 _SHAPES = ("Identity", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Dropout", "Cast")
+# How exporters call outputs beside the answers.
+_BESIDE = re.compile("aux|embed|feat|hidden|pool|latent", re.IGNORECASE)
 _MOST = 1024  # images of a fixed batch
 Array = np.ndarray[Any, Any]
 
@@ -191,12 +194,18 @@ def logits_output(
         found = {n: rows for n, rows in found.items() if rows.shape[1] == num_classes} or found
     if len(found) > 1:
         found = {name: found[name] for name in _answers(model, found)}
+    if len(found) > 1:
+        found = {n: rows for n, rows in found.items() if not _BESIDE.search(n)} or found
     if len(found) != 1:
         shown = ", ".join(
             f"{printable(name, 40)} {tuple(getattr(value, 'shape', ()))}"
             for name, value in list(values.items())[:6]
         )
-        which = "; give num_classes" if len({rows.shape[1] for rows in found.values()}) > 1 else ""
+        which = (
+            "; give num_classes (--classes)"
+            if len({rows.shape[1] for rows in found.values()}) > 1
+            else ""
+        )
         raise ValueError(
             f"expected one output of shape (N, K), found {len(found)} among {shown}{which}"
         )

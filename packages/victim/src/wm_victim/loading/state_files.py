@@ -48,8 +48,9 @@ def convert_state(path: Path, out: Path, options: dict[str, Any]) -> dict[str, A
     from safetensors.torch import save_file
 
     size, objects, span = path.stat().st_size, options.get("objects", []), options.get("pickle")
-    if objects:
-        path = _without_objects(path, out / "plain", span)
+    folder = _folder(path) if span is None else ""
+    if objects or (span is None and folder.count("/") != 1):
+        path = _plain_copy(path, out / "plain", span, folder)
     try:
         saved = _load(path, legacy=span is not None)
     except pickle.UnpicklingError as error:
@@ -78,8 +79,15 @@ def convert_state(path: Path, out: Path, options: dict[str, Any]) -> dict[str, A
     return {key: value for key, value in result.items() if value is not None}
 
 
-def _without_objects(path: Path, copy: Path, span: list[int] | None) -> Path:
-    """A copy of the file whose pickle describes tensors and plain values only."""
+def _folder(path: Path) -> str:
+    """Where in an archive the pickle lies: torch expects it one folder deep."""
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if f"/{name}".endswith("/data.pkl")]
+    return names[0].removesuffix("data.pkl") if names else "archive/"
+
+
+def _plain_copy(path: Path, copy: Path, span: list[int] | None, folder: str) -> Path:
+    """A copy whose pickle describes tensors and plain values only, in a folder as torch has it."""
 
     def plain(data: bytes) -> bytes:
         data = without_objects(data, ALLOWED_GLOBALS)
@@ -93,11 +101,14 @@ def _without_objects(path: Path, copy: Path, span: list[int] | None) -> Path:
         return copy
     with zipfile.ZipFile(path) as old_zip, zipfile.ZipFile(copy, "x") as new_zip:
         for entry in old_zip.infolist():
+            name = f"archive/{entry.filename.removeprefix(folder)}"
+            if entry.is_dir():
+                continue
             with (
                 old_zip.open(entry) as record,
-                new_zip.open(entry.filename, "w", force_zip64=entry.file_size > 2**31) as target,
+                new_zip.open(name, "w", force_zip64=entry.file_size > 2**31) as target,
             ):
-                if entry.filename.endswith("/data.pkl"):
+                if name == "archive/data.pkl":
                     target.write(plain(record.read()))
                 else:
                     shutil.copyfileobj(record, target, _CHUNK)

@@ -105,11 +105,13 @@ def open_archive(file: Path, options: ModelOptions, limits: Limits) -> Candidate
     check_contents(file)
     if kind == "torchscript":
         return open_torchscript(file, options, limits)
-    roots = {name.partition("/")[0] for name in records}
     pickles = [name for name in records if name.lower().endswith(".pkl")]
-    if len(roots) != 1 or pickles != [f"{next(iter(roots))}/data.pkl"]:
+    folder = pickles[0].removesuffix("data.pkl") if pickles else ""
+    elsewhere = [name for name in records if not name.startswith(folder) and name[-1] != "/"]
+    if len(pickles) != 1 or elsewhere or not f"/{pickles[0]}".endswith("/data.pkl"):
         raise LoadingError(
-            f"an archive of {len(pickles)} pickles in {len(roots)} folders, not of one"
+            f"an archive of {len(pickles)} pickles and {len(elsewhere)} records beside them, not "
+            "of one pickle and its storages"
         )
     if records[pickles[0]].file_size > MAX_PICKLE:
         raise LoadingError(f"a pickle of more than {MAX_PICKLE} bytes")
