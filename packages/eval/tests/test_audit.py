@@ -413,6 +413,10 @@ def test_what_cannot_be_opened_is_not_scanned(folder, tmp_path, capsys):
     assert stopped.value.code == 64
 
 
+def full_disk(path, value):
+    raise OSError(28, "No space left on device")
+
+
 def test_a_model_is_scanned_from_its_file(folder, tmp_path, monkeypatch, make_up_scans, capsys):
     """A classifier of ours from its checkpoint, with the search itself made up."""
     low = {"nc": 45.0, "reverse": 45.0}
@@ -436,6 +440,11 @@ def test_a_model_is_scanned_from_its_file(folder, tmp_path, monkeypatch, make_up
     found = json.loads((tmp_path / "a.json").read_text())["images"]
     assert (found["used"], found["source"]["images"]) == (30, 31)
     assert found["skipped"] == [{"file": "1/broken.png", "reason": "no picture"}]
+    # One output that cannot be written does not cost the others.
+    (tmp_path / "a.html").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("wm_inject.core.files.write_json", full_disk)
+        assert main([*given, *wanted]) == 3 and (tmp_path / "a.html").exists()
     low["nc"] = 3.0
     assert main(given) == 1
     if not torch.cuda.is_available():

@@ -31,7 +31,10 @@ from wm_eval.audit.scan import conclude
 from wm_eval.audit.unfold import fold, unfold
 from wm_eval.cli import main
 from wm_inject import OnnxModel, save_image
+from wm_inject.core.checkpoint import load_checkpoint
 from wm_inject.core.files import sha256_file
+from wm_victim import build_classifier, load_classifier, save_classifier
+from wm_victim.loading import open_model
 from wm_victim.models import Normalize
 
 SIZE, CLASSES = 8, 4
@@ -474,6 +477,20 @@ def test_torchscript_is_written_as_torchscript(tmp_path):
     assert torch.allclose(torch.jit.load(str(tmp_path / "c.pt"))(images), model(images), atol=1e-5)
     with pytest.raises(ValueError, match=r"expected --out \*\.pt"):
         CleanedFile(tmp_path / "m.pt", tmp_path / "c.onnx", opened, model, images, {})
+
+
+def test_a_file_of_ours_keeps_what_it_says_of_itself(tmp_path):
+    source, out = tmp_path / "v.safetensors", tmp_path / "c.safetensors"
+    model = build_classifier("resnet10", num_classes=3, channels=1, image_size=16, width=8).eval()
+    save_classifier(model, source, {"classes": ["a", "b", "c"]})
+    opened = open_model(source)
+    file = CleanedFile(source, out, opened, opened.module, torch.rand(4, 1, 16, 16), {})
+    with torch.no_grad():
+        opened.module.head.bias.add_(1)
+    file.write(opened.module, {"cleaned": [1]})
+    metadata = load_checkpoint(out).metadata
+    assert metadata["classes"] == ["a", "b", "c"] and metadata["cleaned"] == [1]
+    assert torch.equal(load_classifier(out).head.bias, opened.module.head.bias)
 
 
 @pytest.mark.integration

@@ -94,9 +94,11 @@ class CleanedFile:
         if self.out.suffix != ".safetensors":
             return self._export(module, self.out, record)
         if self.opened.source == "wm":
+            from wm_inject.core.checkpoint import load_checkpoint
             from wm_victim import save_classifier
 
-            return self._put(module, lambda p: save_classifier(inner, p, metadata=dict(metadata)))
+            old = load_checkpoint(self.source, kind="classifier").metadata or {}
+            return self._put(module, lambda p: save_classifier(inner, p, {**old, **metadata}))
         return self._put(module, lambda p: _save_weights(self.source, inner, p))
 
     def _find_weights(self) -> OnnxWeights | None:

@@ -185,11 +185,19 @@ def _write_reports(
     from wm_eval.audit.outputs import to_json, to_sarif, write_html
     from wm_inject.core.files import write_json
 
-    write_results(args, to_json(about, report))
-    if args.sarif is not None:
-        write_json(args.sarif, to_sarif(about, report))
-    if args.html is not None:
-        write_html(args.html, about, report, images)
+    errors: list[OSError] = []
+    for path, write in (
+        (args.json, lambda path: write_json(path, to_json(about, report))),
+        (args.sarif, lambda path: write_json(path, to_sarif(about, report))),
+        (args.html, lambda path: write_html(path, about, report, images)),
+    ):
+        try:
+            if path is not None:
+                write(path)
+        except OSError as error:  # the others may lie elsewhere
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def _clean(args: argparse.Namespace) -> int:
