@@ -392,7 +392,7 @@ def _audit(
         seed=settings.seed,
         budget=budget,
         state=None if args.state is None else args.state / folder,
-        device=subject.device,
+        device=None if subject.device.type == "cpu" else subject.device,  # None copies nothing
         say=_say,
     )
 
