@@ -164,7 +164,9 @@ READ = {
     "-1 .. 1": Case(undo=lambda x: (x + 1) / 2, way=Way("signed")),
     "ImageNet": Case(undo=IMAGENET, way=Way("imagenet")),
     "CIFAR-10": Case(undo=CIFAR10, way=Way("cifar10")),
-    "BGR": Case(undo=lambda x: x.flip(1), way=Way(None, "bgr")),
+    "BGR, stated": Case(
+        undo=lambda x: x.flip(1), settings={"ways": (Way(None, "bgr"),)}, way=Way(None, "bgr")
+    ),
     "BGR, 0 .. 255": Case(undo=lambda x: x.flip(1) / 255, way=Way("255", "bgr")),
     "BGR, 0 .. 255 less a mean": Case(
         undo=lambda x: (x + MEAN_BGR).flip(1) / 255, way=Way("caffe", "bgr")
@@ -172,8 +174,11 @@ READ = {
     "0 .. 255, labels from 1": Case(
         undo=lambda x: x / 255, label=lambda d: d + 1, way=Way("255"), kind="offset"
     ),
-    "BGR, one missing": Case(
-        undo=lambda x: x.flip(1), label=without(2), way=Way(None, "bgr"), kind="missing classes"
+    "BGR, 0 .. 255, one missing": Case(
+        undo=lambda x: x.flip(1) / 255,
+        label=without(2),
+        way=Way("255", "bgr"),
+        kind="missing classes",
     ),
     "-1 .. 1, reversed": Case(
         undo=lambda x: (x + 1) / 2, outputs=DIGITS[::-1], way=Way("signed"), kind="permutation"
@@ -193,6 +198,7 @@ REFUSED = {
         label=lambda d: None if d == 9 else 9 if torch.rand((), generator=NOISE) < 0.1 else d,
     ),
     "negatives": Case(undo=lambda x: 1 - x),
+    "BGR, which RGB comes near": Case(undo=lambda x: x.flip(1)),
     "an offset that is wrong": Case(label=lambda d: max(d, 1), settings={"label_offset": 1}),
     "names of the user that are wrong": Case(
         settings={"classes": NAMES, "output_names": NAMES[::-1], "names_stated": True}

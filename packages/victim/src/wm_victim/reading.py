@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -16,12 +16,17 @@ from wm_victim.label_map import KINDS, LabelMap, clearly_fewer, map_names, match
 from wm_victim.preprocessing import CHANNEL_ORDERS, PREPROCESSING, Preprocessed, own_normalize
 
 BATCH = 64
-_TRIED = 128  # images that ways to feed a model are tried on; more where there are many classes
+# Images that all ways to feed a model are tried on, and then those that are left; more where there
+# are many classes.
+_TRIED = (64, 256)
 _LEVEL = 0.001  # of the sign test by which one of some fourteen ways is better than another
 _GOOD = 0.97  # accuracy above which no other way is tried
 # Classifiers are surer than they are right, by up to 0.17 in Guo et al. 2017, table 1. Twice that,
 # and the labels or the images are misread.
 _OVERCONFIDENCE = 0.35
+# A model may be made to be clean when it is fed in one way, and backdoored in the way it is used.
+# So a better way is not taken where the first explains at least this much of what the best does.
+_AMBIGUOUS = 0.8
 _LEAST_RECALL = 0.2  # of a class
 _LEAST_KAPPA = 0.2  # agreement of answers and labels beyond chance (Cohen 1960)
 # Any one-to-one map has K! chances to fit: it has to explain what the model promises.
@@ -108,8 +113,8 @@ def read_model(
     """Decide by clean images how a model is fed and which output is which class.
 
     Of the ways to feed it that explain as many images as the best, those with the plainest map of
-    labels count: the images as they are if these are among them, else the best. So a map never
-    makes up for misread images, nor another range of values for misread labels.
+    labels count: the first if it is among them, else the best. So a map never makes up for misread
+    images, nor another range of values for misread labels.
 
     Args:
         module: Images in [0, 1] to logits ``(N, K)``.
@@ -119,11 +124,12 @@ def read_model(
         output_names: The model's names, by output.
         names_stated: They are the user's, not the file's: the labels have to fit them.
         label_offset: What the labels count the first output as.
-        ways: Those to try; all usual ones if None.
+        ways: Those to try, the likeliest first; all usual ones if None.
 
     Raises:
         MisreadError: Nothing explains the labels, or something does better than what was stated;
-            more classes than outputs; without labels, answers that all but one way makes alike.
+            two ways that both explain most; more classes than outputs; without labels, answers
+            that the first way makes alike and another does not.
         ValueError: Names or an offset that do not fit the labels.
     """
     channels = images.shape[1]
@@ -141,6 +147,12 @@ def read_model(
     )
     trials = try_ways(module, images, labels, ways, partial(match, offset=label_offset))
     trial = best_trial(trials)
+    shares = [one.label_map.accuracy for one in (trials[0], trial)]
+    if trial is not trials[0] and shares[0] >= _AMBIGUOUS * shares[1]:
+        raise MisreadError(
+            f"expected one way to feed the model, got two: {trials[0].way} ({shares[0]:.1%} of the "
+            f"labels) and {trial.way} ({shares[1]:.1%})"
+        )
     fed = trial.way.applied_to(module, channels)
     logits = predict(fed, images, batch_size=BATCH)
     answers = logits.argmax(1)
@@ -173,24 +185,43 @@ def try_ways(
     ways: Sequence[Way],
     match: Callable[[Tensor, Tensor], LabelMap],
 ) -> list[Trial]:
-    """What each way explains of some of the images; the first alone where it is good enough.
+    """What each way explains of some of the images; clearly worse ones are left out.
+
+    The first is kept. Where it is good enough, no other is tried.
 
     Raises:
         MisreadError: The model runs on none of them.
     """
-    count = min(len(images), max(_TRIED, 6 * len(labels.unique())))
-    few = torch.linspace(0, len(images) - 1, count).long()
     trials: list[Trial] = []
-    for way in ways:
-        logits = _logits(way.applied_to(module, images.shape[1]), images[few])
-        if logits is not None:
-            label_map = match(logits.argmax(1), labels[few])
-            trials.append(Trial(way, label_map, _loss(logits, label_map, labels[few])))
-            if trials[0].label_map.kind in KINDS[:2] and trials[0].label_map.accuracy >= _GOOD:
-                break
-    if not trials:
-        raise MisreadError(f"expected finite logits of images {tuple(images.shape[1:])}, got none")
+    for at_least in _TRIED:
+        count = min(len(images), max(at_least, 6 * len(labels.unique())))
+        few = torch.linspace(0, len(images) - 1, count).long()
+        trials = list(_trials(module, images[few], labels[few], ways, match))
+        if not trials:
+            shape = tuple(images.shape[1:])
+            raise MisreadError(f"expected finite logits of images {shape}, got none")
+        best = max(trials, key=lambda one: one.label_map.accuracy).label_map.right
+        clearly = partial(clearly_fewer, other=best, level=_LEVEL)
+        trials = trials[:1] + [one for one in trials[1:] if not clearly(one.label_map.right)]
+        ways = [one.way for one in trials]
     return trials
+
+
+def _trials(
+    module: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    ways: Sequence[Way],
+    match: Callable[[Tensor, Tensor], LabelMap],
+) -> Iterator[Trial]:
+    for number, way in enumerate(ways):
+        logits = _logits(way.applied_to(module, images.shape[1]), images)
+        if logits is None:
+            continue
+        label_map = match(logits.argmax(1), labels)
+        yield Trial(way, label_map, _loss(logits, label_map, labels))
+        if number == 0 and label_map.kind in KINDS[:2] and label_map.accuracy >= _GOOD:
+            return
 
 
 def best_trial(trials: Sequence[Trial], *, prefer_first: bool = True) -> Trial:
@@ -259,7 +290,7 @@ def _check_promise(
 
 def _check_spread(module: nn.Module, images: Tensor, ways: Sequence[Way]) -> None:
     """Without labels: refuse a way by which nearly all images get one answer, and others do not."""
-    few = images[torch.linspace(0, len(images) - 1, min(len(images), _TRIED)).long()]
+    few = images[torch.linspace(0, len(images) - 1, min(len(images), _TRIED[-1])).long()]
     spreads: dict[Way, float] = {}
     for way in ways:
         fed = way.applied_to(module, images.shape[1])
