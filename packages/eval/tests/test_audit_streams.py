@@ -114,12 +114,12 @@ def test_scanning_draws_from_100_000_images_in_the_memory_of_1_000(
     save_classifier(model, tmp_path / "v.safetensors")
     ran = {}
     for name in ("few", "many"):
-        # The scan itself is broken off at once: this is about reading.
+        # The scan itself is broken off: this is about reading.
         given = ["scan", str(tmp_path / "v.safetensors"), "--images", str(crowd / name)]
-        given += ["--minutes", "0.001", "--device", "cpu", "--json", str(tmp_path / "a.json")]
+        given += ["--unlabelled", "--minutes", "0.4", "--device", "cpu"]
         ran[name] = wm_eval(*given)
-        assert ran[name].code == 3, ran[name].output
-        assert "minutes" in ran[name].output, ran[name].output
+        assert ran[name].code in (2, 3), ran[name].output
+        assert f"{MANY if name == 'many' else FEW} images of 10 classes" in ran[name].output
     for name, one in ran.items():
         record_property(name, f"{one.peak // MIB} MiB, {one.seconds:.1f} s")
     assert ran["many"].peak - ran["few"].peak < MORE
