@@ -15,6 +15,7 @@ from torch import Tensor
 from wm_inject.core.text import printable
 from wm_victim.loading.archives import ALLOWED_GLOBALS, check_pickle
 from wm_victim.loading.class_names import stored_names
+from wm_victim.loading.file_formats import ASK_FOR_WEIGHTS
 from wm_victim.loading.pickled_objects import without_objects
 
 # Where training scripts keep the weights; averaged ones last, since they are the exception.
@@ -58,10 +59,11 @@ def convert_state(path: Path, out: Path, options: dict[str, Any]) -> dict[str, A
         raise ValueError(
             "torch refuses its pickle: it is no dictionary of plain tensors"
         ) from error
-    levels, notes = _levels(saved)
-    state = _tensors(levels[-1], notes)
+    levels, notes = ([], []) if objects and not isinstance(saved, Mapping) else _levels(saved)
+    state = _tensors(levels[-1], notes) if levels else {}
     if not state and objects:
-        raise ValueError(f"its weights lie in objects that need their code: {_few(objects)}")
+        need = f"its weights lie in objects that need their code: {_few(objects)}"
+        raise ValueError(f"{need}; {ASK_FOR_WEIGHTS}")
     if not state:
         raise ValueError("expected a dictionary of tensors, found no tensor in it")
     if len(state) > options["max_tensors"]:
