@@ -146,11 +146,9 @@ class CleanedFile:
     def _export(self, module: nn.Module, path: Path, record: dict[str, Any]) -> str:
         how: dict[str, Any] = {"relative": True, "tolerance": TOLERANCE, "metadata": record}
         if self.opened.source == "onnx":
-            names = describe_graph(self.source)
-            if len(names.inputs) == 1:
-                how["input_name"] = names.inputs[0].name
-            if len(names.outputs) == 1:
-                how["output_names"] = [names.outputs[0].name]
+            graph = describe_graph(self.source)
+            if len(graph.inputs) == len(graph.outputs) == 1:
+                how["input_name"], how["output_names"] = *graph.inputs, list(graph.outputs)
             parity = to_onnx(module, self.images, path, traced=True, **how)
         else:
             parity = to_torchscript(module, self.images, path, **how)

@@ -23,26 +23,18 @@ Array = np.ndarray[Any, Any]
 _FLOATS = (1, 10, 11)  # ONNX's numbers of float32, float16 and float64
 
 
-class Port(NamedTuple):
-    """One input or output of a graph."""
-
-    name: str
-    type: str
-    shape: tuple[int | str, ...]
-
-    def __str__(self) -> str:
-        return f"{printable(self.name, 40)} {self.type} ({', '.join(map(str, self.shape))})"
-
-
 class Graph(NamedTuple):
-    """What an ONNX file takes and gives."""
+    """What an ONNX file takes and gives: types and shapes by name, and its opset."""
 
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
     opset: int
 
     def __str__(self) -> str:
-        sides = (", ".join(map(str, side)) for side in (self.inputs, self.outputs))
+        sides = (
+            ", ".join(f"{printable(name, 40)} {shape}" for name, shape in side.items())
+            for side in (self.inputs, self.outputs)
+        )
         return f"{' -> '.join(sides)}, opset {self.opset}"
 
 
@@ -50,19 +42,17 @@ def describe_graph(path: Path) -> Graph:
     """Read the inputs, outputs and opset of an ONNX file that was opened before."""
     import onnx
 
+    def shape(value: Any) -> str:
+        kind = value.type.tensor_type
+        dims = (dim.dim_value or dim.dim_param or "?" for dim in kind.shape.dim)
+        name = onnx.TensorProto.DataType.Name(kind.elem_type).lower()
+        return f"{name} ({', '.join(map(str, dims))})"
+
     model = onnx.load(str(path), load_external_data=False)
     weights = {tensor.name for tensor in model.graph.initializer}
-    inputs = (port for port in model.graph.input if port.name not in weights)
+    inputs = {port.name: shape(port) for port in model.graph.input if port.name not in weights}
     opset = next(one.version for one in model.opset_import if one.domain in ("", "ai.onnx"))
-    return Graph(tuple(map(_port, inputs)), tuple(map(_port, model.graph.output)), opset)
-
-
-def _port(value: Any) -> Port:
-    import onnx
-
-    kind = value.type.tensor_type
-    dims = tuple(dim.dim_value or dim.dim_param or "?" for dim in kind.shape.dim)
-    return Port(value.name, onnx.TensorProto.DataType.Name(kind.elem_type).lower(), dims)
+    return Graph(inputs, {port.name: shape(port) for port in model.graph.output}, opset)
 
 
 class _Slot(NamedTuple):
