@@ -86,6 +86,8 @@ SQUASHED = {
     "with four axes": axes("two", 2, 3)
     + "u = Unsqueeze (logits, two) s = Sigmoid (u) out = Squeeze (s, two)",
     "in its own shape": "n = Shape (logits) s = Sigmoid (logits) out = Reshape (s, n)",
+    "between least and most": """m = ReduceMax <axes = [1]> (logits)
+    l = ReduceMin <axes = [1]> (logits) d = Sub (logits, l) w = Sub (m, l) out = Div (d, w)""",
     "negated twice": "a = Neg (logits) b = Sigmoid (a) out = Neg (b)",
 }
 UNEQUAL = [1.0] * (K - 1) + [2.0]
@@ -103,6 +105,13 @@ KEPT = {
     + number("c", 1e6)
     + """m = ReduceMax <axes = [1]> (logits) g = Greater (m, c) a = Add (logits, v)
     out = Where (g, a, logits)""",
+    "turned when very high": number("c", 1e5)
+    + number("u", -1)
+    + number("w", 0)
+    + number("x", 4)
+    + number("y", 2)
+    + """m = ReduceMax <axes = [1]> (logits) d = Sub (m, c) r = Clip (d, w, x) s = Mul (r, u)
+    f = Add (s, y) out = Mul (f, logits)""",
     "halves apart": axes("n", -1, 2, K // 2)
     + axes("k", -1, K)
     + """r = Reshape (logits, n) m = ReduceMax <axes = [2]> (r) d = Sub (r, m)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from wm_victim.loading.onnx_order import rises
+
 Array = np.ndarray[Any, Any]
 OpenSession = Callable[[bytes], Any]  # a serialised graph -> ONNX Runtime's session
 # Operators that treat all classes alike if their constants do: they work number by number, along
@@ -54,8 +56,9 @@ def cut_end(
 
     The logits are the earliest values (N, K) through which alone the outputs depend on the image
     and whose order within a row the outputs keep, up to ties: before softmax, sigmoid, clipping,
-    rounding or scaling, however they are spelled. That is tried on rows of many scales. It cannot
-    hold for some classes only, since neither operators nor constants tell classes apart.
+    rounding or scaling, however they are spelled. That follows from the operators whatever the
+    numbers are (`onnx_order.rises`), and is tried on rows of many scales. It holds for all classes,
+    since neither operators nor constants tell classes apart.
 
     Args:
         model: From `simplify`.
@@ -71,7 +74,7 @@ def cut_end(
     tails = [
         tail
         for tail in _tails(model, batch or 1, open_session)
-        if _keeps_order(tail.run(rows.reshape(-1, expected.shape[1])), rows)
+        if tail.rises() and _keeps_order(tail.run(rows.reshape(-1, expected.shape[1])), rows)
     ]
     if not tails:
         return None
@@ -106,6 +109,16 @@ class _Tail:
         last = model.graph.output[0].name
         inner = [name for index in nodes for name in model.graph.node[index].output]
         self._names = [last, *(name for name in inner if name and name not in {last, *sizes})]
+
+    def rises(self) -> bool:
+        """Whether outputs never fall where the value rises, by what its operators are."""
+        nodes = [self._model.graph.node[index] for index in self.nodes]
+        used = {name for node in nodes for name in node.input}
+        numbers = {}
+        for tensor in self._model.graph.initializer:
+            if tensor.name in used and (number := _one_number(tensor)) is not None:
+                numbers[tensor.name] = number
+        return rises(nodes, self.value, self._model.graph.output[0].name, numbers)
 
     def run(self, rows: Array) -> Array | None:
         """Outputs ``(N, K)`` of rows ``(N, K)``; None where it takes none, or mixes classes."""
@@ -170,17 +183,20 @@ def _sizes(nodes: Sequence[Any], constants: Mapping[str, Any]) -> set[str]:
 
 def _alike(node: Any, constants: Mapping[str, Any]) -> bool:
     """Whether a node treats all classes alike."""
-    from onnx import numpy_helper
-
     if node.op_type not in _ALIKE:
         return False
     one = node.op_type in _ONE_VALUE or node.op_type.startswith("Reduce")
-    for name in node.input[:1] if one else node.input:
-        if name in constants:
-            numbers = numpy_helper.to_array(constants[name]).ravel()
-            if numbers.size == 0 or not bool((numbers == numbers[0]).all()):
-                return False
-    return True
+    data = node.input[:1] if one else node.input
+    return all(_one_number(constants[name]) is not None for name in data if name in constants)
+
+
+def _one_number(tensor: Any) -> float | None:
+    """The number of which a constant is made; None if they differ."""
+    from onnx import numpy_helper
+
+    numbers = numpy_helper.to_array(tensor).ravel()
+    alike = numbers.size > 0 and bool((numbers == numbers[0]).all())
+    return float(numbers[0]) if alike else None
 
 
 def _row_by_row(values: Sequence[Array], count: int, classes: int) -> bool:
