@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from defense_nc import Verdict
+from wm_eval.audit.stated import PREPROCESSING as OPTION
 from wm_eval.audit.stated import read_names
 from wm_eval.cli import main
 from wm_inject import save_image, to_onnx
@@ -171,6 +172,10 @@ def test_names_are_read_from_lists_and_files(tmp_path):
     for name in ("d.json", "none.txt"):
         with pytest.raises(ValueError, match="--class-names"):
             read_names(str(tmp_path / name))
+
+
+def test_every_preprocessing_is_an_option():
+    assert set(OPTION) == set(PREPROCESSING)
 
 
 @pytest.mark.slow

@@ -170,7 +170,7 @@ def read_model(
             f"output answers to {named}"
         )
     mapped = label_map.apply(labels)
-    _check_promise(len(trials), trial, label_map, logits, mapped)
+    _check_promise(len(ways), trial, label_map, logits, mapped)
     if extra and label_map.kind in KINDS[3:]:  # their outputs are made up
         raise MisreadError(f"expected images of the model's classes, no output answers to {named}")
     accuracy = float(torch.eq(answers, mapped).double().mean())

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from wm_victim.loading import OpenedModel
     from wm_victim.reading import Way
 
-_PREPROCESSING = ("unit", "255", "signed", "imagenet", "cifar10", "mnist", "caffe")
+# Names of wm_victim.preprocessing, which imports torch.
+PREPROCESSING = ("unit", "255", "signed", "imagenet", "cifar10", "mnist", "caffe")
 
 
 def add_reading_options(parser: Parser) -> None:
@@ -22,7 +23,7 @@ def add_reading_options(parser: Parser) -> None:
     group = parser.add_argument_group("images and labels (what is left out is found out)")
     group.add_argument(
         "--preprocessing",
-        choices=_PREPROCESSING,
+        choices=PREPROCESSING,
         help="what the model expects of its images: values in 0 .. 1, 0 .. 255 or -1 .. 1, a data "
         "set's normalisation, or 0 .. 255 less Caffe's mean",
     )
