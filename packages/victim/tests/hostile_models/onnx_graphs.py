@@ -146,10 +146,11 @@ def quantised(folder: Path, marker: Path) -> Path:
 
 
 @case("not differentiable", child=True)
-def answers_by_rounding(folder: Path, marker: Path) -> Path:
+def features_by_rounding(folder: Path, marker: Path) -> Path:
+    """Rounded answers would be read before the rounding; rounded features cannot be."""
     model = graph()
-    model.graph.node[-1].output[0] = "d"
-    model.graph.node.append(helper.make_node("Floor", ["d"], ["output"]))
+    model.graph.node[2].output[0] = "e"
+    model.graph.node.insert(3, helper.make_node("Floor", ["e"], ["c"]))
     return onnx_file(folder, model)
 
 
