@@ -169,10 +169,10 @@ def _make(form: _Form, classes: int) -> nn.Module:
     if form.image_size is not None:
         sized["img_size"] = form.image_size
     try:
-        made: nn.Module = _library("timm").create_model(name, **settings, **sized)
+        model: nn.Module = _library("timm").create_model(name, **settings, **sized)
     except TypeError:  # convolutional models take any size
-        made = _library("timm").create_model(name, **settings)
-    return _with_small_stem(made) if form.small_stem else made
+        model = _library("timm").create_model(name, **settings)
+    return _with_small_stem(model) if form.small_stem else model
 
 
 def _with_small_stem(module: nn.Module) -> nn.Module:

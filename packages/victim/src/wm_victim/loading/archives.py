@@ -121,8 +121,8 @@ def foreign_globals(data: bytes) -> list[str]:
     foreign = [name for name in names if name not in ALLOWED_GLOBALS]
     if "torch._utils _rebuild_qtensor" in foreign:
         raise LoadingError("quantised weights, which have no gradients; save them in float32")
-    if refused := [name for name in foreign if _acts(name) or name.startswith(_TENSORS)]:
-        raise _asks_for_code([name.replace(" ", ".") for name in refused])
+    if acting := [name for name in foreign if _acts(name) or name.startswith(_TENSORS)]:
+        raise _asks_for_code([name.replace(" ", ".") for name in acting])
     if end != len(data) - 1:
         raise LoadingError("a pickle with bytes behind its end")
     return [name.replace(" ", ".") for name in foreign]

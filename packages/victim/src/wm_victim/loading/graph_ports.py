@@ -142,21 +142,21 @@ def ways_to_run(
     channels = port.io_format.channels
     problem: ValueError | None = None
     for batch in dict.fromkeys((port.batch, *_batches(session, port))):
-        tried = replace(port, batch=batch)
+        sized = replace(port, batch=batch)
 
-        def run(images: Tensor, tried: ImageInput = tried) -> None:
-            tried.run(session, names, images)
+        def run(images: Tensor, sized: ImageInput = sized) -> None:
+            sized.run(session, names, images)
 
         if is_open:
             if sizes := sizes_that_run(run, channels):
-                return tried, sizes
+                return sized, sizes
             continue
         try:
             run(probe_images(2, channels, port.io_format.image_size))
         except ValueError as error:
             problem = problem or error
             continue
-        return tried, ()
+        return sized, ()
     raise problem or ValueError(
         "expected image_size: the graph takes any, and none of the usual ones runs"
     )
@@ -187,29 +187,33 @@ def logits_output(
     Raises:
         ValueError: No such output, or several of which none is computed from the others.
     """
-    found = {
+    candidates = {
         name: rows for name, value in values.items() if (rows := _rows(value, count)) is not None
     }
-    if num_classes is not None and len(found) > 1:
-        found = {n: rows for n, rows in found.items() if rows.shape[1] == num_classes} or found
-    if len(found) > 1:
-        found = {name: found[name] for name in _answers(model, found)}
-    if len(found) > 1:
-        found = {n: rows for n, rows in found.items() if not _BESIDE.search(n)} or found
-    if len(found) != 1:
+    if num_classes is not None and len(candidates) > 1:
+        candidates = {
+            n: rows for n, rows in candidates.items() if rows.shape[1] == num_classes
+        } or candidates
+    if len(candidates) > 1:
+        candidates = {name: candidates[name] for name in _answers(model, candidates)}
+    if len(candidates) > 1:
+        candidates = {
+            n: rows for n, rows in candidates.items() if not _BESIDE.search(n)
+        } or candidates
+    if len(candidates) != 1:
         shown = ", ".join(
             f"{printable(name, 40)} {tuple(getattr(value, 'shape', ()))}"
             for name, value in list(values.items())[:6]
         )
         which = (
             "; give num_classes (--classes)"
-            if len({rows.shape[1] for rows in found.values()}) > 1
+            if len({rows.shape[1] for rows in candidates.values()}) > 1
             else ""
         )
         raise ValueError(
-            f"expected one output of shape (N, K), found {len(found)} among {shown}{which}"
+            f"expected one output of shape (N, K), found {len(candidates)} among {shown}{which}"
         )
-    return found.popitem()
+    return candidates.popitem()
 
 
 def _rows(value: Any, count: int) -> Array | None:
@@ -221,21 +225,21 @@ def _rows(value: Any, count: int) -> Array | None:
     return value.reshape(count, classes) if fits else None
 
 
-def _answers(model: Any, found: Mapping[str, Array]) -> list[str]:
+def _answers(model: Any, candidates: Mapping[str, Array]) -> list[str]:
     """The outputs that no other is computed from; of those in one order of classes the first."""
     makers = {name: node for node in model.graph.node for name in node.output}
-    above = {name: _ancestors(makers, name) for name in found}
-    names = list(found)
+    above = {name: _ancestors(makers, name) for name in candidates}
+    names = list(candidates)
     for name in list(names):
         value = _before_shapes(makers, name)
         for other in names:
             if name == other or value not in above[other]:
                 continue
-            if found[name].shape != found[other].shape:
+            if candidates[name].shape != candidates[other].shape:
                 names.remove(name)
                 break
             # Probabilities beside their logits: the logits are the answer.
-            if (found[name].argsort(1) == found[other].argsort(1)).all():
+            if (candidates[name].argsort(1) == candidates[other].argsort(1)).all():
                 names.remove(other)
                 break
     return names
@@ -249,12 +253,12 @@ def _before_shapes(makers: Mapping[str, Any], name: str) -> str:
 
 
 def _ancestors(makers: Mapping[str, Any], name: str) -> set[str]:
-    seen: set[str] = set()
+    ancestors: set[str] = set()
     waiting = [name]
     while waiting:
         node = makers.get(waiting.pop())
         for value in node.input if node is not None else ():
-            if value not in seen:
-                seen.add(value)
+            if value not in ancestors:
+                ancestors.add(value)
                 waiting.append(value)
-    return seen
+    return ancestors

@@ -30,9 +30,9 @@ def sizes_that_run(
         only: The sizes to try, instead of the usual ones.
     """
     usual = only or {*_SIZES, *also, *((28,) if channels == 1 else ())}
-    found = tuple(size for size in sorted(usual) if _runs(run, channels, size))
-    if found or only:
-        return found
+    sizes = tuple(size for size in sorted(usual) if _runs(run, channels, size))
+    if sizes or only:
+        return sizes
     return tuple(size for size in _RARE if _runs(run, channels, size))[:1]
 
 

@@ -21,26 +21,26 @@ def to_float32(model: Any) -> tuple[Any, list[str]]:
 
         model = onnx.inliner.inline_local_functions(model)
     ports = [*model.graph.input, *model.graph.output]
-    replaced = {*_HALVES}
+    kinds = {*_HALVES}
     if any(port.type.tensor_type.elem_type == _DOUBLE for port in ports):
-        replaced.add(_DOUBLE)
-    seen: set[int] = set()
+        kinds.add(_DOUBLE)
+    present: set[int] = set()
     for tensor in _tensors(model):
-        if tensor.data_type in replaced:
-            seen.add(tensor.data_type)
+        if tensor.data_type in kinds:
+            present.add(tensor.data_type)
             _as_float32(tensor)
     for node in model.graph.node:
         for attribute in node.attribute:
-            if (node.op_type, attribute.name) in _TYPE_ATTRIBUTES and attribute.i in replaced:
-                seen.add(attribute.i)
+            if (node.op_type, attribute.name) in _TYPE_ATTRIBUTES and attribute.i in kinds:
+                present.add(attribute.i)
                 attribute.i = _FLOAT
     for port in ports:
-        if port.type.tensor_type.elem_type in replaced:
-            seen.add(port.type.tensor_type.elem_type)
+        if port.type.tensor_type.elem_type in kinds:
+            present.add(port.type.tensor_type.elem_type)
             port.type.tensor_type.elem_type = _FLOAT
-    if seen:
+    if present:
         del model.graph.value_info[:]
-    return model, [_NAMES[kind] for kind in sorted(seen)]
+    return model, [_NAMES[kind] for kind in sorted(present)]
 
 
 def _tensors(model: Any) -> Iterator[Any]:

@@ -144,8 +144,8 @@ def _open_state(
     if options.arch is None:
         raise LoadingError(_NO_ARCH)
     size = file.stat().st_size
-    asked = {"max_tensors": limits.max_tensors, "objects": objects, "pickle": span}
-    report = run_child("state", file, size, limits, asked)
+    settings = {"max_tensors": limits.max_tensors, "objects": objects, "pickle": span}
+    report = run_child("state", file, size, limits, settings)
     weights, out = file.with_name("weights"), file.parent.parent / "out" / "weights.safetensors"
     copy_regular_file(out, weights, max_bytes=3 * size + 2**26, untrusted_name=True)
     notes, side = child_notes(report), report.get("image_size")

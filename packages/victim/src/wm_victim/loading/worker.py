@@ -71,13 +71,13 @@ def _export(module: Any, path: Path, channels: int, size: int, count: int) -> No
     images = probe_images(count, channels, size)
     with torch.no_grad():
         try:
-            given = module(images)
+            outputs = module(images)
         except RuntimeError:
             images = images[:1]
-            given = module(images)
-    expected = given if isinstance(given, (tuple, list)) else (given,)
+            outputs = module(images)
+    expected = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
     if not expected or not all(isinstance(value, Tensor) for value in expected):
-        raise ValueError(f"expected tensors from it, got {type(given).__name__}")
+        raise ValueError(f"expected tensors from it, got {type(outputs).__name__}")
     names = [f"output{number}" for number in range(len(expected))]
     with torch.no_grad():
         torch.onnx.export(
@@ -110,15 +110,15 @@ def _script_images(module: Any, options: dict[str, Any]) -> tuple[int, list[int]
     first = next((p.shape[1] for p in module.parameters() if p.ndim == 4), None)
     channels = [3, 1] if first not in (1, 3) else [first]
     channels = [options["channels"]] if options["channels"] else channels
-    given = (options["image_size"],) if options["image_size"] else None
+    only = (options["image_size"],) if options["image_size"] else None
     for count in channels:
-        if sizes := sizes_that_run(module, count, only=given):
+        if sizes := sizes_that_run(module, count, only=only):
             likely = likely_size(module, count, sizes)
             notes = [] if options["channels"] else [f"{count} channels, by trying"]
             return count, sorted(sizes, key=lambda size: abs(size - likely)), notes
-    asked = "image_size" if given is None else "channels"
+    option = "image_size (--image-size)" if only is None else "channels (--channels)"
     shown = f"{' or '.join(map(str, channels))} channels"
-    raise ValueError(f"expected {asked}: it runs on no usual images of {shown}")
+    raise ValueError(f"expected {option}: it runs on no usual images of {shown}")
 
 
 def _conversion(job: str) -> Callable[[Path, Path, dict[str, Any]], dict[str, Any]]:
