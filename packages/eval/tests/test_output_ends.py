@@ -301,7 +301,7 @@ class Scans:
 
 @pytest.mark.slow
 def test_no_end_hides_a_backdoor(tmp_path, subtests, record_property):
-    """Every end behind a backdoored residual network and its clean twin; about 15 minutes."""
+    """Every end behind a backdoored residual network and its clean twin; half an hour on one thread."""
     torch.set_num_threads(1)
     scans = Scans()
     for kind in ("backdoored", "clean"):
