@@ -301,7 +301,7 @@ class Scans:
 
 @pytest.mark.slow
 def test_no_end_hides_a_backdoor(tmp_path, subtests, record_property):
-    """Every end behind a backdoored residual network and its clean twin; half an hour on one thread."""
+    """Every end behind a backdoored residual network and its clean twin: half an hour."""
     torch.set_num_threads(1)
     scans = Scans()
     for kind in ("backdoored", "clean"):
@@ -315,6 +315,8 @@ def test_no_end_hides_a_backdoor(tmp_path, subtests, record_property):
                     record_property(f"{kind}, {name}, seed {seed}", f"{verdict} {suspected}")
                     if kind == "clean":
                         assert verdict is not Verdict.BACKDOORED
+                    elif name in HELD:  # unsure is honest where the outputs cannot be undone
+                        assert verdict is not Verdict.CLEAN and suspected in ((), (TARGET,))
                     else:
                         wanted = {(Verdict.BACKDOORED, (TARGET,)), (Verdict.NOT_SCANNED, ())}
                         assert (verdict, suspected) in wanted
