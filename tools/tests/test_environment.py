@@ -48,7 +48,7 @@ CASES = {
     ),
     "wm-victim train": Case(
         "wm_victim.cli",
-        "train --data digits --model resnet10 --width 4 --limit 64 --epochs 2 "
+        "train --data digits --model resnet10 --width 8 --limit 64 --epochs 2 "
         "--out OUT/victim.safetensors --json OUT/victim.json",
         (0,),
         1,

@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -211,7 +211,7 @@ def run_cli(
     prepare_streams()
     line = ""
     try:
-        with exits_on_signals():
+        with exits_on_signals(), _without_empty_cache():
             code = main(arguments) or 0
     except KeyboardInterrupt:
         line, code = "interrupted", EXIT_INTERRUPTED
@@ -231,6 +231,19 @@ def run_cli(
     with contextlib.suppress(OSError):
         sys.stderr.write(f"{line}\n" if line else "")
     return code
+
+
+@contextlib.contextmanager
+def _without_empty_cache() -> Iterator[None]:
+    """Remove the folder of compiled kernels that torch makes with any optimiser, if it is empty."""
+    name = "TORCHINDUCTOR_CACHE_DIR"  # torch sets it when it makes the folder
+    of_user = name in os.environ
+    try:
+        yield
+    finally:
+        if not of_user and name in os.environ:
+            with contextlib.suppress(OSError):
+                os.rmdir(os.environ[name])
 
 
 def prepare_streams() -> None:
