@@ -13,6 +13,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -101,6 +102,7 @@ def _child(
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
+    tempfile.tempdir = None  # chosen anew, by these variables
     if fault.stdout == "full":
         os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
     elif fault.stdout == "gone":

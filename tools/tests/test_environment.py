@@ -15,8 +15,10 @@ import torch
 from tools.faults import Fault, run_with
 from torch import Tensor, nn
 
-from wm_inject import save_image, to_onnx
-from wm_victim import build_classifier, save_classifier
+from wm_inject import save_image, to_onnx, to_pixels
+from wm_inject.core.files import only_writer
+from wm_victim import ImageSet, build_classifier, save_classifier
+from wm_victim.toy_backdoors import planted_images
 
 pytestmark = [
     pytest.mark.integration,
@@ -67,6 +69,13 @@ CASES = {
         (0, 1, 2),
         3,
     ),
+    "wm-eval scan": Case(
+        "wm_eval.cli",
+        "scan model.onnx --images digits --count 40 --minutes 0.1 --state OUT/state "
+        "--json OUT/scan.json --sarif OUT/scan.sarif --html OUT/scan.html",
+        (2, 3),
+        3,
+    ),
     "wm-eval inspect": Case(
         "wm_eval.cli",
         "inspect photos --extractor detector.onnx --csv OUT/found.csv --json OUT/found.json "
@@ -110,6 +119,16 @@ class Brightness(nn.Module):
         return images.mean(dim=(1, 2, 3))
 
 
+def linear(digits: ImageSet) -> nn.Module:
+    """A linear classifier of digits, by least squares."""
+    pixels = digits.images.flatten(1)
+    answers = torch.eye(10)[digits.labels]
+    weight = torch.linalg.solve(pixels.T @ pixels + torch.eye(pixels.shape[1]), pixels.T @ answers)
+    layer = nn.Linear(*weight.shape, bias=False)
+    layer.weight = nn.Parameter(10 * weight.T)
+    return nn.Sequential(nn.Flatten(), layer)
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """What the commands read; they run in this folder."""
@@ -131,8 +150,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "wanet-mnist", num_classes=10, channels=1, image_size=28, width=None, seed=0
     )
     save_classifier(model, folder / "victim.safetensors")
+    digits = planted_images(300, channels=1)
+    for number, pixels in enumerate(to_pixels(digits.images)):
+        save_image(folder / "digits" / str(int(digits.labels[number])) / f"{number}.png", pixels)
+    to_onnx(linear(digits), digits.images[:3], folder / "model.onnx", traced=True, relative=True)
     settings = {
-        "nc": 'steps = 2\nstarts = ["faint"]\n',
+        "nc": 'steps = 2\nstarts = ["faint"]\nengine = "single"\nrace = false\n',  # saves each label
         "reverse": "steps = 2\nwidth = 4\n",
     }
     for name, text in settings.items():
@@ -172,6 +195,8 @@ def test_a_command_ends_well_where_something_is_wrong(
     assert ended.code in [code for outcome in outcomes for code in codes[outcome]], ended
     assert "Traceback" not in ended.err
     errors = [line for line in ended.err.splitlines() if line.startswith("error: ")]
+    if "OUT/state" in case.command and lack == "full disk" and name != "wm-eval scan":
+        assert errors[0].startswith(f"error: cannot write {out}/state")
     failed = outcomes == (ERROR,) and fault.stdout != "gone"
     assert len(errors) == 1 if failed else len(errors) <= 1, ended.err
     # Nothing half written, and nothing beside what was asked for.
@@ -195,3 +220,42 @@ def test_a_name_cannot_forge_a_line_nor_stop_a_report(inputs: Path, tmp_path: Pa
         assert not [line for line in ended.out.splitlines() if line.startswith("flagged")]
         assert "\\udce9" in ended.out and "\x1b" not in ended.out
     assert "\\udce9" in (tmp_path / "x.csv").read_text(encoding="utf-8")
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(inputs: Path, tmp_path: Path) -> None:
+    out, checkpoint = tmp_path / "v.safetensors", tmp_path / "v.training.safetensors"
+    train = f"train --data digits --model resnet10 --width 8 --limit 64 --epochs 400 --out {out}"
+    stopped = run_with(Fault(), "wm_victim.cli", train.split(), end=checkpoint.exists)
+    assert (stopped.code, stopped.err) == (143, "terminated\n")
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
+    last = checkpoint.read_bytes()
+    full = run_with(Fault(file_bytes=4096), "wm_victim.cli", train.split())
+    assert full.code == 1 and full.err.startswith(f"error: cannot write {checkpoint}: ")
+    assert full.err.count("\n") == 1 and checkpoint.read_bytes() == last
+    again = run_with(
+        Fault(),
+        "wm_victim.cli",
+        train.split(),
+        end=lambda: checkpoint.read_bytes() != last,
+    )
+    assert again.code == 143
+
+
+def test_a_model_that_is_being_opened_leaves_nothing_when_the_command_is_ended(
+    inputs: Path, tmp_path: Path
+) -> None:
+    def opening() -> bool:
+        return any(tmp_path.glob("wm-open-*/stderr"))
+
+    scan = ("scan", "model.onnx", "--images", "digits")
+    ended = run_with(Fault({"TMPDIR": str(tmp_path)}), "wm_eval.cli", scan, end=opening)
+    assert ended.code == 143 and ended.err.endswith("terminated\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_do_not_write_into_one_folder(inputs: Path, tmp_path: Path) -> None:
+    with only_writer(tmp_path / "out"):
+        poison = f"poison --trigger badnets --image-size 16 photos {tmp_path / 'out'}"
+        ended = run_with(Fault(), "wm_inject.cli", poison.split())
+    assert ended.code == 1 and "another process is writing to" in ended.err
+    assert not list((tmp_path / "out").iterdir())
