@@ -155,7 +155,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         save_image(folder / "digits" / str(int(digits.labels[number])) / f"{number}.png", pixels)
     to_onnx(linear(digits), digits.images[:3], folder / "model.onnx", traced=True, relative=True)
     settings = {
-        "nc": 'steps = 2\nstarts = ["faint"]\nengine = "single"\nrace = false\n',  # saves each label
+        "nc": 'steps = 2\nstarts = ["faint"]\nengine = "single"\nrace = false\n',  # saves labels
         "reverse": "steps = 2\nwidth = 4\n",
     }
     for name, text in settings.items():

@@ -27,8 +27,9 @@ def error_line(error: BaseException) -> str:
     """An exception as one printable line; one that nobody foresaw also says where it arose."""
     text = printable(error, _LIMIT)
     if out_of_memory(error):
-        detail = f" ({text})" if text else ""
-        return f"not enough memory{detail}: give fewer or smaller images, or smaller batches"
+        line = f"not enough memory ({text})" if text else "not enough memory"
+        way_out = ": give fewer or smaller images, or smaller batches"
+        return line if isinstance(error, ImportError) else line + way_out
     if isinstance(error, OSError) and error.strerror:
         name = "" if error.filename is None else f"cannot use {os.fsdecode(error.filename)}: "
         return escape(f"{name}{error.strerror}")
