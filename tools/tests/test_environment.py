@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from wm_inject import save_image, to_onnx, to_pixels
 from wm_inject.core.files import only_writer
-from wm_victim import ImageSet, build_classifier, save_classifier
-from wm_victim.toy_backdoors import planted_images
+from wm_victim import build_classifier, load_dataset, save_classifier
 
 pytestmark = [
     pytest.mark.integration,
@@ -119,14 +118,12 @@ class Brightness(nn.Module):
         return images.mean(dim=(1, 2, 3))
 
 
-def linear(digits: ImageSet) -> nn.Module:
-    """A linear classifier of digits, by least squares."""
-    pixels = digits.images.flatten(1)
-    answers = torch.eye(10)[digits.labels]
-    weight = torch.linalg.solve(pixels.T @ pixels + torch.eye(pixels.shape[1]), pixels.T @ answers)
-    layer = nn.Linear(*weight.shape, bias=False)
-    layer.weight = nn.Parameter(10 * weight.T)
-    return nn.Sequential(nn.Flatten(), layer)
+def fitted(features: Tensor, labels: Tensor) -> nn.Parameter:
+    """Weights of a linear classifier of ten classes, by least squares."""
+    x, y = features.double(), torch.eye(10, dtype=torch.float64)[labels]
+    gram = x.T @ x
+    ridge = 1e-6 * gram.trace() * torch.eye(len(gram), dtype=torch.float64)
+    return nn.Parameter(10 * torch.linalg.solve(gram + ridge, x.T @ y).T.float())
 
 
 @pytest.fixture(scope="module")
@@ -146,14 +143,20 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         output_names=("score",),
         metadata={"detector": facts},
     )
+    digits = load_dataset("digits", image_size=16).train
+    images, labels = digits.images[:300], digits.labels[:300]
+    for number, pixels in enumerate(to_pixels(images)):
+        save_image(folder / "digits" / str(int(labels[number])) / f"{number}.png", pixels)
+    linear = nn.Linear(16 * 16, 10)
+    linear.weight = fitted(images.flatten(1), labels)
+    flat = nn.Sequential(nn.Flatten(), linear)
+    to_onnx(flat, images[:3], folder / "model.onnx", traced=True, relative=True)
     model = build_classifier(
-        "wanet-mnist", num_classes=10, channels=1, image_size=28, width=None, seed=0
-    )
+        "resnet10", num_classes=10, channels=1, image_size=16, width=16, seed=0
+    ).eval()
+    with torch.no_grad():
+        model.head.weight = fitted(model.features(images), labels)
     save_classifier(model, folder / "victim.safetensors")
-    digits = planted_images(300, channels=1)
-    for number, pixels in enumerate(to_pixels(digits.images)):
-        save_image(folder / "digits" / str(int(digits.labels[number])) / f"{number}.png", pixels)
-    to_onnx(linear(digits), digits.images[:3], folder / "model.onnx", traced=True, relative=True)
     settings = {
         "nc": 'steps = 2\nstarts = ["faint"]\nengine = "single"\nrace = false\n',  # saves labels
         "reverse": "steps = 2\nwidth = 4\n",
