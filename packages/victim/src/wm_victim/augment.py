@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -10,43 +10,54 @@ from torch import Tensor
 
 from wm_inject.core.checks import check_choice
 
+Augment = Literal["none", "crop", "crop-flip", "alternating"]
 PADDING = 4
 
 
 def augment(
     images: Tensor,
     *,
-    mode: Literal["none", "crop", "crop-flip"],
+    mode: Augment,
     generator: torch.Generator,
     cutout: int = 0,
+    mirrored: Tensor | None = None,
 ) -> Tensor:
-    """Shift images by up to 4 pixels each way, over black; mirror half of them; cut out a square.
+    """Shift images over black, mirror some of them, cut out a square.
 
     Args:
         images: float ``(N, C, H, W)``.
-        mode: "none" leaves the images in place; "crop" only shifts; "crop-flip" does both.
+        mode: As ``augment`` of `TrainConfig`.
         generator: A CPU generator: the draw is the same on every device.
         cutout: Side in pixels of a black square in every image, all of it inside; 0 for none.
+        mirrored: bool ``(N,)``: which images "alternating" mirrors.
 
     Returns:
         The same shape; in channels-last memory if the mode shifts.
     """
-    check_choice("mode", mode, ("none", "crop", "crop-flip"))
-    if mode != "none":
-        images = _shift(images, flip=mode == "crop-flip", generator=generator)
+    check_choice("mode", mode, get_args(Augment))
+    count = len(images)
+    if mode == "alternating":
+        mirror = torch.zeros(count, dtype=torch.bool) if mirrored is None else mirrored
+        images = _shift(images, 2, "reflect", mirror, generator)
+    elif mode != "none":
+        images = _shift(images, PADDING, "constant", mode == "crop-flip", generator)
     return images if cutout == 0 else _cut_out(images, cutout, generator)
 
 
-def _shift(images: Tensor, *, flip: bool, generator: torch.Generator) -> Tensor:
+def _shift(
+    images: Tensor, reach: int, border: str, mirror: Tensor | bool, generator: torch.Generator
+) -> Tensor:
+    """Shift by up to ``reach`` pixels each way; mirror those of a mask, or half of them if True."""
     count, channels, height, width = images.shape
     device = images.device
-    offsets = _move(torch.randint(0, 2 * PADDING + 1, (2, count, 1), generator=generator), device)
+    offsets = _move(torch.randint(0, 2 * reach + 1, (2, count, 1), generator=generator), device)
     rows = offsets[0] + torch.arange(height, device=device)  # (N, H)
     columns = offsets[1] + torch.arange(width, device=device)  # (N, W)
-    if flip:
-        flipped = _move(torch.rand((count, 1), generator=generator) < 0.5, device)
-        columns = torch.where(flipped, columns.flip(1), columns)
-    padded = F.pad(images, [PADDING] * 4).permute(0, 2, 3, 1)  # (N, H + 8, W + 8, C)
+    if mirror is True:
+        mirror = torch.rand((count, 1), generator=generator) < 0.5
+    if isinstance(mirror, Tensor):
+        columns = torch.where(_move(mirror.view(-1, 1), device), columns.flip(1), columns)
+    padded = F.pad(images, [reach] * 4, mode=border).permute(0, 2, 3, 1)  # (N, H + 2 reach, ..., C)
     rows = rows + torch.arange(count, device=device)[:, None] * padded.shape[1]
     pixel = rows[:, :, None] * padded.shape[2] + columns[:, None, :]  # (N, H, W)
     # One list of whole pixels: twice as fast on a CPU as indexing three dimensions at once.

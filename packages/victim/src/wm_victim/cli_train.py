@@ -74,7 +74,7 @@ def add_train(parser: Parser) -> None:
         "width": "channels of the first stage (default: 64)",
     }
     add_options(group, TrainSettings, helps)
-    presets = ("paper", "fast", "mnist", "record")
+    presets = ("paper", "fast", "mnist", "record", "airbench")
     text = "the recipe; the options below change it (default: fast)"
     add_preset(group, "--preset", table="training", choices=presets, help=text)
     helps = {

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from wm_inject.core.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from wm_inject.core.checks import check_channels
 from wm_inject.core.randomness import seeded
+from wm_victim.airbench import AirbenchBody
 from wm_victim.mnist_net import MnistNetBody
 from wm_victim.mobilenet import MobileNetBody
 from wm_victim.resnet import Form, ResNetBody
@@ -92,11 +93,12 @@ def build_classifier(
 
     Args:
         name: "resnet18", "preactresnet18", "resnet10", "preactresnet10" (one block a stage),
-            "vgg16", "mobilenetv2" (all in their 32-pixel forms), "wanet-mnist", or "timm:NAME" for
-            a model of timm's own list, never with downloaded weights.
+            "vgg16", "mobilenetv2" (all in their 32-pixel forms), "wanet-mnist", "airbench" (its
+            first layer is set from the training images), or "timm:NAME" for a model of timm's own
+            list, never with downloaded weights.
         num_classes: K, at least 2.
         channels: 1 or 3.
-        image_size: H = W, in pixels, 8 .. 1024 (vgg16 takes 28 and more).
+        image_size: H = W, in pixels, 8 .. 1024 (airbench takes 24, vgg16 28 and more).
         width: Channels of the first stage, 8 .. 512; 64, as published, if None. Not for timm.
         mean: Per channel, of images in [0, 1]; MNIST's or CIFAR-10's, by ``channels``, if None.
         std: Likewise.
@@ -177,7 +179,7 @@ def _body(name: str, *, channels: int, image_size: int, width: int | None) -> tu
             raise ValueError(f"{name} has its own widths: expected width None, got {width}")
         return _timm_body(name.removeprefix("timm:"), channels=channels, image_size=image_size)
     assert width is not None
-    body: ResNetBody | VggBody | MobileNetBody | MnistNetBody
+    body: ResNetBody | VggBody | MobileNetBody | MnistNetBody | AirbenchBody
     if name in _RESNETS:
         form, blocks = _RESNETS[name]
         body = ResNetBody(form=form, blocks=blocks, channels=channels, width=width)
@@ -187,6 +189,8 @@ def _body(name: str, *, channels: int, image_size: int, width: int | None) -> tu
         body = MobileNetBody(channels=channels, width=width)
     elif name == "wanet-mnist":
         body = MnistNetBody(channels=channels, image_size=image_size, width=width)
+    elif name == "airbench":
+        body = AirbenchBody(channels=channels, image_size=image_size, width=width)
     else:
         known = ", ".join(CLASSIFIERS)
         raise ValueError(f"expected a classifier in {known} or timm:NAME, got {name!r}")

@@ -92,7 +92,7 @@ def train_classifier(
     device = torch.device(device)
     data = _poisoned(data, plan, trigger, hook, num_classes)
     run = TrainingRun(model.to(device), data, config, hook, device, corrupt, resident_bytes)
-    history = TrainHistory()
+    history, saved = TrainHistory(), None
     if checkpoint is not None:
         identity = _identity(run, data)
         saved = load_state(checkpoint, kind=_KIND, run=identity)
@@ -100,6 +100,8 @@ def train_classifier(
             run.load_state_dict(saved["run"])
             history = TrainHistory(**saved["history"])
             history = replace(history, seconds=(0.0,) * len(history.losses))
+    if saved is None:
+        run.prepare()
     shown: Progress[Any]
     with show_progress(total=config.epochs * len(data), desc="training", enabled=progress) as shown:
         shown.update(len(history.losses) * len(data))

@@ -8,19 +8,20 @@ from typing import Any, Literal, get_args
 
 from wm_inject.core.checks import check_choice
 from wm_inject.core.presets import preset_of
+from wm_victim.augment import Augment
 
-Schedule = Literal["cosine", "onecycle", "constant", "triangular"]
-Augment = Literal["none", "crop", "crop-flip"]
+Schedule = Literal["cosine", "onecycle", "constant", "triangular", "airbench"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Layout = Literal["channels-last", "blocked"]
 CLASSIFIERS = (
     *("resnet18", "preactresnet18", "resnet10", "preactresnet10"),
-    *("vgg16", "mobilenetv2", "wanet-mnist"),
+    *("vgg16", "mobilenetv2", "wanet-mnist", "airbench"),
 )
 
 _WARM_UP = 0.1  # one-cycle: share of the steps until the peak
 _FIRST, _LAST = 1 / 25, 1 / 250_000  # one-cycle: first and last rate, as shares of the peak
 _TOP = 5 / 24  # triangular: share of the steps until the peak
+_AIR_FIRST, _AIR_TOP, _AIR_LAST = 0.2, 0.23, 0.07  # airbench: first rate, steps to the peak, last
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,14 @@ class TrainConfig:
         momentum: In [0, 1). It is never cycled.
         weight_decay: On all parameters.
         schedule: "cosine" (from lr to 0), "onecycle" (10 % warm-up, then down to nearly 0),
-            "triangular" (up in a line for 5 / 24 of the steps, and down to 0 in another) or
-            "constant"; all of them change with every step.
+            "triangular" (up in a line for 5 / 24 of the steps, and down to 0 in another),
+            "airbench" (the same from 0.2 of lr, its peak at 0.23, down to 0.07) or "constant"; all
+            of them change with every step.
         nesterov: Nesterov's momentum.
-        augment: "none", "crop" (4 black pixels around, then a random crop) or "crop-flip" (and a
-            mirror image half of the time). A crop shifts a patch trigger: one with a one-pixel
-            margin may take many epochs to be learned.
+        augment: "none", "crop" (4 black pixels around, then a random crop), "crop-flip" (and a
+            mirror image half of the time) or "alternating" (2 reflected pixels around, a crop; half
+            of the images are mirrored in even epochs, the others in odd ones). A crop shifts a
+            patch trigger: one with a one-pixel margin may take many epochs to be learned.
         precision: "float32", "bfloat16" (autocast) or "auto": bfloat16 where the hardware
             multiplies it fast.
         label_smoothing: Share of the label, in [0, 1), that is spread over all classes.
@@ -47,6 +50,9 @@ class TrainConfig:
             for none. It may cover a patch trigger.
         layout: Memory layout of activations: "channels-last", or "blocked", oneDNN's own: faster
             for ResNets on a CPU, with other rounding, and not available for others.
+        bias_lr: The rate of normalisation layers' biases, in units of the others'.
+        average: Steps between two updates of a running average of the weights (lookahead), which
+            the weights are set to as well; 0 for none.
         compile: Compile the network and record its steps as CUDA graphs; on a GPU only.
 
     Raises:
@@ -66,16 +72,19 @@ class TrainConfig:
     label_smoothing: float = 0.0
     cutout: int = 0
     layout: Layout = "channels-last"
+    bias_lr: float = 1.0
+    average: int = 0
     compile: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"expected a seed in 0 .. 2**32 - 1, got {self.seed}")
-        for name, least in (("epochs", 1), ("batch_size", 2), ("cutout", 0)):
+        for name, least in (("epochs", 1), ("batch_size", 2), ("cutout", 0), ("average", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"expected {name} of at least {least}, got {getattr(self, name)}")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"expected lr > 0, got {self.lr}")
+        for name in ("lr", "bias_lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"expected {name} > 0, got {getattr(self, name)}")
         for name in ("momentum", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"expected {name} in [0, 1), got {getattr(self, name)}")
@@ -97,7 +106,8 @@ class TrainConfig:
                 the watermark paper. "fast": a few epochs without augmentation, small batches, peak
                 0.03, for narrow nets on a CPU. "mnist": WaNet's settings for MNIST, annealed.
                 "record": 24 epochs for CIFAR-10 in large batches, Nesterov, rates in a triangle,
-                crop, flip and cutout, as in Page's "How to train your ResNet".
+                crop, flip and cutout, as in Page's "How to train your ResNet". "airbench": 10
+                epochs for CIFAR-10 with the network of that name.
             changes: Fields to change.
         """
         return preset_of(cls, _PRESETS, name, **changes)
@@ -125,6 +135,20 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "augment": "crop-flip",
         "cutout": 8,
     },
+    # Its loss is summed over the batch of 1024: the mean loss takes lr and decay accordingly.
+    "airbench": {
+        "epochs": 10,
+        "batch_size": 1024,
+        "lr": 1.5,
+        "momentum": 0.85,
+        "weight_decay": 1.33e-3,
+        "schedule": "airbench",
+        "nesterov": True,
+        "augment": "alternating",
+        "label_smoothing": 0.2,
+        "bias_lr": 64.0,
+        "average": 5,
+    },
 }
 
 
@@ -143,6 +167,11 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
     if config.schedule == "triangular":
         share = (step + 1) / (total + 1)  # never 0: no step is wasted
         return config.lr * min(share / _TOP, (1 - share) / (1 - _TOP))
+    if config.schedule == "airbench":
+        share = step / total
+        if share < _AIR_TOP:
+            return config.lr * (_AIR_FIRST + (1 - _AIR_FIRST) * share / _AIR_TOP)
+        return config.lr * (1 - (1 - _AIR_LAST) * (share - _AIR_TOP) / (1 - _AIR_TOP))
     peak = max(1.0, _WARM_UP * total - 1)
     if step <= peak:
         return config.lr * (1 + (_FIRST - 1) * _half_cosine(step / peak))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from wm_inject.core.plan import CoTraining
 from wm_inject.core.randomness import derive_seed, seeded
 from wm_inject.core.resume import like_parameters
+from wm_victim.airbench import WHITEN_EPOCHS, AirbenchBody
 from wm_victim.augment import augment
 from wm_victim.datasets import ImageSet
 from wm_victim.image_store import ImageStore
@@ -62,12 +63,15 @@ class TrainingRun:
         self.data = ImageStore(data, device, limit=limit)
         self.steps = config.steps_per_epoch(len(data))
         self.optimizer = torch.optim.SGD(
-            model.parameters(),
+            _groups(model, config),
             lr=config.lr,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             nesterov=config.nesterov,
         )
+        self.average = Average(model) if config.average else None
+        draw = torch.Generator().manual_seed(derive_seed("mirror", config.seed))
+        self.mirrored = torch.rand(len(data), generator=draw) < 0.5  # in even epochs
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a checkpoint must hold."""
@@ -75,7 +79,16 @@ class TrainingRun:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "hook": {} if self.hook is None else self.hook.state_dict(),
+            "average": {} if self.average is None else self.average.state,
         }
+
+    def prepare(self) -> None:
+        """Set what is computed from the training data; a run that goes on has it already."""
+        if isinstance(self.model, Classifier) and isinstance(self.model.body, AirbenchBody):
+            images, _ = self.data.take(torch.arange(min(5000, len(self.data))))
+            self.model.body.fit_whitening(self.model.normalize(images))
+            if self.average is not None:
+                self.average = Average(self.model)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
@@ -84,6 +97,8 @@ class TrainingRun:
         like_parameters(self.optimizer)
         if self.hook is not None:
             self.hook.load_state_dict(state["hook"])
+        if self.average is not None:
+            self.average.state = state["average"]
 
     def epoch(self, number: int, advance: Callable[[int], None]) -> Epoch:
         """One pass over the data; its randomness depends on the seed and its number only.
@@ -91,6 +106,9 @@ class TrainingRun:
         So a checkpoint between two epochs needs no state of any generator.
         """
         self.model.train()
+        body = self.model.body if isinstance(self.model, Classifier) else None
+        if isinstance(body, AirbenchBody) and body.whiten.bias is not None:
+            body.whiten.bias.requires_grad_(number < WHITEN_EPOCHS)
         seed = derive_seed("train", self.config.seed, number)
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.data), generator=generator)
@@ -101,7 +119,8 @@ class TrainingRun:
             for index, rows in enumerate(batches):
                 step = number * self.steps + index
                 lr = learning_rate(self.config, step, self.config.epochs * self.steps)
-                loss, correct = self._step(rows, lr, generator)
+                loss, correct = self._step(rows, lr, generator, odd=number % 2 == 1)
+                self._average(step + 1)
                 loss_sum += loss * len(rows)
                 correct_sum += correct
                 if index % _CHECK_EVERY == 0 or index == self.steps - 1:
@@ -110,19 +129,35 @@ class TrainingRun:
         count = sum(len(rows) for rows in batches)
         return Epoch(float(loss_sum) / count, int(correct_sum) / count)
 
-    def _step(self, rows: Tensor, lr: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _average(self, step: int) -> None:
+        """Pull the weights to their running average, the more the later; at the end, set them."""
+        if self.average is None:
+            return
+        total, every = self.config.epochs * self.steps, self.config.average
+        if step % every == 0 and step < total:
+            self.average.update(self.model, decay=0.95**every * (step / total) ** 3)
+        elif step == total:
+            self.average.update(self.model, decay=1.0)
+
+    def _step(
+        self, rows: Tensor, lr: float, generator: torch.Generator, *, odd: bool
+    ) -> tuple[Tensor, Tensor]:
         images, labels = self.data.take(rows)
         if self.hook is not None:
             images, labels = self.hook.transform(
                 images, labels, model=self.model, generator=generator
             )
         images = augment(
-            images, mode=self.config.augment, generator=generator, cutout=self.config.cutout
+            images,
+            mode=self.config.augment,
+            generator=generator,
+            cutout=self.config.cutout,
+            mirrored=self.mirrored[rows] ^ odd,
         )
         if self.corrupt is not None:
             images = self.corrupt(images, generator=generator)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["factor"]
         self.optimizer.zero_grad(set_to_none=True)
         logits = self.forward(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
@@ -136,6 +171,42 @@ class TrainingRun:
                 f"the loss became {float(loss_sum)} in epoch {epoch + 1}: "
                 f"try a lower learning rate than {self.config.lr}"
             )
+
+
+class Average:
+    """A running average of floating-point weights and statistics (airbench's lookahead)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.state = {name: value.detach().clone() for name, value in _floating(model)}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, *, decay: float) -> None:
+        """Average the weights in, ``decay`` being the average's share; set the weights to it."""
+        for name, value in _floating(model):
+            mean = self.state[name]
+            value.copy_(mean.lerp_(value, 1 - decay))
+
+
+def _floating(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [
+        (name, value) for name, value in model.state_dict().items() if value.is_floating_point()
+    ]
+
+
+def _groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """Parameters with their share of the rate: biases of normalisation layers have their own."""
+    biases = [
+        layer.bias
+        for layer in model.modules()
+        if isinstance(layer, nn.BatchNorm2d) and layer.bias is not None and config.bias_lr != 1
+    ]
+    own = {id(bias) for bias in biases}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in own]
+    groups: list[dict[str, Any]] = [{"params": others, "factor": 1.0}]
+    if biases:  # the same decay a step as the others have
+        decay = config.weight_decay / config.bias_lr
+        groups.append({"params": biases, "factor": config.bias_lr, "weight_decay": decay})
+    return groups
 
 
 def training_forward(model: nn.Module, config: TrainConfig, device: torch.device) -> Forward:
