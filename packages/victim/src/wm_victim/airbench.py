@@ -37,14 +37,14 @@ class AirbenchBody(nn.Module):
 
     Args:
         channels: 1 or 3.
-        image_size: H = W, at least 24: three poolings by 2 and one by 3.
+        image_size: H = W, at least 25: three poolings by 2 and one by 3.
         width: Channels of the first group; the others have four times as many.
     """
 
     def __init__(self, *, channels: int, image_size: int, width: int) -> None:
         super().__init__()
-        if image_size < 24:
-            raise ValueError(f"expected image_size of at least 24 for airbench, got {image_size}")
+        if image_size < 25:
+            raise ValueError(f"expected image_size of at least 25 for airbench, got {image_size}")
         filters = 2 * channels * _PATCH**2
         self.whiten = nn.Conv2d(channels, filters, _PATCH)
         self.whiten.weight.requires_grad_(False)

@@ -98,7 +98,7 @@ def build_classifier(
             list, never with downloaded weights.
         num_classes: K, at least 2.
         channels: 1 or 3.
-        image_size: H = W, in pixels, 8 .. 1024 (airbench takes 24, vgg16 28 and more).
+        image_size: H = W, in pixels, 8 .. 1024 (airbench takes 25, vgg16 28 and more).
         width: Channels of the first stage, 8 .. 512; 64, as published, if None. Not for timm.
         mean: Per channel, of images in [0, 1]; MNIST's or CIFAR-10's, by ``channels``, if None.
         std: Likewise.
