@@ -36,7 +36,7 @@ MORE = {
     "scan": {"--filter-rate": st.floats(1e-6, 0.4)},
     "clean": {
         "--recipe": st.sampled_from(["nc", "paper", "reverse"]),
-        "--clean-images": st.integers(1, 999),
+        "--clean-images": st.integers(2, 999),
     },
 }
 

@@ -417,6 +417,8 @@ def full_disk(path, value):
     raise OSError(28, "No space left on device")
 
 
+# A budget that ends while a file is being opened leaves the closing to the collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_model_is_scanned_from_its_file(folder, tmp_path, monkeypatch, make_up_scans, capsys):
     """A classifier of ours from its checkpoint, with the search itself made up."""
     low = {"nc": 45.0, "reverse": 45.0}

@@ -25,14 +25,14 @@ def printed(*argv: object) -> str:
 OPTIONS = st.fixed_dictionaries(
     {},
     optional={
-        "--preset": st.sampled_from(["paper", "fast", "mnist", "record"]),
+        "--preset": st.sampled_from(["paper", "fast", "mnist", "record", "airbench"]),
         "--model": st.sampled_from(["resnet18", "vgg16", "timm:resnet26"]),
-        "--width": st.integers(1, 64),
+        "--width": st.integers(8, 64),
         "--limit": st.integers(1, 10**5),
         "--image-size": st.integers(8, 256),
         "--epochs": st.integers(1, 500),
         "--lr": st.floats(1e-9, 10),
-        "--augment": st.sampled_from(["none", "crop", "crop-flip"]),
+        "--augment": st.sampled_from(["none", "crop", "crop-flip", "alternating"]),
         "--target": st.integers(0, 99),
         "--ratio": st.floats(0.001, 1),
         "--seed": st.integers(0, 2**32 - 1),

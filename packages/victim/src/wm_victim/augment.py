@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from wm_inject.core.checks import check_choice
+from wm_victim.train_config import Augment
 
-Augment = Literal["none", "crop", "crop-flip", "alternating"]
 PADDING = 4
 
 

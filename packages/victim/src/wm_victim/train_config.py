@@ -8,9 +8,9 @@ from typing import Any, Literal, get_args
 
 from wm_inject.core.checks import check_choice
 from wm_inject.core.presets import preset_of
-from wm_victim.augment import Augment
 
 Schedule = Literal["cosine", "onecycle", "constant", "triangular", "airbench"]
+Augment = Literal["none", "crop", "crop-flip", "alternating"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Layout = Literal["channels-last", "blocked"]
 CLASSIFIERS = (

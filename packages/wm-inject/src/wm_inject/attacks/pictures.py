@@ -138,7 +138,7 @@ def load_picture(
     _check(size, channels)
     if isinstance(source, str) and source in PICTURES:
         return PICTURES[source](size, channels=channels, seed=seed)
-    if isinstance(source, str | Path):
+    if isinstance(source, str | Path) and Path(source).exists():
         return to_float(load_image(source, size=size, channels=channels)[None])[0]
     shape = (channels, size, size)
     if not isinstance(source, Tensor) or tuple(source.shape) != shape:
