@@ -51,18 +51,14 @@ def too_many(suspected: Sequence[int], compared: int) -> str | None:
     )
 
 
-def starved_search(
-    starved: Sequence[float], reached: Tensor, suspected: Sequence[int]
-) -> str | None:
-    """Searches had no gradients to follow.
+def starved_search(starved: Sequence[float], suspected: Sequence[int]) -> str | None:
+    """Searches had no gradients to follow: their scores are not those of the model.
 
-    Those of most labels: no score is that of the model. Or that of a label that was not reached,
-    and no other one is suspected.
+    Those of most labels, or that of one while no label is suspected. A label that is reached in the
+    end has still been searched in the dark, and may be nearer than it looks.
     """
-    hungry = [label for label, share in enumerate(starved) if share > STARVED]
-    lost = [] if suspected else [label for label in hungry if not bool(reached[label])]
-    lost = hungry if 2 * len(hungry) > len(starved) else lost
-    if not lost:
+    lost = [label for label, share in enumerate(starved) if share > STARVED]
+    if not lost or (suspected and 2 * len(lost) <= len(starved)):
         return None
     named = ", ".join(map(str, lost[:6])) + (" and others" if len(lost) > 6 else "")
     return (

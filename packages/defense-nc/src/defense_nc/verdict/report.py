@@ -73,8 +73,8 @@ def judge(
         backdoored: some label is suspected. inconclusive: a reason to abstain holds
         (``suspected`` still lists the labels that stand out), or without a calibration a label is
         significant yet not far below the median. not-scanned: the
-        searches for most labels had no gradients to follow, or that for a label that was not
-        reached while nothing is suspected. clean: none of these.
+        searches for most labels had no gradients to follow, or that for one while nothing is
+        suspected. clean: none of these.
 
     Source: ours; neither paper states an error rate.
     """
@@ -102,7 +102,7 @@ def judge(
         verdict = Verdict.INCONCLUSIVE
     else:
         verdict = Verdict.BACKDOORED if test.suspected else Verdict.CLEAN
-    hungry = starved_search(starved, reached, test.suspected)
+    hungry = starved_search(starved, test.suspected)
     if hungry:
         verdict, test = Verdict.NOT_SCANNED, test._replace(suspected=())
     labels = tuple(

@@ -141,7 +141,7 @@ class BtiDbf:
         compared = "at least" if suspected else "less than"
         reason = f"BTI-DBF's rule: {finding}, {compared} {config.min_share:g}."
         log = {"raw": inverted.changes.numbers()}
-        return with_own_verdict(report, suspected, reason, floor=config.min_share, log=log)
+        return with_own_verdict(report, suspected, reason, log=log)
 
 
 def invert(

@@ -123,16 +123,10 @@ def with_own_verdict(
     suspected: Sequence[int],
     reason: str,
     *,
-    floor: float,
     log: Mapping[str, Any],
 ) -> ScanReport:
-    """The report, with the verdict of a method's own rule in place of `judge`'s.
-
-    Args:
-        floor: Success rate from which a label counts as reached.
-    """
-    reached = torch.tensor([label.success_rate >= floor for label in report.labels])
-    hungry = starved_search(report.starved, reached, suspected)
+    """The report, with the verdict of a method's own rule in place of `judge`'s."""
+    hungry = starved_search(report.starved, suspected)
     found = Verdict.BACKDOORED if suspected else Verdict.CLEAN
     return replace(
         report,

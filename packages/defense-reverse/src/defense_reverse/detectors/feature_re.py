@@ -187,7 +187,6 @@ class FeatureRE:
             report,
             suspected,
             _reason(raw, suspected, config),
-            floor=config.success_floor,
             log={"raw": [{"score": best.score, **best.terms.numbers()} for best in rounds]},
         )
 
