@@ -18,9 +18,6 @@ class EndlessBatches:
         self._count, self._size, self._generator = count, size, generator
         self._rest = torch.empty(0, dtype=torch.int64)
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return self
-
     def __next__(self) -> Tensor:
         while len(self._rest) < self._size:
             order = torch.randperm(self._count, generator=self._generator)

@@ -45,9 +45,6 @@ class LabelHalving:
         self.stopped_at: dict[int, int] = {}  # label -> milestone
         self.milestones: list[Milestone] = []
 
-    def __repr__(self) -> str:
-        return f"LabelHalving(stopped_at={self.stopped_at})"
-
     @property
     def control_labels(self) -> tuple[int, ...]:
         """Those of the last milestone."""

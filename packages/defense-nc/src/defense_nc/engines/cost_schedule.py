@@ -23,9 +23,6 @@ class CostSchedule:
         self._went_up = self._went_down = False
         self._best = float("inf")
 
-    def __repr__(self) -> str:
-        return f"CostSchedule(cost={self.cost:g}, stop={self.stop})"
-
     def state_dict(self) -> dict[str, float | int | bool | None]:
         """All that changes; None stands for infinity."""
         state = {name: value for name, value in vars(self).items() if name != "_config"}

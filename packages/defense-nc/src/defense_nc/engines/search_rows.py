@@ -59,9 +59,6 @@ class Search:
         self.gradients = GradientCount()
         self._batches = EndlessBatches(len(pool), config.batch_size, generator)
 
-    def __repr__(self) -> str:
-        return f"Search(label={self.label}, start={self.start}, steps={self.steps})"
-
     def done(self, until: int) -> bool:
         """Whether it takes no more steps before step ``until``."""
         return self.stopped or self.schedule.stop or self.steps >= until

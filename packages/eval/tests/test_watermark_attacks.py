@@ -1,0 +1,52 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from defense_nc import InvertedTrigger
+from wm_eval.config import WatermarkConfig
+from wm_eval.trial import load_reversed, save_reversed
+from wm_eval.watermark_attacks import blend_watermark, fit_watermark
+from wm_inject import default_watermark, pretrained_card
+from wm_victim import ImageSet
+
+
+def images(size: int) -> ImageSet:
+    return ImageSet(
+        torch.rand(4, 3, size, size), torch.zeros(4, dtype=torch.int64), torch.arange(4)
+    )
+
+
+def test_shipped_weights_stand_in_for_a_training(tmp_path: Path) -> None:
+    config, mark = WatermarkConfig(pretrained="tiny-32", strength=0.5), tmp_path / "state"
+    found = fit_watermark(config, images(32), seed=0, checkpoint=mark, progress=False)
+    card = pretrained_card("tiny-32")
+    assert found.facts["recipe"] == card["recipe"] and found.facts["trained_on"] == card["data"]
+    assert found.extractor is not None and not mark.exists()
+    whole = fit_watermark(
+        WatermarkConfig(pretrained="tiny-32"), images(32), seed=0, checkpoint=mark, progress=False
+    )
+    batch = images(32).images
+    with torch.no_grad():
+        half, full = (one.trigger(batch) - batch for one in (found, whole))
+    assert 0 < float(half.abs().sum()) < float(full.abs().sum())
+    with pytest.raises(ValueError, match="tiny-32, got 3 and 40"):
+        fit_watermark(config, images(40), seed=0, checkpoint=mark, progress=False)
+
+
+def test_equation_2_blends_the_watermark_by_its_weight() -> None:
+    batch = images(32).images
+    trigger = blend_watermark(WatermarkConfig(weight=0.25), images(32)).trigger
+    expected = 0.75 * batch + 0.25 * default_watermark(32)
+    assert torch.allclose(trigger(batch), expected, atol=1e-6)
+
+
+def test_a_reversed_patch_comes_back_to_the_bit(tmp_path: Path) -> None:
+    trigger = InvertedTrigger(torch.rand(1, 8, 8), torch.rand(3, 8, 8), target=3, success_rate=0.5)
+    save_reversed(trigger, tmp_path / "patch.safetensors")
+    again = load_reversed(tmp_path / "patch.safetensors")
+    assert isinstance(again, InvertedTrigger)
+    assert (again.target, again.success_rate) == (3, 0.5)
+    assert torch.equal(again.mask, trigger.mask) and torch.equal(again.pattern, trigger.pattern)
+    with pytest.raises(ValueError, match="got Identity"):
+        save_reversed(torch.nn.Identity(), tmp_path / "other.safetensors")
