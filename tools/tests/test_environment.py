@@ -103,7 +103,7 @@ QUICK = {
     ("wm-victim train", "full disk"),
     ("defense-nc scan", "full disk"),
     ("defense-nc scan", "stdout that nobody reads"),
-    ("defense-reverse scan", "little memory"),
+    ("defense-reverse scan", "full disk"),
     ("wm-eval inspect", "ascii"),
     ("wm-eval inspect", "no home"),
 }
