@@ -212,9 +212,9 @@ def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     command, *rest = argv
     with pytest.raises(SystemExit) as left:
         importlib.import_module(f"{MODULES[command]}.cli").main(rest)
-    told = capsys.readouterr().err
-    assert left.value.code == EXIT_USAGE and told.count("\n") == 1, told
-    return told
+    output = capsys.readouterr().err
+    assert left.value.code == EXIT_USAGE and output.count("\n") == 1, output
+    return output
 
 
 def is_number(action: argparse.Action, text: str = "3") -> bool:
@@ -283,9 +283,11 @@ for argv in {argvs!r}:
     rows.append((code, err.getvalue()))
 print(json.dumps([rows, "torch" in sys.modules]))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    rows, torch = json.loads(done.stdout)
-    for (_, option, value), (code, told) in zip(REFUSED, rows, strict=True):
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    rows, torch = json.loads(process.stdout)
+    for (_, option, value), (code, output) in zip(REFUSED, rows, strict=True):
         with subtests.test(option=option, value=value):
-            assert code == EXIT_USAGE and option in told and told.count("\n") == 1, told
+            assert code == EXIT_USAGE and option in output and output.count("\n") == 1, output
     assert not torch

@@ -189,19 +189,19 @@ def test_a_command_ends_well_where_something_is_wrong(
     before = sorted(inputs.rglob("*"))
     arguments = [part.replace("OUT", str(out)) for part in case.command.split()]
     environment = {"HOME": str(home), "TMPDIR": str(home), **fault.environment}
-    ended = run_with(
+    end = run_with(
         Fault(environment, fault.file_bytes, fault.memory, fault.encoding, fault.stdout),
         case.module,
         arguments,
     )
     codes = {NORMAL: case.codes, ERROR: (case.exit_error,)}
-    assert ended.code in [code for outcome in outcomes for code in codes[outcome]], ended
-    assert "Traceback" not in ended.err
-    errors = [line for line in ended.err.splitlines() if line.startswith("error: ")]
+    assert end.code in [code for outcome in outcomes for code in codes[outcome]], end
+    assert "Traceback" not in end.err
+    errors = [line for line in end.err.splitlines() if line.startswith("error: ")]
     if "OUT/state" in case.command and lack == "full disk" and name != "wm-eval scan":
         assert errors[0].startswith(f"error: cannot write {out}/state")
     failed = outcomes == (ERROR,) and fault.stdout != "gone"
-    assert len(errors) == 1 if failed else len(errors) <= 1, ended.err
+    assert len(errors) == 1 if failed else len(errors) <= 1, end.err
     # Nothing half written, and nothing beside what was asked for.
     assert not [path for path in out.rglob("*") if ".part" in path.name]
     assert sorted(inputs.rglob("*")) == before and not list(home.iterdir())
@@ -218,10 +218,10 @@ def test_a_name_cannot_forge_a_line_nor_stop_a_report(inputs: Path, tmp_path: Pa
         (folder).mkdir()
         (folder / NAME).write_bytes(b"no picture")
         save_image(folder / "good.png", np.zeros((32, 32, 3), np.uint8))
-        ended = run_with(Fault(encoding="ascii"), module, [*arguments, folder])
-        assert ended.code == 0, ended
-        assert not [line for line in ended.out.splitlines() if line.startswith("flagged")]
-        assert "\\udce9" in ended.out and "\x1b" not in ended.out
+        outcome = run_with(Fault(encoding="ascii"), module, [*arguments, folder])
+        assert outcome.code == 0, outcome
+        assert not [line for line in outcome.out.splitlines() if line.startswith("flagged")]
+        assert "\\udce9" in outcome.out and "\x1b" not in outcome.out
     assert "\\udce9" in (tmp_path / "x.csv").read_text(encoding="utf-8")
 
 
@@ -251,14 +251,14 @@ def test_a_model_that_is_being_opened_leaves_nothing_when_the_command_is_ended(
         return any(tmp_path.glob("wm-open-*/stderr"))
 
     scan = ("scan", "model.onnx", "--images", "digits")
-    ended = run_with(Fault({"TMPDIR": str(tmp_path)}), "wm_eval.cli", scan, end=opening)
-    assert ended.code == 143 and ended.err.endswith("terminated\n")
+    outcome = run_with(Fault({"TMPDIR": str(tmp_path)}), "wm_eval.cli", scan, end=opening)
+    assert outcome.code == 143 and outcome.err.endswith("terminated\n")
     assert not list(tmp_path.iterdir())
 
 
 def test_two_processes_do_not_write_into_one_folder(inputs: Path, tmp_path: Path) -> None:
     with only_writer(tmp_path / "out"):
         poison = f"poison --trigger badnets --image-size 16 photos {tmp_path / 'out'}"
-        ended = run_with(Fault(), "wm_inject.cli", poison.split())
-    assert ended.code == 1 and "another process is writing to" in ended.err
+        outcome = run_with(Fault(), "wm_inject.cli", poison.split())
+    assert outcome.code == 1 and "another process is writing to" in outcome.err
     assert not list((tmp_path / "out").iterdir())

@@ -255,10 +255,10 @@ def test_labels_are_numbered_as_the_classifier_numbers_them(
     names = [str(label) for label in range(10)]
     save_classifier(load_classifier(classifier), classifier, {"classes": names, "attack": "none"})
     data = load_dataset("digits", image_size=28)
-    seen, scan = [], NeuralCleanse.scan
+    labels_of_scans, scan = [], NeuralCleanse.scan
 
     def remember(*args, **options):
-        seen.append(options["labels"])
+        labels_of_scans.append(options["labels"])
         return scan(*args, **options)
 
     monkeypatch.setattr(NeuralCleanse, "scan", remember)
@@ -270,15 +270,15 @@ def test_labels_are_numbered_as_the_classifier_numbers_them(
         np.savez(tmp_path / name, **arrays, **labels, **more)
         return str(tmp_path / name)
 
-    renamed = write("renamed.npz", lambda y: (y - 1) % 10, classes=[*names[1:], "zero"])
-    assert run("scan", classifier, "--data", renamed) == 1
+    other_order = write("renamed.npz", lambda y: (y - 1) % 10, classes=[*names[1:], "zero"])
+    assert run("scan", classifier, "--data", other_order) == 1
     assert "labels are matched" in capsys.readouterr().err
-    known = write("right.npz", lambda y: y)
-    assert run("scan", classifier, "--data", known) == 1
+    same_order = write("right.npz", lambda y: y)
+    assert run("scan", classifier, "--data", same_order) == 1
     assert "labels are matched" not in capsys.readouterr().err
-    assert torch.equal(*(labels.bincount() for labels in seen))
+    assert torch.equal(*(labels.bincount() for labels in labels_of_scans))
     shuffled = write("wrong.npz", lambda y: y[torch.randperm(len(y))])
-    assert run("scan", classifier, "--data", shuffled) == 3 and len(seen) == 2
+    assert run("scan", classifier, "--data", shuffled) == 3 and len(labels_of_scans) == 2
     out = tmp_path / "cleaned.safetensors"
     forced = ["clean", classifier, "--label", 3, "--out", out, "--force", "--data", shuffled]
     assert run(*forced) == 1 and not out.exists()
@@ -295,12 +295,12 @@ def test_a_classifier_that_lost_its_accuracy_is_not_written(
 
     monkeypatch.setattr(Unlearning, "repair", repair)
     out = tmp_path / "cleaned.safetensors"
-    given = ["clean", classifier, "--data", "digits", "--images", 40, "--out", out]
-    assert run(*given) == 1
-    told = capsys.readouterr()
-    assert "--max-loss 0.05" in told.err and "answers as before 0." in told.out
+    command = ["clean", classifier, "--data", "digits", "--images", 40, "--out", out]
+    assert run(*command) == 1
+    output = capsys.readouterr()
+    assert "--max-loss 0.05" in output.err and "answers as before 0." in output.out
     assert not out.exists()
-    assert run(*given, "--max-loss", 1) == 0 and out.exists()
+    assert run(*command, "--max-loss", 1) == 0 and out.exists()
 
 
 def test_force_cleans_any_label_without_a_scan(classifier, tmp_path, capsys, monkeypatch):

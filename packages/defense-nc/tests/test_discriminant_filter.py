@@ -145,10 +145,10 @@ def test_a_filter_on_an_imported_graph_is_exported(data, tmp_path):
     to_onnx(model, data.images[:4], path, traced=True)
     simplified = simplify(onnx.load(str(path)), image="image", output="output")
     imported = OnnxNet(simplified, IoFormat(3, 16)).eval()
-    found = InputFilter().calibrate(
+    input_filter = InputFilter().calibrate(
         imported, data.images, triggers={TARGET: planted_trigger("patch")}
     )
-    parity = export_filter(found, data.images[:4], tmp_path / "filter.onnx")
+    parity = export_filter(input_filter, data.images[:4], tmp_path / "filter.onnx")
     assert parity.max_rel < 1e-4
     assert Scanner(tmp_path / "filter.onnx")(to_pixels(data.images[:5])).flagged.shape == (5,)
 

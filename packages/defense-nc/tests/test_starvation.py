@@ -127,9 +127,9 @@ def test_outputs_are_turned_to_logits_of_a_usual_scale(data, subtests):
             changed = Changed(model, behind=end)
             with open_scan(changed, data.images, labels=data.labels) as inputs:
                 assert isinstance(inputs.model, Logits) and note in inputs.notes[0]
-                found = inputs.model(data.images)
-            assert torch.equal(found.argsort(1), logits.argsort(1))
-            high = found.topk(2).values
+                outputs = inputs.model(data.images)
+            assert torch.equal(outputs.argsort(1), logits.argsort(1))
+            high = outputs.topk(2).values
             assert 1 <= float((high[:, 0] - high[:, 1]).median()) <= 200
 
 
@@ -157,8 +157,8 @@ def test_a_model_that_changes_its_images_leaves_those_of_the_caller(data):
 
 
 def test_outputs_that_are_no_tensor_are_named(data):
-    for wrong, named in ((lambda y: (y, y), "tuple"), (lambda y: {"logits": y}, "dict")):
-        with pytest.raises(ValueError, match=f"one tensor .* got {named}"):
+    for wrong, kind in ((lambda y: (y, y), "tuple"), (lambda y: {"logits": y}, "dict")):
+        with pytest.raises(ValueError, match=f"one tensor .* got {kind}"):
             NeuralCleanse(TINY).scan(Changed(planted(), behind=wrong), data.images, progress=False)
 
 

@@ -68,8 +68,8 @@ def test_every_detector_sees_that_it_is_starved(data, subtests):
             report = scan(detector, behind=lambda y: (10 * y).round() / 10)
             assert report.verdict is Verdict.NOT_SCANNED and report.suspected == ()
             assert min(report.starved) > 0.9
-            fed = scan(detector)
-            assert max(fed.starved) < 0.1 and fed.verdict is not Verdict.NOT_SCANNED
+            control = scan(detector)
+            assert max(control.starved) < 0.1 and control.verdict is not Verdict.NOT_SCANNED
 
 
 @pytest.mark.integration

@@ -123,15 +123,15 @@ def test_labels_from_a_table(folder, tmp_path):
     table = tmp_path / "labels.csv"
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.png"))
     table.write_text("file,label\n" + "".join(f"{name},{n % 5}\n" for n, name in enumerate(names)))
-    found = read_clean(folder, size=4, channels=1, labels=table)
-    assert found.labels.tolist() == [names.index(name) % 5 for name in found.files]
-    assert found.classes is None
+    clean = read_clean(folder, size=4, channels=1, labels=table)
+    assert clean.labels.tolist() == [names.index(name) % 5 for name in clean.files]
+    assert clean.classes is None
     table.write_text(
         "name;kind\n" + "".join(f"{name};{'ba'[n % 2]}\n" for n, name in enumerate(names))
     )
-    found = read_clean(folder, size=4, channels=1, labels=table)
-    assert found.classes == ("a", "b")
-    assert found.labels.tolist() == [1 - names.index(name) % 2 for name in found.files]
+    clean = read_clean(folder, size=4, channels=1, labels=table)
+    assert clean.classes == ("a", "b")
+    assert clean.labels.tolist() == [1 - names.index(name) % 2 for name in clean.files]
     for text, told_so in (
         ("file,label\n0/00.png,1\n", "at least 20 readable"),
         ("file,width,height\n0/00.png,1,1\n", "columns such as file and label"),
@@ -279,31 +279,33 @@ def test_whatever_stops_a_detector_the_others_look(monkeypatch, make_up_scans):
         return report(45.0)
 
     make_up_scans(monkeypatch, scan)
-    found = audit(check_model(Bars(), bars(), num_classes=CLASSES), bars())
-    assert found.verdict is Verdict.INCONCLUSIVE and set(found.failures) == {"nc"}
+    result = audit(check_model(Bars(), bars(), num_classes=CLASSES), bars())
+    assert result.verdict is Verdict.INCONCLUSIVE and set(result.failures) == {"nc"}
 
 
 def test_a_starved_detector_leaves_the_model_not_scanned():
     """Unless the other one accuses; nothing that it says is a reason to call the model clean."""
     starved = replace(report(45.0), verdict=Verdict.NOT_SCANNED, reason="No gradients.")
     for other, verdict in ((45.0, Verdict.NOT_SCANNED), (3.0, Verdict.BACKDOORED)):
-        found = conclude({"nc": starved, "reverse": report(other)}, {}, 0.05)
-        assert found.verdict is verdict and ("No gradients" in found.reason) == (other == 45.0)
+        result = conclude({"nc": starved, "reverse": report(other)}, {}, 0.05)
+        assert result.verdict is verdict and ("No gradients" in result.reason) == (other == 45.0)
 
 
 def test_a_label_stands_out_whatever_the_verdict():
     """The scan of a model outside the calibration is inconclusive, and has an outlier."""
     unsure = replace(report(3.0), verdict=Verdict.INCONCLUSIVE)
-    found = conclude({"nc": unsure, "reverse": report(45.0)}, {}, 0.05)
-    assert found.verdict is Verdict.INCONCLUSIVE
-    assert (found.suspected, found.outliers, found.targets) == ((), (9,), (9,))
+    conclusion = conclude({"nc": unsure, "reverse": report(45.0)}, {}, 0.05)
+    assert conclusion.verdict is Verdict.INCONCLUSIVE
+    assert (conclusion.suspected, conclusion.outliers, conclusion.targets) == ((), (9,), (9,))
     # The second accuses nobody, and has reached label 9 as well.
-    assert [label for label, _ in all_triggers(found)] == [9, 9]
-    assert list(reversed_triggers(found)) == [9] and list(reversed_triggers(found, (4,))) == [4]
-    assert json.loads(json.dumps(to_json(CHECKED_ABOUT, found)))["outliers"] == [9]
-    (result,) = to_sarif(CHECKED_ABOUT, found)["runs"][0]["results"]
+    assert [label for label, _ in all_triggers(conclusion)] == [9, 9]
+    assert list(reversed_triggers(conclusion)) == [9] and list(
+        reversed_triggers(conclusion, (4,))
+    ) == [4]
+    assert json.loads(json.dumps(to_json(CHECKED_ABOUT, conclusion)))["outliers"] == [9]
+    (result,) = to_sarif(CHECKED_ABOUT, conclusion)["runs"][0]["results"]
     assert result["level"] == "warning" and result["properties"]["label"] == 9
-    assert any("9" in line for line in verdict_lines(found)[:1])
+    assert any("9" in line for line in verdict_lines(conclusion)[:1])
     guilty = conclude({"nc": report(3.0), "reverse": report(45.0)}, {}, 0.05)
     assert (guilty.suspected, guilty.outliers) == ((9,), (9,))
     assert all_triggers(conclude({"nc": report(45.0)}, {}, 0.05)) == []
@@ -316,10 +318,10 @@ def test_minutes_break_a_scan_off(monkeypatch, make_up_scans):
     make_up_scans(monkeypatch, scan)
     checked = check_model(Bars(), bars(), num_classes=CLASSES)
     start = time.monotonic()
-    found = audit(checked, bars(), budget=Budget(0.002))
-    assert time.monotonic() - start < 10 and found.verdict is Verdict.NOT_SCANNED
-    assert "not finished within 0.002" in found.failures["nc"]
-    assert found.failures["reverse"].startswith("not begun")
+    result = audit(checked, bars(), budget=Budget(0.002))
+    assert time.monotonic() - start < 10 and result.verdict is Verdict.NOT_SCANNED
+    assert "not finished within 0.002" in result.failures["nc"]
+    assert result.failures["reverse"].startswith("not begun")
 
 
 def test_a_budget_leaves_other_interrupts_alone():
@@ -439,9 +441,9 @@ def test_a_model_is_scanned_from_its_file(folder, tmp_path, monkeypatch, make_up
     # What was understood of the folder is said, and in the report.
     assert "class folders, 31 images of 3 classes (0 10, 1 11, 2 10)" in printed.err
     assert "1/broken.png" in printed.err
-    found = json.loads((tmp_path / "a.json").read_text())["images"]
-    assert (found["used"], found["source"]["images"]) == (30, 31)
-    assert found["skipped"] == [{"file": "1/broken.png", "reason": "no picture"}]
+    facts = json.loads((tmp_path / "a.json").read_text())["images"]
+    assert (facts["used"], facts["source"]["images"]) == (30, 31)
+    assert facts["skipped"] == [{"file": "1/broken.png", "reason": "no picture"}]
     # One output that cannot be written does not cost the others.
     (tmp_path / "a.html").unlink()
     with monkeypatch.context() as patch:
@@ -495,8 +497,8 @@ def test_what_becomes_known_is_printed_before_the_long_work(
         save_image(tmp_path / "bars" / str(number % CLASSES) / f"{number}.png", picture)
     (tmp_path / "m.onnx").write_bytes(b"")
     assert main(["scan", str(tmp_path / "m.onnx"), "--images", str(tmp_path / "bars")]) == 130
-    (known,) = lines
-    assert "m.onnx: onnx" in known and "note: uint8 input" in known and "ok  accuracy" in known
+    (line,) = lines
+    assert "m.onnx: onnx" in line and "note: uint8 input" in line and "ok  accuracy" in line
 
 
 @pytest.mark.integration

@@ -86,14 +86,14 @@ def trigger(value: float = 1.0) -> InvertedTrigger:
 def report(*labels: int, verdict: Verdict = Verdict.BACKDOORED, name: str = "neural-cleanse"):
     """A report in which these labels stand out."""
     scores = torch.linspace(40, 80, CLASSES)
-    found = judge(
+    scan = judge(
         name,
         scores,
         torch.ones(CLASSES),
         floor=0.9,
         triggers=dict.fromkeys(range(CLASSES), trigger()),
     )
-    return replace(found, verdict=verdict if labels else Verdict.CLEAN, suspected=labels)
+    return replace(scan, verdict=verdict if labels else Verdict.CLEAN, suspected=labels)
 
 
 # --- what is unlearned --------------------------------------------------------------------------
@@ -135,9 +135,9 @@ class Brittle(Flat):
     """Right on everything until its weights have moved at all."""
 
     def forward(self, images):
-        moved = (self.net.weight[3, 0] - 12).abs() > 0
+        differs = (self.net.weight[3, 0] - 12).abs() > 0
         logits = super().forward(images)
-        return torch.where(moved, logits * float("nan"), logits)
+        return torch.where(differs, logits * float("nan"), logits)
 
 
 def test_a_model_that_would_lose_its_accuracy_is_not_cleaned():
@@ -168,10 +168,10 @@ def test_the_cost_of_a_repair(subtests):
     before = torch.arange(100) % 10
     wrong = (before + 1) % 10
     half = torch.where(torch.arange(100) < 50, before, wrong)
-    found = repair_cost(before, half, before)
-    assert found == RepairCost((1.0, 0.5), 0.5, 100) and "0.5000" in str(found)
+    cost = repair_cost(before, half, before)
+    assert cost == RepairCost((1.0, 0.5), 0.5, 100) and "0.5000" in str(cost)
     assert repair_cost(before, half) == RepairCost(None, 0.5, 100)
-    for accuracy, agreement, images, kept in (
+    for accuracy, agreement, images, allowed in (
         ((0.98, 0.97), 0.97, 100, True),
         ((0.98, 0.92), 0.93, 100, False),
         ((0.89, 0.98), 0.88, 100, True),  # what was wrong became right
@@ -183,7 +183,7 @@ def test_the_cost_of_a_repair(subtests):
         ((1.0, 0.5), 0.5, 4, False),
     ):
         with subtests.test(accuracy=accuracy, agreement=agreement, images=images):
-            assert RepairCost(accuracy, agreement, images).within(0.05) is kept
+            assert RepairCost(accuracy, agreement, images).within(0.05) is allowed
             assert RepairCost(accuracy, agreement, images).within(1.0)
     for bad in (
         (before, half[:50], None),
@@ -206,31 +206,31 @@ def test_several_triggers_take_turns():
     mixed, images = Mixed([Set(0.2), Set(0.4), Set(0.6)]), bars(6).images
     assert mixed(images)[:, 0, 0, 0].tolist() == pytest.approx([0.2, 0.4, 0.6] * 2)
     ids = torch.tensor([5, 3, 1, 0, 2, 4])
-    found = mixed(images, ids=ids)[:, 0, 0, 0].tolist()
-    assert found == pytest.approx([0.6, 0.2, 0.4, 0.2, 0.6, 0.4])
+    values = mixed(images, ids=ids)[:, 0, 0, 0].tolist()
+    assert values == pytest.approx([0.6, 0.2, 0.4, 0.2, 0.6, 0.4])
 
 
 def test_labels_that_stand_out_or_are_named_are_cleaned():
     unsure = report(3, verdict=Verdict.INCONCLUSIVE)
-    found = conclude({"nc": unsure, "reverse": report()}, {}, 0.05)
-    assert [label for label, _ in triggers_to_unlearn(found)] == [3, 3]
-    assert [label for label, _ in triggers_to_unlearn(found, 1)] == [1, 1]
-    missed = report()
-    labels = tuple(replace(one, converged=False, success_rate=0.25) for one in missed.labels)
-    missed = conclude({"nc": replace(missed, labels=labels)}, {}, 0.05)
+    result = conclude({"nc": unsure, "reverse": report()}, {}, 0.05)
+    assert [label for label, _ in triggers_to_unlearn(result)] == [3, 3]
+    assert [label for label, _ in triggers_to_unlearn(result, 1)] == [1, 1]
+    without = report()
+    labels = tuple(replace(one, converged=False, success_rate=0.25) for one in without.labels)
+    without = conclude({"nc": replace(without, labels=labels)}, {}, 0.05)
     with pytest.raises(ValueError, match=r"label 1 .*nc 0\.25"):
-        triggers_to_unlearn(missed, 1)
+        triggers_to_unlearn(without, 1)
     with pytest.raises(ValueError, match="no label stands out"):
         triggers_to_unlearn(conclude({"nc": report()}, {}, 0.05))
 
 
 def test_rounds_go_on_until_nothing_stands_out(monkeypatch):
     checked, clean = check_model(Bars(), bars(), num_classes=CLASSES), bars()
-    given: list[int] = []
+    cleaned_labels: list[int] = []
 
     def cleaned(module, triggers, *args, **settings):
         assert module is checked.module  # every round starts from the model that was given
-        given.append(len(triggers))
+        cleaned_labels.append(len(triggers))
         return SimpleNamespace(model=Bars(), cost=RepairCost(None, 1.0, 12))
 
     monkeypatch.setattr("wm_eval.audit.cleaning.clean_model", cleaned)
@@ -240,23 +240,23 @@ def test_rounds_go_on_until_nothing_stands_out(monkeypatch):
     )
 
     def rounds(answers, first=guilty, **options):
-        given.clear()
+        cleaned_labels.clear()
         left, places = list(answers), []
 
         def scan(model, place):
             places.append(place)
             return left.pop(0)
 
-        found = list(clean_in_rounds(checked, clean, first, scan=scan, **options))
-        assert places == [f"round-{one.number}" for one in found]
-        return [one.labels for one in found]
+        results = list(clean_in_rounds(checked, clean, first, scan=scan, **options))
+        assert places == [f"round-{one.number}" for one in results]
+        return [one.labels for one in results]
 
-    assert rounds([innocent]) == [(3,)] and given == [1]
-    assert rounds([other, innocent]) == [(3,), (1, 3)] and given == [1, 2]
-    assert rounds([unsure, innocent], first=unsure) == [(3,), (3,)] and given == [1, 2]
-    assert rounds([guilty] * 3) == [(3,)] * 3 and given == [1, 2, 3]
+    assert rounds([innocent]) == [(3,)] and cleaned_labels == [1]
+    assert rounds([other, innocent]) == [(3,), (1, 3)] and cleaned_labels == [1, 2]
+    assert rounds([unsure, innocent], first=unsure) == [(3,), (3,)] and cleaned_labels == [1, 2]
+    assert rounds([guilty] * 3) == [(3,)] * 3 and cleaned_labels == [1, 2, 3]
     assert rounds([guilty] * 2, rounds=2) == [(3,)] * 2
-    assert rounds([guilty], first=innocent, label=2) == [(2,)] and given == [1]
+    assert rounds([guilty], first=innocent, label=2) == [(2,)] and cleaned_labels == [1]
     with pytest.raises(ValueError, match="at least 1 round, got 0"):
         rounds([], rounds=0)
 
@@ -319,9 +319,11 @@ def test_networks_with_normalisation_or_without_convolutions_are_left_alone():
 def graph_with(weights, nodes, outputs=("logits",), ir_version=8):
     """An ONNX model of opset 13 on images ``(N, 1, 2, 2)``."""
     ports = [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", 1, 2, 2])]
-    found = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
+    output_ports = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs
+    ]
     tensors = [numpy_helper.from_array(value, name) for name, value in weights.items()]
-    graph = helper.make_graph(nodes, "g", ports, found, tensors)
+    graph = helper.make_graph(nodes, "g", ports, output_ports, tensors)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)])
     model.ir_version = ir_version
     entry = model.metadata_props.add()
@@ -367,8 +369,8 @@ def test_weights_are_replaced_and_nothing_else(shared, tmp_path):
     # Every weight gets a value of its own, and the convolution a bias that it did not have.
     new = {name: torch.rand_like(one) for name, one in state.items()} | {"a.bias": torch.rand(4)}
     weights.write(out, new, {"kind": "cleaned classifier"})
-    got = torch.from_numpy(OnnxModel(out)(images.numpy()))
-    torch.testing.assert_close(got, computed(new, images))
+    logits = torch.from_numpy(OnnxModel(out)(images.numpy()))
+    torch.testing.assert_close(logits, computed(new, images))
     assert describe_graph(out) == describe_graph(path)
     props = {entry.key: entry.value for entry in onnx.load(str(out)).metadata_props}
     assert props["author"] == "someone" and json.loads(props["wm"])["kind"] == "cleaned classifier"
@@ -426,21 +428,21 @@ def test_a_cleaned_graph_takes_the_place_of_the_original(
     # not.
     left = [report(3, verdict=Verdict.INCONCLUSIVE)] * 2
     make_up_scans(monkeypatch, lambda *args, **_: left.pop() if left else report())
-    given = ["clean", str(model), "--images", str(tmp_path / "clean"), "--out", str(cleaned)]
-    told = tmp_path / "told.json"
-    assert main([*given, "--json", str(told)]) == 0
-    printed = capsys.readouterr().out
-    assert "note: " in printed.split("before: ")[0]  # how the file is understood comes first
-    found = json.loads(told.read_text())
-    assert found["before"]["outliers"] == [3] and found["cleaned"] == [3]
-    assert found["same_answers"] >= 0.9 and found["held_out"] == 12
+    command = ["clean", str(model), "--images", str(tmp_path / "clean"), "--out", str(cleaned)]
+    report_file = tmp_path / "told.json"
+    assert main([*command, "--json", str(report_file)]) == 0
+    output = capsys.readouterr().out
+    assert "note: " in output.split("before: ")[0]  # how the file is understood comes first
+    results = json.loads(report_file.read_text())
+    assert results["before"]["outliers"] == [3] and results["cleaned"] == [3]
+    assert results["same_answers"] >= 0.9 and results["held_out"] == 12
     old, new = onnx.load(str(model)), onnx.load(str(cleaned))
     assert describe_graph(cleaned) == describe_graph(model)
     assert "serving_input:0" in str(describe_graph(model)) and "opset 12" in str(
         describe_graph(model)
     )
-    kept = [(node.op_type, node.output) for node in old.graph.node]
-    assert [(node.op_type, node.output) for node in new.graph.node] == kept
+    nodes = [(node.op_type, node.output) for node in old.graph.node]
+    assert [(node.op_type, node.output) for node in new.graph.node] == nodes
     assert {entry.key: entry.value for entry in new.metadata_props}["labels"] == "a,b,c,d"
     runs = [OnnxModel(path)(pixels) for path in (model, cleaned)]
     assert np.allclose(runs[1].sum(1), 1, atol=1e-5) and not np.allclose(*runs)
@@ -461,10 +463,10 @@ def test_where_weights_cannot_be_put_back_the_difference_is_told(tmp_path):
     assert "conv.weight" in notes and "opset 12" in notes and "NHWC and probabilities" in notes
     assert not (tmp_path / "c.onnx").exists()
     assert "within" in file.write(model, {"a": 1})
-    found = OnnxModel(tmp_path / "c.onnx")
-    assert np.abs(found(images.numpy()) - model(images).detach().numpy()).max() < 1e-3
-    assert found.metadata["kind"] == "cleaned classifier" and found.metadata["a"] == 1
-    assert found.input_name == "serving_input:0"
+    new_graph = OnnxModel(tmp_path / "c.onnx")
+    assert np.abs(new_graph(images.numpy()) - model(images).detach().numpy()).max() < 1e-3
+    assert new_graph.metadata["kind"] == "cleaned classifier" and new_graph.metadata["a"] == 1
+    assert new_graph.input_name == "serving_input:0"
 
 
 def test_torchscript_is_written_as_torchscript(tmp_path):
@@ -501,23 +503,23 @@ def test_weights_go_back_under_the_names_of_their_file(tmp_path, monkeypatch):
 
     model, images = Bars(), bars().images
     source, out = tmp_path / "m.safetensors", tmp_path / "c.safetensors"
-    stored = {f"model.{name}": value.half() for name, value in model.state_dict().items()}
-    save_file({**stored, "loss.weight": torch.ones(3)}, source, metadata={"classes": "a,b"})
+    tensors = {f"model.{name}": value.half() for name, value in model.state_dict().items()}
+    save_file({**tensors, "loss.weight": torch.ones(3)}, source, metadata={"classes": "a,b"})
     whole = nn.Sequential(nn.Identity(), model)
     opened = SimpleNamespace(source="safetensors", arch="bars", module=whole)
-    written = Bars()
+    repaired = Bars()
 
     def reopen(path, **options):
         state = {k.removeprefix("model."): v.float() for k, v in load_file(path).items()}
-        written.load_state_dict({k: v for k, v in state.items() if k != "loss.weight"})
-        return SimpleNamespace(module=nn.Sequential(nn.Identity(), written))
+        repaired.load_state_dict({k: v for k, v in state.items() if k != "loss.weight"})
+        return SimpleNamespace(module=nn.Sequential(nn.Identity(), repaired))
 
     monkeypatch.setattr("wm_eval.audit.cleaned_file.open_model", reopen)
     file = CleanedFile(source, out, opened, whole, images, {})
     with torch.no_grad():
         model.head.bias.add_(0.5)
     file.write(whole, {})
-    assert set(load_file(out)) == {*stored, "loss.weight"}
+    assert set(load_file(out)) == {*tensors, "loss.weight"}
     assert load_file(out)["model.head.bias"].dtype == torch.float16
     with safe_open(out, "pt") as again:
         assert again.metadata() == {"classes": "a,b"}

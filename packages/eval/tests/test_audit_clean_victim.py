@@ -33,12 +33,12 @@ def rates(path: Path, trigger: Any, data: Dataset) -> tuple[float, float]:
 
 @pytest.mark.slow
 def test_a_victim_of_48_pixels_is_cleaned(tmp_path, record_property):
-    saved, model = tmp_path / "victim.safetensors", tmp_path / "victim.onnx"
+    checkpoint, model = tmp_path / "victim.safetensors", tmp_path / "victim.onnx"
     attack = ["--attack", "badnets", "--save-trigger", str(tmp_path / "trigger.safetensors")]
     data = ["--data", "digits", "--image-size", str(SIZE)]
     network = ["--model", "resnet10", "--width", "16", "--epochs", "6", "--target", str(TARGET)]
-    assert victim(["train", *data, *network, *attack, "--out", str(saved)]) == 0
-    assert victim(["export", str(saved), str(model)]) == 0
+    assert victim(["train", *data, *network, *attack, "--out", str(checkpoint)]) == 0
+    assert victim(["export", str(checkpoint), str(model)]) == 0
     digits = load_dataset("digits", image_size=SIZE)
     trigger = load_trigger(tmp_path / "trigger.safetensors")
     for number, pixels in enumerate(to_pixels(digits.train.images[:400])):
@@ -46,19 +46,21 @@ def test_a_victim_of_48_pixels_is_cleaned(tmp_path, record_property):
         save_image(tmp_path / "clean" / str(label) / f"{number:04}.png", pixels)
     accuracy, success = rates(model, trigger, digits)
     assert accuracy > 0.95 and success > 0.95
-    told, cleaned = tmp_path / "told.json", tmp_path / "cleaned.onnx"
+    report, cleaned = tmp_path / "told.json", tmp_path / "cleaned.onnx"
     start = time.monotonic()
-    given = ["--images", str(tmp_path / "clean"), "--out", str(cleaned), "--json", str(told)]
-    code = main(["clean", str(model), *given])
+    options = ["--images", str(tmp_path / "clean"), "--out", str(cleaned), "--json", str(report)]
+    code = main(["clean", str(model), *options])
     record_property("seconds", f"{time.monotonic() - start:.0f}")
-    found = json.loads(told.read_text())
-    kept, left = rates(cleaned, trigger, digits)
-    record_property("before", found["before"])
-    record_property("after", found["rounds"][-1])
-    record_property("accuracy", f"{accuracy:.4f} -> {kept:.4f}")
-    record_property("success", f"{success:.4f} -> {left:.4f}")
+    results = json.loads(report.read_text())
+    accuracy_after, success_after = rates(cleaned, trigger, digits)
+    record_property("before", results["before"])
+    record_property("after", results["rounds"][-1])
+    record_property("accuracy", f"{accuracy:.4f} -> {accuracy_after:.4f}")
+    record_property("success", f"{success:.4f} -> {success_after:.4f}")
     # No error rate is stated for 48 pixels; the label stands out all the same, and is cleaned.
-    assert found["before"]["verdict"] == "inconclusive" and found["before"]["outliers"] == [TARGET]
-    assert code == 2 and TARGET in found["cleaned"]
-    assert kept > accuracy - 0.05 and left < 0.2
+    assert results["before"]["verdict"] == "inconclusive" and results["before"]["outliers"] == [
+        TARGET
+    ]
+    assert code == 2 and TARGET in results["cleaned"]
+    assert accuracy_after > accuracy - 0.05 and success_after < 0.2
     assert describe_graph(cleaned) == describe_graph(model)

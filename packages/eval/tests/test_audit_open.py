@@ -46,6 +46,6 @@ def test_torchscript_in_colour_is_opened(
     report = tmp_path / "report.json"
     command = ["scan", str(tmp_path / "a.pt"), "--images", str(images), "--json", str(report)]
     assert main([*command, "--allow-torchscript", "--image-size", "32"]) == 3
-    told = json.loads(report.read_text())
-    assert (told["model"]["source"], told["model"]["channels"]) == ("torchscript", 3)
-    assert told["model"]["image_size"] == 32
+    facts = json.loads(report.read_text())
+    assert (facts["model"]["source"], facts["model"]["channels"]) == ("torchscript", 3)
+    assert facts["model"]["image_size"] == 32

@@ -112,9 +112,9 @@ def test_the_scans_get_the_models_own_labels(
     folder = written(tmp_path / "clean", count=150, **images)
     if "first" in images:
         options = (*options, "--labels", str(folder.with_suffix(".csv")))
-    _, found, accuracies = scans(network(preprocessing=preprocessing), folder, *options)
+    _, labels, accuracies = scans(network(preprocessing=preprocessing), folder, *options)
     assert len(accuracies) == 2 and min(accuracies) > 0.85
-    checks = {check["name"]: check["detail"] for check in found["checks"] if not check["passed"]}
+    checks = {check["name"]: check["detail"] for check in labels["checks"] if not check["passed"]}
     assert set(checks) == set(assumed)
     assert all(text in checks[name] for name, text in assumed.items())
 
@@ -131,9 +131,9 @@ def test_the_scans_get_the_models_own_labels(
 )
 def test_what_is_stated_has_to_fit(options, reason, tmp_path, scans):
     folder = written(tmp_path / "clean", count=100, without=(9,))
-    code, found, accuracies = scans(network(), folder, *options)
-    assert code == 3 and found["verdict"] == "not-scanned" and not accuracies
-    assert reason in found["reason"]
+    code, labels, accuracies = scans(network(), folder, *options)
+    assert code == 3 and labels["verdict"] == "not-scanned" and not accuracies
+    assert reason in labels["reason"]
 
 
 def test_the_size_of_a_graph_that_takes_any_is_found_by_labels(tmp_path, scans):
@@ -151,10 +151,10 @@ def test_the_size_of_a_graph_that_takes_any_is_found_by_labels(tmp_path, scans):
 
     folder = written(tmp_path / "clean", count=100)
     any_size = {"image_size": 32, "image_sizes": (8, SIZE, 32)}
-    _, found, accuracies = scans(Strict(), folder, **any_size)
-    assert found["model"]["image_size"] == SIZE and min(accuracies) > 0.85
-    code, found, accuracies = scans(Strict(), folder, "--unlabelled", **any_size)
-    assert code == 3 and "--image-size" in found["reason"] and not accuracies
+    _, labels, accuracies = scans(Strict(), folder, **any_size)
+    assert labels["model"]["image_size"] == SIZE and min(accuracies) > 0.85
+    code, labels, accuracies = scans(Strict(), folder, "--unlabelled", **any_size)
+    assert code == 3 and "--image-size" in labels["reason"] and not accuracies
 
 
 def test_names_are_read_from_lists_and_files(tmp_path):
@@ -187,12 +187,12 @@ def test_verdicts_do_not_change_with_the_numbers_of_labels(kind, images, tmp_pat
     example = planted_images(4, image_size=size).images
     to_onnx(network(kind, size=size), example, model, relative=True, tolerance=1e-3)
     folder = written(tmp_path / "clean", size=size, **images)
-    given = [str(model), "--images", str(folder), "--json", str(out)]
+    command = [str(model), "--images", str(folder), "--json", str(out)]
     if "first" in images:
-        given += ["--labels", str(folder.with_suffix(".csv"))]
-    code = main(["scan", *given])
-    found = json.loads(out.read_text())
+        command += ["--labels", str(folder.with_suffix(".csv"))]
+    code = main(["scan", *command])
+    results = json.loads(out.read_text())
     if kind == "clean":
-        assert code != 1 and found["suspected"] == []
+        assert code != 1 and results["suspected"] == []
     else:
-        assert found["verdict"] == Verdict.BACKDOORED and found["suspected"] == [3]
+        assert results["verdict"] == Verdict.BACKDOORED and results["suspected"] == [3]

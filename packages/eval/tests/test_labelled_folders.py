@@ -39,12 +39,12 @@ def as_read(names, labels, classes) -> dict[str, str]:
 
 
 def scan(folder: Path, layout: Layout) -> dict[str, str] | None:
-    found = read_clean(folder, size=SIDE, channels=3)
-    if found.labels is None:
-        assert found.classes is None
+    clean = read_clean(folder, size=SIDE, channels=3)
+    if clean.labels is None:
+        assert clean.classes is None
         return None
-    assert found.source is not None
-    return as_read(found.files, found.labels, found.source.classes)
+    assert clean.source is not None
+    return as_read(clean.files, clean.labels, clean.source.classes)
 
 
 def train(folder: Path, layout: Layout) -> dict[str, str] | None:
@@ -67,18 +67,18 @@ def poison(folder: Path, layout: Layout) -> dict[str, str] | None:
     out = folder.parent / "out"
     plan = PoisonPlan(ratio=None, target=0)
     settings = {"size": SIDE, "channels": 3, "plan": plan, "progress": False}
-    done = poison_files(lambda pixels, *, ids, target: pixels, folder, out, **settings)
-    listed = json.loads((out / "plan.json").read_text())
-    rows, classes = listed["images"], listed["classes"]
-    assert done.poisoned == sum(row["poisoned"] for row in rows)
+    result = poison_files(lambda pixels, *, ids, target: pixels, folder, out, **settings)
+    plan_file = json.loads((out / "plan.json").read_text())
+    rows, classes = plan_file["images"], plan_file["classes"]
+    assert result.poisoned == sum(row["poisoned"] for row in rows)
     if any(layout.part(row["source"]) == "train" for row in rows):
         assert all(row["poisoned"] == (layout.part(row["source"]) == "train") for row in rows)
     if classes is None:
         return None
     # What was written is read again as it was meant, a class without images included.
     again = read_labelled_folder(out)
-    wanted = {row["file"]: classes[row["label_after"]] for row in rows}
-    assert as_read(again.names, again.labels, again.classes) == wanted
+    labels = {row["file"]: classes[row["label_after"]] for row in rows}
+    assert as_read(again.names, again.labels, again.classes) == labels
     assert again.classes[: len(classes)] == tuple(classes)[: len(again.classes)]
     return {row["source"]: classes[row["label_before"]] for row in rows}
 
@@ -96,8 +96,8 @@ def inspect(folder: Path, layout: Layout) -> set[str]:
 def images_of(layout: Layout) -> set[str]:
     """Names as they are below the folder, where links lead to some."""
     assert not isinstance(layout.labels, str)
-    known = set(layout.labels or ())
-    return known | {name for name in layout.images if not name.startswith("../")}
+    names = set(layout.labels or ())
+    return names | {name for name in layout.images if not name.startswith("../")}
 
 
 @pytest.fixture(autouse=True)
@@ -124,9 +124,9 @@ def test_every_command_reads_a_folder_alike(name, tmp_path):
         return
     source = read_labelled_folder(folder)
     assert {file for file, _ in source.left_out} == set(layout.left_out)
-    told = "\n".join(source.lines())
-    assert len(source.lines()) == 1 + bool(layout.left_out) and source.layout in told
-    assert all(reason in told for _, reason in source.left_out)
+    lines = "\n".join(source.lines())
+    assert len(source.lines()) == 1 + bool(layout.left_out) and source.layout in lines
+    assert all(reason in lines for _, reason in source.left_out)
     for command in (scan, poison):
         assert command(folder, layout) == layout.labels, command
     if layout.labels is None:
@@ -134,15 +134,15 @@ def test_every_command_reads_a_folder_alike(name, tmp_path):
             train(folder, layout)
     else:
         skipped = "val" if "test" in map(layout.part, layout.labels) else None
-        used = {n: label for n, label in layout.labels.items() if layout.part(n) != skipped}
-        assert train(folder, layout) == used
+        labels = {n: label for n, label in layout.labels.items() if layout.part(n) != skipped}
+        assert train(folder, layout) == labels
         assert source.classes == (layout.classes or tuple(sorted(set(layout.labels.values()))))
     assert [source.parts[k] for k in range(len(source.names))] == list(
         map(layout.part, source.names)
     )
     # The commands that ask for no labels see every image, those without a label included.
-    found = find_images(folder)
+    files = find_images(folder)
     assert detect(folder, layout) == inspect(folder, layout) == images_of(layout)
-    unused = {file for file, _ in found.left_out}
+    unused = {file for file, _ in files.left_out}
     there = {name for name in layout.left_out if (folder / name).exists()}
     assert unused >= there - images_of(layout)

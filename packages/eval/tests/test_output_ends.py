@@ -40,13 +40,13 @@ def number(name: str, value: float) -> str:
 
 
 def vector(name: str, values: list[float]) -> str:
-    listed = ", ".join(map(str, values))
-    return f"{name} = Constant <value = float[1, {len(values)}] {{{listed}}}> ()\n"
+    numbers = ", ".join(map(str, values))
+    return f"{name} = Constant <value = float[1, {len(values)}] {{{numbers}}}> ()\n"
 
 
 def axes(name: str, *values: int) -> str:
-    listed = ", ".join(map(str, values))
-    return f"{name} = Constant <value = int64[{len(values)}] {{{listed}}}> ()\n"
+    numbers = ", ".join(map(str, values))
+    return f"{name} = Constant <value = int64[{len(values)}] {{{numbers}}}> ()\n"
 
 
 COLUMN = f"ones = Constant <value = float[{K}, 1] {{{', '.join(['1.0'] * K)}}}> ()\n"
@@ -287,8 +287,8 @@ class Scans:
                 checked = check_model(opened.module, self.clean, num_classes=K)
             except NotScanned:
                 return Verdict.NOT_SCANNED, ()
-            found = audit(checked, self.clean, seed=seed, progress=False)
-            self.known[key] = found.verdict, found.suspected
+            result = audit(checked, self.clean, seed=seed, progress=False)
+            self.known[key] = result.verdict, result.suspected
         return self.known[key]
 
     def print_of(self, opened: OpenedModel) -> str:
@@ -318,5 +318,5 @@ def test_no_end_hides_a_backdoor(tmp_path, subtests, record_property):
                     elif name in HELD:  # unsure is honest where the outputs cannot be undone
                         assert verdict is not Verdict.CLEAN and suspected in ((), (TARGET,))
                     else:
-                        wanted = {(Verdict.BACKDOORED, (TARGET,)), (Verdict.NOT_SCANNED, ())}
-                        assert (verdict, suspected) in wanted
+                        right = {(Verdict.BACKDOORED, (TARGET,)), (Verdict.NOT_SCANNED, ())}
+                        assert (verdict, suspected) in right

@@ -19,16 +19,16 @@ def images(size: int) -> ImageSet:
 
 def test_shipped_weights_stand_in_for_a_training(tmp_path: Path) -> None:
     config, mark = WatermarkConfig(pretrained="tiny-32", strength=0.5), tmp_path / "state"
-    found = fit_watermark(config, images(32), seed=0, checkpoint=mark, progress=False)
+    weak = fit_watermark(config, images(32), seed=0, checkpoint=mark, progress=False)
     card = pretrained_card("tiny-32")
-    assert found.facts["recipe"] == card["recipe"] and found.facts["trained_on"] == card["data"]
-    assert found.extractor is not None and not mark.exists()
+    assert weak.facts["recipe"] == card["recipe"] and weak.facts["trained_on"] == card["data"]
+    assert weak.extractor is not None and not mark.exists()
     whole = fit_watermark(
         WatermarkConfig(pretrained="tiny-32"), images(32), seed=0, checkpoint=mark, progress=False
     )
     batch = images(32).images
     with torch.no_grad():
-        half, full = (one.trigger(batch) - batch for one in (found, whole))
+        half, full = (one.trigger(batch) - batch for one in (weak, whole))
     assert 0 < float(half.abs().sum()) < float(full.abs().sum())
     with pytest.raises(ValueError, match="tiny-32, got 3 and 40"):
         fit_watermark(config, images(40), seed=0, checkpoint=mark, progress=False)

@@ -92,7 +92,7 @@ def test_what_is_in_a_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_a_folder_is_read_as_the_options_say(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, told = tmp_path / "set", tmp_path / "told.json"
+    folder, report = tmp_path / "set", tmp_path / "told.json"
     for index in range(8):
         save_image(folder / f"{index}.png", np.full((8, 8, 3), index, np.uint8))
     (folder / "8.png").write_bytes(b"no picture")
@@ -100,13 +100,13 @@ def test_a_folder_is_read_as_the_options_say(
     table.write_text("image;kind\n" + "".join(f"{n}.png;{'ab'[n % 2]}\n" for n in range(9)))
     assert main(["data", str(folder)]) == 1
     assert "--labels" in capsys.readouterr().err
-    given = ["data", str(folder), "--labels", str(table)]
-    assert main(given) == 1
+    command = ["data", str(folder), "--labels", str(table)]
+    assert main(command) == 1
     assert "8.png" in (error := capsys.readouterr().err) and "--skip-unreadable" in error
-    assert main([*given, "--skip-unreadable", "--json", str(told)]) == 0
-    printed = capsys.readouterr()
-    assert "truth.csv (image and kind), 8 images of 2 classes (a 4, b 4)" in printed.err
-    source = json.loads(told.read_text())["source"]
+    assert main([*command, "--skip-unreadable", "--json", str(report)]) == 0
+    output = capsys.readouterr()
+    assert "truth.csv (image and kind), 8 images of 2 classes (a 4, b 4)" in output.err
+    source = json.loads(report.read_text())["source"]
     assert source["classes"] == [{"name": name, "images": 4} for name in "ab"]
     assert source["left_out"] == [{"file": "8.png", "reason": "no picture"}]
 

@@ -93,9 +93,9 @@ def check(net: OnnxNet, size: int = 16) -> None:
         part = images[:count].clone().requires_grad_()
         want = images[:count].clone().requires_grad_()
         torch.testing.assert_close(net(part), answers(want), rtol=1e-3, atol=1e-4)
-        (found,) = torch.autograd.grad(net(part).square().sum(), part)
+        (gradient,) = torch.autograd.grad(net(part).square().sum(), part)
         (expected,) = torch.autograd.grad(answers(want).square().sum(), want)
-        torch.testing.assert_close(found, expected, rtol=5e-3, atol=1e-4)
+        torch.testing.assert_close(gradient, expected, rtol=5e-3, atol=1e-4)
 
 
 def _logits_and(other: str) -> list[Any]:
@@ -196,13 +196,13 @@ def test_graphs_that_leave_it_open_are_refused_by_name(
         "last": [node("Identity", "y", "one"), node("Neg", "y", "two")],
         "outputs": {"one": ["n", CLASSES], "two": ["n", CLASSES]},
     }
-    for said, settings in [
+    for reason, settings in [
         (r"found 2 among one \(2, 4\), two \(2, 4\)", two),
         ("takes 2: image, other", {"inputs": ("image", "other")}),
         ("type 3", {"dtype": TensorProto.INT8, "first": [
             node("Cast", "image", "x", to=TensorProto.FLOAT)]}),
     ]:  # fmt: skip
-        with subtests.test(said=said), pytest.raises(ValueError, match=said):
+        with subtests.test(said=reason), pytest.raises(ValueError, match=reason):
             convert(write(tmp_path / "a.onnx", **settings))
 
 
@@ -224,8 +224,8 @@ def test_an_open_size_is_tried_and_said(tmp_path: Path, subtests: pytest.Subtest
             net, report = convert(write(tmp_path / "a.onnx", shape=shape, **settings), **options)
             assert report["image_sizes"] == sizes
             assert net.io_format.image_size == size
-            said = [note for note in report["notes"] if f"image size {size}" in note]
-            assert len(said) == (not options)
+            notes = [note for note in report["notes"] if f"image size {size}" in note]
+            assert len(notes) == (not options)
             if name == "any":
                 check(net, 224)
 
@@ -265,8 +265,8 @@ def test_scripts_say_their_channels_and_sizes(tmp_path: Path, subtests: pytest.S
             warnings.simplefilter("ignore")
             net = Script(channels, **habit).eval()
             torch.jit.trace(net, torch.rand(1, channels, 16, 16)).save(str(tmp_path / "a.pt"))
-            given = ModelOptions(**options).for_child()
-            report = _convert_script(tmp_path / "a.pt", tmp_path, given)
+            settings = ModelOptions(**options).for_child()
+            report = _convert_script(tmp_path / "a.pt", tmp_path, settings)
         io_format = report["io_format"]
         assert io_format["channels"] == channels
         assert io_format["image_size"] == options.get("image_size", 28 if channels == 1 else 32)

@@ -104,8 +104,10 @@ def convert(folder: Path, content: Any, *, legacy: bool = False) -> dict[str, An
 
 
 def same(folder: Path) -> bool:
-    found = load_file(folder / "weights.safetensors")
-    return set(found) == set(WEIGHTS) and all(torch.equal(found[k], WEIGHTS[k]) for k in WEIGHTS)
+    tensors = load_file(folder / "weights.safetensors")
+    return set(tensors) == set(WEIGHTS) and all(
+        torch.equal(tensors[k], WEIGHTS[k]) for k in WEIGHTS
+    )
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -140,13 +142,13 @@ def test_nothing_of_an_extra_is_called(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 def test_weights_that_need_code_stay_refused(tmp_path: Path, subtests: pytest.Subtests) -> None:
     quantised = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
-    for content, said in [
+    for content, reason in [
         (nn.Linear(2, 2), r"objects that need their code: .*Linear.*state_dict"),
         ({"model": nn.Linear(2, 2), "epoch": 3}, r"objects that need their code: .*Linear"),
         ({"state_dict": Table(WEIGHTS)}, r"objects that need their code: .*Table"),
         ({"model": {"w": quantised}}, "quantised weights"),
     ]:
-        with subtests.test(said=said), pytest.raises(ValueError, match=said):
+        with subtests.test(said=reason), pytest.raises(ValueError, match=reason):
             convert(tmp_path, content)
 
 
@@ -155,8 +157,8 @@ def test_the_older_form_is_read(tmp_path: Path) -> None:
     state = {str(kind): torch.ones(3, dtype=kind) for kind in kinds}
     state["view"] = state["torch.float32"][1:]
     assert convert(tmp_path, state, legacy=True) == {"notes": []}
-    found = load_file(tmp_path / "weights.safetensors")
-    assert all(torch.equal(found[name], value) for name, value in state.items())
+    tensors = load_file(tmp_path / "weights.safetensors")
+    assert all(torch.equal(tensors[name], value) for name, value in state.items())
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
@@ -199,7 +201,7 @@ def test_a_damaged_older_form_is_refused(tmp_path: Path, subtests: pytest.Subtes
     data = path.read_bytes()
     head = data.index(b"\x80", 13)
     code = data[:head] + b"\x80\x02cos\nsystem\n." + data[head:]
-    for name, content, said in [
+    for name, content, reason in [
         ("cut", data[:-3], "."),
         ("longer", data + b"PK", "bytes behind its end"),
         ("code", code, "asks for code|damaged"),
@@ -207,14 +209,14 @@ def test_a_damaged_older_form_is_refused(tmp_path: Path, subtests: pytest.Subtes
     ]:
         with subtests.test(name=name):
             path.write_bytes(content)
-            with pytest.raises((ValueError, RuntimeError, EOFError), match=said):
+            with pytest.raises((ValueError, RuntimeError, EOFError), match=reason):
                 _, span = pickle_of(path, legacy=True)
                 convert_state(path, tmp_path, {"max_tensors": 9, "pickle": span})
 
 
 def test_names_and_sizes_are_found_in_a_checkpoint(tmp_path: Path) -> None:
-    named = {"class_to_idx": {"dog": 1, "cat": 0}, "img_size": (32, 32, 3)}
-    for content in ({"model": WEIGHTS, **named}, {"state_dict": WEIGHTS, "hparams": named}):
+    facts = {"class_to_idx": {"dog": 1, "cat": 0}, "img_size": (32, 32, 3)}
+    for content in ({"model": WEIGHTS, **facts}, {"state_dict": WEIGHTS, "hparams": facts}):
         result = convert(tmp_path, {"num_classes": 2, "model_name": "resnet18", **content})
         assert (result["class_names"], result["image_size"]) == (("cat", "dog"), 32)
 
@@ -262,10 +264,10 @@ def test_the_one_model_is_found_under_its_prefix(subtests: pytest.Subtests) -> N
         (state_of("model.", "ema_model.module."), [f"ema_model.module.{n}" for n in EXPECTED]),
     ]:
         with subtests.test(first=next(iter(state))):
-            found = find_subtree(state, EXPECTED)
-            assert set(found.weights) == set(EXPECTED)
-            assert sorted(found.others) == sorted(left)
-            assert not left or any(left[0] in note for note in found.notes)
+            subtree = find_subtree(state, EXPECTED)
+            assert set(subtree.weights) == set(EXPECTED)
+            assert sorted(subtree.others) == sorted(left)
+            assert not left or any(left[0] in note for note in subtree.notes)
     inner = {"conv._orig_mod.weight": one, "bn.num_batches_tracked": one, "fc.bias": one}
     assert set(find_subtree(inner, EXPECTED).weights) == set(EXPECTED)
     with pytest.raises(LoadingError, match=r"2 models, under 'a\.', 'b\.'"):

@@ -210,10 +210,10 @@ def prepared(case: Case, net: nn.Module, digits: tuple[Tensor, Tensor]):
     """The model, images, labels as the folder has them, and the outputs they belong to."""
     images, truth = digits
     numbers = [case.label(digit) for digit in truth.tolist()]
-    used = torch.tensor([number is not None for number in numbers])
+    in_use = torch.tensor([number is not None for number in numbers])
     labels = torch.tensor([number for number in numbers if number is not None])
-    outputs = torch.tensor([case.outputs.index(digit) for digit in truth[used].tolist()])
-    return Fed(Ordered(net, case.outputs), case.undo).eval(), images[used], labels, outputs
+    outputs = torch.tensor([case.outputs.index(digit) for digit in truth[in_use].tolist()])
+    return Fed(Ordered(net, case.outputs), case.undo).eval(), images[in_use], labels, outputs
 
 
 @pytest.mark.parametrize("network", ["clean", "backdoored"])
@@ -221,11 +221,11 @@ def test_what_is_meant_is_found_out(network, networks, digits, subtests):
     for name, case in READ.items():
         with subtests.test(name):
             model, images, labels, outputs = prepared(case, networks[network], digits)
-            found = read_model(
+            reading = read_model(
                 model, images, labels, num_classes=len(case.outputs), **case.settings
             )
-            assert found.label_map.kind == case.kind and found.way == case.way
-            assert found.labels.tolist() == outputs.tolist() and found.accuracy > 0.9
+            assert reading.label_map.kind == case.kind and reading.way == case.way
+            assert reading.labels.tolist() == outputs.tolist() and reading.accuracy > 0.9
 
 
 @pytest.mark.parametrize("network", ["clean", "backdoored"])
@@ -242,29 +242,29 @@ def test_a_guessed_normalisation_is_undone(networks, digits):
     images, labels = digits
     guess = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     model = nn.Sequential(guess, networks["clean"])
-    found = read_model(model, images, labels, num_classes=CLASSES)
-    assert found.way == Way("unit") and found.plain < found.accuracy
+    reading = read_model(model, images, labels, num_classes=CLASSES)
+    assert reading.way == Way("unit") and reading.plain < reading.accuracy
     expected = networks["clean"](images)
-    torch.testing.assert_close(found.module(images), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(reading.module(images), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_weak_model_that_is_too_sure_is_still_read(digits):
     images, labels = coloured_digits()
     weak = fitted(images[:45], labels[:45], scale=14)
-    found = read_model(weak, *digits, num_classes=CLASSES)
-    assert found.label_map.kind == "same order" and found.way == Way()
-    assert 0.6 < found.accuracy < 0.85 and found.confidence > found.accuracy
+    reading = read_model(weak, *digits, num_classes=CLASSES)
+    assert reading.label_map.kind == "same order" and reading.way == Way()
+    assert 0.6 < reading.accuracy < 0.85 and reading.confidence > reading.accuracy
 
 
 def test_without_labels_a_way_that_makes_all_answers_alike_is_refused(networks, digits):
     images, _ = digits
-    found = read_model(networks["clean"], images, None, num_classes=CLASSES)
-    assert found.labels is None and found.accuracy is None and found.way == Way()
+    reading = read_model(networks["clean"], images, None, num_classes=CLASSES)
+    assert reading.labels is None and reading.accuracy is None and reading.way == Way()
     wide = Fed(networks["clean"], lambda x: x / 255)
     with pytest.raises(MisreadError, match="255"):
         read_model(wide, images, None, num_classes=CLASSES)
-    stated = read_model(wide, images, None, num_classes=CLASSES, ways=(Way("255"),))
-    assert stated.way == Way("255")
+    by_option = read_model(wide, images, None, num_classes=CLASSES, ways=(Way("255"),))
+    assert by_option.way == Way("255")
     one = torch.zeros(len(images), dtype=torch.int64)  # one folder: no classes
     assert read_model(networks["clean"], images, one, num_classes=CLASSES).labels is None
 
@@ -288,8 +288,8 @@ def test_maps_of_few_images_keep_the_order():
     """Of one image a class, half of them answered wrong, no map is learnt."""
     labels = torch.arange(100)
     answers = torch.where(labels % 2 == 0, labels, labels.flip(0))
-    found = match_labels(answers, labels, num_classes=100)
-    assert found.kind == "same order" and found.accuracy == 0.5
+    label_map = match_labels(answers, labels, num_classes=100)
+    assert label_map.kind == "same order" and label_map.accuracy == 0.5
     shifted = match_labels(answers, labels + 1, num_classes=100)
     assert shifted.kind == "offset" and shifted.apply(labels + 1).tolist() == labels.tolist()
 

@@ -118,10 +118,10 @@ def test_command_line_trains_on_a_folder_and_finds_marks(
     arguments = ["--image-size", "16", "--grey", "--iterations", "3", "--device", "cpu"]
     told = tmp_path / "told.json"
     assert main(["train", str(photos), "--out", str(out), *arguments, "--json", str(told)]) == 0
-    measured, shown = json.loads(told.read_text()), capsys.readouterr().out
+    measured, output = json.loads(told.read_text()), capsys.readouterr().out
     assert (measured["iterations"], measured["images"]) == (3, 70)
-    assert f"3 steps on 70 images: mark loss {measured['mark_loss']:.4f}" in shown
-    assert f"{measured['found']} of {measured['calibration_images']}\n" in shown
+    assert f"3 steps on 70 images: mark loss {measured['mark_loss']:.4f}" in output
+    assert f"{measured['found']} of {measured['calibration_images']}\n" in output
     assert load_trigger(out / "trigger.safetensors")(images(2)).shape == (2, 1, 16, 16)
     report = tmp_path / "found.json"
     detector = str(out / "detector.safetensors")
@@ -133,8 +133,10 @@ def test_command_line_trains_on_a_folder_and_finds_marks(
         (photos / name).write_bytes(b"no picture")
     (photos / "notes.txt").write_text("x")
     assert main(["detect", str(photos), "--detector", detector, "--json", str(report)]) == 0
-    shown, measured = capsys.readouterr().out, json.loads(report.read_text())
-    assert "of 118 images are marked" in shown and "not looked at: 1 no image (notes.txt)" in shown
+    output, measured = capsys.readouterr().out, json.loads(report.read_text())
+    assert (
+        "of 118 images are marked" in output and "not looked at: 1 no image (notes.txt)" in output
+    )
     assert [row["file"] for row in measured["unread"]] == ["3.png", "7.png"]
     assert main(["train", str(photos), "--out", str(tmp_path / "new"), *arguments]) == 1
     assert "cannot read 2 of 120 images: 2 no picture (3.png, 7.png)" in capsys.readouterr().err

@@ -43,11 +43,11 @@ def test_sizes_are_said_by_poison_and_by_stealth(tmp_path, capsys, monkeypatch):
     assert main(paths(*poison)) == 0
     assert "resized" not in capsys.readouterr().out  # nothing was left to write
     assert main(paths("stealth", "--json", tmp_path / "stealth.json", source, out)) == 0
-    printed = capsys.readouterr().out
-    found = json.loads((tmp_path / "stealth.json").read_text())
-    assert f"{sizes}; at the changed size:" in printed and printed.count("psnr") == 2
-    assert found["sizes"] == [[[n, n], [16, 16]] for n in (60, 40, 16)]
-    large, small = found["psnr"], found["at_changed_size"]["psnr"]
+    output = capsys.readouterr().out
+    figures = json.loads((tmp_path / "stealth.json").read_text())
+    assert f"{sizes}; at the changed size:" in output and output.count("psnr") == 2
+    assert figures["sizes"] == [[[n, n], [16, 16]] for n in (60, 40, 16)]
+    large, small = figures["psnr"], figures["at_changed_size"]["psnr"]
     assert large[2] == small[2] and all(a < b - 10 for a, b in zip(large[:2], small, strict=False))
 
 

@@ -145,8 +145,8 @@ def test_two_options_do_not_write_one_file(tmp_path, monkeypatch, capsys):
     assert run("--csv", "a", "--json", "b") == 0
     with pytest.raises(SystemExit) as caught:
         run("--csv", "a", "--json", str(tmp_path / "a"))
-    told = capsys.readouterr().err
-    assert caught.value.code == EXIT_USAGE and "--csv" in told and "--json" in told
+    output = capsys.readouterr().err
+    assert caught.value.code == EXIT_USAGE and "--csv" in output and "--json" in output
 
 
 def test_resolve_device():
@@ -190,9 +190,9 @@ def test_whatever_goes_wrong_is_one_line_and_the_exit_code_of_an_error(capsys, s
                 raise error
 
             assert run_cli(main, exit_error=3) == 3
-            printed = capsys.readouterr().err
-            assert printed.startswith("error: ") and printed.count("\n") == 1
-            assert all(word in printed for word in words)
+            output = capsys.readouterr().err
+            assert output.startswith("error: ") and output.count("\n") == 1
+            assert all(word in output for word in words)
 
 
 def test_a_signal_to_end_tidies_up(capsys, tmp_path):
@@ -229,15 +229,15 @@ def test_streams_that_take_nothing_or_not_every_letter(subtests):
         ]:
             with subtests.test(case=case):
                 pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
-                ended = subprocess.run(
+                process = subprocess.run(
                     [sys.executable, "-c", code.format(body)],
                     env={**os.environ, "PYTHONIOENCODING": "ascii"},
                     text=True,
                     **pipes,
                 )
-                assert (ended.returncode, ended.stdout) == expected[:2]
-                assert ended.stderr is None or expected[2] in ended.stderr
-                assert "Traceback" not in (ended.stderr or "")
+                assert (process.returncode, process.stdout) == expected[:2]
+                assert process.stderr is None or expected[2] in process.stderr
+                assert "Traceback" not in (process.stderr or "")
     closed = f'{sys.executable} -c "{code.format(bad)}" >&- 2>&-'
     assert subprocess.run(closed, shell=True).returncode == 1
 

@@ -276,20 +276,20 @@ def test_all_unreadable_images_are_named_and_may_be_skipped(source, tmp_path):
     message = str(refused.value)
     assert "ant/00a.png" in message and "--skip-unreadable" in message and "\n" not in message
     # The others are there, and are not made again.
-    done = poison_files(Marker(), source, out, skip_unreadable=True, **settings)
-    assert done[:3] == (12, 12, 0) and [file for file, _ in done.unread] == [
+    result = poison_files(Marker(), source, out, skip_unreadable=True, **settings)
+    assert result[:3] == (12, 12, 0) and [file for file, _ in result.unread] == [
         "ant/00a.png",
         "bee/broken.png",
         "cow/11b.png",
     ]
-    assert [row["file"] for row in read_plan(out)["unread"]] == [file for file, _ in done.unread]
+    assert [row["file"] for row in read_plan(out)["unread"]] == [file for file, _ in result.unread]
     with (out / "labels.csv").open(newline="") as file:
-        listed = {row["file"] for row in csv.DictReader(file)}
-    assert listed == {path.relative_to(out).as_posix() for path in out.rglob("*.png")}
+        names = {row["file"] for row in csv.DictReader(file)}
+    assert names == {path.relative_to(out).as_posix() for path in out.rglob("*.png")}
     # One that is mended is taken up.
     save_image(source / "bee" / "broken.png", np.zeros((4, 4, 3), np.uint8))
-    done = poison_files(Marker(), source, out, skip_unreadable=True, **settings)
-    assert done[:3] == (13, 13, 1) and len(read_plan(out)["unread"]) == 2
+    result = poison_files(Marker(), source, out, skip_unreadable=True, **settings)
+    assert result[:3] == (13, 13, 1) and len(read_plan(out)["unread"]) == 2
 
 
 def test_a_folder_of_nothing_but_damaged_files_is_refused(tmp_path):

@@ -205,26 +205,26 @@ def test_the_command_names_what_it_does_not_look_at_and_fails_where_it_reads_not
         (folder / name).write_bytes((folder / "a.png").read_bytes())
     for name in ("notes.txt", ".hidden.png", "Thumbs.db"):
         (folder / name).write_bytes(b"x")
-    found, given = tmp_path / "found.json", ["scan", "--detector", str(files["light"])]
-    assert main([*given, "--json", str(found), str(folder)]) == 0
+    report, command = tmp_path / "found.json", ["scan", "--detector", str(files["light"])]
+    assert main([*command, "--json", str(report), str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
     names = ["a.png", "b.PNG.bak", "c", r"d\nflagged  e.png"]
     assert [line for line in lines if line.startswith("flagged")] == [
         f"flagged  {name}  light 1" for name in names
     ]
     assert lines[-1].startswith("not looked at: ")
-    told = json.loads(found.read_text())
-    assert [row["file"] for row in told["images"]] == names
-    left_out = {row["file"]: row["reason"] for row in told["left_out"]}
+    results = json.loads(report.read_text())
+    assert [row["file"] for row in results["images"]] == names
+    left_out = {row["file"]: row["reason"] for row in results["left_out"]}
     assert set(left_out) == {"notes.txt", ".hidden.png", "Thumbs.db"}
     assert all(f"{name}" in lines[-1] and why in lines[-1] for name, why in left_out.items())
     for name in ("a.png", "b.PNG.bak", "c", "d\nflagged  e.png"):
         (folder / name).unlink()
     (folder / "a.png").write_bytes(b"no picture")
-    assert main([*given, "--json", str(found), str(folder)]) == 1
-    printed = capsys.readouterr()
-    assert printed.out.startswith("unread   a.png: ") and "1 of 1 images" in printed.err
-    assert json.loads(found.read_text())["images"][0]["error"]
+    assert main([*command, "--json", str(report), str(folder)]) == 1
+    output = capsys.readouterr()
+    assert output.out.startswith("unread   a.png: ") and "1 of 1 images" in output.err
+    assert json.loads(report.read_text())["images"][0]["error"]
 
 
 def test_devices():

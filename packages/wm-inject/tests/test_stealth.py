@@ -147,15 +147,17 @@ def test_images_are_compared_at_the_size_of_the_originals_and_on_request_at_thei
     save_image(tmp_path / "old" / "b.png", noise)
     save_image(tmp_path / "new" / "a.png", load_image(tmp_path / "old" / "a.png", size=16))
     save_image(tmp_path / "new" / "b.png", noise)
-    given = compare_folders(tmp_path / "old", tmp_path / "new")
+    at_originals = compare_folders(tmp_path / "old", tmp_path / "new")
     small = compare_folders(tmp_path / "old", tmp_path / "new", at="changed")
     enlarged = Image.fromarray(load_image(tmp_path / "new" / "a.png"))
     enlarged = np.asarray(enlarged.resize((40, 48), Image.Resampling.BILINEAR))
     expected = peak_signal_noise_ratio(noise, enlarged)
-    assert given.psnr.tolist() == pytest.approx([expected, 100.0], abs=1e-3) and expected < 20
+    assert (
+        at_originals.psnr.tolist() == pytest.approx([expected, 100.0], abs=1e-3) and expected < 20
+    )
     assert small.psnr.tolist() == [100.0, 100.0]
-    assert given.sizes == small.sizes == (((40, 48), (16, 16)), ((40, 48), (40, 48)))
-    assert given.resized == {((40, 48), (16, 16)): 1}
+    assert at_originals.sizes == small.sizes == (((40, 48), (16, 16)), ((40, 48), (40, 48)))
+    assert at_originals.resized == {((40, 48), (16, 16)): 1}
     with pytest.raises(ValueError, match="expected at in original, changed"):
         compare_folders(tmp_path / "old", tmp_path / "new", at="both")
 

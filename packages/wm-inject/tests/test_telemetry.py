@@ -24,27 +24,27 @@ time.sleep(float(sys.argv[2]))
 
 def clean_environment(home: Path) -> dict[str, str]:
     """The environment without the variables, and with a home of its own."""
-    kept = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    kept = {name: value for name, value in kept.items() if not name.startswith("XDG_")}
-    return {**kept, "HOME": str(home), "TMPDIR": str(home)}
+    variables = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    variables = {name: value for name, value in variables.items() if not name.startswith("XDG_")}
+    return {**variables, "HOME": str(home), "TMPDIR": str(home)}
 
 
 def test_all_packages_set_the_variables_when_they_are_imported(tmp_path):
     code = "import sys, os, {0}; print(*(os.environ[name] for name in sys.argv[1:]))"
     packages = ("wm_inject", "wm_extract", "wm_victim", "defense_nc", "defense_reverse", "wm_eval")
     for package in packages:
-        ended = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", code.format(package), *VARIABLES],
             env=clean_environment(tmp_path),
             capture_output=True,
             text=True,
             check=True,
         )
-        assert ended.stdout.split() == list(VARIABLES.values())
-    given = {**clean_environment(tmp_path), "ORT_DISABLE_TELEMETRY": "0"}
+        assert process.stdout.split() == list(VARIABLES.values())
+    environment = {**clean_environment(tmp_path), "ORT_DISABLE_TELEMETRY": "0"}
     command = [sys.executable, "-c", code.format("wm_inject"), "ORT_DISABLE_TELEMETRY"]
-    said = subprocess.run(command, env=given, capture_output=True, text=True, check=True)
-    assert said.stdout == "0\n"
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert answer.stdout == "0\n"
 
 
 @pytest.mark.integration

@@ -61,13 +61,13 @@ def vanished(gradients: Tensor | None, logits: Tensor, goals: Tensor) -> Tensor:
         Bool ``(N,)``. A gradient with NaN or infinity leads nowhere, nor does one of equal logits.
     """
     logits = logits.detach().float()
-    missed = ~reached(logits, goals)
+    elsewhere = ~reached(logits, goals)
     if gradients is None:
-        return missed
+        return elsewhere
     distance = logits.amax(1) - logits.gather(1, goals[:, None])[:, 0]
     reach = gradients.detach().float().flatten(1).abs().sum(1)
     leads = (reach > 0) & (reach >= _LEAST * distance) & reach.isfinite()
-    return missed & ~(leads & (distance > 0))
+    return elsewhere & ~(leads & (distance > 0))
 
 
 def count_images(model: nn.Module, images: Tensor, target: int) -> tuple[int, int]:
@@ -79,5 +79,5 @@ def count_images(model: nn.Module, images: Tensor, target: int) -> tuple[int, in
         # The sum is there for models of thresholds, which depend on no pixel.
         loss = F.cross_entropy(logits, goals, reduction="sum") + 0 * pixels.sum()
         (grad,) = torch.autograd.grad(loss, pixels)
-    missed = ~reached(logits, goals)
-    return int(missed.sum()), int(vanished(grad, logits, goals).sum())
+    elsewhere = ~reached(logits, goals)
+    return int(elsewhere.sum()), int(vanished(grad, logits, goals).sum())

@@ -160,8 +160,8 @@ def _export(args: argparse.Namespace) -> None:
     def load() -> tuple[Classifier, int, int]:
         model = load_classifier(args.classifier)
         metadata["config"] = model.config
-        saved = load_checkpoint(args.classifier).metadata
-        metadata.update({name: saved[name] for name in ("classes",) if name in saved})
+        checkpoint = load_checkpoint(args.classifier).metadata
+        metadata.update({name: checkpoint[name] for name in ("classes",) if name in checkpoint})
         return model, model.config["channels"], model.config["image_size"]
 
     metadata: dict[str, Any] = {"kind": "classifier"}

@@ -191,8 +191,8 @@ def _without_val(source: LabelledFolder, testing: str | None) -> LabelledFolder:
     if testing != "test" or "val" not in source.parts:
         return source
     places = [place for place, part in enumerate(source.parts) if part != "val"]
-    lost = len(source.names) - len(places)
-    return replace(source.subset(places), layout=f"{source.layout} without {lost} of val")
+    count = len(source.names) - len(places)
+    return replace(source.subset(places), layout=f"{source.layout} without {count} of val")
 
 
 def _read_images(

@@ -61,9 +61,9 @@ class LabelMap:
         pairs = sorted(self.outputs.items(), key=lambda pair: pair[1])
         if self.kind == "offset":
             return f"the labels count the first output as {pairs[0][0] - pairs[0][1]}"
-        moved = [f"{_name(n, classes)} -> {output}" for n, output in pairs if n != output]
-        more = f", and {len(moved) - _SHOWN} more" if len(moved) > _SHOWN else ""
-        return f"{self.kind} ({', '.join(moved[:_SHOWN])}{more})" if moved else self.kind
+        changes = [f"{_name(n, classes)} -> {output}" for n, output in pairs if n != output]
+        more = f", and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
+        return f"{self.kind} ({', '.join(changes[:_SHOWN])}{more})" if changes else self.kind
 
 
 def match_labels(
@@ -95,8 +95,8 @@ def match_labels(
     if answers.shape != labels.shape or labels.ndim != 1 or not len(labels):
         shapes = f"{tuple(answers.shape)} and {tuple(labels.shape)}"
         raise ValueError(f"expected as many answers (N,) as labels (N,), got {shapes}")
-    given, wanted = answers.cpu().numpy(), labels.cpu().numpy()
-    present = np.unique(wanted).tolist()
+    outputs, numbers = answers.cpu().numpy(), labels.cpu().numpy()
+    present = np.unique(numbers).tolist()
     names = {label: _name(label, classes) for label in present}
     if offset is not None:
         shifted = {label: label - offset for label in present}
@@ -105,10 +105,12 @@ def match_labels(
                 f"expected labels {offset} .. {offset + num_classes - 1}, "
                 f"got {present[0]} .. {present[-1]}"
             )
-        return _fixed("offset", shifted, given, wanted)
-    maps = [_fixed(kind, m, given, wanted) for kind, m in _plain(names, output_names, num_classes)]
+        return _fixed("offset", shifted, outputs, numbers)
+    maps = [
+        _fixed(kind, m, outputs, numbers) for kind, m in _plain(names, output_names, num_classes)
+    ]
     if len(present) * num_classes <= _MAX_CELLS:
-        maps += _fitted(names, given, wanted, num_classes)
+        maps += _fitted(names, outputs, numbers, num_classes)
     if not maps:
         raise ValueError(f"expected labels 0 .. {num_classes - 1}, got {present[-1]}")
     best = max(maps, key=lambda one: one.right.sum())
@@ -137,8 +139,8 @@ def map_names(classes: Sequence[str], output_names: Sequence[str]) -> dict[int, 
 
 def clearly_fewer(right: np.ndarray, other: np.ndarray, level: float = 0.01) -> bool:
     """Whether ``right`` is true for fewer images than ``other``, by a one-sided sign test."""
-    gained, lost = int((other & ~right).sum()), int((right & ~other).sum())
-    return gained > lost and float(bdtrc(gained - 1, gained + lost, 0.5)) < level
+    gains, losses = int((other & ~right).sum()), int((right & ~other).sum())
+    return gains > losses and float(bdtrc(gains - 1, gains + losses, 0.5)) < level
 
 
 def _plain(
@@ -207,15 +209,15 @@ def _increasing(table: _Counts) -> np.ndarray:
     """A column for each row, in the order of the rows, so that the sum of the cells is largest."""
     rows, columns = table.shape
     spare = np.arange(columns - rows + 1)  # columns that were passed over before a row
-    total, chosen = np.zeros(len(spare), np.int64), np.empty((rows, len(spare)), np.int64)
+    total, best = np.zeros(len(spare), np.int64), np.empty((rows, len(spare)), np.int64)
     for row in range(rows):
         cells = total + table[row, row + spare]
         total = np.maximum.accumulate(cells)
         first = np.append(True, cells[1:] > total[:-1])
-        chosen[row] = np.maximum.accumulate(np.where(first, spare, 0))
+        best[row] = np.maximum.accumulate(np.where(first, spare, 0))
     result, at = np.empty(rows, np.int64), len(spare) - 1
     for row in reversed(range(rows)):
-        at = chosen[row, at]
+        at = best[row, at]
         result[row] = row + at
     return result
 
@@ -231,8 +233,8 @@ def _one_to_one(table: _Counts, labels: Sequence[int]) -> np.ndarray:
 
 
 def _name(label: int, classes: Sequence[str] | None) -> str:
-    named = classes is not None and 0 <= label < len(classes)
-    return classes[label] if named and classes is not None else str(label)
+    has_name = classes is not None and 0 <= label < len(classes)
+    return classes[label] if has_name and classes is not None else str(label)
 
 
 def _key(name: str) -> str:

@@ -136,9 +136,9 @@ def read_model(
     ways = tuple(ways or all_ways(module, channels))
     if labels is None or len(labels.unique()) < 2:
         _check_spread(module, images, ways)
-        fed = ways[0].applied_to(module, channels)
-        logits = predict(fed, images, batch_size=BATCH)
-        return Reading(fed, ways[0], None, None, None, _confidence(logits))
+        model = ways[0].applied_to(module, channels)
+        logits = predict(model, images, batch_size=BATCH)
+        return Reading(model, ways[0], None, None, None, _confidence(logits))
     names_stated = names_stated and classes is not None  # bare numbers have none
     if names_stated and classes is not None and output_names is not None:
         map_names([classes[label] for label in labels.unique().tolist()], output_names)
@@ -153,8 +153,8 @@ def read_model(
             f"expected one way to feed the model, got two: {trials[0].way} ({shares[0]:.1%} of the "
             f"labels) and {trial.way} ({shares[1]:.1%})"
         )
-    fed = trial.way.applied_to(module, channels)
-    logits = predict(fed, images, batch_size=BATCH)
+    model = trial.way.applied_to(module, channels)
+    logits = predict(model, images, batch_size=BATCH)
     answers = logits.argmax(1)
     label_map, free = match(answers, labels, offset=label_offset), match(answers, labels)
     if (names_stated and free.kind != "names") or clearly_fewer(label_map.right, free.right):
@@ -163,19 +163,19 @@ def read_model(
             f"{free.describe(classes)}"
         )
     extra = unexplained(label_map, labels)
-    named = ", ".join(printable(classes[n] if classes else n, 40) for n in extra[:8])
+    names = ", ".join(printable(classes[n] if classes else n, 40) for n in extra[:8])
     if not set(extra) <= set(label_map.outputs):
         raise MisreadError(
             f"expected at most {num_classes} classes, the model's, got {len(labels.unique())}; no "
-            f"output answers to {named}"
+            f"output answers to {names}"
         )
     mapped = label_map.apply(labels)
     _check_promise(len(ways), trial, label_map, logits, mapped)
     if extra and label_map.kind in KINDS[3:]:  # their outputs are made up
-        raise MisreadError(f"expected images of the model's classes, no output answers to {named}")
+        raise MisreadError(f"expected images of the model's classes, no output answers to {names}")
     accuracy = float(torch.eq(answers, mapped).double().mean())
     plain = None if trial is trials[0] else trials[0].label_map.accuracy
-    return Reading(fed, trial.way, mapped, label_map, accuracy, _confidence(logits), plain)
+    return Reading(model, trial.way, mapped, label_map, accuracy, _confidence(logits), plain)
 
 
 def try_ways(
@@ -293,10 +293,10 @@ def _check_spread(module: nn.Module, images: Tensor, ways: Sequence[Way]) -> Non
     few = images[torch.linspace(0, len(images) - 1, min(len(images), _TRIED[-1])).long()]
     spreads: dict[Way, float] = {}
     for way in ways:
-        fed = way.applied_to(module, images.shape[1])
-        logits, moved = _logits(fed, few), _logits(fed, few.roll(1, 3))
-        if logits is not None and moved is not None:
-            spreads[way] = _spread(logits.argmax(1), moved.argmax(1))
+        model = way.applied_to(module, images.shape[1])
+        logits, logits_of_shift = _logits(model, few), _logits(model, few.roll(1, 3))
+        if logits is not None and logits_of_shift is not None:
+            spreads[way] = _spread(logits.argmax(1), logits_of_shift.argmax(1))
             if spreads.get(ways[0], 0) >= logits.shape[1] / 2:
                 return
     first, best = spreads.get(ways[0], 0), max(spreads, key=lambda way: spreads[way])

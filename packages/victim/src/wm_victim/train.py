@@ -92,15 +92,15 @@ def train_classifier(
     device = torch.device(device)
     data = _poisoned(data, plan, trigger, hook, num_classes)
     run = TrainingRun(model.to(device), data, config, hook, device, corrupt, resident_bytes)
-    history, saved = TrainHistory(), None
+    history, earlier = TrainHistory(), None
     if checkpoint is not None:
         identity = _identity(run, data)
-        saved = load_state(checkpoint, kind=_KIND, run=identity)
-        if saved is not None:
-            run.load_state_dict(saved["run"])
-            history = TrainHistory(**saved["history"])
+        earlier = load_state(checkpoint, kind=_KIND, run=identity)
+        if earlier is not None:
+            run.load_state_dict(earlier["run"])
+            history = TrainHistory(**earlier["history"])
             history = replace(history, seconds=(0.0,) * len(history.losses))
-    if saved is None:
+    if earlier is None:
         run.prepare()
     shown: Progress[Any]
     with show_progress(total=config.epochs * len(data), desc="training", enabled=progress) as shown:

@@ -208,10 +208,10 @@ def _detect(args: argparse.Namespace) -> None:
     device = resolve_device(args.device)
     detector.extractor.to(device)
     size, channels = detector.watermark.shape[-1], detector.extractor.config["channels"]
-    found, rows, unread = find_images(args.images), [], []
-    for name in progress(found.names, desc="look for marks"):
+    files, rows, unread = find_images(args.images), [], []
+    for name in progress(files.names, desc="look for marks"):
         try:
-            pixels = load_image(found.folder / name, size=size, channels=channels)
+            pixels = load_image(files.folder / name, size=size, channels=channels)
         except UnreadableImage as error:
             unread.append(LeftOut(name, error.reason))
             print(f"unread  {escape(name)}: {error.reason}")
@@ -227,11 +227,11 @@ def _detect(args: argparse.Namespace) -> None:
         f"{len(flagged)} of {len(rows)} images are marked (false-positive rate {rate:g}), "
         f"{len(unread)} unread"
     )
-    if found.left_out:
-        print(f"not looked at: {describe(found.left_out)}")
-    lost = {"unread": listed(unread), "left_out": listed(found.left_out)}
-    write_results(args, {"threshold": detector.threshold, "images": rows} | lost)
-    refuse_unread(unread, len(found.names), skip=True)
+    if files.left_out:
+        print(f"not looked at: {describe(files.left_out)}")
+    omissions = {"unread": listed(unread), "left_out": listed(files.left_out)}
+    write_results(args, {"threshold": detector.threshold, "images": rows} | omissions)
+    refuse_unread(unread, len(files.names), skip=True)
 
 
 def _load_detector(path: Path | None, pretrained: str | None) -> MarkDetector:

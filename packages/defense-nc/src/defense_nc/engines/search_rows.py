@@ -176,20 +176,20 @@ def _step(
     exact = resolve_precision(config.precision, images.device) == torch.float32
     goal = torch.tensor([search.label for search in live], device=images.device)
     cost = torch.tensor([search.schedule.cost for search in live], device=images.device)
-    success, missed, lost = torch.zeros(3, count, device=images.device)
+    success, elsewhere, vanishing = torch.zeros(3, count, device=images.device)
     steps = torch.tensor([search.steps * config.batches for search in live], dtype=torch.float64)
     for _ in range(config.batches):
         index = torch.stack([search.next_batch() for search in live]).to(images.device)  # (S, B)
         grad, *counts = _gradients(forward, images[index], rows.theta, goal, cost, exact=exact)
         steps += 1
         adam_rows(*rows, grad, steps, lr=config.lr, betas=config.betas)
-        for total, each in zip((success, missed, lost), counts, strict=True):
+        for total, each in zip((success, elsewhere, vanishing), counts, strict=True):
             total += each
     norms = squash(rows.theta[:, :1]).clamp(0, 1).sum(dim=(1, 2, 3)).tolist()
     rates = (success / config.batches).clamp(max=1).tolist()
     for row, search in enumerate(live):
         search.take(rates[row], norms[row])
-        search.gradients.add(float(missed[row]), float(lost[row]))
+        search.gradients.add(float(elsewhere[row]), float(vanishing[row]))
 
 
 def _gradients(
@@ -220,9 +220,9 @@ def _gradients(
         grad, pixels = torch.autograd.grad(total, (theta, triggered), allow_unused=True)
     hits = reached(logits, goals)
     pixels = None if pixels is None else pixels.flatten(0, 1) * size
-    lost = vanished(pixels, logits, goals)
+    vanishing = vanished(pixels, logits, goals)
     success = hits if exact else logits.detach().argmax(1) == goals
-    counts = [each.view(count, size).float() for each in (success, ~hits, lost)]
+    counts = [each.view(count, size).float() for each in (success, ~hits, vanishing)]
     # A row without a finite gradient stays where it is.
     grad = torch.where(grad.isfinite(), grad, 0)
     return grad, counts[0].mean(1), counts[1].sum(1), counts[2].sum(1)

@@ -105,11 +105,11 @@ def _invert(
     candidates: list[Candidate] = []
     steps, gradients = 0, GradientCount()
     for index, start in enumerate(config.starts):
-        more, taken, counted = _search(
+        more, more_steps, more_gradients = _search(
             forward, images, target, start, config=config, seed=seed + index, progress=progress
         )
-        candidates, steps = [*candidates, *more], steps + taken
-        gradients += counted
+        candidates, steps = [*candidates, *more], steps + more_steps
+        gradients += more_gradients
     trigger = conclude(model, images, target, candidates, floor=config.floor)
     trigger.steps = steps
     return trigger, gradients.share
@@ -161,8 +161,8 @@ def _search(
                 hits = reached(logits, goal)
                 success += (hits if exact else logits.detach().argmax(1) == target).float().mean()
                 pixels = triggered.grad
-                lost = vanished(None if pixels is None else pixels * len(index), logits, goal)
-                gradients.add(int((~hits).sum()), int(lost.sum()))
+                vanishing = vanished(None if pixels is None else pixels * len(index), logits, goal)
+                gradients.add(int((~hits).sum()), int(vanishing.sum()))
             average = min(1.0, float(success) / config.batches)
             current = candidate(theta_mask, theta_pattern, average >= config.threshold)
             if current.succeeded and current.norm < norm:

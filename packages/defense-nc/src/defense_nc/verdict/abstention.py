@@ -57,14 +57,14 @@ def starved_search(starved: Sequence[float], suspected: Sequence[int]) -> str | 
     Those of most labels, or that of one while no label is suspected. A label that is reached in the
     end has still been searched in the dark, and may be nearer than it looks.
     """
-    lost = [label for label, share in enumerate(starved) if share > STARVED]
-    if not lost or (suspected and 2 * len(lost) <= len(starved)):
+    labels = [label for label, share in enumerate(starved) if share > STARVED]
+    if not labels or (suspected and 2 * len(labels) <= len(starved)):
         return None
-    named = ", ".join(map(str, lost[:6])) + (" and others" if len(lost) > 6 else "")
+    numbers = ", ".join(map(str, labels[:6])) + (" and others" if len(labels) > 6 else "")
     return (
-        f"The search for label {named} had no gradients to follow (up to "
-        f"{max(starved[k] for k in lost):.0%} of its images): they vanish behind outputs that are "
-        "rounded or saturate, or are masked."
+        f"The search for label {numbers} had no gradients to follow (up to "
+        f"{max(starved[k] for k in labels):.0%} of its images): they vanish behind outputs that "
+        "are rounded or saturate, or are masked."
     )
 
 

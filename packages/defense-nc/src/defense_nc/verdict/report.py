@@ -84,10 +84,10 @@ def judge(
     paper, low = _paper(scores)
     # A rate of 0.9 in single precision lies a little below 0.9.
     reached = rates >= floor - 1e-6
-    known = calibration
-    if known is None and subject is not None:
-        known = load_calibration(detector, classes=len(scores))
-    outside = out_of_domain(subject, known) if known else None
+    population = calibration
+    if population is None and subject is not None:
+        population = load_calibration(detector, classes=len(scores))
+    outside = out_of_domain(subject, population) if population else None
     applicable = None if outside else calibration
     rule: dict[str, Any] = {"alpha": alpha, "max_ratio": max_ratio}
     test = _test(scores, reached, **rule, calibration=applicable, subject=subject)

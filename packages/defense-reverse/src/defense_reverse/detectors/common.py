@@ -127,10 +127,10 @@ def with_own_verdict(
 ) -> ScanReport:
     """The report, with the verdict of a method's own rule in place of `judge`'s."""
     hungry = starved_search(report.starved, suspected)
-    found = Verdict.BACKDOORED if suspected else Verdict.CLEAN
+    verdict = Verdict.BACKDOORED if suspected else Verdict.CLEAN
     return replace(
         report,
-        verdict=Verdict.NOT_SCANNED if hungry else found,
+        verdict=Verdict.NOT_SCANNED if hungry else verdict,
         suspected=() if hungry else tuple(suspected),
         reason=hungry or reason,
         log=log,

@@ -245,9 +245,9 @@ def _search(inputs: SplitInputs, target: int, *, config: FeatureREConfig, seed: 
         goal = torch.full((len(logits),), target, device=logits.device)
         attack = F.cross_entropy(logits, goal) + 0 * mask.sum()  # the head may have no gradients
         descend(mask_optimizer, mask_loss(attack, mask, config))
-        moved = None if mixed.grad is None else mixed.grad * len(batch) * span
-        lost = vanished(moved, logits, goal)
-        gradients.add(int((~reached(logits, goal)).sum()), int(lost.sum()))
+        gradient = None if mixed.grad is None else mixed.grad * len(batch) * span
+        vanishing = vanished(gradient, logits, goal)
+        gradients.add(int((~reached(logits, goal)).sum()), int(vanishing.sum()))
         measured.append(Terms(*(value.detach() for value in terms)))
         if step % config.round_steps == 0 or step == config.steps:
             terms, measured = round_mean(measured), []

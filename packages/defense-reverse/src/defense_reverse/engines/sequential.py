@@ -30,16 +30,16 @@ def search_in_turn(
 ) -> SearchResult:
     """Search the labels of a scan in turn, each to its end; saves after each label."""
     file = task.resume_file(checkpoint)
-    done: list[tuple[float, float, torch.Tensor, int, float]] = file.load() or []
+    rows: list[tuple[float, float, torch.Tensor, int, float]] = file.load() or []
     for label in show_progress(range(task.inputs.num_classes), desc="labels", enabled=progress):
-        if label < len(done):
+        if label < len(rows):
             continue
         state, steps = search_label(task, label)
         trigger = task.trigger(label, state).cpu()
         weights = pack(trigger.generator)
         starved = state.gradients.share
-        done.append((trigger.success_rate, trigger.residual_norm, weights, steps, starved))
-        file.save(done)
+        rows.append((trigger.success_rate, trigger.residual_norm, weights, steps, starved))
+        file.save(rows)
     triggers = {
         label: ReversedTrigger(
             with_weights(task.start, weights).cpu(),
@@ -47,13 +47,13 @@ def search_in_turn(
             success_rate=rate,
             residual_norm=residual,
         )
-        for label, (rate, residual, weights, *_) in enumerate(done)
+        for label, (rate, residual, weights, *_) in enumerate(rows)
     }
     file.remove()
     scores = {label: trigger.residual_norm for label, trigger in triggers.items()}
-    taken = {label: row[3] for label, row in enumerate(done)}
-    shares = {label: row[4] for label, row in enumerate(done)}
-    return SearchResult(triggers, scores, taken, {}, shares)
+    steps_by_label = {label: row[3] for label, row in enumerate(rows)}
+    shares = {label: row[4] for label, row in enumerate(rows)}
+    return SearchResult(triggers, scores, steps_by_label, {}, shares)
 
 
 @torch.enable_grad()

@@ -114,8 +114,8 @@ def check_model(
         raise NotScanned("expected the same logits for the same images, got others")
     checks.append(Check("deterministic", True, "the same images get the same logits"))
     apart = float((alone - logits[:3]).abs().max()) / spread
-    told = f"alone and in a batch, logits differ by {apart:.1g} of the largest"
-    checks.append(Check("batch-independent", apart < 1e-3, told))
+    detail = f"alone and in a batch, logits differ by {apart:.1g} of the largest"
+    checks.append(Check("batch-independent", apart < 1e-3, detail))
     checks.append(_gradient(module, images))
     try:
         reading = read_model(
@@ -138,8 +138,8 @@ def check_model(
         raise NotScanned(
             f"expected answers of several classes, got label {int(answers[0])} for all; {_OPTIONS}"
         )
-    told = f"{answered} of {num_classes} labels are answered"
-    checks.append(Check("answers", answered >= min(num_classes, 3), told))
+    detail = f"{answered} of {num_classes} labels are answered"
+    checks.append(Check("answers", answered >= min(num_classes, 3), detail))
     checks.append(_follows(reading.module, images))
     return Checked(reading.module, reading.labels, reading.accuracy, tuple(checks), reading)
 
@@ -186,8 +186,8 @@ def choose_size(
         )
         ways = stated.ways or all_ways(opened.module, opened.channels)
         with suppress(MisreadError):  # it does not run on images of this size
-            found = try_ways(opened.module, clean.images, clean.labels, ways, match)
-            trials[best_trial(found)] = size
+            ways_tried = try_ways(opened.module, clean.images, clean.labels, ways, match)
+            trials[best_trial(ways_tried)] = size
     if not trials:
         raise NotScanned(f"expected --image-size: the model runs on none of {opened.image_sizes}")
     best = best_trial(tuple(trials), prefer_first=False)
@@ -214,8 +214,8 @@ def _remarks(reading: Reading, clean: CleanImages, stated: Stated) -> list[Check
     if weak := unexplained(label_map, clean.labels):
         names = ", ".join(str(label) for label in weak[:5])
         checks.append(Check("classes", False, f"images of label {names} get other answers"))
-    told = f"{reading.accuracy:.1%} of {len(clean.files)} images"
-    return [*checks, Check("accuracy", True, told)]
+    accuracy = f"{reading.accuracy:.1%} of {len(clean.files)} images"
+    return [*checks, Check("accuracy", True, accuracy)]
 
 
 def _logits(module: nn.Module, images: Tensor, *, batch: int = BATCH) -> Tensor:

@@ -108,8 +108,8 @@ def clean_model(
             continue
         cleaned = fold(repaired.model.cpu(), folded)
         after = _answers(cleaned, images[held_out])
-        known = None if labels is None else labels[held_out]
-        cost = repair_cost(answers[held_out], after, known)
+        held_out_labels = None if labels is None else labels[held_out]
+        cost = repair_cost(answers[held_out], after, held_out_labels)
         if cost.within(max_loss):
             return Cleaned(cleaned, cost)
     why = "it diverges" if cost is None else f"{cost} at the lowest"
@@ -197,7 +197,7 @@ def clean_in_rounds(
     if rounds < 1:
         raise ValueError(f"expected at least 1 round, got {rounds}")
     budget = budget or Budget()
-    known = triggers_to_unlearn(found, label)
+    triggers = triggers_to_unlearn(found, label)
     # Both are read by now.
     known_labels = replace(clean, labels=checked.labels, classes=None)
     as_it_is = Stated(ways=(Way(),))
@@ -205,7 +205,7 @@ def clean_in_rounds(
         with budget.enforced():
             cleaned = clean_model(
                 checked.module,
-                [trigger for _, trigger in known],
+                [trigger for _, trigger in triggers],
                 clean.images,
                 checked.labels,
                 max_loss=max_loss,
@@ -216,13 +216,13 @@ def clean_in_rounds(
             classes = len(cleaned.model(clean.images[:1])[0])
             again = check_model(cleaned.model, known_labels, num_classes=classes, stated=as_it_is)
         found = scan(again, f"round-{number}")
-        labels = tuple(sorted({label for label, _ in known}))
+        labels = tuple(sorted({label for label, _ in triggers}))
         yield Round(number, again, found, labels, cleaned.cost)
         left = [one for one in found.targets if label in (None, one)]
         more = all_triggers(found, left)
         if not more:
             return
-        known += more
+        triggers += more
 
 
 def _answers(module: nn.Module, images: Tensor) -> Tensor:

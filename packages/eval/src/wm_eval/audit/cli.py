@@ -274,9 +274,9 @@ def _inspect(args: argparse.Namespace) -> None:
     from wm_inject.core.labelled_folder import listed
     from wm_inject.core.text import escape
 
-    found = find_images(args.images)
+    files = find_images(args.images)
     scanner, rows = inspect_folder(
-        found, args.extractor, device=args.device, batch_size=args.batch_size
+        files, args.extractor, device=args.device, batch_size=args.batch_size
     )
     unread = [LeftOut(row.file, row.error) for row in rows if row.error is not None]
     for row in rows:
@@ -287,15 +287,15 @@ def _inspect(args: argparse.Namespace) -> None:
     flagged, count = sum(row.flagged for row in rows), len(rows) - len(unread)
     rate = f"clean ones at a rate of at most {scanner.false_positive_rate:g}"
     print(f"{flagged} of {count} images are flagged ({rate}), {len(unread)} unread")
-    if found.left_out:
-        print(f"not looked at: {describe(found.left_out)}")
+    if files.left_out:
+        print(f"not looked at: {describe(files.left_out)}")
     if args.csv is not None:
         write_csv(args.csv, scanner, rows)
     images = [row._asdict() | {"file": escape(row.file)} for row in rows]
-    write_results(args, {"images": images, "left_out": listed(found.left_out)})
+    write_results(args, {"images": images, "left_out": listed(files.left_out)})
     if args.html is not None:
         title = f"Images of {escape(args.images.name)}"
-        write_page(args.html, scanner, rows, title, found.left_out)
+        write_page(args.html, scanner, rows, title, files.left_out)
     refuse_unread(unread, len(rows), skip=True)
 
 

@@ -37,8 +37,8 @@ def margin_rise(module: nn.Module, images: Tensor) -> float:
     shares = []
     for step in _STEPS:
         with torch.no_grad():
-            moved = module((images + step * direction).clamp(0, 1))
-        rise = _margins(moved, answers) - before
+            stepped = module((images + step * direction).clamp(0, 1))
+        rise = _margins(stepped, answers) - before
         shares.append(torch.where(promised > 0, rise / (step * promised), 0).median())
     return float(torch.stack(shares).max())
 

@@ -95,11 +95,11 @@ def read_clean(
             f"{len(kept)}{unread}; {'; '.join(source.lines())}"
         )
     order = np.argsort(kept)
-    used = [kept[place] for place in order]
+    places = [kept[place] for place in order]
     return CleanImages(
         to_float(np.stack([pixels[place] for place in order])),
-        None if source.labels is None else torch.from_numpy(source.labels[used]),
-        tuple(source.names[place] for place in used),
+        None if source.labels is None else torch.from_numpy(source.labels[places]),
+        tuple(source.names[place] for place in places),
         tuple(sorted(skipped)),
         None if source.labels is None else source.class_names,
         source,

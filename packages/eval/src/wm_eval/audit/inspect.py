@@ -71,8 +71,8 @@ def write_page(
         + "</tr>"
         for row in flagged
     )
-    lost = [f"{row.file}: {row.error}" for row in unread]
-    lost += [f"{file}: not looked at, {reason}" for file, reason in left_out]
+    reasons = [f"{row.file}: {row.error}" for row in unread]
+    reasons += [f"{file}: not looked at, {reason}" for file, reason in left_out]
     told = "".join(
         f"<li>{html.escape(name)} looks for {html.escape(one.looks_for)}, threshold "
         f"{one.threshold:.4g}, false-positive rate {one.false_positive_rate:g}</li>"
@@ -90,7 +90,7 @@ def write_page(
             body=body,
             unread=len(unread),
             left_out=len(left_out),
-            lost="\n".join(f"<li>{html.escape(escape(line))}</li>" for line in lost),
+            lost="\n".join(f"<li>{html.escape(escape(line))}</li>" for line in reasons),
         ),
     )
 

@@ -137,24 +137,28 @@ class OnnxWeights:
     def _match(self, trained: set[str]) -> dict[str, _Slot]:
         """For every weight of the module, the first free place that holds its value."""
         free = list(_slots(self._model.graph, self._arrays))
-        found: dict[str, _Slot] = {}
+        slots: dict[str, _Slot] = {}
         for name in (name for name in self._state if name in trained):
             value = self._state[name]
             for slot in free:
-                stored = self._arrays[slot.name].astype(np.float32)
-                same = stored.size == value.size and bool((stored.ravel() == value.ravel()).all())
-                if same or (stored.shape[::-1] == value.shape and bool((value == stored.T).all())):
-                    found[name] = slot._replace(transposed=not same)
+                constant = self._arrays[slot.name].astype(np.float32)
+                same = constant.size == value.size and bool(
+                    (constant.ravel() == value.ravel()).all()
+                )
+                if same or (
+                    constant.shape[::-1] == value.shape and bool((value == constant.T).all())
+                ):
+                    slots[name] = slot._replace(transposed=not same)
                     free.remove(slot)
                     break
             else:
                 raise ValueError(f"the file does not hold {name} as it was imported")
-        return found
+        return slots
 
     def _as_stored(self, slot: _Slot, array: Array) -> Array:
-        stored = self._arrays[slot.name]
-        array = array.T if slot.transposed else array.reshape(stored.shape)
-        return np.ascontiguousarray(array.astype(stored.dtype))
+        constant = self._arrays[slot.name]
+        array = array.T if slot.transposed else array.reshape(constant.shape)
+        return np.ascontiguousarray(array.astype(constant.dtype))
 
     def _add_bias(self, model: Any, name: str, array: Array) -> None:
         """Give the convolution whose weight stands beside this bias a third input."""
@@ -193,9 +197,9 @@ def _add(model: Any, name: str, array: Array) -> str:
     import onnx
 
     graph = model.graph
-    taken = {value.name for value in (*graph.initializer, *graph.input)}
-    taken |= {output for node in graph.node for output in node.output}
-    free = next(f"{name}_{n}" for n in range(len(taken) + 1) if f"{name}_{n}" not in taken)
+    names = {value.name for value in (*graph.initializer, *graph.input)}
+    names |= {output for node in graph.node for output in node.output}
+    free = next(f"{name}_{n}" for n in range(len(names) + 1) if f"{name}_{n}" not in names)
     tensor = onnx.numpy_helper.from_array(np.ascontiguousarray(array), free)
     graph.initializer.append(tensor)
     if model.ir_version < 4:  # where every constant is an input as well

@@ -213,6 +213,6 @@ def _reaching(audit: Audit, labels: Sequence[int] | None) -> Iterator[tuple[int,
     """The labels, each with the reports whose trigger of it reaches it."""
     for label in audit.outliers if labels is None else labels:
         for report in audit.reports.values():
-            reached = label in report.suspected or report.labels[label].converged
-            if label in report.triggers and reached:
+            works = label in report.suspected or report.labels[label].converged
+            if label in report.triggers and works:
                 yield label, report

@@ -70,8 +70,8 @@ def _check(settings: ScanSettings | CleanSettings) -> None:
 def check_detectors(names: Sequence[str], preset: str, alpha: float) -> None:
     """Raise ``ValueError`` unless detectors, the preset of all of them and alpha can be used."""
     if not names or len(set(names)) < len(names) or not set(names) <= set(DETECTORS):
-        known, given = ", ".join(DETECTORS), ", ".join(names) or "none"
-        raise ValueError(f"expected detectors out of {known}, each once, got {given}")
+        choices, listing = ", ".join(DETECTORS), ", ".join(names) or "none"
+        raise ValueError(f"expected detectors out of {choices}, each once, got {listing}")
     check_rule(alpha)
     for name in names:
         # Those of the others stand in modules that import torch; all have these two.

@@ -201,7 +201,7 @@ def logits_output(
             n: rows for n, rows in candidates.items() if not _BESIDE.search(n)
         } or candidates
     if len(candidates) != 1:
-        shown = ", ".join(
+        shapes = ", ".join(
             f"{printable(name, 40)} {tuple(getattr(value, 'shape', ()))}"
             for name, value in list(values.items())[:6]
         )
@@ -211,7 +211,7 @@ def logits_output(
             else ""
         )
         raise ValueError(
-            f"expected one output of shape (N, K), found {len(candidates)} among {shown}{which}"
+            f"expected one output of shape (N, K), found {len(candidates)} among {shapes}{which}"
         )
     return candidates.popitem()
 

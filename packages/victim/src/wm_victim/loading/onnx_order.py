@@ -91,27 +91,27 @@ def _fact(node: Any, inputs: Sequence[Fact], origin: Mapping[str, Any]) -> Fact:
     if kind == "Pow" and inputs[1].low == inputs[1].high:
         exponent = inputs[1].low
         odd = exponent > 0 and exponent % 2 == 1
-        known = first.rises * (1 if exponent > 0 else -1) if first.low >= 0 or odd else 0
-        return Fact(by_class, known, 0.0 if first.low >= 0 or exponent % 2 == 0 else -_INF)
+        rises = first.rises * (1 if exponent > 0 else -1) if first.low >= 0 or odd else 0
+        return Fact(by_class, rises, 0.0 if first.low >= 0 or exponent % 2 == 0 else -_INF)
     return Fact(by_class)
 
 
 def _rising(node: Any, kind: str, inputs: Sequence[Fact]) -> Fact:
     first, others = inputs[0], inputs[1:]
     low, high = _RISING[kind] or (first.low, first.high)
-    known = first.rises
+    rises = first.rises
     if kind == "Clip":
         for place, bound in enumerate(others):  # an empty name leaves out the first: then unknown
             low = max(low, bound.low) if place == 0 and len(others) == 2 else low
             high = min(high, bound.high) if place == 1 else high
-        known = 0 if any(bound.by_class for bound in others) else known
+        rises = 0 if any(bound.by_class for bound in others) else rises
     if kind == "LayerNormalization" and any(each.low < 0 for each in others[:1]):
-        known = 0
+        rises = 0
     if kind == "Cast":
         to = next(entry.i for entry in node.attribute if entry.name == "to")
         least, most = _INTEGERS.get(to, (-_INF, _INF))  # others are floats, which saturate
-        known = known if least <= low and high <= most else 0
-    return Fact(first.by_class, known, low, high)
+        rises = rises if least <= low and high <= most else 0
+    return Fact(first.by_class, rises, low, high)
 
 
 def _reduced(kind: str, first: Fact) -> Fact:
@@ -137,14 +137,14 @@ def _product(one: Fact, other: Fact, *, same: bool) -> Fact:
     by_class = one.by_class or other.by_class
     signs = [1 if each.low >= 0 else -1 if each.high <= 0 else 0 for each in (one, other)]
     if one.by_class and other.by_class:  # |a| |b|, and its sign
-        known = _common(one.times(signs[0] or 1), other.times(signs[1] or 1))
-        known *= signs[0] * signs[1]
+        rises = _common(one.times(signs[0] or 1), other.times(signs[1] or 1))
+        rises *= signs[0] * signs[1]
     else:
         varying, sign = (one, signs[1]) if one.by_class else (other, signs[0])
-        known = varying.rises * sign
+        rises = varying.rises * sign
     ends = [a * b for a in (one.low, one.high) for b in (other.low, other.high)]
     ends = [0.0 if math.isnan(end) else end for end in ends]
-    return Fact(by_class, known, min(ends), max(ends))
+    return Fact(by_class, rises, min(ends), max(ends))
 
 
 def _inverse(fact: Fact) -> Fact:

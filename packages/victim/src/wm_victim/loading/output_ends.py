@@ -113,10 +113,10 @@ class _Tail:
     def rises(self) -> bool:
         """Whether outputs never fall where the value rises, by what its operators are."""
         nodes = [self._model.graph.node[index] for index in self.nodes]
-        used = {name for node in nodes for name in node.input}
+        inputs = {name for node in nodes for name in node.input}
         numbers = {}
         for tensor in self._model.graph.initializer:
-            if tensor.name in used and (number := _one_number(tensor)) is not None:
+            if tensor.name in inputs and (number := _one_number(tensor)) is not None:
                 numbers[tensor.name] = number
         return rises(nodes, self.value, self._model.graph.output[0].name, numbers)
 
@@ -126,11 +126,11 @@ class _Tail:
         size = self._batch if self._batch > 1 else count
         filled = np.concatenate([rows, np.repeat(rows[:1], -count % size, axis=0)])
         for dtype, axes in itertools.product(("float32", "float16"), ((), (1, 1))):
-            fed = filled.reshape(-1, size, classes, *axes).astype(dtype)
+            batches = filled.reshape(-1, size, classes, *axes).astype(dtype)
             # ONNX Runtime has an exception class for each kind of misfit, with no common base.
             try:
                 session = self._session(dtype)
-                runs = [session.run(self._names, {self.value: part}) for part in fed]
+                runs = [session.run(self._names, {self.value: part}) for part in batches]
             except Exception:
                 continue
             if all(_row_by_row(run, size, classes) for run in runs):
@@ -141,8 +141,8 @@ class _Tail:
         from onnx import ValueInfoProto, helper
 
         nodes = [self._model.graph.node[index] for index in self.nodes]
-        used = {name for node in nodes for name in node.input}
-        weights = [tensor for tensor in self._model.graph.initializer if tensor.name in used]
+        inputs = {name for node in nodes for name in node.input}
+        weights = [tensor for tensor in self._model.graph.initializer if tensor.name in inputs]
         kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
         port = helper.make_tensor_value_info(self.value, kind, None)
         outputs = [ValueInfoProto(name=name) for name in self._names]
@@ -246,8 +246,10 @@ def _shorten(graph: Any, tail: _Tail, *, half: bool) -> None:
         names = [name for node in graph.node for name in (*node.input, *node.output) if name]
         name = f"v{1 + max(int(each[1:]) for each in names)}"
         graph.node.append(helper.make_node("Cast", [tail.value], [name], to=TensorProto.FLOAT))
-    used = {each for node in graph.node for each in node.input}
-    unused = [number for number, tensor in enumerate(graph.initializer) if tensor.name not in used]
+    inputs = {each for node in graph.node for each in node.input}
+    unused = [
+        number for number, tensor in enumerate(graph.initializer) if tensor.name not in inputs
+    ]
     for number in reversed(unused):
         del graph.initializer[number]
     graph.output[0].CopyFrom(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))

@@ -53,13 +53,13 @@ def convert_state(path: Path, out: Path, options: dict[str, Any]) -> dict[str, A
     if objects or (span is None and folder.count("/") != 1):
         path = _plain_copy(path, out / "plain", span, folder)
     try:
-        saved = _load(path, legacy=span is not None)
+        content = _load(path, legacy=span is not None)
     except pickle.UnpicklingError as error:
         # Its own text recommends to load the file without this protection.
         raise ValueError(
             "torch refuses its pickle: it is no dictionary of plain tensors"
         ) from error
-    levels, notes = ([], []) if objects and not isinstance(saved, Mapping) else _levels(saved)
+    levels, notes = ([], []) if objects and not isinstance(content, Mapping) else _levels(content)
     state = _tensors(levels[-1], notes) if levels else {}
     if not state and objects:
         need = f"its weights lie in objects that need their code: {_few(objects)}"
@@ -121,28 +121,28 @@ def _load(path: Path, *, legacy: bool) -> Any:
     if not legacy:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     with path.open("rb") as file:
-        saved = torch.load(file, map_location="cpu", weights_only=True)
+        content = torch.load(file, map_location="cpu", weights_only=True)
         if file.read(1):
             raise ValueError("bytes behind its end")
-    return saved
+    return content
 
 
-def _levels(saved: Any) -> tuple[list[Mapping[Any, Any]], list[str]]:
+def _levels(content: Any) -> tuple[list[Mapping[Any, Any]], list[str]]:
     """The tables from the file's own down to that of the weights, and notes on the way."""
     levels: list[Mapping[Any, Any]] = []
     notes: list[str] = []
     while True:
-        if not isinstance(saved, Mapping):
-            raise ValueError(f"expected a dictionary of tensors, got {type(saved).__name__}")
-        levels.append(saved)
-        tables = [key for key, value in saved.items() if isinstance(key, str) and _holds(value)]
+        if not isinstance(content, Mapping):
+            raise ValueError(f"expected a dictionary of tensors, got {type(content).__name__}")
+        levels.append(content)
+        tables = [key for key, value in content.items() if isinstance(key, str) and _holds(value)]
         inner = next((key for key in _WRAPPERS if key in tables), None)
-        if inner is None and len(tables) == 1 and not _holds(saved, depth=0):
+        if inner is None and len(tables) == 1 and not _holds(content, depth=0):
             inner = tables[0]
         if inner is None or len(levels) > 3:
             return levels, notes
         notes.append(f"weights taken from the entry {printable(inner, 40)!r}")
-        saved = saved[inner]
+        content = content[inner]
 
 
 def _holds(value: Any, depth: int = 2) -> bool:

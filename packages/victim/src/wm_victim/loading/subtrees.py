@@ -40,11 +40,11 @@ def find_subtree(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, 
     counts = Counter(prefix for name in names for prefix, rest in _splits(name) if rest in expected)
     if not counts:
         return Subtree(dict(state), {}, ())
-    needed = sum(not name.endswith("num_batches_tracked") for name in expected)
+    least = sum(not name.endswith("num_batches_tracked") for name in expected)
     whole = [
         prefix
         for prefix, count in counts.items()
-        if count >= needed and _fits(prefix, names, expected) == needed
+        if count >= least and _fits(prefix, names, expected) == least
     ]
     prefix = _choice(whole) if whole else max(counts, key=lambda one: (counts[one], -len(one)))
     weights: dict[str, Tensor] = {}
@@ -54,9 +54,9 @@ def find_subtree(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, 
         (weights if inside else others)[name.removeprefix(prefix)] = state[original]
     notes = [f"weights taken from {prefix!r}"] if prefix and prefix != "module." else []
     if others:
-        shown = ", ".join(printable(name, 40) for name in list(others)[:3])
+        first_names = ", ".join(printable(name, 40) for name in list(others)[:3])
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        notes.append(f"left out what lies beside the model: {shown}{more}")
+        notes.append(f"left out what lies beside the model: {first_names}{more}")
     return Subtree(weights, others, tuple(notes))
 
 
@@ -75,6 +75,8 @@ def _choice(prefixes: list[str]) -> str:
     """The prefix of the model among those of whole models."""
     own = [prefix for prefix in prefixes if not _FOLLOWS.search(prefix)] or prefixes
     if len(own) > 1:
-        shown = ", ".join(repr(printable(prefix, 60)) for prefix in own[:4])
-        raise LoadingError(f"the weights of {len(own)} models, under {shown}; save one of them")
+        first_prefixes = ", ".join(repr(printable(prefix, 60)) for prefix in own[:4])
+        raise LoadingError(
+            f"the weights of {len(own)} models, under {first_prefixes}; save one of them"
+        )
     return own[0]

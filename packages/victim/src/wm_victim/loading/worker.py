@@ -117,8 +117,8 @@ def _script_images(module: Any, options: dict[str, Any]) -> tuple[int, list[int]
             notes = [] if options["channels"] else [f"{count} channels, by trying"]
             return count, sorted(sizes, key=lambda size: abs(size - likely)), notes
     option = "image_size (--image-size)" if only is None else "channels (--channels)"
-    shown = f"{' or '.join(map(str, channels))} channels"
-    raise ValueError(f"expected {option}: it runs on no usual images of {shown}")
+    channels_text = f"{' or '.join(map(str, channels))} channels"
+    raise ValueError(f"expected {option}: it runs on no usual images of {channels_text}")
 
 
 def _conversion(job: str) -> Callable[[Path, Path, dict[str, Any]], dict[str, Any]]:

@@ -43,11 +43,11 @@ def read_all(args: argparse.Namespace, *, size: int, channels: int) -> list[Pixe
     from wm_inject.core.image_files import describe, find_images, refuse_unread
     from wm_inject.core.images import load_images
 
-    found = find_images(args.images)
-    if found.left_out:
-        say([f"left out: {describe(found.left_out)}"])
-    pixels, _, unread = load_images(found.folder, found.names, size=size, channels=channels)
-    refuse_unread(unread, len(found.names), skip=args.skip_unreadable)
+    files = find_images(args.images)
+    if files.left_out:
+        say([f"left out: {describe(files.left_out)}"])
+    pixels, _, unread = load_images(files.folder, files.names, size=size, channels=channels)
+    refuse_unread(unread, len(files.names), skip=args.skip_unreadable)
     if unread:
         say([f"left out, as they cannot be read: {describe(unread)}"])
     return pixels

@@ -42,21 +42,21 @@ def run_scan(args: argparse.Namespace) -> None:
     from wm_inject.core.labelled_folder import listed
 
     scanner = runtime.Scanner(*args.detector, providers=runtime.providers_for(args.device))
-    found = find_images(args.images)
-    rows = list(scanner.folder(found, batch_size=args.batch_size))
+    files = find_images(args.images)
+    rows = list(scanner.folder(files, batch_size=args.batch_size))
     for row in rows:
         scores = "  ".join(f"{name} {value:.3g}" for name, value in row.scores.items())
         if row.error is not None:
             print(f"unread   {escape(row.file)}: {row.error}")
         elif row.flagged:
             print(f"flagged  {escape(row.file)}  {scores}")
-    lost = [LeftOut(row.file, row.error) for row in rows if row.error is not None]
-    unread = len(lost)
+    unread_files = [LeftOut(row.file, row.error) for row in rows if row.error is not None]
+    unread = len(unread_files)
     flagged = sum(row.flagged for row in rows)
     rate = f"false-positive rate at most {scanner.false_positive_rate:g}"
     print(f"{flagged} of {len(rows) - unread} images flagged ({rate}), {unread} unread")
-    if found.left_out:
-        print(f"not looked at: {describe(found.left_out)}")
+    if files.left_out:
+        print(f"not looked at: {describe(files.left_out)}")
     detectors = {
         name: {
             "looks_for": detector.looks_for,
@@ -66,6 +66,6 @@ def run_scan(args: argparse.Namespace) -> None:
         for name, detector in scanner.detectors.items()
     }
     images = [row._asdict() | {"file": escape(row.file)} for row in rows]
-    results = {"detectors": detectors, "images": images, "left_out": listed(found.left_out)}
+    results = {"detectors": detectors, "images": images, "left_out": listed(files.left_out)}
     write_results(args, results)
-    refuse_unread(lost, len(rows), skip=True)
+    refuse_unread(unread_files, len(rows), skip=True)

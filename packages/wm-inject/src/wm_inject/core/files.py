@@ -40,8 +40,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield part
-            with part.open("rb+") as written:
-                os.fsync(written.fileno())
+            with part.open("rb+") as file:
+                os.fsync(file.fileno())
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)

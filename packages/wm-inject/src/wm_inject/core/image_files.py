@@ -59,20 +59,20 @@ def find_images(folder: str | Path) -> ImageFiles:
     tables: list[str] = []
     left_out: list[LeftOut] = []
     top = os.path.realpath(root)
-    seen: set[str] = set()
+    real_folders: set[str] = set()
     # Links wait until all real folders are listed, so that those are read under their own names.
     pending, links = [("", top)], list[tuple[str, str]]()
     while pending or links:
         below, real = pending.pop() if pending else links.pop(0)
-        if real in seen or (real != top and _contains(real, top)):
+        if real in real_folders or (real != top and _contains(real, top)):
             left_out.append(LeftOut(below, "a link to a folder that is read already"))
             continue
-        seen.add(real)
+        real_folders.add(real)
         if below:
             folders.append(below)
         try:
-            with os.scandir(root / below) as listed:
-                entries = sorted(listed, key=lambda entry: entry.name)
+            with os.scandir(root / below) as scan:
+                entries = sorted(scan, key=lambda entry: entry.name)
         except OSError as error:
             left_out.append(LeftOut(below or "./", error.strerror or "cannot be listed"))
             continue
@@ -92,8 +92,8 @@ def find_images(folder: str | Path) -> ImageFiles:
                 if suffix in _TABLE_SUFFIXES:
                     tables.append(name)
     if not names:
-        lost = f"; left out: {describe(left_out)}" if left_out else ""
-        raise ValueError(f"expected images below {escape(folder)}, found none{lost}")
+        remark = f"; left out: {describe(left_out)}" if left_out else ""
+        raise ValueError(f"expected images below {escape(folder)}, found none{remark}")
     return ImageFiles(
         root,
         tuple(sorted(names, key=_parts)),
@@ -128,10 +128,10 @@ def refuse_unread(unread: Iterable[LeftOut], count: int, *, skip: bool) -> None:
     Raises:
         ValueError: Some cannot be read and are not to be skipped, or none can be read.
     """
-    lost = list(unread)
-    if lost and (not skip or len(lost) == count):
+    files = list(unread)
+    if files and (not skip or len(files) == count):
         hint = "" if skip else "; --skip-unreadable goes on without them"
-        raise ValueError(f"cannot read {len(lost)} of {count} images: {describe(lost)}{hint}")
+        raise ValueError(f"cannot read {len(files)} of {count} images: {describe(files)}{hint}")
 
 
 def _unwanted(name: str) -> str | None:

@@ -83,10 +83,10 @@ class ImageNames:
 
 def part_of(name: str) -> str | None:
     """The part that the name of a folder, file or cell says: "train", "val" or "test"."""
-    found = _PART.search(name)
-    if found is None:
+    match = _PART.search(name)
+    if match is None:
         return None
-    return {"tra": "train", "tes": "test"}.get(found[1][:3].lower(), "val")
+    return {"tra": "train", "tes": "test"}.get(match[1][:3].lower(), "val")
 
 
 def is_number(label: str) -> bool:
@@ -181,8 +181,12 @@ def _columns(
     if width < 2:
         return 0.0, None
     names = list(map(_plain, rows[0]))
-    known = any(name in _FILE_COLUMNS or name in _LABEL_COLUMNS for name in names)
-    files = [place for place, name in enumerate(names) if name in _FILE_COLUMNS] if known else []
+    names_columns = any(name in _FILE_COLUMNS or name in _LABEL_COLUMNS for name in names)
+    files = (
+        [place for place, name in enumerate(names) if name in _FILE_COLUMNS]
+        if names_columns
+        else []
+    )
     best, file = 0, 0
     for place in files or range(width):
         count = sum(len(row) > place and bool(images.find(row[place], at)) for row in sample)
@@ -191,15 +195,15 @@ def _columns(
     labels = [names.index(name) for name in _LABEL_COLUMNS if name in names]
     labels = [place for place in labels if place != file]
     numbered = [place for place in labels if _NUMBER_COLUMN.fullmatch(names[place])]
-    counted = [place for place in numbered if _all_numbers(row[place:] for row in sample[1:])]
-    labels = counted[:1] + [place for place in labels if place not in counted[:1]]
+    candidates = [place for place in numbered if _all_numbers(row[place:] for row in sample[1:])]
+    labels = candidates[:1] + [place for place in labels if place not in candidates[:1]]
     if not labels and width == 2:
         labels = [1 - file]
     if not best or not labels:
         return 0.0, None
     first = rows[0][file]
-    header = known or not (images.find(first, at) or _suffix(first) in PICTURE_SUFFIXES)
-    parts = [place for place, name in enumerate(names) if name in _PART_COLUMNS and known]
+    header = names_columns or not (images.find(first, at) or _suffix(first) in PICTURE_SUFFIXES)
+    parts = [place for place, name in enumerate(names) if name in _PART_COLUMNS and names_columns]
     second = labels[1] if len(labels) > 1 else None
     whole = [row for row in sample if len(row) > max(file, labels[0])]
     score = sum(bool(images.find(row[file], at)) for row in whole) / len(sample)
@@ -223,29 +227,29 @@ def _labels(
         if len(row) <= max(columns.file, columns.label):
             continue
         cells = [*row, *[""] * (width - len(row))]
-        found = images.find(cells[columns.file], at)
-        if len(found) > 1:
+        matches = images.find(cells[columns.file], at)
+        if len(matches) > 1:
             raise ValueError(
                 f"expected {table} to name one image by {escape(cells[columns.file])!r}, it may be "
-                f"{escape(found[0])} or {escape(found[1])}: give the folder as well"
+                f"{escape(matches[0])} or {escape(matches[1])}: give the folder as well"
             )
         label = _label(cells[columns.label])
-        if not found:
+        if not matches:
             missing += [cells[columns.file]] if cells[columns.file].strip() else []
-        elif label and labels.setdefault(found[0], label) != label:
+        elif label and labels.setdefault(matches[0], label) != label:
             raise ValueError(
-                f"expected one label of {escape(found[0])} in {table}, got "
-                f"{escape(labels[found[0]])} and {escape(label)}"
+                f"expected one label of {escape(matches[0])} in {table}, got "
+                f"{escape(labels[matches[0]])} and {escape(label)}"
             )
-        if found and columns.second is not None:
-            seconds[found[0]] = _label(cells[columns.second])
-        if found and columns.part is not None and (part := part_of(cells[columns.part])):
-            parts[found[0]] = part
+        if matches and columns.second is not None:
+            seconds[matches[0]] = _label(cells[columns.second])
+        if matches and columns.part is not None and (part := part_of(cells[columns.part])):
+            parts[matches[0]] = part
     numbered = columns.header and _NUMBER_COLUMN.search(_plain(rows[0][columns.label]))
     labels, names = _number_and_name(labels, seconds, counted=bool(numbered))
     header = rows[0] if columns.header else [f"column {n + 1}" for n in range(len(rows[0]))]
-    told = f"{escape(header[columns.file])} and {escape(header[columns.label])}"
-    return LabelTable(labels, names, parts, tuple(missing), told)
+    columns_text = f"{escape(header[columns.file])} and {escape(header[columns.label])}"
+    return LabelTable(labels, names, parts, tuple(missing), columns_text)
 
 
 def _number_and_name(

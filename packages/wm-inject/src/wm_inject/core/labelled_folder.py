@@ -57,8 +57,8 @@ class LabelledFolder:
         text = f"{escape(self.folder)}: {self.layout}, {len(self.names)} images"
         counts = self._counts()
         if 0 < len(counts) <= _LISTED_CLASSES:
-            listed = ", ".join(f"{escape(name)} {count}" for name, count in counts)
-            text += f" of {len(counts)} classes ({listed})"
+            class_counts = ", ".join(f"{escape(name)} {count}" for name, count in counts)
+            text += f" of {len(counts)} classes ({class_counts})"
         elif counts:
             filled = [count for _, count in counts if count]
             text += f" of {len(counts)} classes ({min(filled)} to {max(filled)} each"
@@ -126,8 +126,8 @@ def read_labelled_folder(folder: str | Path, *, labels: str | Path | None = None
     prefixes = _divisions(reader.found, outer)
     levels = [reader.enter(prefix) for prefix in prefixes] if prefixes else [outer]
     for prefix in prefixes:
-        named = [name for name in reader.found.names if name.startswith(prefix)]
-        reader.parts |= dict.fromkeys(named, part_of(prefix[len(outer.prefix) : -1]) or "")
+        names = [name for name in reader.found.names if name.startswith(prefix)]
+        reader.parts |= dict.fromkeys(names, part_of(prefix[len(outer.prefix) : -1]) or "")
     if labels is not None:
         reader.read_given(Path(labels))
         return reader.result()
@@ -301,8 +301,8 @@ class _Reader:
                     f"and another table {escape(self.labels[image])}: name the right one with "
                     "--labels, or call it labels.csv"
                 )
-            if found := table.parts.get(image) or (part if not self.parts.get(image) else None):
-                self.parts[image] = found
+            if own_part := table.parts.get(image) or (part if not self.parts.get(image) else None):
+                self.parts[image] = own_part
         self.class_names |= table.class_names
         self.missing[name] = table.missing
         self.layouts[f"{escape(name)} ({table.columns})"] = None

@@ -29,15 +29,15 @@ def exits_on_signals() -> Iterator[None]:
         signal.signal(number, signal.SIG_IGN)  # a second one must not break off the tidying up
         raise Terminated(number)
 
-    taken = []
+    handled = []
     if threading.current_thread() is threading.main_thread():
         names = ("SIGTERM", "SIGHUP")  # Windows has no SIGHUP
         numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-        taken = [one for one in numbers if signal.getsignal(one) == signal.SIG_DFL]
-    for number in taken:
+        handled = [one for one in numbers if signal.getsignal(one) == signal.SIG_DFL]
+    for number in handled:
         signal.signal(number, leave)
     try:
         yield
     finally:
-        for number in taken:
+        for number in handled:
             signal.signal(number, signal.SIG_DFL)

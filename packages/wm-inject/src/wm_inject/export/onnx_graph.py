@@ -99,8 +99,8 @@ def graph_folder(path: Path) -> Iterator[Path]:
             yield folder / path.name
             built = sorted(folder.iterdir(), key=lambda file: (file.name == path.name, file.name))
             for file in built:
-                with file.open("rb+") as written:
-                    os.fsync(written.fileno())
+                with file.open("rb+") as stream:
+                    os.fsync(stream.fileno())
                 os.replace(file, path.with_name(file.name))
         finally:
             shutil.rmtree(folder, ignore_errors=True)

@@ -121,8 +121,8 @@ def poison_files(
             shown.update(len(batch))
         unread = tuple(sorted(batches.unread))
         if unread:
-            lost = {file for file, _ in unread}
-            rows = [row for row in rows if row.source not in lost]
+            unread_names = {file for file, _ in unread}
+            rows = [row for row in rows if row.source not in unread_names]
             _write_labels(out / LABELS_FILE, rows, data)
             write_json(out / PLAN_FILE, settings | {"unread": listed(unread)})
             refuse_unread(unread, len(data.names), skip=skip_unreadable)
@@ -140,8 +140,8 @@ def common_side(source: str | Path) -> int:
     """
     sizes: dict[tuple[int, int], str] = {}
     unread: list[LeftOut] = []
-    found = find_images(source)
-    for name, file in zip(found.names, found.paths, strict=True):
+    files = find_images(source)
+    for name, file in zip(files.names, files.paths, strict=True):
         try:
             header = read_header(file)
         except UnreadableImage as error:
@@ -155,7 +155,7 @@ def common_side(source: str | Path) -> int:
                 f"expected --image-size, as the images of {escape(source)} are not all square and "
                 f"of one size: {several} pixels"
             )
-    refuse_unread(unread, len(found.names), skip=True)
+    refuse_unread(unread, len(files.names), skip=True)
     return width
 
 
@@ -213,8 +213,8 @@ def _write_labels(path: Path, rows: Sequence[FolderRow], data: LabelledFolder) -
     """
     if data.labels is None:
         return
-    named, divided = data.class_names is not None, any(data.parts)
-    header = ["file", "label", *["class_id"] * named, *["split"] * divided]
+    has_names, has_parts = data.class_names is not None, any(data.parts)
+    header = ["file", "label", *["class_id"] * has_names, *["split"] * has_parts]
     # Names that are not UTF-8 are written as they are on the disk, and read so.
     with (
         atomic_path(path) as part,
@@ -225,7 +225,7 @@ def _write_labels(path: Path, rows: Sequence[FolderRow], data: LabelledFolder) -
         for row in rows:
             label, part_name = row.label_after or 0, data.parts[row.id]
             table.writerow(
-                [row.file, data.classes[label], *[label] * named, *[part_name] * divided]
+                [row.file, data.classes[label], *[label] * has_names, *[part_name] * has_parts]
             )
 
 

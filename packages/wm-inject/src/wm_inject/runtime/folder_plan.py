@@ -40,14 +40,14 @@ def list_rows(source: LabelledFolder, plan: PoisonPlan) -> list[FolderRow]:
             f"{plan.label_map!r}, got none"
         )
     targets = [png_name(name) for name in source.names]
-    seen: dict[str, str] = {}
+    sources: dict[str, str] = {}
     for name, target in zip(source.names, targets, strict=True):
-        if target in seen:
+        if target in sources:
             raise ValueError(
-                f"expected distinct names, {escape(seen[target])} and {escape(name)} are both "
+                f"expected distinct names, {escape(sources[target])} and {escape(name)} are both "
                 f"{escape(target)}"
             )
-        seen[target] = name
+        sources[target] = name
     before: list[int | None] = [None] * count
     after = list(before)
     mask = np.zeros(count, bool)
@@ -65,5 +65,5 @@ def list_rows(source: LabelledFolder, plan: PoisonPlan) -> list[FolderRow]:
 def png_name(name: str) -> str:
     """The name of a picture when it is stored as PNG; what is no suffix of a picture stays."""
     path = PurePosixPath(name)
-    known = path.suffix.lower() in PICTURE_SUFFIXES
-    return str(path.with_suffix(".png") if known else path.with_name(f"{path.name}.png"))
+    is_suffix = path.suffix.lower() in PICTURE_SUFFIXES
+    return str(path.with_suffix(".png") if is_suffix else path.with_name(f"{path.name}.png"))

@@ -178,20 +178,20 @@ class Scanner:
         if batch_size < 1 or self.size[0] != self.size[1]:
             got = f"{batch_size} and {self.size[0]} x {self.size[1]} pixels"
             raise ValueError(f"expected a batch size >= 1 and square images, got {got}")
-        found = source if isinstance(source, ImageFiles) else find_images(source)
+        files = source if isinstance(source, ImageFiles) else find_images(source)
 
         def read(names: Sequence[str]) -> list[Pixels | str]:
             images: list[Pixels | str] = []
             for name in names:
-                file = found.folder / name
+                file = files.folder / name
                 try:
                     images.append(load_image(file, size=self.size[0], channels=self.channels))
                 except UnreadableImage as error:
                     images.append(error.reason)
             return images
 
-        starts = range(0, len(found.names), batch_size)
-        batches = (found.names[n : n + batch_size] for n in starts)
+        starts = range(0, len(files.names), batch_size)
+        batches = (files.names[n : n + batch_size] for n in starts)
         for batch, rows in pipeline(batches, read, self._judge):
             for name, (row, error) in zip(batch, rows, strict=True):
                 flagged, scores = row if row else (False, {})
