@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -43,19 +44,22 @@ def test_json_is_sorted_and_refuses_nan(tmp_path):
     assert not (tmp_path / "b.json").exists()
 
 
-@pytest.fixture
+@contextmanager
 def full_disk():
-    """No file of this process may grow beyond 64 bytes."""
+    """No file of this process may grow beyond 64 bytes: not pytest's own output either."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, full_disk):
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, 1)
-    with pytest.raises(OSError, match=r"^cannot write .*a\.json: File too large$"):
+    message = r"^cannot write .*a\.json: File too large$"
+    with pytest.raises(OSError, match=message), full_disk():
         write_json(path, "x" * 100)
     assert path.read_text() == "1\n" and list(tmp_path.iterdir()) == [path]
 
