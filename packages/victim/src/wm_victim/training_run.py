@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from wm_victim.inference import onednn_bfloat16, resolve_precision
 from wm_victim.models import Classifier
 from wm_victim.resnet import ResNetBody
 from wm_victim.train_config import TrainConfig, learning_rate
+from wm_victim.weight_gradients import SideBySideGradients, amx
 
 Forward = Callable[[Tensor], Tensor]
 _CHECK_EVERY = 50  # steps between two checks of the loss; each check waits for the device
@@ -228,11 +230,12 @@ def training_forward(model: nn.Module, config: TrainConfig, device: torch.device
     model.to(memory_format=torch.channels_last)
     # "reduce-overhead" records the step as CUDA graphs.
     call = torch.compile(model, mode="reduce-overhead") if config.compile else model
+    mixed = dtype == torch.bfloat16
+    gradients = SideBySideGradients() if mixed and device.type == "cpu" and amx() else nullcontext()
 
     def forward(images: Tensor) -> Tensor:
         images = images.contiguous(memory_format=torch.channels_last)
-        mixed = dtype == torch.bfloat16
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed), gradients:
             logits = call(images)
         return logits.float()
 
