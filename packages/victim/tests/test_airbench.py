@@ -79,9 +79,12 @@ def test_the_front_is_set_before_training_and_its_bias_stops(few: ImageSet) -> N
     assert all(bool(norm.bias.ne(0).any()) for norm in norms)
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(few: ImageSet, tmp_path: Path) -> None:
-    straight, stopped = small(), small()
-    train_classifier(straight, few, config=recipe(), progress=False)
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    few: ImageSet, tmp_path: Path, optimizer: str
+) -> None:
+    straight, stopped, config = small(), small(), recipe(optimizer=optimizer)
+    train_classifier(straight, few, config=config, progress=False)
 
     def stop(epoch: int, model: object) -> None:
         if epoch == 2:
@@ -89,9 +92,9 @@ def test_a_stopped_run_goes_on_to_the_same_bits(few: ImageSet, tmp_path: Path) -
 
     path = tmp_path / "run.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        train_classifier(stopped, few, config=recipe(), progress=False, checkpoint=path, watch=stop)
+        train_classifier(stopped, few, config=config, progress=False, checkpoint=path, watch=stop)
     again = small()
-    train_classifier(again, few, config=recipe(), progress=False, checkpoint=path)
+    train_classifier(again, few, config=config, progress=False, checkpoint=path)
     for name, value in straight.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
 
@@ -130,11 +133,11 @@ def test_every_image_is_mirrored_in_every_other_epoch(few: ImageSet) -> None:
 
 def test_biases_of_normalisation_have_their_own_rate_and_the_same_decay(few: ImageSet) -> None:
     config = recipe()
-    others, biases = run_of(small(), few, config).optimizer.param_groups
+    others, biases = run_of(small(), few, config).optimizers[0].param_groups
     assert len(biases["params"]) == 6 and biases["factor"] == 64
     decays = (group["weight_decay"] * group["factor"] for group in (others, biases))
     assert next(decays) == pytest.approx(next(decays))
-    (single,) = run_of(small(), few, recipe(bias_lr=1)).optimizer.param_groups
+    (single,) = run_of(small(), few, recipe(bias_lr=1)).optimizers[0].param_groups
     assert single["factor"] == 1
 
 

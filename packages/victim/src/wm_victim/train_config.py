@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args
 from wm_inject.core.checks import check_choice
 from wm_inject.core.presets import preset_of
 
-Schedule = Literal["cosine", "onecycle", "constant", "triangular", "airbench"]
+Schedule = Literal["cosine", "onecycle", "constant", "triangular", "airbench", "linear"]
+Optimizer = Literal["sgd", "muon"]
 Augment = Literal["none", "crop", "crop-flip", "alternating"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Layout = Literal["channels-last", "blocked"]
@@ -36,8 +37,8 @@ class TrainConfig:
         weight_decay: On all parameters.
         schedule: "cosine" (from lr to 0), "onecycle" (10 % warm-up, then down to nearly 0),
             "triangular" (up in a line for 5 / 24 of the steps, and down to 0 in another),
-            "airbench" (the same from 0.2 of lr, its peak at 0.23, down to 0.07) or "constant"; all
-            of them change with every step.
+            "airbench" (the same from 0.2 of lr, its peak at 0.23, down to 0.07), "linear" (from lr
+            to 0) or "constant"; all of them change with every step.
         nesterov: Nesterov's momentum.
         augment: "none", "crop" (4 black pixels around, then a random crop), "crop-flip" (and a
             mirror image half of the time) or "alternating" (2 reflected pixels around, a crop; half
@@ -53,6 +54,9 @@ class TrainConfig:
         bias_lr: The rate of normalisation layers' biases, in units of the others'.
         average: Steps between two updates of a running average of the weights (lookahead), which
             the weights are set to as well; 0 for none.
+        optimizer: "sgd", or "muon": orthogonalised steps for the filters of convolutions, whose
+            norm stays; SGD for everything else.
+        muon_lr: The highest rate of those steps.
         compile: Compile the network and record its steps as CUDA graphs; on a GPU only.
 
     Raises:
@@ -74,6 +78,8 @@ class TrainConfig:
     layout: Layout = "channels-last"
     bias_lr: float = 1.0
     average: int = 0
+    optimizer: Optimizer = "sgd"
+    muon_lr: float = 0.24
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -82,7 +88,7 @@ class TrainConfig:
         for name, least in (("epochs", 1), ("batch_size", 2), ("cutout", 0), ("average", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"expected {name} of at least {least}, got {getattr(self, name)}")
-        for name in ("lr", "bias_lr"):
+        for name in ("lr", "bias_lr", "muon_lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"expected {name} > 0, got {getattr(self, name)}")
         for name in ("momentum", "label_smoothing"):
@@ -95,6 +101,7 @@ class TrainConfig:
         check_choice("schedule", self.schedule, get_args(Schedule))
         check_choice("augment", self.augment, get_args(Augment))
         check_choice("precision", self.precision, get_args(Precision))
+        check_choice("optimizer", self.optimizer, get_args(Optimizer))
         check_choice("layout", self.layout, get_args(Layout))
 
     @classmethod
@@ -107,7 +114,8 @@ class TrainConfig:
                 0.03, for narrow nets on a CPU. "mnist": WaNet's settings for MNIST, annealed.
                 "record": 24 epochs for CIFAR-10 in large batches, Nesterov, rates in a triangle,
                 crop, flip and cutout, as in Page's "How to train your ResNet". "airbench": 10
-                epochs for CIFAR-10 with the network of that name.
+                epochs for CIFAR-10 with the network of that name; "airbench-muon": 8 epochs with
+                Muon.
             changes: Fields to change.
         """
         return preset_of(cls, _PRESETS, name, **changes)
@@ -149,6 +157,20 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "bias_lr": 64.0,
         "average": 5,
     },
+    # Rates and decay for the mean of a batch of 2,000, and for this network's scale of the head.
+    "airbench-muon": {
+        "epochs": 8,
+        "batch_size": 2000,
+        "lr": 1.66,
+        "momentum": 0.85,
+        "weight_decay": 2.4e-3,
+        "schedule": "linear",
+        "nesterov": True,
+        "augment": "alternating",
+        "label_smoothing": 0.2,
+        "bias_lr": 64.0,
+        "optimizer": "muon",
+    },
 }
 
 
@@ -164,6 +186,8 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
         return config.lr
     if config.schedule == "cosine":
         return config.lr * _half_cosine(step / total)
+    if config.schedule == "linear":
+        return config.lr * (1 - step / total)
     if config.schedule == "triangular":
         share = (step + 1) / (total + 1)  # never 0: no step is wasted
         return config.lr * min(share / _TOP, (1 - share) / (1 - _TOP))

@@ -19,6 +19,7 @@ from wm_victim.datasets import ImageSet
 from wm_victim.image_store import ImageStore
 from wm_victim.inference import onednn_bfloat16, resolve_precision
 from wm_victim.models import Classifier
+from wm_victim.muon import Muon
 from wm_victim.resnet import ResNetBody
 from wm_victim.train_config import TrainConfig, learning_rate
 from wm_victim.weight_gradients import SideBySideGradients, amx
@@ -64,13 +65,7 @@ class TrainingRun:
         self.forward = training_forward(model, config, device)
         self.data = ImageStore(data, device, limit=limit)
         self.steps = config.steps_per_epoch(len(data))
-        self.optimizer = torch.optim.SGD(
-            _groups(model, config),
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            nesterov=config.nesterov,
-        )
+        self.optimizers = _optimizers(model, config, self.precision)
         self.average = Average(model) if config.average else None
         draw = torch.Generator().manual_seed(derive_seed("mirror", config.seed))
         self.mirrored = torch.rand(len(data), generator=draw) < 0.5  # in even epochs
@@ -79,7 +74,7 @@ class TrainingRun:
         """Everything that a checkpoint must hold."""
         return {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "hook": {} if self.hook is None else self.hook.state_dict(),
             "average": {} if self.average is None else self.average.state,
         }
@@ -95,8 +90,9 @@ class TrainingRun:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        like_parameters(self.optimizer)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+            like_parameters(optimizer)
         if self.hook is not None:
             self.hook.load_state_dict(state["hook"])
         if self.average is not None:
@@ -158,13 +154,15 @@ class TrainingRun:
         )
         if self.corrupt is not None:
             images = self.corrupt(images, generator=generator)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["factor"]
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["factor"]
+            optimizer.zero_grad(set_to_none=True)
         logits = self.forward(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
         loss.backward()
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         return loss.detach(), (logits.detach().argmax(1) == labels).sum()
 
     def _check_loss(self, loss_sum: Tensor, epoch: int) -> None:
@@ -195,20 +193,44 @@ def _floating(model: nn.Module) -> list[tuple[str, Tensor]]:
     ]
 
 
-def _groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Parameters with their share of the rate: biases of normalisation layers have their own."""
+def _optimizers(
+    model: nn.Module, config: TrainConfig, precision: torch.dtype
+) -> list[torch.optim.Optimizer]:
+    """Their groups have a ``factor``, the share of the rate.
+
+    Biases of normalisation layers have a rate of their own, and filters have it with Muon.
+    """
+    layers = list(model.modules())
     biases = [
         layer.bias
-        for layer in model.modules()
+        for layer in layers
         if isinstance(layer, nn.BatchNorm2d) and layer.bias is not None and config.bias_lr != 1
     ]
-    own = {id(bias) for bias in biases}
+    filters = [
+        layer.weight
+        for layer in layers
+        if isinstance(layer, nn.Conv2d)
+        and layer.weight.requires_grad
+        and config.optimizer == "muon"
+    ]
+    own = {id(parameter) for parameter in (*biases, *filters)}
     others = [parameter for parameter in model.parameters() if id(parameter) not in own]
     groups: list[dict[str, Any]] = [{"params": others, "factor": 1.0}]
     if biases:  # the same decay a step as the others have
         decay = config.weight_decay / config.bias_lr
         groups.append({"params": biases, "factor": config.bias_lr, "weight_decay": decay})
-    return groups
+    sgd = torch.optim.SGD(
+        groups,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.nesterov,
+    )
+    if not filters:
+        return [sgd]
+    factor = config.muon_lr / config.lr
+    muon = Muon([{"params": filters, "factor": factor}], lr=config.muon_lr, dtype=precision)
+    return [sgd, muon]
 
 
 def training_forward(model: nn.Module, config: TrainConfig, device: torch.device) -> Forward:
