@@ -38,6 +38,12 @@ ATTACKS = {
     "bpp-cifar10": "BppAttack beside WaNet on CIFAR-10",
     "attacks-mnist": "The three attacks that take part in training, on MNIST",
 }
+# Victims at the accuracy that the papers print.
+FULL = {
+    "p1-cifar10": "CIFAR-10",
+    "p1-gtsrb": "GTSRB",
+    "p1-imagenet10": "Ten ImageNet classes",
+}
 INDICES = ("nc", "reverse", "feature-re", "bti-dbf")  # on attacks-cifar10
 DETECTIONS = {
     "detection-mnist": "The reverse-generator paper's experiment on MNIST",
@@ -87,6 +93,20 @@ def _attacks(results: Path) -> Iterator[str]:
     for name, title in ATTACKS.items():
         yield from _head(title, name)
         yield from (markdown(page, level=3) for page in attack_pages(read_study(results / name)))
+
+
+def _spy_watermark(results: Path) -> Iterator[str]:
+    yield "Victims trained on all images at hand, each table beside the paper's. A study that is "
+    yield "not finished says under *Coverage* what is there.\n"
+    for name, title in FULL.items():
+        if not (results / name).exists():
+            continue
+        study = read_study(results / name)
+        yield from _head(title, name)
+        yield to_markdown(tables.victims_table(results / name))
+        yield from (markdown(page, level=3) for page in attack_pages(study))
+        if study.select(kind="scan"):
+            yield markdown(index_page(study, "nc"), level=3)
 
 
 def _training(results: Path) -> Iterator[str]:
@@ -156,6 +176,7 @@ def _speed(results: Path) -> Iterator[str]:
 QUESTIONS = (
     Question("demo.md", "Can a backdoor be planted, found and removed?", _demo),
     Question("attacks.md", "How well do the attacks work, and under corruption?", _attacks),
+    Question("spy-watermark.md", "Spy-Watermark: the paper's tables beside ours", _spy_watermark),
     Question("training.md", "When is a backdoor learned, and how is a victim trained?", _training),
     Question("injector.md", "What is each part of the injector's training worth?", _injector),
     Question("calibration.md", "How often are the detectors right and wrong?", _calibration),
@@ -201,7 +222,7 @@ def _csv_pages(results: Path) -> Iterator[tuple[str, list[Page]]]:
     def study(name: str) -> StudyRecords:
         return read_study(results / name)
 
-    for name in ATTACKS:
+    for name in (*ATTACKS, *(name for name in FULL if (RESULTS / name).exists())):
         yield name, attack_pages(study(name))
     yield "attacks-cifar10", [index_page(study("attacks-cifar10"), name) for name in INDICES]
     yield "population", [calibration_page(study("population"))]

@@ -11,9 +11,17 @@ from typing import Any
 from wm_eval.intervals import wilson
 from wm_eval.numbers import keys, named, spread
 from wm_eval.pages.detection import scans_of, victim_rates
-from wm_eval.records import StudyRecords
-from wm_eval.render import ABSENT, Table, decimal, percent, split_headers, with_interval
-from wm_eval.titles import CLEAN, detector_title
+from wm_eval.records import StudyRecords, read_environments, read_study
+from wm_eval.render import (
+    ABSENT,
+    Table,
+    decimal,
+    percent,
+    plus_minus,
+    split_headers,
+    with_interval,
+)
+from wm_eval.titles import ATTACKS, CLEAN, attack_title, detector_title, in_order
 
 BENCHMARKS = "speed-bench.json"
 SCANS = {
@@ -118,6 +126,44 @@ def ablation_table(study: StudyRecords) -> Table:
     )
     title = "Injectors on CIFAR-10 that differ in one thing"
     return Table("ablation", title, headers, tuple(rows), note)
+
+
+def victims_table(folder: Path) -> Table:
+    """What the victims of a table of attacks reach, and what their training takes."""
+    study, runs = read_study(folder), read_environments(folder)
+    images = study.select(kind="images")[0].values["n_train"]
+    rows = []
+    for corruptions in keys(study, "victim", "corruptions"):
+        attacks = keys(study, "victim", "attack", corruptions=corruptions)
+        for attack in in_order(attacks, ATTACKS):
+            key = {"attack": attack, "corruptions": corruptions}
+            rates = [r.values["corruptions"]["none"] for r in study.select(kind="rates", **key)]
+            victims = study.select(kind="victim", **key)
+            minutes = [runs[victim.id]["seconds"] / 60 for victim in victims]
+            passes = [len(victim.values["history"]["losses"]) for victim in victims]
+            speeds = [images * n / (60 * each) for n, each in zip(passes, minutes, strict=True)]
+            rows.append(
+                (
+                    attack_title(attack),
+                    corruptions,
+                    str(len(rates)),
+                    plus_minus(spread(r["cda"] for r in rates), factor=100),
+                    ABSENT
+                    if attack == CLEAN
+                    else plus_minus(spread(r["asr"] for r in rates), factor=100),
+                    plus_minus(spread(minutes), digits=1),
+                    plus_minus(spread(speeds), digits=0),
+                )
+            )
+    headers = split_headers(
+        "attack | trained on images | seeds | clean accuracy (%) | ASR (%) | minutes | images/s"
+    )
+    note = (
+        "Of one process with one thread on a machine whose other core was busy: wall time of the "
+        "whole training, watching on 500 test images after every epoch among it. Accuracy and "
+        "attack success on images without corruption, no image mirrored or shifted at test time."
+    )
+    return Table("victims", "Victims and what they cost", headers, tuple(rows), note)
 
 
 def learning_table(study: StudyRecords) -> Table:

@@ -124,6 +124,14 @@ def test_images_alternate_between_the_two_mirror_images() -> None:
         assert any(torch.equal(turned[index].flip(2), crop) for crop in crops)
 
 
+def test_a_shift_is_the_same_without_the_mirror() -> None:
+    images, draws = torch.rand(8, 3, 10, 10), torch.Generator()
+    none = torch.zeros(8, dtype=torch.bool)
+    shifted = augment(images, mode="shift", generator=draws.manual_seed(3), mirrored=~none)
+    plain = augment(images, mode="alternating", generator=draws.manual_seed(3), mirrored=none)
+    assert torch.equal(shifted, plain)
+
+
 def test_every_image_is_mirrored_in_every_other_epoch(few: ImageSet) -> None:
     mirrored = run_of(small(), few, recipe()).mirrored
     assert 0.3 < float(mirrored.double().mean()) < 0.7

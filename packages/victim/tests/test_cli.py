@@ -124,9 +124,10 @@ def test_digits_are_never_mirrored(tmp_path: Path, capsys: pytest.CaptureFixture
     command = [*TRAIN, "--out", str(tmp_path / "v.safetensors"), "--epochs", "1"]
     assert main([*command, "--augment", "crop-flip"]) == 1
     assert "use --augment crop" in capsys.readouterr().err
-    assert main([*command, "--preset", "paper"]) == 0
-    saved = load_checkpoint(tmp_path / "v.safetensors")
-    assert saved.metadata["recipe"]["augment"] == "crop"
+    for preset, mode in (("paper", "crop"), ("airbench", "shift")):
+        assert main([*command, "--preset", preset]) == 0
+        saved = load_checkpoint(tmp_path / "v.safetensors")
+        assert saved.metadata["recipe"]["augment"] == mode
 
 
 def test_wrong_usage_exits_64(

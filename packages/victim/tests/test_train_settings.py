@@ -32,7 +32,7 @@ OPTIONS = st.fixed_dictionaries(
         "--image-size": st.integers(8, 256),
         "--epochs": st.integers(1, 500),
         "--lr": st.floats(1e-9, 10),
-        "--augment": st.sampled_from(["none", "crop", "crop-flip", "alternating"]),
+        "--augment": st.sampled_from(["none", "crop", "crop-flip", "shift", "alternating"]),
         "--target": st.integers(0, 99),
         "--ratio": st.floats(0.001, 1),
         "--seed": st.integers(0, 2**32 - 1),

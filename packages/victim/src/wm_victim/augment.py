@@ -35,9 +35,8 @@ def augment(
         The same shape; in channels-last memory if the mode shifts.
     """
     check_choice("mode", mode, get_args(Augment))
-    count = len(images)
-    if mode == "alternating":
-        mirror = torch.zeros(count, dtype=torch.bool) if mirrored is None else mirrored
+    if mode in ("alternating", "shift"):
+        mirror = mirrored if mirrored is not None and mode == "alternating" else False
         images = _shift(images, 2, "reflect", mirror, generator)
     elif mode != "none":
         images = _shift(images, PADDING, "constant", mode == "crop-flip", generator)

@@ -18,7 +18,7 @@ from wm_inject.command.trigger_options import add_set
 from wm_inject.command.values import output_file
 from wm_inject.core.checks import check_choice
 from wm_inject.core.toml_settings import load_toml
-from wm_victim.train_config import CLASSIFIERS, TrainConfig
+from wm_victim.train_config import CLASSIFIERS, Augment, TrainConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -202,10 +202,14 @@ def _recipe(args: argparse.Namespace, settings: TrainSettings, data: Dataset) ->
     from wm_victim.datasets import MIRROR_CHANGES_LABEL
 
     config = replace(settings.training, seed=settings.seed)
-    if config.augment == "crop-flip" and data.name in MIRROR_CHANGES_LABEL:
+    unmirrored: dict[str, Augment] = {"crop-flip": "crop", "alternating": "shift"}
+    mode = unmirrored.get(config.augment)
+    if mode is not None and data.name in MIRROR_CHANGES_LABEL:
         if getattr(args, "training.augment") is not None:
-            raise ValueError(f"a mirrored image of {data.name} is of no class: use --augment crop")
-        config = replace(config, augment="crop")
+            raise ValueError(
+                f"a mirrored image of {data.name} is of no class: use --augment {mode}"
+            )
+        config = replace(config, augment=mode)
     return config
 
 

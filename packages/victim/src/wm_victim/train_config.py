@@ -11,7 +11,7 @@ from wm_inject.core.presets import preset_of
 
 Schedule = Literal["cosine", "onecycle", "constant", "triangular", "airbench", "linear"]
 Optimizer = Literal["sgd", "muon"]
-Augment = Literal["none", "crop", "crop-flip", "alternating"]
+Augment = Literal["none", "crop", "crop-flip", "shift", "alternating"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Layout = Literal["channels-last", "blocked"]
 CLASSIFIERS = (
@@ -41,9 +41,10 @@ class TrainConfig:
             to 0) or "constant"; all of them change with every step.
         nesterov: Nesterov's momentum.
         augment: "none", "crop" (4 black pixels around, then a random crop), "crop-flip" (and a
-            mirror image half of the time) or "alternating" (2 reflected pixels around, a crop; half
-            of the images are mirrored in even epochs, the others in odd ones). A crop shifts a
-            patch trigger: one with a one-pixel margin may take many epochs to be learned.
+            mirror image half of the time), "shift" (2 reflected pixels around, a crop) or
+            "alternating" (and half of the images are mirrored in even epochs, the others in odd
+            ones). A crop shifts a patch trigger: one with a one-pixel margin may take many epochs
+            to be learned.
         precision: "float32", "bfloat16" (autocast) or "auto": bfloat16 where the hardware
             multiplies it fast.
         label_smoothing: Share of the label, in [0, 1), that is spread over all classes.
