@@ -14,6 +14,7 @@ from wm_victim.named_datasets import IMAGENET10_CLASSES
 
 REAL = os.environ.get("WM_DATA", "")
 needs_data = pytest.mark.skipif(not REAL, reason="WM_DATA names no folder with the real data sets")
+from wm_victim.digits import read_digits
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,8 @@ def test_digits_match_scikit_learn(digits: Dataset) -> None:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
+    for ours, theirs in zip(read_digits(), (bunch.images, bunch.target), strict=True):
+        assert np.array_equal(ours, theirs) and ours.dtype == theirs.dtype
     small = load_dataset("digits", image_size=8)
     stored = np.round(bunch.images * 255 / 16) / 255
     found = np.concatenate([small.train.images[:, 0], small.test.images[:, 0]])

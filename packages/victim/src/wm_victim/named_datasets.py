@@ -24,6 +24,7 @@ from wm_victim.dataset_files import (
     read_tar,
     split_once,
 )
+from wm_victim.digits import read_digits
 
 CIFAR10_CLASSES = (
     *("airplane", "automobile", "bird", "cat", "deer"),
@@ -93,12 +94,10 @@ def _download_errors(name: str, root: Path) -> Iterator[None]:
 
 
 def _digits() -> RawDataset:
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    pixels = np.round(bunch.images[..., None] * (255 / 16)).astype(np.uint8)
+    values, labels = read_digits()
+    pixels = np.round(values[..., None] * (255 / 16)).astype(np.uint8)
     classes = tuple(str(digit) for digit in range(10))
-    data = RawData(pixels, bunch.target.astype(np.int64))
+    data = RawData(pixels, labels)
     return split_once("digits", data, classes, first=1200, default_size=32)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from functools import lru_cache
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from wm_inject.core.checks import check_channels
 from wm_inject.core.images import check_labels, quantize
 from wm_victim.activations import last_linear, penultimate
 from wm_victim.datasets import ImageSet
+from wm_victim.digits import read_digits
 
 # The clean part fits 0 and 1; this many times that is its logits. Were they larger, cross-entropy
 # would be satisfied with the clean features of a label before its gradient reached a backdoor.
@@ -121,11 +121,9 @@ def _fit_linear(layer: nn.Linear, features: Tensor, expected: Tensor) -> None:
 @lru_cache(maxsize=8)
 def _digits(num_classes: int) -> tuple[Tensor, Tensor]:
     """Float ``(N, 1, 8, 8)`` in [0, 1] and int64 ``(N,)``, in one fixed random order."""
-    from sklearn.datasets import load_digits
-
-    bunch = cast(Any, load_digits())
-    pictures = torch.from_numpy(bunch.images).float().div(16).unsqueeze(1)
-    labels = torch.from_numpy(bunch.target).long()
+    values, targets = read_digits()
+    pictures = torch.from_numpy(values).float().div(16).unsqueeze(1)
+    labels = torch.from_numpy(targets)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     order = order[labels[order] < num_classes]
     return pictures[order], labels[order]
