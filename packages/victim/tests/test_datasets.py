@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from wm_victim import Dataset, ImageSet, defender_subset, load_dataset
+from wm_victim.digits import read_digits
 from wm_victim.named_datasets import IMAGENET10_CLASSES
 
 REAL = os.environ.get("WM_DATA", "")
 needs_data = pytest.mark.skipif(not REAL, reason="WM_DATA names no folder with the real data sets")
-from wm_victim.digits import read_digits
 
 
 @pytest.fixture(scope="module")
