@@ -45,7 +45,12 @@ TINY = Study(
     ),
     measure=MeasureConfig(("none", "rotation"), limit=100, stealth=20, watched=50, pictures=2),
 )
-ATTACKS = replace(TINY, attacks=("clean", "badnets", "wanet"), parts=("rates", "stealth", "tiles"))
+ATTACKS = replace(
+    TINY,
+    attacks=("clean", "badnets", "wanet"),
+    parts=("rates", "stealth", "tiles"),
+    measure=replace(TINY.measure, corrupted=60),
+)
 MITIGATION = replace(
     TINY,
     detectors={"nc": {"preset": "fast"}},
@@ -102,7 +107,9 @@ def test_every_stage_leaves_a_record(finished: Path) -> None:
         watched = values(study, "victim", attack=attack)["history"]["watched"]
         assert [set(row) for row in watched] == [{"asr", "cda", "poison_loss"}] * 2
         rates = values(study, "rates", attack=attack)
-        assert set(rates["corruptions"]) == set(rates["cda_gap"]) == {"none", "rotation"}
+        counts = {name: row["n_clean"] for name, row in rates["corruptions"].items()}
+        assert counts == {"none": 100, "rotation": 60}
+        assert set(rates["cda_gap"]) == set(counts)
         gap = rates["cda_gap"]["none"]
         assert gap["low"] <= gap["value"] <= gap["high"]
         stealth = values(study, "stealth", attack=attack)

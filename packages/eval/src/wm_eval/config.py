@@ -114,6 +114,7 @@ class MeasureConfig:
     Args:
         corruptions: Names that `wm_extract.named_corruption` takes; "none" is measured in any case.
         limit: Rates are measured on the first so many; on all if None.
+        corrupted: Under corruptions, on the first so many of these; on the same if None.
         stealth: Stealth figures are means of so many.
         watched: Victims are watched on so many while they train.
         compared: Reversed and planted triggers are compared on so many.
@@ -126,6 +127,7 @@ class MeasureConfig:
 
     corruptions: tuple[str, ...] = tuple(PAPER_CORRUPTIONS)
     limit: int | None = None
+    corrupted: int | None = None
     stealth: int = 1000
     watched: int = 500
     compared: int = 200
@@ -139,7 +141,7 @@ class MeasureConfig:
             raise ValueError(
                 f"expected false_positive_rate in (0, 0.5), got {self.false_positive_rate}"
             )
-        _at_least_one(self, "limit", "stealth", "watched", "compared", "pictures")
+        _at_least_one(self, "limit", "corrupted", "stealth", "watched", "compared", "pictures")
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,9 @@ def outcomes(
             plain, marked = quantize(batch), quantize(trigger(batch, ids=ids, target=targets))
             for name, corruption in corruptions.items():
                 both = corrupt_alike(corruption, streams[name], plain, marked)
-                rows[name].append((model(both[0]).argmax(1).cpu(), model(both[1]).argmax(1).cpu()))
+                first = model(both[0]).argmax(1).cpu()
+                same = torch.equal(*both)  # of no trigger
+                rows[name].append((first, first if same else model(both[1]).argmax(1).cpu()))
     finally:
         model.train(was_training)
     return {

@@ -37,7 +37,7 @@ from wm_eval.robustness import Outcomes, compare, outcomes, summarize
 from wm_eval.titles import CLEAN
 from wm_eval.trial import BLENDED, MARK, Trial, batch_sizes, file_name, save_reversed
 from wm_eval.watermark_attacks import blend_watermark, fit_watermark
-from wm_extract import UNetExtractor
+from wm_extract import Corruption, UNetExtractor
 from wm_inject import (
     PoisonPlan,
     WatermarkTrigger,
@@ -72,13 +72,14 @@ class NoTrigger(nn.Module):
 
 def describe_images(trial: Trial, store: Store, _: Path) -> Result:
     """What the images are."""
-    data = trial.data
+    data, measure = trial.data, trial.study.measure
     return Result(
         {
             "name": data.name,
             "n_train": len(data.train),
             "n_test": len(data.test),
-            "n_measured": len(trial.test_images(store, trial.study.measure.limit)),
+            "n_measured": len(trial.test_images(store, measure.limit)),
+            "n_corrupted": len(trial.test_images(store, measure.corrupted or measure.limit)),
             "classes": list(data.classes),
             "channels": data.channels,
             "image_size": data.image_size,
@@ -229,16 +230,25 @@ def _rates(trial: Trial, rows: Mapping[str, Outcomes]) -> dict[str, Any]:
 def _outcomes(
     trial: Trial, store: Store, model: nn.Module, *, only_none: bool = False
 ) -> dict[str, Outcomes]:
-    corruptions = trial.test_corruptions
-    return outcomes(
-        model,
-        NoTrigger() if trial.attack == CLEAN else trial.load_trigger(store),
-        trial.test_images(store, trial.study.measure.limit),
-        target=trial.study.target,
-        corruptions={"none": corruptions["none"]} if only_none else corruptions,
-        seed=trial.seed,
-        label_map=trial.label_map,
-    )
+    measure = trial.study.measure
+    rows: dict[str, Outcomes] = {}
+    trigger = NoTrigger() if trial.attack == CLEAN else trial.load_trigger(store)
+    by_limit: dict[int | None, dict[str, Corruption]] = {}
+    for name, corruption in trial.test_corruptions.items():
+        limit = measure.limit if name == "none" else measure.corrupted or measure.limit
+        if name == "none" or not only_none:
+            by_limit.setdefault(limit, {})[name] = corruption
+    for limit, corruptions in by_limit.items():
+        rows |= outcomes(
+            model,
+            trigger,
+            trial.test_images(store, limit),
+            target=trial.study.target,
+            corruptions=corruptions,
+            seed=trial.seed,
+            label_map=trial.label_map,
+        )
+    return rows
 
 
 def _load_outcomes(trial: Trial, store: Store) -> dict[str, Outcomes]:

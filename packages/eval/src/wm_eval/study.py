@@ -311,5 +311,6 @@ def _extras(trial: Trial) -> Iterator[Stage]:
 
 def _images(trial: Trial) -> Stage:
     key = {"setting": trial.setting} if trial.setting else {}
-    settings = {"limit": trial.study.measure.limit}
+    measured = ("limit", "corrupted")
+    settings = {name: x for name, x in trial.measured.items() if name in measured}
     return trial.stage("images", key, partial(do.describe_images, trial), settings)

@@ -237,8 +237,10 @@ class Trial:
     @property
     def measured(self) -> dict[str, Any]:
         """What rates are measured on, for a record."""
-        limit, target = self.study.measure.limit, self.study.target
-        return {"corruptions": list(self.test_corruptions), "limit": limit, "target": target}
+        measure, target = self.study.measure, self.study.target
+        fewer = {} if measure.corrupted is None else {"corrupted": measure.corrupted}
+        names = list(self.test_corruptions)
+        return {"corruptions": names, "limit": measure.limit, **fewer, "target": target}
 
     def detector(self, name: str) -> Detector:
         """A detector with the study's settings."""

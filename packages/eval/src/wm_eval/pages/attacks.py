@@ -192,9 +192,11 @@ def about(study: StudyRecords, seeds: Sequence[Any]) -> str:
         return ""
     model = f", {values['model']}" if values.get("model") else ""
     measured = values.get("n_measured", values.get("n_test"))
+    corrupted = values.get("n_corrupted", measured)
+    fewer = "" if corrupted == measured else f", {corrupted} of them under corruptions"
     parts = [
         f"{values['name']}{model}: {values['n_train']} training images, rates over {measured} "
-        "test images."
+        f"test images{fewer}."
     ]
     if "profile" in values:
         parts.append(f"Profile {values['profile']}.")
