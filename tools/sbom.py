@@ -26,7 +26,6 @@ from cyclonedx.model.license import DisjunctiveLicense
 from cyclonedx.model.tool import ToolRepository
 from cyclonedx.output.json import JsonV1Dot6
 from cyclonedx.schema import SchemaVersion
-from cyclonedx.validation.json import JsonStrictValidator
 from packageurl import PackageURL
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -95,6 +94,9 @@ def bill(wheel: Path, *, versions: Mapping[str, str], moment: int) -> str:
     for name, requires in edges.items():
         bom.register_dependency(others[name], [others[other] for other in sorted(requires)])
     text = JsonV1Dot6(bom).output_as_string(indent=1) + "\n"
+    # Its grammars take more than a second to import.
+    from cyclonedx.validation.json import JsonStrictValidator
+
     if wrong := JsonStrictValidator(SchemaVersion.V1_6).validate_str(text):
         raise ValueError(f"the bill of {wheel.name} does not fit its schema: {str(wrong)[:200]}")
     return text
