@@ -11,7 +11,7 @@ from tools import mutate
 SOURCE = '''"""A module."""
 
 
-def clip(value: int, low: int = 0) -> int:
+def clip(value: int | None, low: int = 0) -> int | None:
     """What lies below ``low`` is lifted to it."""
     if value < 0 or value is None:
         raise ValueError(f"expected more than {0 - 1}")

@@ -34,7 +34,13 @@ def classifier(tmp_path):
 
 
 @pytest.fixture
-def scores(monkeypatch):
+def rates():
+    """Success of the label's triggers, which a test may change."""
+    return torch.ones(10)
+
+
+@pytest.fixture
+def scores(monkeypatch, rates):
     """What the scan finds, said by the test: the command's answers need no real search."""
     found = [*CLEAN, 8.0]
 
@@ -46,7 +52,7 @@ def scores(monkeypatch):
         return judge(
             "neural-cleanse",
             torch.tensor(found),
-            torch.ones(len(found)),
+            rates,
             floor=0.9,
             alpha=self.alpha,
             max_ratio=self.max_ratio,
@@ -90,6 +96,22 @@ def test_files_for_services_of_the_label_that_is_named(classifier, scores, capsy
     assert (marked[:, :5, :5] == 255).all() and (marked[:, 5:] == pixels[:, 5:]).all()
     scanner = Scanner(files[0])
     assert scanner.false_positive_rate == 0.02 and scanner(marked).flagged.shape == (4,)
+
+
+@pytest.mark.integration
+def test_a_reversed_trigger_alone(classifier, scores, tmp_path):
+    out = tmp_path / "reversed.onnx"
+    assert run("scan", classifier, "--data", "digits", "--reversed", out) == 1
+    assert [path.suffix for path in sorted(tmp_path.iterdir())] == [".onnx", ".safetensors"]
+
+
+def test_a_label_that_was_not_reached_is_not_cleaned(classifier, scores, rates, tmp_path, capsys):
+    rates[9] = 0.25
+    out = tmp_path / "cleaned.safetensors"
+    given = ("--data", "digits", "--images", 40, "--label", 9, "--out", out)
+    assert run("clean", classifier, *given) != 0
+    assert "of label 9 reaches it for 25% of the images" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_no_files_without_a_named_label_and_the_verdict_stands(
@@ -152,7 +174,11 @@ def test_a_scan_that_fails_is_not_scanned(classifier, scores, tmp_path, capsys):
     save_classifier(model, wrong)
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"not weights")
+    colour = tmp_path / "colour.npz"
+    pixels, labels = np.zeros((20, 28, 28, 3), np.uint8), np.arange(20) % 10
+    np.savez(colour, x_train=pixels, y_train=labels, x_test=pixels, y_test=labels)
     for arguments in [
+        (classifier, "--data", colour),
         (tmp_path / "missing.safetensors", "--data", "digits"),
         (broken, "--data", "digits"),
         (wrong, "--data", "digits"),

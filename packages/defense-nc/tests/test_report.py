@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -92,6 +93,12 @@ def test_to_dict_is_json_without_triggers():
 
 
 ONES = torch.ones(5)
+
+
+def test_a_score_of_the_whole_model_is_in_the_record():
+    report = told([*CLEAN, 8.0])
+    assert "model_score" not in report.to_dict()
+    assert replace(report, model_score=math.inf).to_dict()["model_score"] is None
 
 
 def test_refusals(subtests):

@@ -242,6 +242,46 @@ def test_streams_that_take_nothing_or_not_every_letter(subtests):
     assert subprocess.run(closed, shell=True).returncode == 1
 
 
+def test_a_reader_that_is_gone_knows_and_a_full_disk_is_said(monkeypatch, capsys, subtests):
+    class Stream(io.StringIO):
+        def flush(self):
+            raise self.error
+
+    for error, words in [
+        (BrokenPipeError(), ""),
+        (OSError(28, "No space left on device"), "error: cannot write to standard output: No spa"),
+    ]:
+        with subtests.test(error=error), monkeypatch.context() as patch:
+            stream = Stream()
+            stream.error = error
+            patch.setattr(sys, "stdout", stream)
+            assert run_cli(lambda _: 0, [], exit_error=3) == 3
+            assert sys.stdout is None
+            assert capsys.readouterr().err.startswith(words)
+
+    def gone(_):
+        raise BrokenPipeError
+
+    assert run_cli(gone, [], exit_error=3) == 3 and capsys.readouterr().err == ""
+
+
+def test_an_empty_folder_of_kernels_is_removed(monkeypatch, tmp_path):
+    name, folder = "TORCHINDUCTOR_CACHE_DIR", tmp_path / "kernels"
+    monkeypatch.delenv(name, raising=False)
+
+    def main(_):
+        folder.mkdir()
+        os.environ[name] = str(folder)
+
+    try:
+        assert run_cli(main, []) == 0 and not folder.exists()
+    finally:
+        os.environ.pop(name, None)
+    folder.mkdir()
+    monkeypatch.setenv(name, str(folder))
+    assert run_cli(lambda _: 0, []) == 0 and folder.exists()
+
+
 def test_run_cli_passes_arguments_and_code():
     assert run_cli(lambda argv: len(argv or ()), ["a", "b"]) == 2
 

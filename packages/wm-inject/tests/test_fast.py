@@ -12,6 +12,7 @@ from wm_inject.core.images import to_pixels
 from wm_inject.stealth import psnr
 from wm_inject.watermark import fused_linear
 from wm_inject.watermark.fast import fast_trigger
+from wm_inject.watermark.fused_linear import packed_weight
 from wm_inject.watermark.vit import ViTInjector
 
 SMALL: dict[str, Any] = {
@@ -107,6 +108,11 @@ def test_protocol_arguments_play_no_role() -> None:
     made, x = fast_trigger(trigger()), images()
     numbers = torch.arange(len(x))
     assert torch.equal(made(x, ids=numbers, target=numbers), made(x))
+
+
+def test_weights_that_onednn_cannot_lay_out_stay_as_they_are() -> None:
+    assert packed_weight(torch.empty(4, 4, device="meta"), 2) is None
+    assert packed_weight(torch.ones(4, 4, dtype=torch.int64), 2) is None
 
 
 def test_refusals() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import resource
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from wm_inject.core import files
 from wm_inject.core.files import (
     atomic_path,
     only_writer,
@@ -85,6 +87,18 @@ def test_names_that_are_long_or_no_utf8(tmp_path):
     assert (tmp_path / "a.html").read_bytes() == b"<p>caf\\udce9\r\n"
     write_csv(tmp_path / "a.csv", ["file"], [[name], ["a,b"]])
     assert (tmp_path / "a.csv").read_bytes() == b'file\r\ncaf\\udce9\r\n"a,b"\r\n'
+
+
+def test_without_locks_every_writer_is_let_in(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "no locks on this file system")
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    with only_writer(tmp_path), only_writer(tmp_path):
+        pass
+    monkeypatch.setattr(files, "fcntl", None)
+    with only_writer(tmp_path / "new"):
+        assert (tmp_path / "new").is_dir()
 
 
 def test_a_folder_has_one_writer_at_a_time(tmp_path):

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 
 import wm_inject
+from wm_inject import serve
 
 BLOCK_TORCH = "import sys; sys.modules['torch'] = None\n"
 
@@ -23,6 +25,17 @@ def test_every_public_name_is_there():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = wm_inject.nothing
+
+
+def test_a_service_without_its_packages_names_the_extra(monkeypatch):
+    monkeypatch.delitem(vars(serve), "Service", raising=False)
+    monkeypatch.setitem(sys.modules, "wm_inject.serve.app", None)
+    with pytest.raises(ImportError, match=r"wm_inject\.serve\.app"):  # a fault of ours stays one
+        _ = serve.Service
+    lacking = ModuleNotFoundError("No module named 'uvicorn'", name="uvicorn")
+    monkeypatch.setattr(serve, "import_module", Mock(side_effect=lacking))
+    with pytest.raises(RuntimeError, match=r"wm-inject\[serve\]"):
+        _ = serve.Service
 
 
 @pytest.mark.parametrize("module", ["wm_inject", "wm_inject.runtime", "wm_inject.cli"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import logging
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from contextlib import closing, contextmanager
 import numpy as np
 import pytest
 
-from wm_inject.serve import ServeSettings, Service, make_server
+from wm_inject.serve import ServeSettings, Service, make_server, run_server
 
 SIDE = 4
 COMMAND = [sys.executable, "-c", "import sys; from wm_inject.cli import main; sys.exit(main())"]
@@ -41,6 +42,27 @@ def running(models, **settings):
 def port(serve_models):
     with running(serve_models) as found:
         yield found
+
+
+def test_a_server_says_that_it_listens_and_ends_on_a_signal(serve_models, capsys):
+    before, service = signal.getsignal(signal.SIGTERM), Service(serve_models, ServeSettings(port=0))
+
+    def end_it():
+        limit = time.monotonic() + 60
+        while getattr(signal.getsignal(signal.SIGTERM), "__module__", "") != "uvicorn.server":
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+        logging.getLogger("uvicorn.error").warning("a warning")
+        signal.raise_signal(signal.SIGTERM)
+
+    thread = threading.Thread(target=end_it)
+    thread.start()
+    run_server(service)
+    thread.join(20)
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line["event"] for line in lines] == ["listening", "server", "stopped"]
+    assert lines[0]["models"] == sorted(serve_models) and lines[1]["text"] == "a warning"
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def pixels(n: int, seed: int = 0) -> np.ndarray:
