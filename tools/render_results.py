@@ -96,7 +96,7 @@ def _attacks(results: Path) -> Iterator[str]:
 
 
 def _spy_watermark(results: Path) -> Iterator[str]:
-    yield "Victims trained on all images at hand, each table beside the paper's. A study that is "
+    yield "Victims trained on all images at hand, each table beside the paper's. A study that is"
     yield "not finished says under *Coverage* what is there.\n"
     for name, title in FULL.items():
         if not (results / name).exists():

@@ -138,6 +138,7 @@ def victims_table(folder: Path) -> Table:
         for attack in in_order(attacks, ATTACKS):
             key = {"attack": attack, "corruptions": corruptions}
             rates = [r.values["corruptions"]["none"] for r in study.select(kind="rates", **key)]
+            success = spread(r["asr"] for r in rates)
             victims = study.select(kind="victim", **key)
             minutes = [runs[victim.id]["seconds"] / 60 for victim in victims]
             passes = [len(victim.values["history"]["losses"]) for victim in victims]
@@ -148,9 +149,7 @@ def victims_table(folder: Path) -> Table:
                     corruptions,
                     str(len(rates)),
                     plus_minus(spread(r["cda"] for r in rates), factor=100),
-                    ABSENT
-                    if attack == CLEAN
-                    else plus_minus(spread(r["asr"] for r in rates), factor=100),
+                    ABSENT if attack == CLEAN else plus_minus(success, factor=100),
                     plus_minus(spread(minutes), digits=1),
                     plus_minus(spread(speeds), digits=0),
                 )
@@ -158,10 +157,11 @@ def victims_table(folder: Path) -> Table:
     headers = split_headers(
         "attack | trained on images | seeds | clean accuracy (%) | ASR (%) | minutes | images/s"
     )
+    machines = {runs[victim.id]["cpu"] for victim in study.select(kind="victim")}
     note = (
-        "Of one process with one thread on a machine whose other core was busy: wall time of the "
-        "whole training, watching on 500 test images after every epoch among it. Accuracy and "
-        "attack success on images without corruption, no image mirrored or shifted at test time."
+        f"Wall time of one process with one thread on {', '.join(sorted(machines))}, whose other "
+        "cores were busy, watching on 500 test images after every epoch among it. Accuracy and "
+        "attack success are of images without corruption, none mirrored or shifted at test time."
     )
     return Table("victims", "Victims and what they cost", headers, tuple(rows), note)
 
