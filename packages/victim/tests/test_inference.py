@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from wm_victim.inference import frozen, predict, resolve_precision
+from wm_victim.inference import frozen, onednn_bfloat16, predict, resolve_precision
 
 IMAGES = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -58,3 +60,25 @@ def test_on_a_gpu_emulation_does_not_count(monkeypatch: pytest.MonkeyPatch) -> N
     assert resolve_precision("auto", "cuda") == torch.float32
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert resolve_precision("auto", torch.device("cuda")) == torch.bfloat16
+
+
+def test_onednn_is_asked_where_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    for there in (True, False):
+        for probe in (True, False, None):
+            ops = SimpleNamespace()
+            if probe is not None:
+                ops._is_mkldnn_bf16_supported = lambda probe=probe: probe
+            monkeypatch.setattr(torch.ops, "mkldnn", ops)
+            monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda there=there: there)
+            assert onednn_bfloat16() is (there and probe is True)
+
+
+def test_a_model_that_changes_its_input_changes_a_copy() -> None:
+    class InPlace(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images.mul_(2).flatten(1)
+
+    images = torch.rand(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    before = images.clone()
+    predict(InPlace(), images)
+    assert torch.equal(images, before)

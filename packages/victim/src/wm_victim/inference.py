@@ -73,11 +73,15 @@ def resolve_precision(precision: str, device: torch.device | str) -> torch.dtype
     if torch.device(device).type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        # torch has no public function for this before 2.12; a missing probe means "no".
-        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        fast = any(bool(getattr(torch.cpu, probe, lambda: False)()) for probe in probes)
-        fast = fast and onednn_bfloat16()
+        units = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        fast = any(map(cpu_has, units)) and onednn_bfloat16()
     return torch.bfloat16 if fast else torch.float32
+
+
+def cpu_has(probe: str) -> bool:
+    """What a private function of `torch.cpu` says of the processor; "no" where there is none."""
+    # torch has no public function for this before 2.12.
+    return bool(getattr(torch.cpu, probe, lambda: False)())
 
 
 def onednn_bfloat16() -> bool:

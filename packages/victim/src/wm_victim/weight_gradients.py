@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from wm_victim.inference import onednn_bfloat16
+from wm_victim.inference import cpu_has, onednn_bfloat16
 
 _TILE = 32  # bfloat16 numbers that AMX sums in one go
 _WIDEST = 8  # pixels: laying out wider maps costs more than it saves
@@ -23,8 +23,7 @@ _CHANNELS = 64  # fewer do not pay for it either
 
 def amx() -> bool:
     """Whether oneDNN may multiply bfloat16 in tiles here."""
-    probe = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return onednn_bfloat16() and bool(probe())
+    return cpu_has("_is_amx_tile_supported") and onednn_bfloat16()
 
 
 class SideBySideGradients(TorchFunctionMode):
