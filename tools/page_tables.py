@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
-from tools.render_results import ATTACKS, DETECTIONS, INDICES, MITIGATIONS
+from tools.render_results import ATTACKS, DETECTIONS, INDICES, MITIGATIONS, full_studies
 from tools.result_tables import filter_table
 
 from wm_eval.numbers import AVERAGES, keys, select, spread
@@ -23,6 +23,9 @@ _DATA = {
     "attacks-cifar10": "CIFAR-10",
     "bpp-cifar10": "CIFAR-10, on another machine",
     "attacks-mnist": "MNIST",
+    "p1-cifar10": "CIFAR-10, all images, airbench",
+    "p1-gtsrb": "GTSRB, airbench",
+    "p1-imagenet10": "ten ImageNet classes, airbench",
 }
 _MEASURES = {"cda": "CDA, %", "asr": "ASR, %", "ftr": "false triggers, %"}
 _TUNED_ON = ("mitigation-cifar10-first",)  # studies of victims that settings were chosen on
@@ -44,7 +47,7 @@ def population(folder: Path) -> Page:
 def attack_tables(results: Path, attack: str) -> list[Table]:
     """Rates and stealth in every study, and what the detectors say of it."""
     tables = []
-    for name in ATTACKS:
+    for name in (*ATTACKS, *full_studies(results)):
         study = study_of(results / name)
         for corruptions in TRAINED:
             if started(study, corruptions):

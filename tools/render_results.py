@@ -77,6 +77,11 @@ class Question(NamedTuple):
     body: Callable[[Path], Iterator[str]]
 
 
+def full_studies(results: Path) -> list[str]:
+    """Those of `FULL` that have records."""
+    return [name for name in FULL if (results / name).exists()]
+
+
 def _demo(results: Path) -> Iterator[str]:
     for name, title in STORIES.items():
         study = read_study(results / name)
@@ -98,11 +103,9 @@ def _attacks(results: Path) -> Iterator[str]:
 def _spy_watermark(results: Path) -> Iterator[str]:
     yield "Victims trained on all images at hand, each table beside the paper's. A study that is"
     yield "not finished says under *Coverage* what is there.\n"
-    for name, title in FULL.items():
-        if not (results / name).exists():
-            continue
+    for name in full_studies(results):
         study = read_study(results / name)
-        yield from _head(title, name)
+        yield from _head(FULL[name], name)
         yield to_markdown(tables.victims_table(results / name))
         yield from (markdown(page, level=3) for page in attack_pages(study))
         if study.select(kind="scan"):
@@ -222,8 +225,11 @@ def _csv_pages(results: Path) -> Iterator[tuple[str, list[Page]]]:
     def study(name: str) -> StudyRecords:
         return read_study(results / name)
 
-    for name in (*ATTACKS, *(name for name in FULL if (RESULTS / name).exists())):
+    for name in (*ATTACKS, *full_studies(results)):
         yield name, attack_pages(study(name))
+    for name in full_studies(results):
+        if study(name).select(kind="scan"):
+            yield name, [index_page(study(name), "nc")]
     yield "attacks-cifar10", [index_page(study("attacks-cifar10"), name) for name in INDICES]
     yield "population", [calibration_page(study("population"))]
     for name in DETECTIONS:
