@@ -234,6 +234,7 @@ def test_both_kernels_multiply_alike(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_measure_gives_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "SQUARES", ((64, 64, 64),))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     speed.fastest_products.cache_clear()
 
     class Fixture:

@@ -33,6 +33,8 @@ from wm_eval.engine import Result
 
 def write(text, store, checkpoint):
     checkpoint.write_text("half way")
+    # As a process that was killed while it wrote.
+    checkpoint.with_name(f".{checkpoint.stem}.attacker.part1.safetensors").write_text("half")
     file = f"models/{text}.txt"
     store.path(file).write_text(text)
     return Result({"text": text}, (file,))

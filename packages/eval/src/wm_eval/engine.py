@@ -146,7 +146,10 @@ class Store:
             record = read_records(self.folder)[stage.id]
         else:
             self.say(f"{stage.id}: done before")
-        checkpoint.unlink(missing_ok=True)
+        # A process that was killed while it wrote leaves a part of a file.
+        parts = checkpoint.parent.glob(f".{checkpoint.stem}*.part*")
+        for file in (checkpoint, *parts):
+            file.unlink(missing_ok=True)
         return record
 
 
