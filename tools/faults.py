@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 _ROOT = str(Path(__file__).resolve().parents[1])
 if _ROOT not in sys.path:  # which the forked process takes over, to find this module
     sys.path.append(_ROOT)
-_PRELOAD = ("torch", "torchvision", "onnxruntime", "scipy.stats", "sklearn.datasets")
+_PRELOAD = ("torch", "torchvision", "onnxruntime", "scipy.stats")
 _FORKS: Any = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload([*_PRELOAD, "wm_eval.audit.scan", "wm_victim.train", "tools.faults"])
 

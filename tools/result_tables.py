@@ -159,9 +159,9 @@ def victims_table(folder: Path) -> Table:
     )
     machines = {runs[victim.id]["cpu"] for victim in study.select(kind="victim")}
     note = (
-        f"Wall time of one process with one thread on {', '.join(sorted(machines))}, whose other "
-        "cores were busy, watching on 500 test images after every epoch among it. Accuracy and "
-        "attack success are of images without corruption, none mirrored or shifted at test time."
+        f"Wall time of one process with one thread on a shared {', '.join(sorted(machines))}, "
+        "watching after every epoch among it. Accuracy and attack success are of images without "
+        "corruption, none mirrored or shifted at test time."
     )
     return Table("victims", "Victims and what they cost", headers, tuple(rows), note)
 

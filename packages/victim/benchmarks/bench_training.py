@@ -20,6 +20,7 @@ from wm_victim import ImageSet, TrainConfig, build_classifier, training_run
 from wm_victim.augment import augment
 from wm_victim.models import Classifier
 from wm_victim.training_run import TrainingRun
+from wm_victim.weight_gradients import convolve
 
 pytestmark = pytest.mark.bench
 
@@ -133,3 +134,21 @@ def test_airbench_against_a_plain_float32_loop(
         ways["eager"] = library_epoch(victim("airbench"), data, config, number=late)
     ways["library"] = library_epoch(victim("airbench"), data, config, number=late)
     in_turns(benchmark, ways, len(data))
+
+
+@pytest.mark.benchmark(group="training")
+@pytest.mark.parametrize("side", [3, 7])
+def test_gradients_of_small_maps_against_onednn(benchmark: BenchmarkFixture, side: int) -> None:
+    shape, last = (1024, 256, side, side), torch.channels_last
+    images, grad = (torch.randn(shape).bfloat16().contiguous(memory_format=last) for _ in range(2))
+    weight = torch.randn(256, 256, 3, 3).bfloat16().contiguous(memory_format=last)
+    weight.requires_grad_()
+
+    def gradients(maps: Tensor) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(maps, weight, grad, retain_graph=True)
+
+    ways = {
+        "onednn": gradients(F.conv2d(images, weight, padding=1)),
+        "side by side": gradients(convolve(images, weight)),
+    }
+    in_turns(benchmark, ways, len(images))

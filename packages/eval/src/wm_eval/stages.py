@@ -72,14 +72,14 @@ class NoTrigger(nn.Module):
 
 def describe_images(trial: Trial, store: Store, _: Path) -> Result:
     """What the images are."""
-    data, measure = trial.data, trial.study.measure
+    data = trial.data
     return Result(
         {
             "name": data.name,
             "n_train": len(data.train),
             "n_test": len(data.test),
-            "n_measured": len(trial.test_images(store, measure.limit)),
-            "n_corrupted": len(trial.test_images(store, measure.corrupted or measure.limit)),
+            "n_measured": len(trial.test_images(store, trial.study.measure.limit)),
+            "n_corrupted": len(trial.test_images(store, trial.corrupted_limit)),
             "classes": list(data.classes),
             "channels": data.channels,
             "image_size": data.image_size,
@@ -230,12 +230,11 @@ def _rates(trial: Trial, rows: Mapping[str, Outcomes]) -> dict[str, Any]:
 def _outcomes(
     trial: Trial, store: Store, model: nn.Module, *, only_none: bool = False
 ) -> dict[str, Outcomes]:
-    measure = trial.study.measure
     rows: dict[str, Outcomes] = {}
     trigger = NoTrigger() if trial.attack == CLEAN else trial.load_trigger(store)
     by_limit: dict[int | None, dict[str, Corruption]] = {}
     for name, corruption in trial.test_corruptions.items():
-        limit = measure.limit if name == "none" else measure.corrupted or measure.limit
+        limit = trial.study.measure.limit if name == "none" else trial.corrupted_limit
         if name == "none" or not only_none:
             by_limit.setdefault(limit, {})[name] = corruption
     for limit, corruptions in by_limit.items():

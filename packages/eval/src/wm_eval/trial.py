@@ -141,6 +141,13 @@ class Trial:
             test = test.subset(order[:limit])
         return test.to(store.device)
 
+    @property
+    def corrupted_limit(self) -> int | None:
+        """How many test images rates under corruptions are measured on; all if None."""
+        measure = self.study.measure
+        limits = [n for n in (measure.limit, measure.corrupted) if n is not None]
+        return min(limits, default=None)
+
     def defender_images(self, store: Store, fraction: float | None = None) -> ImageSet:
         """The defender's images: those to scan with, or a fraction of the training images."""
         train, defender = self.data.train, self.study.defender

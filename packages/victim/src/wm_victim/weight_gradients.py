@@ -1,7 +1,7 @@
 """Faster gradients of a convolution's weights where its maps are small, on CPUs with AMX.
 
-For these gradients oneDNN sums over the pixels of a row, in tiles of 32. Of a map 4 pixels wide
-it fills an eighth of a tile. Images side by side, a zero column between two, fill it.
+oneDNN's times fit sums over the pixels of a row in tiles of 32, of which a map 4 pixels wide fills
+an eighth. Images side by side, a zero column between two, fill one.
 """
 
 from __future__ import annotations
