@@ -51,7 +51,7 @@ class TrainConfig:
         cutout: Side in pixels of a black square in a random position in every training image; 0
             for none. It may cover a patch trigger.
         layout: Memory layout of activations: "channels-last", or "blocked", oneDNN's own: faster
-            for ResNets on a CPU, with other rounding, and not available for others.
+            for ResNets on a CPU without AMX, with other rounding, and not available for others.
         bias_lr: The rate of normalisation layers' biases, in units of the others'.
         average: Steps between two updates of a running average of the weights (lookahead), which
             the weights are set to as well; 0 for none.
