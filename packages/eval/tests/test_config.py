@@ -69,6 +69,8 @@ def test_a_file_changes_what_it_names_and_nothing_else(tmp_path: Path) -> None:
         ('[train]\nepochs = "many"', "study.train.epochs"),
         ("[train]\nepochs = 0", "study.train"),
         ("train = 1", "study.train"),
+        ("[attack_train.soap]\nepochs = 1", "attack_train"),
+        ("[attack_train.wanet]\nepoch = 1", "attack_train.wanet"),
         ("[train]\nseed = 3", "seeds at the top"),
         ('base = "imagenet"', "base"),
         ('[measure]\ncorruptions = ["fire"]', "corruption"),

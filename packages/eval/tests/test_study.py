@@ -255,6 +255,15 @@ def test_steps_are_counted_in_passes() -> None:
     assert Trial(replace(TINY, defender=DefenderConfig(steps=7)), 0).steps(0.1) == 7
 
 
+def test_an_attack_may_have_a_training_of_its_own() -> None:
+    study = replace(TINY, attack_train={"badnets": {"epochs": 7, "batch_size": 100}})
+    clean, badnets = Trial(study, 3), Trial(study, 3, "badnets")
+    assert clean.train_config() == replace(TINY.train, seed=3)
+    assert badnets.train_config() == replace(TINY.train, seed=3, epochs=7, batch_size=100)
+    assert badnets.training == {**clean.training, "train": badnets.training["train"]}
+    assert stages._exposures(badnets, None, {"losses": [1.0] * 7, "watched": []})["steps"] == 7 * 2
+
+
 def planned(study: Study) -> list[str]:
     return list(dict.fromkeys(stage.id for stage in study_stages(study)))
 

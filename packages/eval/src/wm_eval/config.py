@@ -234,7 +234,8 @@ class Study:
         seeds: Of victims, triggers, defenders and scans alike; everything is done once for each.
         data: The images. Which of them ``limit`` keeps does not depend on a seed.
         victim: The classifier.
-        train: Its training, the same for every attack; the seed inside it plays no role.
+        train: Its training; the seed inside it plays no role.
+        attack_train: By attack: settings of its victims' training that differ from ``train``.
         attacks: Names out of `ATTACKS`, "clean" among them for the clean victim.
         profile: How much fitting a trigger may cost: "tiny", "small" or "paper".
         triggers: By attack: settings of its trigger, or a "profile" or "ratio" of its own.
@@ -262,6 +263,7 @@ class Study:
     data: DataConfig = field(default_factory=DataConfig)
     victim: VictimConfig = field(default_factory=VictimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    attack_train: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     attacks: tuple[str, ...] = ()
     profile: Profile = "small"
     triggers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -301,6 +303,9 @@ class Study:
         if any(not rate > 0 for rate in self.learning_rates):
             raise ValueError(f"expected learning_rates > 0, got {self.learning_rates}")
         _check_triggers(self.triggers)
+        _known("attack_train of attacks", self.attack_train, ATTACKS)
+        for name in self.attack_train:
+            self.train_of(name)
         for name in self.settings:
             if not _NAME.fullmatch(name) or name == "all":
                 raise ValueError(f"expected lower-case names of settings, got {name!r}")
@@ -315,6 +320,10 @@ class Study:
     def rows(self) -> tuple[str, ...]:
         """The attacks in the order of the tables, the clean victim first."""
         return tuple(sorted(in_order(self.attacks, ATTACKS), key=lambda name: name != CLEAN))
+
+    def train_of(self, attack: str) -> TrainConfig:
+        """The training of an attack's victims."""
+        return fill(self.train, self.attack_train.get(attack, {}), f"attack_train.{attack}")
 
     @property
     def methods(self) -> tuple[str, ...]:

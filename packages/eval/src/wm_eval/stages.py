@@ -180,7 +180,7 @@ def _watch(
 def _exposures(trial: Trial, plan: PoisonPlan | None, history: Mapping[str, Any]) -> dict[str, Any]:
     """How often the victim has seen the trigger, and from when on the backdoor was there."""
     labels = trial.data.train.labels
-    sizes = batch_sizes(len(labels), trial.study.train.batch_size)
+    sizes = batch_sizes(len(labels), trial.train_config().batch_size)
     poisoned, of_target = 0, None
     if plan is not None and plan.mode == "per_batch":
         poisoned = sum(int((plan.ratio or 0.0) * size) for size in sizes)

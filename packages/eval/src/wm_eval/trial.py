@@ -184,8 +184,8 @@ class Trial:
         return RandomCorruption(operations, self.study.corruption_probability)
 
     def train_config(self) -> TrainConfig:
-        """The training of every victim, with this seed."""
-        return replace(self.study.train, seed=self.seed)
+        """The training of the attack's victim, with this seed."""
+        return replace(self.study.train_of(self.attack), seed=self.seed)
 
     def fresh(self, seed: int | None = None) -> nn.Module:
         """An untrained classifier, with the data set's own normalisation where one is known."""
@@ -238,7 +238,8 @@ class Trial:
     def training(self) -> dict[str, Any]:
         """What the training of a victim depends on, for a record."""
         study = self.study
-        train = {name: value for name, value in plain(study.train).items() if name != "seed"}
+        train = plain(self.train_config())
+        del train["seed"]  # it is in the key
         return {"victim": plain(study.victim), "train": train, "limit": study.data.limit}
 
     @property
@@ -261,7 +262,7 @@ class Trial:
         plan = definition.plan(
             self.data.train.labels, target=self.study.target, ratio=self.ratio, seed=self.seed
         )
-        train = self.study.train
+        train = self.train_config()
         length = Length(train.steps_per_epoch(len(self.data.train)), train.epochs)
         hook = definition.hook(trigger, plan, num_classes=self.data.num_classes, length=length)
         return AttackSetup(trigger, plan, hook)
