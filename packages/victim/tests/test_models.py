@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from wm_inject.core.checkpoint import CheckpointError, save_checkpoint
+from wm_inject.core.files import sha256_file
 from wm_victim import CLASSIFIERS, build_classifier, load_classifier, save_classifier
+from wm_victim.imagenet_weights import ImagenetWeights
 from wm_victim.models import Classifier, Normalize
 
 
@@ -156,3 +158,50 @@ def test_a_traced_net_gives_the_same_logits_at_another_batch_size(name: str) -> 
     with torch.no_grad():
         traced = torch.jit.trace(model, images[:2])
         assert torch.allclose(traced(images), model(images), atol=1e-5)
+
+
+@pytest.fixture
+def carried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """Weights of a network of timm's under other names, in a package that can be imported."""
+    import timm
+
+    package = tmp_path / "carries_weights"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    state = timm.create_model("mobilenetv3_small_050", num_classes=5).state_dict()
+    torch.save({f"_{key}": value for key, value in state.items()}, package / "w.pth")
+    digest = sha256_file(package / "w.pth")
+    source = ImagenetWeights(package.name, "w.pth", digest, (0.4,) * 3, (0.3,) * 3)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(
+        "wm_victim.imagenet_weights.IMAGENET_WEIGHTS", {"mobilenetv3_small_050": source}
+    )
+    return state
+
+
+def test_weights_from_imagenet_are_those_that_a_package_carries(
+    carried: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    model = build("imagenet:mobilenetv3_small_050")
+    body = {key: value for key, value in carried.items() if not key.startswith("classifier")}
+    assert all(torch.equal(value, body[key]) for key, value in model.body.state_dict().items())
+    assert (model.config["mean"], model.config["std"]) == ([0.4] * 3, [0.3] * 3)
+    assert build("imagenet:mobilenetv3_small_050", mean=(0.5,) * 3).config["mean"] == [0.5] * 3
+    save_classifier(model.eval(), tmp_path / "model.safetensors")
+    (tmp_path / "carries_weights" / "w.pth").unlink()  # the saved file needs it no longer
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(load_classifier(tmp_path / "model.safetensors")(images), model(images))
+    with pytest.raises(ValueError, match="sha256"):
+        build("imagenet:mobilenetv3_small_050")
+
+
+def test_other_networks_and_images_than_those_of_the_weights_are_refused(
+    carried: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="imagenet: and one of"):
+        build("imagenet:resnet18")
+    with pytest.raises(ValueError, match="colour"):
+        build("imagenet:mobilenetv3_small_050", channels=1)
+    monkeypatch.setattr("wm_victim.imagenet_weights.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="installed"):
+        build("imagenet:mobilenetv3_small_050")

@@ -54,8 +54,9 @@ class TrainSettings:
     def __post_init__(self) -> None:
         if self.attack is not None:
             check_choice("an attack", self.attack, list_attacks())
-        if not self.model.startswith("timm:"):
-            check_choice("a model of timm:NAME or", self.model, CLASSIFIERS)
+        if not self.model.startswith(("timm:", "imagenet:")):
+            known = "a model of timm:NAME, imagenet:NAME or"
+            check_choice(known, self.model, CLASSIFIERS)
         ranges = {"image_size": (8, 1024), "limit": (1, math.inf), "width": (8, 512)}
         for name, (low, high) in (ranges | {"target": (0, math.inf)}).items():
             value = getattr(self, name)
@@ -70,7 +71,7 @@ def add_train(parser: Parser) -> None:
     group = parser.add_argument_group("model and recipe")
     helps = {
         "limit": "train on the first N of a stratified order",
-        "model": f"{', '.join(CLASSIFIERS)} or timm:NAME",
+        "model": f"{', '.join(CLASSIFIERS)}, timm:NAME or imagenet:NAME",
         "width": "channels of the first stage (default: 64)",
     }
     add_options(group, TrainSettings, helps)

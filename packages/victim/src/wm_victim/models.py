@@ -13,6 +13,7 @@ from wm_inject.core.checkpoint import CheckpointError, load_checkpoint, save_che
 from wm_inject.core.checks import check_channels
 from wm_inject.core.randomness import seeded
 from wm_victim.airbench import AirbenchBody
+from wm_victim.imagenet_weights import imagenet_weights, load_imagenet_weights
 from wm_victim.mnist_net import MnistNetBody
 from wm_victim.mobilenet import MobileNetBody
 from wm_victim.resnet import Form, ResNetBody
@@ -94,15 +95,16 @@ def build_classifier(
     Args:
         name: "resnet18", "preactresnet18", "resnet10", "preactresnet10" (one block a stage),
             "vgg16", "mobilenetv2" (all in their 32-pixel forms), "wanet-mnist", "airbench" (its
-            first layer is set from the training images), or "timm:NAME" for a model of timm's own
-            list, never with downloaded weights.
+            first layer is set from the training images), "timm:NAME" for a model of timm's own
+            list, or "imagenet:NAME" for one with the weights of `IMAGENET_WEIGHTS`.
         num_classes: K, at least 2.
         channels: 1 or 3.
         image_size: H = W, in pixels, 8 .. 1024 (airbench takes 25, vgg16 28 and more).
         width: Channels of the first stage, 8 .. 512; 64, as published, if None. Not for timm.
-        mean: Per channel, of images in [0, 1]; MNIST's or CIFAR-10's, by ``channels``, if None.
+        mean: Per channel, of images in [0, 1]; if None that of the weights from ImageNet, or else
+            MNIST's or CIFAR-10's, by ``channels``.
         std: Likewise.
-        seed: Of the weights. The global random state is not changed.
+        seed: Of the fresh weights. The global random state is not changed.
 
     Returns:
         The classifier in train mode.
@@ -111,6 +113,12 @@ def build_classifier(
     _check_range("image_size", image_size, 8, 1024)
     check_channels(channels)
     default_mean, default_std = _BY_CHANNELS[channels]
+    trained = name.removeprefix("imagenet:") if name.startswith("imagenet:") else None
+    if trained is not None:  # the name that is kept builds the network, without those weights
+        name, weights = f"timm:{trained}", imagenet_weights(trained)
+        default_mean, default_std = weights.mean, weights.std
+        if channels != len(weights.mean):
+            raise ValueError(f"expected colour images for imagenet:{trained}, got grey ones")
     mean, std = tuple(mean or default_mean), tuple(std or default_std)
     if len(mean) != channels or len(std) != channels:
         raise ValueError(f"expected {channels} means and deviations, got {mean} and {std}")
@@ -122,6 +130,8 @@ def build_classifier(
     with seeded(seed):
         body, num_features = _body(name, channels=channels, image_size=image_size, width=width)
         head = nn.Linear(num_features, num_classes)
+    if trained is not None:
+        load_imagenet_weights(body, trained)
     config = {
         "name": name,
         "num_classes": num_classes,
