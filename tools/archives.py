@@ -25,7 +25,7 @@ from tools.members import ROOT, Package, packages, write
 from tools.sbom import bill, pins
 
 # What a wheel may hold: code, its marker, templates, calibrations, and weights with their card.
-SUFFIXES = {".py", ".typed", ".html", ".css", ".js", ".json", ".md", ".safetensors"}
+SUFFIXES = {".py", ".typed", ".html", ".css", ".js", ".json", ".md", ".safetensors", ".toml"}
 MOST_BYTES = 10_000_000
 SUMS = "SHA256SUMS"
 _SOURCE_ROOTS = ("src/", "tests/")

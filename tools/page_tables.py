@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
-from tools.render_results import ATTACKS, DETECTIONS, INDICES, MITIGATIONS, full_studies
+from tools.render_results import ATTACKS, DETECTIONS, FULL, INDICES, MITIGATIONS, recorded
 from tools.result_tables import filter_table
 
 from wm_eval.numbers import AVERAGES, keys, select, spread
@@ -26,6 +26,7 @@ _DATA = {
     "p1-cifar10": "CIFAR-10, all images, airbench",
     "p1-gtsrb": "GTSRB, airbench",
     "p1-imagenet10": "ten ImageNet classes, airbench",
+    "p1-imagenet10-224": "ten ImageNet classes, EfficientNet-Lite0",
 }
 _MEASURES = {"cda": "CDA, %", "asr": "ASR, %", "ftr": "false triggers, %"}
 _TUNED_ON = ("mitigation-cifar10-first",)  # studies of victims that settings were chosen on
@@ -47,7 +48,7 @@ def population(folder: Path) -> Page:
 def attack_tables(results: Path, attack: str) -> list[Table]:
     """Rates and stealth in every study, and what the detectors say of it."""
     tables = []
-    for name in (*ATTACKS, *full_studies(results)):
+    for name in (*ATTACKS, *recorded(results, FULL)):
         study = study_of(results / name)
         for corruptions in TRAINED:
             if started(study, corruptions):
@@ -73,7 +74,7 @@ def detector_tables(results: Path, name: str) -> list[Table]:
     for table in tables:
         note = table.note + (_SETTINGS if "setting" in table.headers else "")
         picked += pick([table._replace(note=note)], "detector", {title})
-    for study in DETECTIONS:
+    for study in recorded(results, DETECTIONS):
         page = detection_page(study_of(results / study))
         picked += pick(page.tables, "detector", {title})
     page = index_page(study_of(results / "attacks-cifar10"), name)

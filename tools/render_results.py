@@ -55,7 +55,8 @@ What differs from the paper:
 FULL = {
     "p1-cifar10": "CIFAR-10",
     "p1-gtsrb": "GTSRB",
-    "p1-imagenet10": "Ten ImageNet classes",
+    "p1-imagenet10": "Ten ImageNet classes, 64 pixels",
+    "p1-imagenet10-224": "Ten ImageNet classes, 224 pixels, EfficientNet-Lite0",
 }
 REVERSE_DIFFERENCES = """\
 - Networks are a quarter as wide as the paper's but for MNIST's, and train for fewer epochs; a third

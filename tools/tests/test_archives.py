@@ -284,6 +284,12 @@ def test_pins_are_those_of_this_python(tmp_path: Path) -> None:
     assert sbom.pins(path) == {"some-name": "1.2", "x": "2"}
 
 
+def test_wheels_take_every_kind_of_file_that_the_packages_have() -> None:
+    for package in members.packages():
+        files = [path for path in package.source.rglob("*") if "__pycache__" not in path.parts]
+        assert {path.suffix for path in files if path.is_file()} <= archives.SUFFIXES
+
+
 @pytest.mark.integration
 def test_a_workspace_is_built_twice_and_looked_into(
     house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
