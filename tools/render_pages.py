@@ -93,6 +93,11 @@ METHOD_PAGES = {
     "anp": (("anp",), Settings("defense_reverse:ANP", _FAST)),
     "i-bau": (("i-bau",), Settings("defense_reverse:IBAU", _FAST)),
     "ft-sam": (("ft-sam",), Settings("defense_reverse:FTSAM", (*_FAST, "paper-gtsrb"))),
+    "channel-lipschitz": (("clp",), Settings("defense_reverse:ChannelLipschitzPruning")),
+    "feature-shift": (
+        ("fst",),
+        Settings("defense_reverse:FeatureShiftTuning", (*_FAST, "fresh-head")),
+    ),
 }
 IMAGE_PAGES = {
     "strip": Settings("defense_nc:Strip", _FAST),

@@ -10,11 +10,11 @@ from torch import nn
 
 from defense_nc import Unlearning
 from defense_nc.mitigations import Sgd, fine_tune, learning_rate
-from defense_reverse.mitigations import FTSAM, NAD, FinePruning, FineTuning
+from defense_reverse.mitigations import FTSAM, NAD, FeatureShiftTuning, FinePruning, FineTuning
 from wm_victim import CLASSIFIERS, build_classifier
 from wm_victim.toy_backdoors import planted_classifier, planted_images, planted_trigger
 
-KINDS = [FineTuning, NAD, FinePruning, FTSAM, Unlearning]
+KINDS = [FineTuning, NAD, FinePruning, FTSAM, FeatureShiftTuning, Unlearning]
 TRIGGERS = {0: planted_trigger("patch")}
 
 
@@ -132,7 +132,7 @@ def test_presets(subtests):
 
 def test_names():
     names = [kind().name for kind in KINDS]
-    assert names == ["fine-tuning", "nad", "fine-pruning", "ft-sam", "unlearning"]
+    assert names == ["fine-tuning", "nad", "fine-pruning", "ft-sam", "fst", "unlearning"]
 
 
 def test_refused_settings(subtests):

@@ -68,6 +68,11 @@ def smaller(images: Tensor, **_: Any) -> Tensor:
 CASES: Mapping[str, Cases] = {
     "FineTuning": refusals(dr.FineTuning()),
     "FTSAM": refusals(dr.FTSAM(), rho=-1.0),
+    "ChannelLipschitzPruning": {
+        **refusals(dr.ChannelLipschitzPruning(), deviations=0.0),
+        "no convolutions": without_stages(dr.ChannelLipschitzPruning()),
+    },
+    "FeatureShiftTuning": refusals(dr.FeatureShiftTuning(), shift=-1.0),
     "NAD": {
         **refusals(dr.NAD(), teacher_share=1.0, power=0.0, betas=(), layers=("head",)),
         "no maps": without_stages(dr.NAD()),

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from defense_reverse.label_state import LambdaSearch as LambdaSearch
     from defense_reverse.mitigations.anp import ANP as ANP
     from defense_reverse.mitigations.bti_dbf import BtiDbfUnlearning as BtiDbfUnlearning
+    from defense_reverse.mitigations.channel_lipschitz import (
+        ChannelLipschitzPruning as ChannelLipschitzPruning,
+    )
+    from defense_reverse.mitigations.feature_shift import FeatureShiftTuning as FeatureShiftTuning
     from defense_reverse.mitigations.fine_pruning import FinePruning as FinePruning
     from defense_reverse.mitigations.fine_tuning import FineTuning as FineTuning
     from defense_reverse.mitigations.ft_sam import FTSAM as FTSAM

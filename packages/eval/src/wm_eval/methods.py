@@ -23,10 +23,12 @@ _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "anp": ("defense_reverse.mitigations.anp:ANP", {}),
     "i-bau": ("defense_reverse.mitigations.i_bau:IBAU", {}),
     "ft-sam": ("defense_reverse.mitigations.ft_sam:FTSAM", {}),
+    "clp": ("defense_reverse.mitigations.channel_lipschitz:ChannelLipschitzPruning", {}),
+    "fst": ("defense_reverse.mitigations.feature_shift:FeatureShiftTuning", {}),
 }
 # Fine-tuning by the settings of unlearning: what the triggers add is the difference.
 CONTROLS = {"control-nc": "unlearning-nc", "control": "unlearning-reverse"}
-_STEPLESS = ("neuron-pruning",)  # prunes until the reversed trigger fails: nothing is trained
+_STEPLESS = ("neuron-pruning", "clp")  # they prune, and train nothing
 
 
 def build_method(name: str, *, steps: int, preset: str = "fast", **changes: Any) -> Mitigator:
@@ -34,7 +36,7 @@ def build_method(name: str, *, steps: int, preset: str = "fast", **changes: Any)
 
     Args:
         name: One of `wm_eval.titles.METHODS`.
-        steps: Optimiser steps. Neuron pruning takes none.
+        steps: Optimiser steps. What only prunes takes none.
         preset: Of the method's own settings, "fast" or "paper", or another that it has.
         changes: Settings that differ from the preset's.
 

@@ -34,6 +34,8 @@ METHODS = {
     "anp": "ANP",
     "i-bau": "I-BAU",
     "ft-sam": "FT-SAM",
+    "clp": "Channel-Lipschitz pruning",
+    "fst": "Feature-shift tuning",
 }
 DATA = {"mnist": "MNIST", "cifar10": "CIFAR-10", "gtsrb": "GTSRB"}
 NETWORKS = {
