@@ -74,13 +74,17 @@ def detector_tables(results: Path, name: str) -> list[Table]:
     for table in tables:
         note = table.note + (_SETTINGS if "setting" in table.headers else "")
         picked += pick([table._replace(note=note)], "detector", {title})
-    for study in recorded(results, DETECTIONS):
-        page = detection_page(study_of(results / study))
+    for experiment in recorded(results, DETECTIONS):
+        page = detection_page(study_of(results / experiment))
         picked += pick(page.tables, "detector", {title})
-    page = index_page(study_of(results / "attacks-cifar10"), name)
-    note = f"{page.tables[0].note} {_defender(page)}"
-    one = page.tables[0]._replace(title="One victim of each attack, CIFAR-10", note=note)
-    return [*picked, one]
+    for folder in ("attacks-cifar10", *recorded(results, FULL)):
+        study = study_of(results / folder)
+        if study.select(kind="scan", detector=name):
+            page = index_page(study, name)
+            note = f"{page.tables[0].note} {_defender(page)}"
+            data = _DATA[folder]
+            picked.append(page.tables[0]._replace(title=f"Victims of attacks, {data}", note=note))
+    return picked
 
 
 def mitigation_tables(results: Path, titles: Collection[str]) -> Iterator[Table]:

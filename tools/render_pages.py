@@ -77,6 +77,7 @@ DETECTOR_PAGES: dict[str, tuple[str, tuple[Settings, ...]]] = {
             Settings("defense_reverse:BtiDbfUnlearning", _FAST),
         ),
     ),
+    "maximum-margins": ("mm-bd", (Settings("defense_reverse:MarginAscent", _FAST),)),
 }
 METHOD_PAGES = {
     "unlearning": (

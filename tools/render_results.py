@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from wm_eval.numbers import keys
 from wm_eval.pages import page_text
 from wm_eval.pages.attacks import attack_pages
 from wm_eval.pages.calibration import calibration_page
@@ -20,6 +21,7 @@ from wm_eval.pages.story import story_page
 from wm_eval.pages.story_text import headline, story_lines
 from wm_eval.records import StudyRecords, read_study
 from wm_eval.render import Page, Table, markdown, tidy_csv, to_markdown
+from wm_eval.titles import in_order
 from wm_inject.command.common import run_cli
 from wm_inject.core.files import write_text
 
@@ -134,8 +136,8 @@ def _spy_watermark(results: Path) -> Iterator[str]:
         yield from _head(FULL[name], name)
         yield to_markdown(tables.victims_table(results / name))
         yield from (markdown(page, level=3) for page in attack_pages(study))
-        if study.select(kind="scan"):
-            yield markdown(index_page(study, "nc"), level=3)
+        for detector in in_order(keys(study, "scan", "detector"), INDICES):
+            yield markdown(index_page(study, detector), level=3)
 
 
 def _reverse_generators(results: Path) -> Iterator[str]:
@@ -268,8 +270,8 @@ def _csv_pages(results: Path) -> Iterator[tuple[str, list[Page]]]:
     for name in (*ATTACKS, *recorded(results, FULL)):
         yield name, attack_pages(study(name))
     for name in recorded(results, FULL):
-        if study(name).select(kind="scan"):
-            yield name, [index_page(study(name), "nc")]
+        detectors = keys(study(name), "scan", "detector")
+        yield name, [index_page(study(name), detector) for detector in detectors]
     yield "attacks-cifar10", [index_page(study("attacks-cifar10"), name) for name in INDICES]
     yield "population", [calibration_page(study("population"))]
     for name in recorded(results, DETECTIONS):

@@ -114,6 +114,11 @@ CASES: Mapping[str, Cases] = {
         share=0.0,
     ),
     "FeatureRE": detector(dr.FeatureRE.preset(width=2, depth=1, steps=1)),
+    "MarginAscent": {
+        **{k: v for k, v in detector(dr.MarginAscent(steps=1)).items() if k != "no features"},
+        "starts": lambda _: dr.MarginAscent(starts=0),
+        "lr": lambda _: dr.MarginAscent(lr=0.0),
+    },
     "BtiDbf": detector(dr.BtiDbf.preset(width=2, depth=1, steps=1)),
     "BtiDbfUnlearning": {
         **refusals(

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from defense_nc import Detector, NeuralCleanse
-from defense_reverse import BtiDbf, FeatureRE, ReverseGenerator
+from defense_reverse import BtiDbf, FeatureRE, MarginAscent, ReverseGenerator
 from wm_inject.core.checks import check_choice
 
 
@@ -34,6 +34,7 @@ DETECTORS: dict[str, Entry] = {
     "reverse-lpips": Entry(_with_lpips, inverts=True),
     "feature-re": Entry(FeatureRE.preset),
     "bti-dbf": Entry(BtiDbf.preset),
+    "mm-bd": Entry(MarginAscent.preset),
 }
 
 

@@ -4,5 +4,13 @@ from defense_reverse.detectors.bti_dbf import BtiDbf
 from defense_reverse.detectors.bti_losses import BtiDbfConfig
 from defense_reverse.detectors.feature_losses import FeatureREConfig
 from defense_reverse.detectors.feature_re import FeatureRE, FeatureTrigger
+from defense_reverse.detectors.margin_ascent import MarginAscent
 
-__all__ = ["BtiDbf", "BtiDbfConfig", "FeatureRE", "FeatureREConfig", "FeatureTrigger"]
+__all__ = [
+    "BtiDbf",
+    "BtiDbfConfig",
+    "FeatureRE",
+    "FeatureREConfig",
+    "FeatureTrigger",
+    "MarginAscent",
+]
