@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.ndimage import map_coordinates
 
-from wm_inject import WaNetTrigger
+from wm_inject import WaNetTrigger, quantize
 from wm_inject.core.plan import PoisonPlan
 
 PLAN = PoisonPlan(0.1, target=3, mode="per_batch")
@@ -80,10 +80,11 @@ def test_a_batch_of_128_has_12_attack_24_noise_and_92_clean_images():
     same = (out == images).flatten(1).all(1)
     assert int(attacked.sum()) == 12 and int(same.sum()) == 92
     assert new_labels[attacked].unique().tolist() == [3]
-    assert torch.equal(out[attacked], trigger(images[attacked]))
+    assert torch.equal(out[attacked], quantize(trigger(images[attacked])))
+    assert torch.equal(out[~same], quantize(out[~same]))
     noisy = ~attacked & ~same
     assert int(noisy.sum()) == 24
-    fixed = trigger(images[noisy])
+    fixed = quantize(trigger(images[noisy]))
     assert not bool((out[noisy] == fixed).flatten(1).all(1).any())
     assert (out[noisy] - fixed).abs().mean() < 0.05
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from wm_inject.attacks.common import check_batch
-from wm_inject.core.images import check_labels
+from wm_inject.core.images import check_labels, quantize
 from wm_inject.core.plan import PoisonPlan
 from wm_inject.core.resume import like_parameters
 
@@ -95,13 +95,14 @@ class CrossTriggerHook:
 
     Of a batch of B images, ``int(ratio B)`` get the trigger and its label, and
     ``int(cross_ratio times that)`` get `CrossTrigger.cross` and keep their label, which teaches the
-    classifier this trigger and no other. As published, none of them is rounded to 8 bits.
+    classifier this trigger and no other.
 
     Raises:
         ValueError: A static plan, or a cross ratio that is negative or asks for more images than
             there are.
 
-    Source: the released codes of WaNet and BppAttack.
+    Source: the released codes of WaNet and BppAttack. Ours: what was changed is rounded to 8 bits.
+        Without that a victim can learn that values lie between the 256, which no file keeps.
     """
 
     trigger: CrossTrigger
@@ -130,9 +131,9 @@ class CrossTriggerHook:
         crossed = rest[torch.randperm(len(rest), generator=generator)[:count]].to(images.device)
         mixed, new_labels = images.clone(), self.plan.relabel(labels, self.num_classes)
         if attacked.any():
-            mixed[attacked] = self.trigger(images[attacked])
+            mixed[attacked] = quantize(self.trigger(images[attacked]))
         if count:
-            mixed[crossed] = self.trigger.cross(images, crossed, generator)
+            mixed[crossed] = quantize(self.trigger.cross(images, crossed, generator))
         return mixed, torch.where(attacked, new_labels, labels)
 
     def state_dict(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from wm_inject.attacks.cotraining import (
 )
 from wm_inject.attacks.definition import Attack, FitContext, Fitted, Length
 from wm_inject.core.checks import check_channels
-from wm_inject.core.images import check_labels, check_side, pad_to_multiple
+from wm_inject.core.images import check_labels, check_side, pad_to_multiple, quantize
 from wm_inject.core.plan import PoisonPlan
 from wm_inject.core.presets import preset_of
 from wm_inject.core.randomness import seeded
@@ -178,7 +178,8 @@ class MarksmanHook:
     Source: Doan et al. (NeurIPS 2022) and the released code. Ours: one run of a batch with that
     share poisoned (there: every image twice, clean and poisoned, with weights alpha and 1 - alpha);
     the generator's step sees the poisoned images only, before augmentation, and leaves the victim's
-    running statistics alone; the victim is not initialised anew every epoch.
+    running statistics alone; the victim is not initialised anew every epoch; it trains on images in
+    8 bits, as `CrossTriggerHook`'s are.
     """
 
     def __init__(
@@ -224,7 +225,7 @@ class MarksmanHook:
         if len(hosts) == 0:
             return images, labels
         with torch.no_grad():
-            images[chosen] = self.poisoner(hosts, target=targets)
+            images[chosen] = quantize(self.poisoner(hosts, target=targets))
         # The generator's batch normalisation has no variance of a single image.
         if self.optimizer is not None and len(hosts) > 1:
             self._learn(self.optimizer, hosts, targets, model)

@@ -20,7 +20,7 @@ from wm_inject.attacks.cotraining import (
 )
 from wm_inject.attacks.input_aware.masks import BETAS, InputAwareConfig, diversity, set_rate
 from wm_inject.attacks.input_aware.trigger import InputAwareTrigger
-from wm_inject.core.images import check_labels
+from wm_inject.core.images import check_labels, quantize
 from wm_inject.core.plan import PoisonPlan
 
 _MILESTONES = (1 / 3, 1 / 2, 2 / 3, 5 / 6)  # epochs 200, 300, 400 and 500 of 600
@@ -42,7 +42,8 @@ class InputAwareHook:
     Source: Nguyen & Tran (NeurIPS 2020) and the released code, where one loss over the whole batch
     trains both networks in one step. Ours: the two take turns; donors come from the batch instead
     of a second loader; triggers go in before augmentation, from the generator in evaluation mode;
-    the generator's gradients start from zero every step (the released code never clears them).
+    the generator's gradients start from zero every step (the released code never clears them); the
+    images to train on are rounded to 8 bits, as `CrossTriggerHook`'s are.
     """
 
     def __init__(
@@ -70,10 +71,7 @@ class InputAwareHook:
     def transform(
         self, images: Tensor, labels: Tensor, *, model: nn.Module, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Let the generator take a step on one batch, and mix its three parts.
-
-        As published, the images to train on are not rounded to 8 bits.
-        """
+        """Let the generator take a step on one batch, and mix its three parts, stored in 8 bits."""
         check_batch(images, self.trigger.config)
         check_labels(labels, len(images), num_classes=self.num_classes)
         images = channels_last(images)
@@ -90,7 +88,7 @@ class InputAwareHook:
         self._learn(hosts, sources, masks, labels[places], model, batch=len(images))
         with torch.no_grad():
             patterns = self.trigger.pattern(sources)
-            images[places] = self.trigger.blend(hosts, patterns, masks)
+            images[places] = quantize(self.trigger.blend(hosts, patterns, masks))
         return images, labels
 
     def _roles(self, labels: Tensor, generator: torch.Generator) -> _Roles:
