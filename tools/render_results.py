@@ -110,6 +110,9 @@ def recorded(results: Path, names: Iterable[str]) -> list[str]:
 
 
 def _demo(results: Path) -> Iterator[str]:
+    yield "Small victims, in minutes. At full accuracy, beside the papers' figures:"
+    yield "[Spy-Watermark](spy-watermark.md) and"
+    yield "[reverse-engineered generators](reverse-generators.md).\n"
     for name, title in STORIES.items():
         study = read_study(results / name)
         yield from _head(title, name)

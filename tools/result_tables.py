@@ -15,6 +15,7 @@ from wm_eval.records import StudyRecords, read_environments, read_study
 from wm_eval.render import (
     ABSENT,
     Table,
+    count_range,
     decimal,
     percent,
     plus_minus,
@@ -150,12 +151,14 @@ def victims_table(folder: Path) -> Table:
                     str(len(rates)),
                     plus_minus(spread(r["cda"] for r in rates), factor=100),
                     ABSENT if attack == CLEAN else plus_minus(success, factor=100),
+                    count_range(passes),
                     plus_minus(spread(minutes), digits=1),
                     plus_minus(spread(speeds), digits=0),
                 )
             )
     headers = split_headers(
-        "attack | trained on images | seeds | clean accuracy (%) | ASR (%) | minutes | images/s"
+        "attack | trained on images | seeds | clean accuracy (%) | ASR (%) | epochs | minutes | "
+        "images/s"
     )
     machines = {runs[victim.id]["cpu"] for victim in study.select(kind="victim")}
     note = (
