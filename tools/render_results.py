@@ -162,6 +162,9 @@ def _training(results: Path) -> Iterator[str]:
     yield from _made_by(learning, "explain_learning.py", "learning")
     recipes = tables.recipes_table(read_study(results / "recipes-cifar10"))
     yield from _made_by(recipes, "compare_recipes.py", "recipes-cifar10")
+    if read_study(results / "recipes-cifar10").select(kind="option"):
+        options = tables.options_table(read_study(results / "recipes-cifar10"))
+        yield from _made_by(options, "compare_recipes.py", "recipes-cifar10")
 
 
 def _injector(results: Path) -> Iterator[str]:
