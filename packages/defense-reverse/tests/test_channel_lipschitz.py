@@ -104,6 +104,24 @@ def test_a_normalisation_that_reads_a_sum_is_left_alone() -> None:
     assert {id(f.norm) for f in scaled_filters(plain, IMAGES)} == {id(norm) for norm in norms}
 
 
+def test_of_a_partly_folded_network_what_was_folded_is_pruned() -> None:
+    """As exporters leave pre-activation blocks: their second normalisation is folded."""
+    model = build_classifier(
+        "preactresnet10", num_classes=10, channels=3, image_size=16, width=8
+    ).eval()
+    whole = [f for f in scaled_filters(model, IMAGES) if f.name.endswith("bn2")]
+    assert len(whole) == 4
+    for layer in whole:
+        folded = nn.utils.fuse_conv_bn_eval(layer.convolution, layer.norm)  # type: ignore[arg-type]
+        block = layer.name.rpartition(".")[0]
+        owner = model.get_submodule(block)
+        owner.conv1, owner.bn2 = folded, nn.Identity()
+    left = [f for f in scaled_filters(model, IMAGES) if f.norm is None]
+    for before, after in zip(whole, left, strict=True):
+        assert after.name.rpartition(".")[0] == before.name.rpartition(".")[0]
+        assert torch.allclose(lipschitz(after), lipschitz(before), rtol=1e-5)
+
+
 def found_name(modules: dict[str, nn.Module], wanted: nn.Module) -> str:
     return next(name for name, module in modules.items() if module is wanted)
 

@@ -16,6 +16,7 @@ from defense_nc.protocols import Repaired
 from defense_reverse.mitigations.channels import ChannelMask
 from wm_inject.core.plan import Trigger
 from wm_inject.core.presets import preset_of
+from wm_victim.activations import record_outputs
 from wm_victim.inference import frozen
 
 
@@ -87,7 +88,7 @@ class Filters(NamedTuple):
 
     name: str  # of what is switched off, as in ``named_modules``
     convolution: nn.Conv2d
-    norm: nn.BatchNorm2d | None  # None where exporters have folded it in
+    norm: nn.modules.batchnorm._BatchNorm | None  # None where exporters have folded it in
 
 
 def scaled_filters(model: nn.Module, images: Tensor) -> list[Filters]:
@@ -97,6 +98,9 @@ def scaled_filters(model: nn.Module, images: Tensor) -> list[Filters]:
     channel of the convolution at 0, exactly these are 0 in the normalisation's input and all else
     is unchanged. A pooling or ReLU may lie between; a sum with a shortcut may not.
 
+    A convolution with a bias that no normalisation reads has its scale folded in, as exporters do
+    it; so has every one in a network without normalisation. Maps of one pixel are left out: gates.
+
     Args:
         model: In eval mode.
         images: A few images, on its device.
@@ -104,13 +108,15 @@ def scaled_filters(model: nn.Module, images: Tensor) -> list[Filters]:
     Raises:
         ValueError: There are none.
     """
-    convolutions = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
-    found = []
-    if not norms:
-        found = [Filters(name, conv, None) for name, conv in convolutions.items()]
+    modules = dict(model.named_modules())
+    convolutions = {name: m for name, m in modules.items() if isinstance(m, nn.Conv2d)}
+    norms = {n: m for n, m in modules.items() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    paired: list[Filters] = []
+    if not convolutions:
+        raise ValueError("expected a network with convolutions to prune, found none")
     with frozen(model), torch.no_grad(), _inputs(norms) as inputs:
-        model(images)
+        with record_outputs(model, list(convolutions)) as outputs:
+            model(images)
         whole = dict(inputs)
         for conv in convolutions.values():
             even = torch.arange(conv.out_channels) % 2 == 0
@@ -121,8 +127,17 @@ def scaled_filters(model: nn.Module, images: Tensor) -> list[Filters]:
                 handle.remove()
             for name, norm in norms.items():
                 if name in whole and _only_masked(whole[name], inputs[name], even):
-                    found.append(Filters(name, conv, norm))
-    found = [f for f in found if f.norm is None or (f.norm.affine and f.norm.track_running_stats)]
+                    paired.append(Filters(name, conv, norm))
+    read = {id(layer.convolution) for layer in paired}
+    found = [f for f in paired if f.norm and f.norm.affine and f.norm.track_running_stats]
+    found += [
+        Filters(name, conv, None)
+        for name, conv in convolutions.items()
+        if id(conv) not in read
+        and (conv.bias is not None or not norms)
+        and name in outputs
+        and outputs[name].shape[2:].numel() > 1
+    ]
     if not found:
         raise ValueError("expected a network with convolutions to prune, found none")
     return found
