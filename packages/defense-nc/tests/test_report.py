@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from defense_nc import InvertedTrigger, Verdict, judge
+from defense_nc import InvertedTrigger, NeuralCleanse, Verdict, judge
+from defense_nc.verdict import ModelInfo, foreseen_abstention, load_calibration
 
 CLEAN = [41.0, 50, 62, 70, 84, 66, 75, 58, 80]
 
@@ -128,3 +129,34 @@ def test_half_of_the_labels_must_be_reached() -> None:
     report = judge("nc", scores, rates, floor=0.9)
     assert report.verdict is Verdict.INCONCLUSIVE
     assert "needs 5" in report.reason
+
+
+@pytest.mark.parametrize(
+    ("subject", "reason"),
+    [
+        (ModelInfo(10, 32, 3, "convolutional", 500), None),
+        (ModelInfo(10, 224, 3, "convolutional", 500), "pixels a side"),
+        (ModelInfo(1000, 32, 3, "convolutional", 500), "classes"),
+        (ModelInfo(3, 32, 3, "convolutional", 500), "classes"),
+        (ModelInfo(10, 32, 3, "transformer", 500), "transformer"),
+    ],
+)
+def test_an_abstention_that_is_foreseen_is_that_of_the_verdict(
+    subject: ModelInfo, reason: str | None
+) -> None:
+    settings = NeuralCleanse().settings
+    foreseen = foreseen_abstention("neural-cleanse", subject, settings=settings)
+    scores = torch.linspace(90, 110, subject.classes, dtype=torch.float64)
+    calibration = load_calibration("neural-cleanse", settings=settings, classes=subject.classes)
+    report = judge(
+        "neural-cleanse",
+        *(scores, torch.ones_like(scores)),
+        floor=0.9,
+        calibration=calibration,
+        subject=subject,
+    )
+    if reason is None:
+        assert foreseen is None and report.verdict is not Verdict.INCONCLUSIVE
+    else:
+        assert foreseen is not None and reason in foreseen
+        assert report.verdict is Verdict.INCONCLUSIVE and foreseen in report.reason

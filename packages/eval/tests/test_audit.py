@@ -23,6 +23,7 @@ from wm_eval.audit.scan import (
     all_triggers,
     audit,
     conclude,
+    foreseen,
     longest_minutes,
     not_scanned,
     reversed_triggers,
@@ -478,6 +479,18 @@ def opened_bars(*notes):
     about = {"source": "onnx", "arch": "onnx", "image_size": SIZE, "channels": 1}
     about |= {"num_classes": CLASSES, "layout": "NHWC", "outputs": "logits", "sha256": "ab" * 32}
     return OpenedModel(module=Bars(), notes=notes, **about)
+
+
+def test_an_abstention_that_is_certain_is_foreseen():
+    certain = foreseen(
+        SimpleNamespace(module=Bars()),
+        SimpleNamespace(images=bars(24).images),
+        CLASSES,
+        detectors=("nc", "reverse", "mm-bd"),
+        preset="fast",
+    )
+    assert set(certain) == {"nc", "reverse"}  # the third is calibrated for nothing
+    assert "classes" in certain["nc"]
 
 
 def test_what_becomes_known_is_printed_before_the_long_work(

@@ -16,7 +16,7 @@ from defense_nc.verdict.calibration import (
     write_calibrations,
 )
 from defense_nc.verdict.model_info import ModelInfo, describe_model
-from defense_nc.verdict.report import judge, judge_scan
+from defense_nc.verdict.report import foreseen_abstention, judge, judge_scan
 from defense_nc.verdict.scan_report import LabelScore, ScanReport, Verdict
 from defense_nc.verdict.seed_stability import combine, scan_until_stable
 
@@ -34,6 +34,7 @@ __all__ = [
     "combine",
     "describe_model",
     "fit_calibration",
+    "foreseen_abstention",
     "judge",
     "judge_scan",
     "load_calibration",

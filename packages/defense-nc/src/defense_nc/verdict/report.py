@@ -175,6 +175,18 @@ def judge_scan(
     )
 
 
+def foreseen_abstention(
+    detector: str, subject: ModelInfo, *, settings: Mapping[str, Any] | None = None
+) -> str | None:
+    """Why `judge_scan` will abstain whatever the scores are; None if it depends on them."""
+    classes = subject.classes
+    population = load_calibration(detector, settings=settings, classes=classes)
+    population = population or load_calibration(detector, classes=classes)
+    outside = out_of_domain(subject, population) if population else None
+    few = classes < MIN_CONVERGED
+    return outside or (too_few(torch.zeros(classes, dtype=torch.bool), floor=1.0) if few else None)
+
+
 def check_scores(scores: Tensor, success_rates: Tensor, *, floor: float) -> None:
     """Raise ``ValueError`` for scores, success rates ``(K,)`` or a floor that no scan gives."""
     for name, values in (("scores", scores), ("success_rates", success_rates)):

@@ -159,7 +159,8 @@ def _scan(args: argparse.Namespace) -> int:
     check_open_options(args)
     budget = Budget(args.minutes)
     from wm_eval.audit.outputs import About, verdict_lines
-    from wm_eval.audit.scan import longest_minutes, not_scanned
+    from wm_eval.audit.scan import foreseen, longest_minutes, not_scanned
+    from wm_eval.titles import detector_title
 
     about = About(args.model.name)
     images = None
@@ -167,7 +168,16 @@ def _scan(args: argparse.Namespace) -> int:
         with budget.enforced():
             subject = _open(args, settings, about)
             images = subject.clean.images
-            longest = longest_minutes(subject.checked, subject.clean, subject.opened.num_classes)
+            parts = (subject.checked, subject.clean, subject.opened.num_classes)
+            longest = longest_minutes(*parts)
+            certain = foreseen(*parts, detectors=settings.detectors, preset=settings.preset)
+        lines = [
+            f"{detector_title(name)} will abstain, whatever it finds; labels that stand out are "
+            f"listed. {reason}"
+            for name, reason in certain.items()
+        ]
+        about.notes = (*about.notes, *lines)
+        _print(*(f"note: {line}" for line in lines))
         _say(f"at most {max(1, round(longest))} minutes, usually much less")
         report = _audit(args, settings, subject, subject.checked, budget)
     except Exception as error:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from defense_nc import Detector, ScanReport, Verdict
+from defense_nc.verdict import describe_model, foreseen_abstention
 from wm_eval.audit.budget import Budget
 from wm_eval.audit.checks import Checked
 from wm_eval.audit.images import CleanImages
@@ -164,6 +165,20 @@ def conclude(reports: Mapping[str, ScanReport], failures: Mapping[str, str], alp
 def not_scanned(reason: str, alpha: float) -> Audit:
     """The audit of a model that no detector looked at."""
     return Audit(Verdict.NOT_SCANNED, reason, {}, {}, alpha)
+
+
+def foreseen(
+    checked: Checked, clean: CleanImages, num_classes: int, *, detectors: Sequence[str], preset: str
+) -> dict[str, str]:
+    """By detector: why it will abstain on this model, whatever it finds; if it will."""
+    subject = describe_model(checked.module, clean.images, classes=num_classes)
+    reasons = {}
+    for name in detectors:
+        scanner = detector(name, preset)
+        reason = foreseen_abstention(scanner.name, subject, settings=scanner.settings)
+        if reason is not None:
+            reasons[name] = reason
+    return reasons
 
 
 def longest_minutes(checked: Checked, clean: CleanImages, num_classes: int) -> float:
