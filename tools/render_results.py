@@ -126,6 +126,9 @@ def _demo(results: Path) -> Iterator[str]:
 
 
 def _attacks(results: Path) -> Iterator[str]:
+    yield "WaNet, input-aware, BppAttack and Marksman poison every batch anew. Here their victims"
+    yield "were trained on images that were not rounded to 8 bits, as they are since"
+    yield "([why](../docs/attacks/wanet.md)).\n"
     for name, title in ATTACKS.items():
         yield from _head(title, name)
         yield from (markdown(page, level=3) for page in attack_pages(read_study(results / name)))
