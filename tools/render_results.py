@@ -48,10 +48,10 @@ What differs from the paper:
 - Victims marked *plain* never saw a corrupted image. A clean accuracy of 93 % under rotation, as
   the paper prints for its own attack, needs victims that did, which it does not say. Those are
   marked *corrupted* here.
-- Attacks that poison every batch anew take more steps: 16 epochs in batches of 512. WaNet has the
-  strength that the PSNR in the paper's Table 2 belongs to, three times the published one. What they
-  poison is rounded to 8 bits in training too: unrounded, WaNet's victim learned that values lay
-  between the 256, and its attack was lost in stored images.
+- Attacks that poison every batch anew take more steps: 16 epochs in batches of 512. WaNet has three
+  times its published strength, which gives the PSNR of the paper's Table 2 but a lower SSIM: no
+  strength gives both. What they poison is rounded to 8 bits in training too: unrounded, WaNet's
+  victim learned that values lay between the 256, and its attack was lost in stored images.
 - The null of Neural Cleanse's default verdict comes from other networks. Where every label is
   easier to reach than in all of them, it abstains."""
 # Victims at the accuracy that the papers print.
