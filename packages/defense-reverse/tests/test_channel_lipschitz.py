@@ -91,9 +91,9 @@ def test_a_normalisation_that_reads_a_sum_is_left_alone() -> None:
     model = build_classifier(
         "preactresnet10", num_classes=10, channels=3, image_size=16, width=8
     ).eval()
-    found = scaled_filters(model, IMAGES)
+    layers = scaled_filters(model, IMAGES)
     names = {name: module for name, module in model.named_modules()}
-    pairs = [(found_name(names, f.convolution), f.name) for f in found]
+    pairs = [(found_name(names, f.convolution), f.name) for f in layers]
     inside = [(conv, norm) for conv, norm in pairs if "blocks" in conv]
     assert len(inside) == 4
     for conv, norm in inside:

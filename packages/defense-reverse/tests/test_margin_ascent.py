@@ -60,15 +60,15 @@ def test_a_label_whose_margin_goes_far_is_named(changes: dict[str, object]) -> N
 
 
 def test_images_start_from_other_classes_and_stay_as_they_are() -> None:
-    kept = IMAGES.clone()
+    before = IMAGES.clone()
     scanned = MarginAscent(starts=100, steps=1, lr=1e-6).scan(
         linear(), IMAGES, labels=LABELS, progress=False
     )
-    assert torch.equal(IMAGES, kept)
+    assert torch.equal(IMAGES, before)
     with torch.no_grad():
         logits = linear()(IMAGES)
-    for label, found in enumerate(scanned.log["raw"]["margins"]):
-        assert found == pytest.approx(float(margin(logits, label)[label != LABELS].max()), abs=1e-4)
+    for label, value in enumerate(scanned.log["raw"]["margins"]):
+        assert value == pytest.approx(float(margin(logits, label)[label != LABELS].max()), abs=1e-4)
 
 
 def test_a_model_of_thresholds_is_not_scanned() -> None:

@@ -82,8 +82,8 @@ def test_batches_hold_attack_images_cross_triggers_and_clean_images() -> None:
         candidates = (clean[row] + squeezed - clean).clamp(0, 1)
         donor = (candidates - mixed[row]).abs().flatten(1).amax(1).argmin()
         assert int(donor) != row
-        wanted = quantize((clean[row] + squeezed[donor] - clean[donor])[None])[0]
-        assert torch.equal(wanted, mixed[row])
+        expected = quantize((clean[row] + squeezed[donor] - clean[donor])[None])[0]
+        assert torch.equal(expected, mixed[row])
 
 
 @pytest.mark.parametrize("levels", [1, 257, 8.0])

@@ -330,8 +330,8 @@ def test_a_batch_has_its_own_cross_and_clean_images(subtests):
                 continue
             with torch.no_grad():
                 assert torch.equal(out[changed], quantize(out[changed]))
-                wanted = hook.trigger(images)[own]
-                torch.testing.assert_close(out[own], wanted, rtol=0, atol=HALF_A_LEVEL)
+                stamped = hook.trigger(images)[own]
+                torch.testing.assert_close(out[own], stamped, rtol=0, atol=HALF_A_LEVEL)
                 for place in (changed & ~own).nonzero().flatten().tolist():
                     every = hook.trigger.stamp(images[place].expand(n, -1, -1, -1), images)
                     off = (every - out[place]).abs().flatten(1).amax(1)

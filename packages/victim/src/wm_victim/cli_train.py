@@ -55,8 +55,7 @@ class TrainSettings:
         if self.attack is not None:
             check_choice("an attack", self.attack, list_attacks())
         if not self.model.startswith(("timm:", "imagenet:")):
-            known = "a model of timm:NAME, imagenet:NAME or"
-            check_choice(known, self.model, CLASSIFIERS)
+            check_choice("a model of timm:NAME, imagenet:NAME or", self.model, CLASSIFIERS)
         ranges = {"image_size": (8, 1024), "limit": (1, math.inf), "width": (8, 512)}
         for name, (low, high) in (ranges | {"target": (0, math.inf)}).items():
             value = getattr(self, name)

@@ -63,15 +63,15 @@ def load_imagenet_weights(body: nn.Module, name: str) -> None:
             one whose order of weights is known.
     """
     source = imagenet_weights(name)
-    found = find_spec(source.package)
-    if found is None or found.origin is None:
+    spec = find_spec(source.package)
+    if spec is None or spec.origin is None:
         raise ValueError(f"expected wm-victim[imagenet] installed for the weights of {name}")
-    path = Path(found.origin).parent / source.file
+    path = Path(spec.origin).parent / source.file
     if not path.is_file() or sha256_file(path) != source.sha256:
         raise ValueError(f"expected the weights of {name} with sha256 {source.sha256} at {path}")
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
     # The file and timm name the same tensors differently, in the same order; the head comes last.
-    values = [value for key, value in saved.items() if "num_batches_tracked" not in key]
+    values = [value for key, value in state.items() if "num_batches_tracked" not in key]
     own = body.state_dict()
     names = [key for key in own if "num_batches_tracked" not in key]
     pairs = dict(zip(names, values, strict=False))

@@ -70,7 +70,11 @@ class MarginAscent:
 
     @classmethod
     def preset(cls, name: str = "fast", **changes: Any) -> MarginAscent:
-        """Settings by name, with changes: "paper" is data-free, "fast" is ours."""
+        """Settings by name, with changes.
+
+        "paper" starts from noise, with the paper's steps at its rate, which falls here; "fast" is
+        ours.
+        """
         return preset_of(cls, PRESETS, name, **changes)
 
     @property
@@ -101,11 +105,11 @@ class MarginAscent:
         Source: the verdict rests on `judge_scan`; the paper's rule stands beside it.
         """
         with open_scan(model, images, labels=labels, device=device) as inputs:
-            found = self.ascend(inputs, seed=seed, progress=progress)
+            ascent = self.ascend(inputs, seed=seed, progress=progress)
         report = judge_scan(
             self.name,
-            1 / F.softplus(found.margins).clamp(min=1e-6),
-            found.rates,
+            1 / F.softplus(ascent.margins).clamp(min=1e-6),
+            ascent.rates,
             model=model,
             images=images,
             settings=self.settings,
@@ -113,10 +117,10 @@ class MarginAscent:
             alpha=self.alpha,
             max_ratio=self.max_ratio,
             seed=seed,
-            starved=found.starved,
+            starved=ascent.starved,
             notes=inputs.notes,
         )
-        raw = {"margins": found.margins.tolist(), "gamma_p": gamma_p_value(found.margins)}
+        raw = {"margins": ascent.margins.tolist(), "gamma_p": gamma_p_value(ascent.margins)}
         return replace(report, log={"raw": raw})
 
     def ascend(self, inputs: ScanInputs, *, seed: int, progress: bool = False) -> Margins:
@@ -168,9 +172,9 @@ def margin(logits: Tensor, label: int) -> Tensor:
 
 
 def gamma_p_value(margins: Tensor) -> float:
-    """The p-value of the largest of K margins among the others, after a gamma distribution.
+    """The p-value of the largest of the margins ``(K,)``, after a gamma distribution of the others.
 
-    1 for fewer than four positive margins beside it.
+    1 if fewer than four of the others are positive, or all are alike.
 
     Source: MM-BD, section IV: p = 1 - F(largest)^K, F fitted to the others.
     """

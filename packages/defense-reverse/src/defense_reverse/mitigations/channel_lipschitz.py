@@ -69,15 +69,15 @@ class ChannelLipschitzPruning:
         """
         check_repair(model, images, labels)
         pruned = copy.deepcopy(model).eval()
-        channels, chosen = 0, {}
+        channels, by_layer = 0, {}
         for layer in scaled_filters(pruned, images[:2].to(trainable(pruned)[0].device)):
             constants = lipschitz(layer)
             off = above_others(constants) > self.deviations
             channels += len(constants)
             if bool(off.any()):
-                chosen[layer.name] = off.nonzero().flatten().tolist()
+                by_layer[layer.name] = off.nonzero().flatten().tolist()
                 _switch_off(layer, off)
-        return Repaired(pruned, {"channels": channels, "pruned": chosen})
+        return Repaired(pruned, {"channels": channels, "pruned": by_layer})
 
 
 PRESETS: dict[str, dict[str, Any]] = {"fast": {}, "paper": {}}
@@ -129,8 +129,8 @@ def scaled_filters(model: nn.Module, images: Tensor) -> list[Filters]:
                 if name in whole and _only_masked(whole[name], inputs[name], even):
                     paired.append(Filters(name, conv, norm))
     read = {id(layer.convolution) for layer in paired}
-    found = [f for f in paired if f.norm and f.norm.affine and f.norm.track_running_stats]
-    found += [
+    layers = [f for f in paired if f.norm and f.norm.affine and f.norm.track_running_stats]
+    layers += [
         Filters(name, conv, None)
         for name, conv in convolutions.items()
         if id(conv) not in read
@@ -138,9 +138,9 @@ def scaled_filters(model: nn.Module, images: Tensor) -> list[Filters]:
         and name in outputs
         and outputs[name].shape[2:].numel() > 1
     ]
-    if not found:
+    if not layers:
         raise ValueError("expected a network with convolutions to prune, found none")
-    return found
+    return layers
 
 
 def lipschitz(layer: Filters) -> Tensor:
