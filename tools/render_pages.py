@@ -77,6 +77,10 @@ DETECTOR_PAGES: dict[str, tuple[str, tuple[Settings, ...]]] = {
             Settings("defense_reverse:BtiDbfUnlearning", _FAST),
         ),
     ),
+    "universal-perturbations": (
+        "uap",
+        (Settings("defense_reverse:UniversalPerturbation", _FAST),),
+    ),
     "maximum-margins": ("mm-bd", (Settings("defense_reverse:MarginAscent", _FAST),)),
 }
 METHOD_PAGES = {

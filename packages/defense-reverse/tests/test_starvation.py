@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 from defense_nc import Verdict
-from defense_reverse import BtiDbf, FeatureRE, MarginAscent, ReverseConfig, ReverseGenerator
+from defense_reverse import (
+    BtiDbf,
+    FeatureRE,
+    MarginAscent,
+    ReverseConfig,
+    ReverseGenerator,
+    UniversalPerturbation,
+)
 from wm_victim.toy_backdoors import planted_classifier, planted_images
 
 CLASSES = 4
@@ -55,6 +62,7 @@ def detectors():
         ),
         "feature-re": FeatureRE.preset(width=2, depth=1, warmup_steps=1, steps=10, batch_size=8),
         "mm-bd": MarginAscent(starts=4, steps=5),
+        "uap": UniversalPerturbation(batch_size=4, steps=5),
         "bti-dbf": BtiDbf.preset(width=2, depth=1, mask_steps=10, steps=10, batch_size=8),
     }
 

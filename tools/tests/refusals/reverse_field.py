@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from tools.tests.refusals.common import IMAGES, LABELS, Call, Cases, images, labels
+from tools.tests.refusals.common import IMAGES, LABELS, SIZE, Call, Cases, images, labels
 from tools.tests.refusals.nc_mitigation import TRIGGER, repairs
 from tools.tests.refusals.victim import MODEL
 from torch import Tensor, nn
@@ -114,6 +114,21 @@ CASES: Mapping[str, Cases] = {
         share=0.0,
     ),
     "FeatureRE": detector(dr.FeatureRE.preset(width=2, depth=1, steps=1)),
+    "UniversalPerturbation": {
+        **{
+            k: v
+            for k, v in detector(dr.UniversalPerturbation(steps=1)).items()
+            if k != "no features"
+        },
+        "steps": lambda _: dr.UniversalPerturbation(steps=0),
+        "start": lambda _: dr.UniversalPerturbation(start=0.0),
+        "floor": lambda _: dr.UniversalPerturbation(floor=0.0),
+    },
+    "UniversalPicture": {
+        **images(dr.UniversalPicture(torch.zeros(1, SIZE, SIZE))),
+        "no picture": lambda _: dr.UniversalPicture(IMAGES),
+        "other size": lambda _: dr.UniversalPicture(torch.zeros(1, 4, 4))(IMAGES),
+    },
     "MarginAscent": {
         **{k: v for k, v in detector(dr.MarginAscent(steps=1)).items() if k != "no features"},
         "starts": lambda _: dr.MarginAscent(starts=0),

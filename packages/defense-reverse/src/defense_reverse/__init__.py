@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from defense_reverse.detectors.feature_re import FeatureRE as FeatureRE
     from defense_reverse.detectors.feature_re import FeatureTrigger as FeatureTrigger
     from defense_reverse.detectors.margin_ascent import MarginAscent as MarginAscent
+    from defense_reverse.detectors.universal_perturbation import (
+        UniversalPerturbation as UniversalPerturbation,
+    )
+    from defense_reverse.detectors.universal_perturbation import (
+        UniversalPicture as UniversalPicture,
+    )
     from defense_reverse.generator import UNetGenerator as UNetGenerator
     from defense_reverse.label_state import LambdaSearch as LambdaSearch
     from defense_reverse.mitigations.anp import ANP as ANP

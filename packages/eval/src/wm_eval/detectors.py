@@ -5,12 +5,12 @@ Importing this module imports torch: commands do so late.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from defense_nc import Detector, NeuralCleanse
-from defense_reverse import BtiDbf, FeatureRE, MarginAscent, ReverseGenerator
+from defense_reverse import BtiDbf, FeatureRE, MarginAscent, ReverseGenerator, UniversalPerturbation
 from wm_inject.core.checks import check_choice
 
 
@@ -18,6 +18,8 @@ class Entry(NamedTuple):
     """A detector in the table."""
 
     preset: Callable[..., Detector]  # a preset's name ("fast" by default) and changes -> detector
+    # Images through the model and back that a label takes at most, from the settings.
+    passes: Callable[[Mapping[str, Any]], float]
     inverts: bool = False  # it reverses one image trigger a label, which can be kept and unlearned
 
 
@@ -28,13 +30,25 @@ def _with_lpips(preset: str = "fast", **changes: Any) -> ReverseGenerator:
     return replace(detector, config=replace(detector.config, lambdas=lambdas))
 
 
+def _batches(settings: Mapping[str, Any]) -> float:
+    return float(settings["steps"] * settings["batch_size"])
+
+
 DETECTORS: dict[str, Entry] = {
-    "nc": Entry(NeuralCleanse.preset, inverts=True),
-    "reverse": Entry(ReverseGenerator.preset, inverts=True),
-    "reverse-lpips": Entry(_with_lpips, inverts=True),
-    "feature-re": Entry(FeatureRE.preset),
-    "bti-dbf": Entry(BtiDbf.preset),
-    "mm-bd": Entry(MarginAscent.preset),
+    "nc": Entry(
+        NeuralCleanse.preset,
+        lambda s: _batches(s) * s["batches"] * len(s["starts"]),
+        inverts=True,
+    ),
+    "reverse": Entry(ReverseGenerator.preset, _batches, inverts=True),
+    "reverse-lpips": Entry(_with_lpips, _batches, inverts=True),
+    "feature-re": Entry(
+        FeatureRE.preset, lambda s: float((s["warmup_steps"] + s["steps"]) * s["batch_size"])
+    ),
+    "bti-dbf": Entry(BtiDbf.preset, _batches),  # one search for all labels
+    # The images that success is measured on go forwards only, a dozen times.
+    "uap": Entry(UniversalPerturbation.preset, lambda s: _batches(s) + 4 * s["tested"]),
+    "mm-bd": Entry(MarginAscent.preset, lambda s: float(s["steps"] * s["starts"])),
 }
 
 

@@ -19,6 +19,7 @@ DETECTORS = {
     "reverse-lpips": "Reverse generators with LPIPS",
     "feature-re": "FeatureRE",
     "bti-dbf": "BTI-DBF",
+    "uap": "Universal perturbations",
     "mm-bd": "Maximum margins",
 }
 # First those that use a reversed trigger, with their control; then those that need no scan.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -52,6 +53,25 @@ def record_outputs(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str
             handle.remove()
 
 
+@contextmanager
+def record_inputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
+    """Record the first input of some layers, call by call, while their model runs.
+
+    Without gradients, and as they were: a layer may work in place.
+    """
+    inputs: dict[str, list[Tensor]] = defaultdict(list)
+
+    def record(name: str) -> Any:
+        return lambda module, args: inputs[name].append(args[0].detach().clone())
+
+    handles = [layer.register_forward_pre_hook(record(name)) for name, layer in layers.items()]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def get_layer(model: nn.Module, name: str) -> nn.Module:
     """The submodule of this name, as in ``model.named_modules()``.
 
@@ -90,18 +110,14 @@ def penultimate(model: nn.Module, images: Tensor, *, batch_size: int = 256) -> T
     """
     check_images(images)
     layer = last_linear(model)
-    inputs: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
     parts = images.split(batch_size)
-    try:
-        with frozen(model), torch.no_grad():
-            for part in parts:
-                model(part)
-    finally:
-        handle.remove()
-    if [tuple(rows.shape) for rows in inputs] != [(len(p), layer.in_features) for p in parts]:
+    with frozen(model), torch.no_grad(), record_inputs({"last": layer}) as inputs:
+        for part in parts:
+            model(part)
+    rows = inputs["last"]
+    if [tuple(part.shape) for part in rows] != [(len(p), layer.in_features) for p in parts]:
         raise ValueError("expected a last linear layer that reads (N, F) once a pass, got another")
-    return torch.cat(inputs)
+    return torch.cat(rows)
 
 
 def conv_stages(model: nn.Module, image: Tensor) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from defense_reverse.detectors.bti_losses import BtiDbfConfig
 from defense_reverse.detectors.feature_losses import FeatureREConfig
 from defense_reverse.detectors.feature_re import FeatureRE, FeatureTrigger
 from defense_reverse.detectors.margin_ascent import MarginAscent
+from defense_reverse.detectors.universal_perturbation import UniversalPerturbation, UniversalPicture
 
 __all__ = [
     "BtiDbf",
@@ -13,4 +14,6 @@ __all__ = [
     "FeatureREConfig",
     "FeatureTrigger",
     "MarginAscent",
+    "UniversalPerturbation",
+    "UniversalPicture",
 ]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,7 +15,7 @@ from defense_nc.protocols import Repaired
 from defense_reverse.mitigations.channels import ChannelMask
 from wm_inject.core.plan import Trigger
 from wm_inject.core.presets import preset_of
-from wm_victim.activations import record_outputs
+from wm_victim.activations import record_inputs, record_outputs
 from wm_victim.inference import frozen
 
 
@@ -114,11 +113,12 @@ def scaled_filters(model: nn.Module, images: Tensor) -> list[Filters]:
     paired: list[Filters] = []
     if not convolutions:
         raise ValueError("expected a network with convolutions to prune, found none")
-    with frozen(model), torch.no_grad(), _inputs(norms) as inputs:
+    with frozen(model), torch.no_grad(), record_inputs(norms) as inputs:
         with record_outputs(model, list(convolutions)) as outputs:
             model(images)
-        whole = dict(inputs)
+        whole = {name: calls[-1] for name, calls in inputs.items()}
         for conv in convolutions.values():
+            inputs.clear()
             even = torch.arange(conv.out_channels) % 2 == 0
             handle = conv.register_forward_hook(ChannelMask(even))
             try:
@@ -126,7 +126,7 @@ def scaled_filters(model: nn.Module, images: Tensor) -> list[Filters]:
             finally:
                 handle.remove()
             for name, norm in norms.items():
-                if name in whole and _only_masked(whole[name], inputs[name], even):
+                if name in whole and _only_masked(whole[name], inputs[name][-1], even):
                     paired.append(Filters(name, conv, norm))
     read = {id(layer.convolution) for layer in paired}
     layers = [f for f in paired if f.norm and f.norm.affine and f.norm.track_running_stats]
@@ -175,22 +175,6 @@ def _switch_off(layer: Filters, off: Tensor) -> None:
         owner.weight[off.to(owner.weight.device)] = 0
         if owner.bias is not None:
             owner.bias[off.to(owner.bias.device)] = 0
-
-
-@contextmanager
-def _inputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """The inputs of some layers, by name, while the model runs."""
-    inputs: dict[str, Tensor] = {}
-
-    def record(name: str) -> Any:
-        return lambda module, args: inputs.__setitem__(name, args[0].detach().clone())
-
-    handles = [layer.register_forward_pre_hook(record(name)) for name, layer in layers.items()]
-    try:
-        yield inputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _only_masked(whole: Tensor, masked: Tensor, keep: Tensor) -> bool:

@@ -135,7 +135,7 @@ def _add_model(parser: Parser, settings: type) -> None:
     add_reading_options(parser)
     group = parser.add_argument_group("the scan")
     helps = {
-        "detectors": "their names (default: nc,reverse)",
+        "detectors": "their names (default: nc,reverse, which are calibrated; uap is the fastest)",
         "preset": "of the detectors; fast is calibrated",
         "alpha": "false-positive rate of the verdict",
     }
@@ -169,16 +169,23 @@ def _scan(args: argparse.Namespace) -> int:
             subject = _open(args, settings, about)
             images = subject.clean.images
             parts = (subject.checked, subject.clean, subject.opened.num_classes)
-            longest = longest_minutes(*parts)
-            certain = foreseen(*parts, detectors=settings.detectors, preset=settings.preset)
+            names, preset = settings.detectors, settings.preset
+            longest = longest_minutes(*parts, detectors=names, preset=preset)
+            certain = foreseen(*parts, detectors=names, preset=preset)
         lines = [
             f"{detector_title(name)} will abstain, whatever it finds; labels that stand out are "
             f"listed. {reason}"
             for name, reason in certain.items()
         ]
+        if len(certain) == len(names):
+            lines.append(
+                "--detectors uap compares the labels of any such model, in minutes, without a "
+                "stated error rate"
+            )
         about.notes = (*about.notes, *lines)
         _print(*(f"note: {line}" for line in lines))
-        _say(f"at most {max(1, round(longest))} minutes, usually much less")
+        for name, minutes in longest.items():
+            _say(f"{detector_title(name)}: at most {max(1, round(minutes))} minutes")
         report = _audit(args, settings, subject, subject.checked, budget)
     except Exception as error:
         # A report that says why there is no verdict, for programs that read it.

@@ -16,7 +16,7 @@ from wm_eval.audit.budget import Budget
 from wm_eval.audit.checks import Checked
 from wm_eval.audit.images import CleanImages
 from wm_eval.audit.settings import check_detectors
-from wm_eval.detectors import detector
+from wm_eval.detectors import DETECTORS, detector
 from wm_eval.titles import CALIBRATED, detector_title
 from wm_inject.core.errors import error_line
 from wm_victim.reading import BATCH
@@ -181,10 +181,13 @@ def foreseen(
     return reasons
 
 
-def longest_minutes(checked: Checked, clean: CleanImages, num_classes: int) -> float:
-    """Minutes that a scan by both house detectors takes at most, from a few passes timed now.
+def longest_minutes(
+    checked: Checked, clean: CleanImages, num_classes: int, *, detectors: Sequence[str], preset: str
+) -> dict[str, float]:
+    """By detector: minutes that its searches take at most, from a few passes timed now.
 
-    Labels leave the searches early, so that most scans take a fraction of it.
+    What a search adds to the model's passes, as the generators, is not in them. Labels leave the
+    searches of Neural Cleanse and of the generators early, so that most take a fraction.
     """
     images = clean.images[: BATCH // 2].clone().requires_grad_()
     seconds = []
@@ -192,11 +195,10 @@ def longest_minutes(checked: Checked, clean: CleanImages, num_classes: int) -> f
         start = time.perf_counter()
         torch.autograd.grad(checked.module(images).logsumexp(1).sum(), images)
         seconds.append((time.perf_counter() - start) / len(images))
-    each = min(seconds)
-    nc, reverse = detector("nc").settings, detector("reverse").settings
-    passes = nc["steps"] * nc["batches"] * nc["batch_size"] * len(nc["starts"])
-    passes += reverse["steps"] * reverse["batch_size"]
-    return float(each * passes * num_classes / 60)
+    each = min(seconds) * num_classes / 60
+    return {
+        name: each * DETECTORS[name].passes(detector(name, preset).settings) for name in detectors
+    }
 
 
 def reversed_triggers(audit: Audit, labels: Sequence[int] | None = None) -> dict[int, nn.Module]:

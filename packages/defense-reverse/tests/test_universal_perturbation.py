@@ -1,0 +1,99 @@
+"""Universal perturbations: known sizes of a linear classifier, a planted trigger, refusals."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from defense_nc import Verdict
+from defense_reverse.detectors import UniversalPerturbation, UniversalPicture
+from defense_reverse.detectors.universal_perturbation import unit
+
+CLASSES, SIDE = 8, 8
+random = torch.Generator().manual_seed(0)
+LABELS = torch.arange(80) % CLASSES
+# Grey images, one row a class brighter: nothing is clamped where small pictures are added.
+IMAGES = torch.full((80, 1, SIDE, SIDE), 0.5)
+IMAGES[torch.arange(80), 0, LABELS] += 0.1 + 0.02 * torch.rand(80, SIDE, generator=random)
+
+
+def rows(gain: float = 1.0) -> nn.Sequential:
+    """The brightest row is the label; label 2 also reads a checkerboard."""
+    layer = nn.Linear(SIDE * SIDE, CLASSES)
+    with torch.no_grad():
+        layer.bias.zero_()
+        layer.weight.copy_(4 * torch.eye(CLASSES).repeat_interleave(SIDE, 1))
+        board = (torch.arange(SIDE)[:, None] + torch.arange(SIDE)) % 2
+        layer.weight[2] += (gain - 1) * (2.0 * board - 1).flatten()
+    return nn.Sequential(nn.Flatten(), layer).eval()
+
+
+def test_the_size_is_that_of_the_smallest_picture_of_a_linear_classifier() -> None:
+    """Between two rows of a linear classifier the distance is half of their difference of 0.11.
+
+    The best picture lifts one row and lowers seven: to lift a row over seven others that may each
+    be the highest, all of these are lowered alike.
+    """
+    detector = UniversalPerturbation(steps=80, floor=1.0)
+    report = detector.scan(rows(), IMAGES, labels=LABELS, progress=False)
+    # A row lifted by a and the others lowered by b: a + b = gap; a² + 7 b² is least for a = 7 b.
+    means = IMAGES[torch.arange(80), 0, LABELS].mean(1)
+    gap = float(means.max()) - 0.5
+    expected = gap * (((7 / 8) ** 2 + 7 * (1 / 8) ** 2) / 8) ** 0.5
+    sizes = [label.score for label in report.labels]
+    assert all(0.9 * expected < size < 1.3 * expected for size in sizes)
+    assert report.verdict is Verdict.CLEAN and report.detector == "uap"
+    assert all(label.success_rate == 1 for label in report.labels)
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_a_label_that_a_faint_picture_leads_to_is_named() -> None:
+    detector = UniversalPerturbation(batch_size=8)
+    reports = [
+        detector.scan(rows(8.0), IMAGES, labels=LABELS, progress=False, seed=seed)
+        for seed in (0, 0, 1)
+    ]
+    for report in reports:
+        assert report.verdict is Verdict.BACKDOORED and report.suspected == (2,)
+    assert reports[0].labels == reports[1].labels != reports[2].labels
+    report, others = reports[0], IMAGES[LABELS != 2]
+    trigger = report.triggers[2]
+    assert isinstance(trigger, UniversalPicture)
+    assert float(trigger.picture.square().mean().sqrt()) == pytest.approx(report.labels[2].score)
+    assert float((rows(8.0)(trigger(others)).argmax(1) == 2).float().mean()) > 0.75
+
+
+def test_a_label_that_no_picture_reaches_has_no_size_to_compare() -> None:
+    model = rows()
+    with torch.no_grad():
+        model[1].bias[5] -= 100  # type: ignore[index,union-attr,operator]
+    report = UniversalPerturbation(batch_size=8).scan(model, IMAGES, labels=LABELS, progress=False)
+    assert [label.converged for label in report.labels] == [k != 5 for k in range(CLASSES)]
+    assert report.verdict is Verdict.CLEAN
+
+
+def test_few_images_serve_both_search_and_measure() -> None:
+    report = UniversalPerturbation(steps=3).scan(
+        rows(), IMAGES[:2], labels=LABELS[:2], progress=False
+    )
+    assert len(report.labels) == CLASSES
+
+
+def test_a_picture_of_unit_size() -> None:
+    picture = torch.randn(3, 5, 5, generator=torch.Generator().manual_seed(1))
+    assert float(unit(picture).square().mean()) == pytest.approx(1, rel=1e-5)
+    assert torch.equal(unit(torch.zeros(1, 2, 2)), torch.zeros(1, 2, 2))
+    with pytest.raises(ValueError, match="expected images"):
+        UniversalPicture(picture)(IMAGES)
+
+
+def test_settings() -> None:
+    assert UniversalPerturbation.preset() == UniversalPerturbation()
+    assert UniversalPerturbation.preset("paper").floor == 0.9
+    assert "alpha" not in UniversalPerturbation().settings
+    for wrong in ({"steps": 0}, {"batch_size": 0}, {"tested": 0}, {"start": 0.0}, {"floor": 1.1}):
+        with pytest.raises(ValueError, match="expected"):
+            UniversalPerturbation(**wrong)  # type: ignore[arg-type]
