@@ -13,7 +13,15 @@ from wm_eval.intervals import exact_interval
 from wm_eval.measure import scan_values
 from wm_eval.pages import study_pages
 from wm_eval.pages.calibration import calibration_page, population_tables
-from wm_eval.population import COMBINED, Population, Row, auroc_interval, calibrate, summarise
+from wm_eval.population import (
+    ANY_CLASSES,
+    COMBINED,
+    Population,
+    Row,
+    auroc_interval,
+    calibrate,
+    summarise,
+)
 from wm_eval.records import Failure, Record, StudyRecords
 from wm_eval.render import ABSENT
 from wm_eval.titles import CALIBRATED
@@ -410,3 +418,40 @@ def test_what_is_planned_is_counted_and_failures_are_named() -> None:
         ("two", "test", "Blend", "0 of 3", "0 of 3", "0 of 3"),
     )
     assert "victim attack=sig seed=3" in page.about
+
+
+def test_a_kind_of_network_is_judged_by_the_clean_models_of_the_others() -> None:
+    def of(kind: str, seed: int, attack: str = "clean", **more: Any) -> Record:
+        record = scan(attack, 2000 + seed, setting=kind, **more)
+        record.key["split"] = "unseen"
+        record.values["model"] = kind
+        return record
+
+    kinds = ("a", "b", "c", "d")
+    clean = [of(kind, 3 * i + j) for i, kind in enumerate(kinds) for j in range(3)]
+    # All labels of one kind lie far apart: its own clean models would hide that, the others do not.
+    wide = [of("w", i, scores=50 * torch.arange(LABELS).double().mul(2).exp()) for i in range(3)]
+    caught = of("b", 1, "badnets", low={1: LOW}, asr=1.0)
+    population = summarise([*clean, *wide, caught])
+    assert list(population.calibrations) == [("nc", ANY_CLASSES)]
+    assert len(population.calibrations["nc", ANY_CLASSES].models) == len(clean) + len(wide)
+    judged = {id(j.record): j for j in population.judged["nc"]}
+    assert len(judged) == len(clean) + len(wide) + 1
+    others = [r for r in [*clean, *wide] if r.values["model"] != "b"]
+    by_hand = judge(
+        "long-nc",
+        torch.tensor([label["score"] for label in caught.values["labels"]]).double(),
+        torch.ones(LABELS).double(),
+        floor=0.9,
+        calibration=calibrate(others),
+        subject=ModelInfo(LABELS, 16, 1, "convolutional", 100),
+    )
+    assert judged[id(caught)].p_value == pytest.approx(by_hand.p_value, rel=1e-6)
+    assert only(population, "nc", "badnets", "b").named == (1, 1)
+    assert {row.setting for row in population.rows if row.attack == "clean"} == {
+        *kinds,
+        "w",
+        "all",
+    }
+    few = summarise([*null(), *(of("a", i) for i in range(2))])
+    assert few.left_out == {("nc", ANY_CLASSES): 2} and not few.judged["nc"]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from defense_nc import InvertedTrigger
+from defense_reverse import UniversalPicture
 from wm_eval.config import WatermarkConfig
 from wm_eval.trial import load_reversed, save_reversed
 from wm_eval.watermark_attacks import blend_watermark, fit_watermark
@@ -41,12 +42,16 @@ def test_equation_2_blends_the_watermark_by_its_weight() -> None:
     assert torch.allclose(trigger(batch), expected, atol=1e-6)
 
 
-def test_a_reversed_patch_comes_back_to_the_bit(tmp_path: Path) -> None:
+def test_reversed_patches_and_pictures_come_back_to_the_bit(tmp_path: Path) -> None:
     trigger = InvertedTrigger(torch.rand(1, 8, 8), torch.rand(3, 8, 8), target=3, success_rate=0.5)
     save_reversed(trigger, tmp_path / "patch.safetensors")
     again = load_reversed(tmp_path / "patch.safetensors")
     assert isinstance(again, InvertedTrigger)
     assert (again.target, again.success_rate) == (3, 0.5)
     assert torch.equal(again.mask, trigger.mask) and torch.equal(again.pattern, trigger.pattern)
+    picture = UniversalPicture(torch.randn(3, 8, 8))
+    save_reversed(picture, tmp_path / "picture.safetensors")
+    again = load_reversed(tmp_path / "picture.safetensors")
+    assert isinstance(again, UniversalPicture) and torch.equal(again.picture, picture.picture)
     with pytest.raises(ValueError, match="got Identity"):
         save_reversed(torch.nn.Identity(), tmp_path / "other.safetensors")

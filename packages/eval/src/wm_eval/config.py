@@ -28,9 +28,9 @@ Part = Literal["rates", "baseline", "stealth", "tiles", "mark", "reversed", "clo
 PARTS: tuple[Part, ...] = (
     *("rates", "baseline", "stealth", "tiles", "mark", "reversed", "closeness", "exports"),
 )
-Split = Literal["calibration", "test"]
-SPLITS: tuple[Split, ...] = ("calibration", "test")
-TEST_SEEDS = 1000  # seeds of the test split start here: no seed is ever in both
+Split = Literal["calibration", "test", "unseen"]
+SPLITS: tuple[Split, ...] = ("calibration", "test", "unseen")
+SPLIT_SEEDS = 1000  # seeds of a split start at a multiple of it: no seed is ever in two
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
@@ -198,6 +198,8 @@ class Setting:
         triggers: Settings of attacks; the study's for those that are not here.
         calibration: Attack (or "clean") to the number of models that may choose thresholds.
         test: Attack (or "clean") to the number of models that figures come from.
+        unseen: Attack (or "clean") to the number of models that are judged by what the clean ones
+            of all *other* networks calibrate: as a stranger's model is.
 
     Raises:
         ValueError: An unknown attack, or a count below zero or above 1,000 (seeds would meet).
@@ -209,18 +211,24 @@ class Setting:
     triggers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     calibration: Mapping[str, int] = field(default_factory=dict)
     test: Mapping[str, int] = field(default_factory=dict)
+    unseen: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_triggers(self.triggers)
-        for counts in (self.calibration, self.test):
+        for split in SPLITS:
+            counts = self.counts(split)
             _known("attacks", counts, ATTACKS)
-            if any(not 0 <= n <= TEST_SEEDS for n in counts.values()):
-                raise ValueError(f"expected counts in 0 .. {TEST_SEEDS}, got {dict(counts)}")
+            if any(not 0 <= n <= SPLIT_SEEDS for n in counts.values()):
+                raise ValueError(f"expected counts in 0 .. {SPLIT_SEEDS}, got {dict(counts)}")
+
+    def counts(self, split: Split) -> Mapping[str, int]:
+        """Attack (or "clean") to the number of models of a split."""
+        counts: Mapping[str, int] = getattr(self, split)
+        return counts
 
     def models(self, split: Split) -> tuple[tuple[str, int], ...]:
         """Attack and seed of every model of a split; clean ones first, as others may need them."""
-        counts = self.calibration if split == "calibration" else self.test
-        first = 0 if split == "calibration" else TEST_SEEDS
+        counts, first = self.counts(split), SPLIT_SEEDS * SPLITS.index(split)
         names = sorted(counts, key=lambda name: (name != CLEAN, name))
         return tuple((name, first + i) for name in names for i in range(counts[name]))
 

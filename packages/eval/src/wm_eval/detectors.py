@@ -47,7 +47,9 @@ DETECTORS: dict[str, Entry] = {
     ),
     "bti-dbf": Entry(BtiDbf.preset, _batches),  # one search for all labels
     # The images that success is measured on go forwards only, a dozen times.
-    "uap": Entry(UniversalPerturbation.preset, lambda s: _batches(s) + 4 * s["tested"]),
+    "uap": Entry(
+        UniversalPerturbation.preset, lambda s: _batches(s) + 4 * s["tested"], inverts=True
+    ),
     "mm-bd": Entry(MarginAscent.preset, lambda s: float(s["steps"] * s["starts"])),
 }
 

@@ -16,6 +16,7 @@ _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "fine-tuning": ("defense_reverse.mitigations.fine_tuning:FineTuning", {}),
     "unlearning-nc": (_UNLEARNING, {"trigger_share": 0.2, "append": False}),
     "unlearning-reverse": _GENERATORS,
+    "unlearning-uap": _GENERATORS,
     "unlearning-reverse-lpips": _GENERATORS,
     "neuron-pruning": ("defense_nc.mitigations.neuron_pruning:NeuronPruning", {}),
     "nad": ("defense_reverse.mitigations.nad:NAD", {}),

@@ -2,7 +2,8 @@
 
 Nothing is scanned anew. A detector's null distribution is fitted to the clean models of the
 calibration split, one for each number of classes, and every model of the test split is judged by it
-from its recorded scores.
+from its recorded scores. Models of the unseen split are judged by the clean ones of that split that
+are of another kind of network, whatever their classes.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ from wm_eval.records import Record, StudyRecords
 from wm_eval.titles import ATTACKS, CALIBRATED, CLEAN
 
 ALL_SETTINGS = "all"
+ANY_CLASSES = 0  # stands for the number of classes of a null distribution for all of them
 COMBINED = "all"  # the calibrated detectors as one, each at its share of the error rate
 MIN_MODELS = 5  # clean models of the calibration split, or a detector is not judged
 _INFINITE = 1e9  # stands in for an infinite index
 
 
 class Judged(NamedTuple):
-    """A model of the test split, judged by the calibration."""
+    """A model of the test or the unseen split, judged by the calibration."""
 
     record: Record
     verdict: Verdict
@@ -72,7 +74,7 @@ class Row(NamedTuple):
 
     detector: str
     attack: str
-    setting: str  # data set and network, or "all"
+    setting: str  # data set and network, the network alone if it is unseen, or "all"
     trained: int
     judged: int  # of them, backdoored ones whose attack success reached the floor
     asr_min: float | None
@@ -89,7 +91,9 @@ class Row(NamedTuple):
 class Population(NamedTuple):
     """Everything that is said of a population."""
 
-    calibrations: Mapping[tuple[str, int], Calibration]  # by detector and number of classes
+    # By detector and number of classes; `ANY_CLASSES` for the unseen split: from all its clean
+    # models, as it would ship.
+    calibrations: Mapping[tuple[str, int], Calibration]
     judged: Mapping[str, tuple[Judged, ...]]  # by detector
     rows: tuple[Row, ...]
     left_out: Mapping[tuple[str, int], int]  # number of clean models where they are too few
@@ -109,10 +113,10 @@ def population_scans(study: StudyRecords) -> list[Record]:
 
 
 def calibrate(scans: Sequence[Record]) -> Calibration:
-    """The null distribution of one detector, from the clean models of the calibration split.
+    """The null distribution of one detector, from clean models of the calibration or unseen split.
 
     Args:
-        scans: Of models with as many classes.
+        scans: Of one of them; those of the calibration split are of models with as many classes.
 
     Raises:
         ValueError: Fewer than five such models, or scans with different settings or numbers of
@@ -121,7 +125,7 @@ def calibrate(scans: Sequence[Record]) -> Calibration:
     models = _clean_models(scans)
     if len(models) < MIN_MODELS:
         raise _too_few(len(models))
-    first = next(r for r in scans if _calibrates(r))
+    first = next(r for r in scans if _clean_of(r))
     return fit_calibration(
         models,
         detector=first.values["detector"],
@@ -155,7 +159,14 @@ def summarise(scans: Sequence[Record], *, floor: float = 0.9, alpha: float = 0.0
     judged: dict[str, tuple[Judged, ...]] = {}
     left_out: dict[tuple[str, int], int] = {}
     for detector in detectors_in_order(scans):
-        own = [r for r in scans if r.key["detector"] == detector]
+        every = [r for r in scans if r.key["detector"] == detector]
+        own = [r for r in every if r.key["split"] != "unseen"]
+        strangers = [r for r in every if r.key["split"] == "unseen"]
+        if strangers and (count := len(_clean_models(strangers))) < MIN_MODELS:
+            left_out[detector, ANY_CLASSES] = count
+        elif strangers:
+            calibrations[detector, ANY_CLASSES] = calibrate(strangers)
+            judged[detector] = tuple(_judge_unseen(strangers, alpha))
         for classes in sorted({_classes(r) for r in own}):
             same = [r for r in own if _classes(r) == classes]
             if (count := len(_clean_models(same))) < MIN_MODELS:
@@ -172,6 +183,7 @@ def summarise(scans: Sequence[Record], *, floor: float = 0.9, alpha: float = 0.0
             _judge(j.record, calibrations[name, _classes(j.record)], alpha / len(CALIBRATED))
             for name in CALIBRATED
             for j in judged[name]
+            if j.record.key["split"] == "test"
         ]
         first = {name: judged[name] for name in CALIBRATED}
         judged = {**first, COMBINED: _combined(pair, len(CALIBRATED)), **judged}
@@ -273,7 +285,7 @@ def _clean_models(scans: Sequence[Record]) -> list[CleanModel]:
     if len(images) > 1:
         got = ", ".join(map(str, images))
         raise ValueError(f"expected one number of the defender's images in both splits, got {got}")
-    return [model for r in scans if _calibrates(r) and (model := _clean(r)) is not None]
+    return [model for r in scans if _clean_of(r) and (model := _clean(r)) is not None]
 
 
 def _clean(record: Record) -> CleanModel | None:
@@ -308,6 +320,15 @@ def _judge(record: Record, calibration: Calibration, alpha: float) -> Judged:
         report.paper_index,
         report.paper_flagged,
     )
+
+
+def _judge_unseen(scans: Sequence[Record], alpha: float) -> Iterator[Judged]:
+    """Every model by the clean ones of the other kinds; none where these are too few."""
+    for kind in sorted({_kind(r) for r in scans}):
+        others = [r for r in scans if _kind(r) != kind]
+        if len(_clean_models(others)) >= MIN_MODELS:
+            calibration = calibrate(others)
+            yield from (_judge(r, calibration, alpha) for r in scans if _kind(r) == kind)
 
 
 def _combined(results: Sequence[Judged], detectors: int) -> tuple[Judged, ...]:
@@ -347,12 +368,18 @@ def _classes(record: Record) -> int:
     return int(record.values["subject"]["classes"])
 
 
-def _calibrates(record: Record) -> bool:
-    return record.key["attack"] == CLEAN and record.key["split"] == "calibration"
+def _clean_of(record: Record) -> bool:
+    """Whether null distributions may be fitted to this model."""
+    return record.key["attack"] == CLEAN and record.key["split"] in ("calibration", "unseen")
+
+
+def _kind(record: Record) -> str:
+    return str(record.values["model"])
 
 
 def _setting(judged: Judged) -> str:
-    return str(judged.record.key.get("setting", ""))
+    record = judged.record
+    return _kind(record) if record.key["split"] == "unseen" else str(record.key.get("setting", ""))
 
 
 def _too_few(count: int) -> ValueError:

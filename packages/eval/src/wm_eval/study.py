@@ -48,7 +48,7 @@ def _describe(study: Study, *_: Any) -> Result:
         planned = {
             "detectors": list(study.detectors),
             "settings": {
-                name: {split: dict(getattr(setting, split)) for split in SPLITS}
+                name: {split: dict(c) for split in SPLITS if (c := setting.counts(split))}
                 for name, setting in study.settings.items()
             },
         }

@@ -29,6 +29,7 @@ METHODS = {
     "unlearning-nc": "Unlearning, Neural Cleanse",
     "unlearning-reverse": "Unlearning, reverse generators",
     "unlearning-reverse-lpips": "Unlearning, reverse generators with LPIPS",
+    "unlearning-uap": "Unlearning, universal perturbations",
     "neuron-pruning": "Neuron pruning, Neural Cleanse",
     "fine-tuning": "Fine-tuning",
     "nad": "NAD",

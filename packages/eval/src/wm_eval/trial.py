@@ -328,14 +328,14 @@ def batch_sizes(images: int, batch_size: int) -> list[int]:
 
 
 def save_reversed(trigger: nn.Module, path: Path) -> None:
-    """Keep a reversed trigger of either defence.
+    """Keep a reversed trigger of any defence.
 
     Raises:
         ValueError: Another kind of trigger.
     """
     if isinstance(trigger, defense_reverse.ReversedTrigger):
         defense_reverse.save_reversed(trigger, path)
-    elif isinstance(trigger, defense_nc.InvertedTrigger):
+    elif isinstance(trigger, defense_nc.InvertedTrigger | defense_reverse.UniversalPicture):
         save_checkpoint(path, kind=trigger.kind, config=trigger.config, state=trigger.state_dict())
     else:
         raise ValueError(f"expected a reversed trigger, got {type(trigger).__name__}")
@@ -347,9 +347,12 @@ def load_reversed(path: Path) -> nn.Module:
     Raises:
         CheckpointError: Not such a file.
     """
-    kinds = (defense_nc.InvertedTrigger.kind, defense_reverse.ReversedTrigger.kind)
+    picture = defense_reverse.UniversalPicture.kind
+    kinds = (defense_nc.InvertedTrigger.kind, defense_reverse.ReversedTrigger.kind, picture)
     saved = load_checkpoint(path, kind=kinds)
     if saved.kind == defense_reverse.ReversedTrigger.kind:
         return defense_reverse.load_reversed(path)
+    if saved.kind == picture:
+        return defense_reverse.UniversalPicture(saved.state["picture"])
     numbers = {name: saved.config[name] for name in ("target", "success_rate", "steps")}
     return defense_nc.InvertedTrigger(saved.state["mask"], saved.state["pattern"], **numbers)

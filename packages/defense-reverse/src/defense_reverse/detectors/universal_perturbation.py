@@ -39,6 +39,7 @@ class UniversalPicture(nn.Module):
         picture: ``(C, H, W)``, in units of [0, 1], of either sign.
     """
 
+    kind = "universal-picture"
     picture: Tensor
 
     def __init__(self, picture: Tensor) -> None:
@@ -46,6 +47,11 @@ class UniversalPicture(nn.Module):
         if not isinstance(picture, Tensor) or picture.ndim != 3 or not picture.isfinite().all():
             raise ValueError("expected a finite picture (C, H, W)")
         self.register_buffer("picture", picture)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings, ready for JSON."""
+        return {"shape": list(self.picture.shape)}
 
     def forward(
         self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None

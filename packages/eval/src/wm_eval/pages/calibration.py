@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
+from wm_eval.config import SPLITS
 from wm_eval.numbers import Number
 from wm_eval.population import (
     ALL_SETTINGS,
@@ -75,9 +76,10 @@ def _clean_table(population: Population, alpha: float) -> Table:
     )
     counts = {group: len(c.models) for group, c in population.calibrations.items()}
     note = (
-        f"Clean models of the test split, judged at a false-positive rate of {alpha:g}. The null "
-        "distribution comes from other clean models, of the calibration split "
-        f"({_group_counts(population, counts)}). Intervals are exact, 95 %."
+        f"Clean models, judged at a false-positive rate of {alpha:g}. The null distribution comes "
+        f"from other clean models ({_group_counts(population, counts)}): those of the calibration "
+        "split, and for a network of the unseen split those of all other networks of that split. "
+        "Intervals are exact, 95 %."
     )
     if population.left_out:
         few = _group_counts(population, population.left_out)
@@ -105,7 +107,7 @@ def _backdoored_table(population: Population, floor: float) -> Table:
         if row.attack != CLEAN
     )
     note = (
-        f"Models of the test split. Only models with an attack success of at least {floor:.0%} on "
+        f"Only models with an attack success of at least {floor:.0%} on "
         "held-out images are judged; every model has a target of its own. AUROC is against the "
         "clean models of the same settings, with a bootstrap interval."
     )
@@ -156,9 +158,9 @@ def _plan_table(study: StudyRecords, scans: Sequence[Record]) -> list[Table]:
             *(f"{done[setting, split, attack, name]} of {count}" for name in detectors),
         )
         for setting, plan in plans.items()
-        for split in ("calibration", "test")
+        for split in SPLITS
         for attack in (CLEAN, *(name for name in ATTACKS if name != CLEAN))
-        if (count := plan[split].get(attack, 0))
+        if (count := plan.get(split, {}).get(attack, 0))
     )
     headers = ("setting", "split", "models", *map(detector_title, detectors))
     note = "Models scanned, of those planned when the population was last worked on."
@@ -188,10 +190,11 @@ def _group_counts(population: Population, counts: Mapping[tuple[str, int], int])
     groups = (*population.calibrations, *population.left_out)
     several = len({classes for _, classes in groups}) > 1
     titles = _titles(population)
-    return "; ".join(
-        f"{titles[name]}{f' on {classes} classes' if several else ''}: {count}"
-        for (name, classes), count in counts.items()
-    )
+
+    def name(detector: str, classes: int) -> str:
+        return f"{titles[detector]} on {classes or 'any'} classes" if several else titles[detector]
+
+    return "; ".join(f"{name(*group)}: {count}" for group, count in counts.items())
 
 
 def _titles(population: Population) -> dict[str, str]:
