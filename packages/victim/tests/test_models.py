@@ -113,6 +113,7 @@ def test_other_files_and_models_are_refused(tmp_path: Path) -> None:
 def test_bad_settings_are_refused(subtests: pytest.Subtests) -> None:
     for name, changes, message in [
         ("resnet50", {}, "expected a classifier in resnet18"),
+        ("timm:test_vit", {"image_size": 28}, "expected images of a size that timm:test_vit takes"),
         ("resnet18", {"channels": 4}, "channels 1 or 3"),
         ("resnet18", {"num_classes": 1}, "num_classes in 2"),
         ("resnet18", {"num_classes": 2.5}, "num_classes in 2"),

@@ -219,8 +219,13 @@ def _timm_body(name: str, *, channels: int, image_size: int) -> tuple[nn.Module,
     except TypeError:  # convolutional models take any size, and no such argument
         body = timm.create_model(name, **settings)
     body.eval()
-    with torch.no_grad():
-        features = body(torch.zeros(1, channels, image_size, image_size))
+    try:
+        with torch.no_grad():
+            features = body(torch.zeros(1, channels, image_size, image_size))
+    except (AssertionError, RuntimeError, ValueError) as error:  # transformers take few sizes
+        raise ValueError(
+            f"expected images of a size that timm:{name} takes, got {image_size}: {error}"
+        ) from error
     if features.ndim != 2:
         raise ValueError(f"{name} gives features of shape {tuple(features.shape)}, expected (1, F)")
     return body.train(), features.shape[1]
