@@ -181,6 +181,10 @@ def _calibration(results: Path) -> Iterator[str]:
     yield from _head(page.title, "population")
     yield "[What a verdict rests on](../docs/verdicts.md).\n"
     yield from (to_markdown(table) for table in page.tables)
+    strangers = calibration_page(read_study(results / "population-strangers"))
+    yield from _head("The same for kinds of network that were never seen", "population-strangers")
+    yield "Every network is judged by what clean models of all *other* networks calibrate.\n"
+    yield from (to_markdown(table) for table in strangers.tables[:-1])
 
 
 def _detection(results: Path) -> Iterator[str]:
@@ -283,7 +287,8 @@ def _csv_pages(results: Path) -> Iterator[tuple[str, list[Page]]]:
         detectors = keys(study(name), "scan", "detector")
         yield name, [index_page(study(name), detector) for detector in detectors]
     yield "attacks-cifar10", [index_page(study("attacks-cifar10"), name) for name in INDICES]
-    yield "population", [calibration_page(study("population"))]
+    for name in ("population", "population-strangers"):
+        yield name, [calibration_page(study(name))]
     for name in recorded(results, DETECTIONS):
         yield name, [detection_page(study(name))]
         if study(name).select(kind="mitigation"):

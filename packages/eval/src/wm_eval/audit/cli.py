@@ -177,11 +177,8 @@ def _scan(args: argparse.Namespace) -> int:
             f"listed. {reason}"
             for name, reason in certain.items()
         ]
-        if len(certain) == len(names):
-            lines.append(
-                "--detectors uap compares the labels of any such model, in minutes, without a "
-                "stated error rate"
-            )
+        if len(certain) == len(names) and not foreseen(*parts, detectors=("uap",), preset="fast"):
+            lines.append("--detectors uap is calibrated for such models, and takes minutes")
         about.notes = (*about.notes, *lines)
         _print(*(f"note: {line}" for line in lines))
         for name, minutes in longest.items():
