@@ -203,6 +203,8 @@ def test_load_matches_detector_preset_and_settings(monkeypatch, calibration):
     assert load_calibration("test", "tiny") is one
     assert load_calibration("test", settings={"betas": [0.5, 0.9]}) is one
     assert load_calibration("test", settings={"betas": (0.5, 0.9)}) is one
+    # Records keep nine digits of a number.
+    assert load_calibration("test", settings={"betas": [0.5, 0.9 + 1e-12]}) is one
     assert load_calibration("test", "tiny", settings={"betas": [0.9, 0.9]}) is None
     assert load_calibration("test", "small") is None
     assert load_calibration("other", "tiny") is None

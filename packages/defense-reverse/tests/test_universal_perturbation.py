@@ -45,7 +45,8 @@ def test_the_size_is_that_of_the_smallest_picture_of_a_linear_classifier() -> No
     expected = gap * (((7 / 8) ** 2 + 7 * (1 / 8) ** 2) / 8) ** 0.5
     sizes = [label.score for label in report.labels]
     assert all(0.9 * expected < size < 1.3 * expected for size in sizes)
-    assert report.verdict is Verdict.CLEAN and report.detector == "uap"
+    # No verdict is calibrated for eight pixels: what stands out is listed all the same.
+    assert report.verdict is Verdict.INCONCLUSIVE and report.suspected == ()
     assert all(label.success_rate == 1 for label in report.labels)
     json.dumps(report.to_dict(), allow_nan=False)
 
@@ -57,7 +58,7 @@ def test_a_label_that_a_faint_picture_leads_to_is_named() -> None:
         for seed in (0, 0, 1)
     ]
     for report in reports:
-        assert report.verdict is Verdict.BACKDOORED and report.suspected == (2,)
+        assert report.suspected == (2,) and report.p_value < 0.01
     assert reports[0].labels == reports[1].labels != reports[2].labels
     report, others = reports[0], IMAGES[LABELS != 2]
     trigger = report.triggers[2]
@@ -72,7 +73,7 @@ def test_a_label_that_no_picture_reaches_has_no_size_to_compare() -> None:
         model[1].bias[5] -= 100  # type: ignore[index,union-attr,operator]
     report = UniversalPerturbation(batch_size=8).scan(model, IMAGES, labels=LABELS, progress=False)
     assert [label.converged for label in report.labels] == [k != 5 for k in range(CLASSES)]
-    assert report.verdict is Verdict.CLEAN
+    assert report.suspected == ()
 
 
 def test_few_images_serve_both_search_and_measure() -> None:

@@ -23,6 +23,7 @@ from defense_nc.verdict.tail_fit import Tail, tail_p_values
 from wm_inject.core.files import write_text
 
 _FILE = "calibration.json"
+_DIGITS = 9  # of a setting that must agree
 _PEERS = 5  # with fewer clean models of the same shape, all are used
 
 
@@ -149,13 +150,13 @@ def load_calibration(
     Each number of classes has a calibration of its own. Without one for ``classes`` the first is
     returned, and judging with it abstains. None for the other arguments means any.
     """
-    required = None if settings is None else json.loads(json.dumps(dict(settings)))
+    required = None if settings is None else _comparable(settings)
     fitting = [
         calibration
         for calibration in _shipped()
         if calibration.detector == detector
         and preset in (None, calibration.preset)
-        and required in (None, dict(calibration.settings))
+        and required in (None, _comparable(calibration.settings))
     ]
     covering = (c for c in fitting if any(model.subject.classes == classes for model in c.models))
     return next(covering, fitting[0] if fitting else None)
@@ -179,6 +180,13 @@ def write_calibrations(path: Path, calibrations: Iterable[Calibration]) -> None:
 @lru_cache(maxsize=1)
 def _shipped() -> tuple[Calibration, ...]:
     return _parse(resources.files("defense_nc").joinpath(_FILE).read_text(encoding="utf-8"))
+
+
+def _comparable(settings: Mapping[str, Any]) -> Any:
+    """Settings as JSON gives them; numbers to the digits that records keep."""
+    return json.loads(
+        json.dumps(dict(settings)), parse_float=lambda text: float(f"{float(text):.{_DIGITS}g}")
+    )
 
 
 def _parse(text: str) -> tuple[Calibration, ...]:
