@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from defense_nc import NeuralCleanse, ScanReport
+from defense_nc.verdict import load_calibration
 from wm_eval.detectors import DETECTORS, detector
 from wm_eval.titles import CALIBRATED
 from wm_eval.titles import DETECTORS as TITLES
