@@ -17,7 +17,7 @@ from wm_eval.pages.mitigation import mitigation_page, paper_page
 from wm_eval.population import ALL_SETTINGS
 from wm_eval.records import StudyRecords, read_study
 from wm_eval.render import ABSENT, Page, Table, count_range, plus_minus
-from wm_eval.titles import CALIBRATED, CLEAN, attack_title, detector_title
+from wm_eval.titles import CLEAN, PAPERS, attack_title, detector_title
 
 _DATA = {
     "attacks-cifar10": "CIFAR-10",
@@ -225,7 +225,7 @@ def _scans(results: Path) -> Table:
     rows = tuple(
         (detector_title(name), *row) for name, page in pages.items() for row in page.tables[0].rows
     )
-    ours = " and ".join(map(detector_title, CALIBRATED))
+    ours = " and ".join(map(detector_title, PAPERS))
     note = (
         "Index: the paper's, over all labels; above 2 its rule says backdoored. Verdicts of "
         f"{ours} are those of the calibrated rule; the others' come from rules of their own, which "

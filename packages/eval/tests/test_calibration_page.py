@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from wm_eval.population import (
 )
 from wm_eval.records import Failure, Record, StudyRecords
 from wm_eval.render import ABSENT
-from wm_eval.titles import CALIBRATED
+from wm_eval.titles import PAPERS
 
 LABELS = 10
 SETTINGS = {"steps": 100, "lr": 0.1}
@@ -213,7 +214,7 @@ def ours() -> list[Record]:
 
 def test_other_detectors_change_nothing() -> None:
     # They have seen one setting of two, and of the backdoored models some.
-    pair = [*ours(), *(scan(seed=1010, setting="two", detector=d) for d in CALIBRATED)]
+    pair = [*ours(), *(scan(seed=1010, setting="two", detector=d) for d in PAPERS)]
     others = null(6, detector="bti-dbf")
     others.append(scan("badnets", 1000, low={0: LOW}, asr=1.0, detector="bti-dbf"))
     alone, population = summarise(pair), summarise([*others, *pair])
@@ -453,5 +454,9 @@ def test_a_kind_of_network_is_judged_by_the_clean_models_of_the_others() -> None
         "w",
         "all",
     }
+    again = [replace(r, key={**r.key, "detector": "uap"}) for r in (*clean, *wide, caught)]
+    both = summarise([*clean, *wide, caught, *again]).judged[COMBINED]
+    p_values = {id(j.record): j.p_value for j in both}
+    assert p_values[id(caught)] == pytest.approx(2 * by_hand.p_value, rel=1e-6)
     few = summarise([*null(), *(of("a", i) for i in range(2))])
     assert few.left_out == {("nc", ANY_CLASSES): 2} and not few.judged["nc"]

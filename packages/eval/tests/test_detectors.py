@@ -56,7 +56,7 @@ def test_a_scan_takes_the_arguments_of_the_protocol(tmp_path) -> None:
     assert all(torch.is_tensor(trigger.mask) for trigger in report.triggers.values())
 
 
-@pytest.mark.parametrize("name", [*CALIBRATED, "uap"])
+@pytest.mark.parametrize("name", CALIBRATED)
 def test_the_calibration_that_ships_is_found_by_the_settings(name: str) -> None:
     scanner = detector(name)
     assert load_calibration(scanner.name, settings=scanner.settings) is not None

@@ -3,7 +3,8 @@
 Nothing is scanned anew. A detector's null distribution is fitted to the clean models of the
 calibration split, one for each number of classes, and every model of the test split is judged by it
 from its recorded scores. Models of the unseen split are judged by the clean ones of that split that
-are of another kind of network, whatever their classes.
+are of another kind of network, whatever their classes. The calibrated detectors are also judged
+together, each at its share of the error rate.
 """
 
 from __future__ import annotations
@@ -158,35 +159,24 @@ def summarise(scans: Sequence[Record], *, floor: float = 0.9, alpha: float = 0.0
     calibrations: dict[tuple[str, int], Calibration] = {}
     judged: dict[str, tuple[Judged, ...]] = {}
     left_out: dict[tuple[str, int], int] = {}
-    for detector in detectors_in_order(scans):
-        every = [r for r in scans if r.key["detector"] == detector]
-        own = [r for r in every if r.key["split"] != "unseen"]
-        strangers = [r for r in every if r.key["split"] == "unseen"]
-        if strangers and (count := len(_clean_models(strangers))) < MIN_MODELS:
-            left_out[detector, ANY_CLASSES] = count
-        elif strangers:
-            calibrations[detector, ANY_CLASSES] = calibrate(strangers)
-            judged[detector] = tuple(_judge_unseen(strangers, alpha))
-        for classes in sorted({_classes(r) for r in own}):
-            same = [r for r in own if _classes(r) == classes]
+    by_detector = {
+        name: [r for r in scans if r.key["detector"] == name] for name in detectors_in_order(scans)
+    }
+    for detector, every in by_detector.items():
+        for classes, same in _groups(every).items():
             if (count := len(_clean_models(same))) < MIN_MODELS:
                 left_out[detector, classes] = count
-                continue
-            calibration = calibrations[detector, classes] = calibrate(same)
-            test = [r for r in same if r.key["split"] == "test"]
-            results = tuple(_judge(r, calibration, alpha) for r in test)
-            judged[detector] = (*judged.get(detector, ()), *results)
+            else:
+                calibrations[detector, classes] = calibrate(same)
+        if any(name == detector for name, _ in calibrations):
+            judged[detector] = tuple(_judge_all(every, alpha))
     if not judged:
         raise _too_few(max(left_out.values()))
-    if judged.keys() >= set(CALIBRATED):
-        pair = [
-            _judge(j.record, calibrations[name, _classes(j.record)], alpha / len(CALIBRATED))
-            for name in CALIBRATED
-            for j in judged[name]
-            if j.record.key["split"] == "test"
-        ]
-        first = {name: judged[name] for name in CALIBRATED}
-        judged = {**first, COMBINED: _combined(pair, len(CALIBRATED)), **judged}
+    ours = [name for name in CALIBRATED if name in judged]
+    if len(ours) > 1:
+        shared = [j for name in ours for j in _judge_all(by_detector[name], alpha / len(ours))]
+        first = {name: judged[name] for name in ours}
+        judged = {**first, COMBINED: _combined(shared, len(ours)), **judged}
     rows = [
         row
         for detector, results in judged.items()
@@ -322,13 +312,36 @@ def _judge(record: Record, calibration: Calibration, alpha: float) -> Judged:
     )
 
 
-def _judge_unseen(scans: Sequence[Record], alpha: float) -> Iterator[Judged]:
-    """Every model by the clean ones of the other kinds; none where these are too few."""
-    for kind in sorted({_kind(r) for r in scans}):
-        others = [r for r in scans if _kind(r) != kind]
-        if len(_clean_models(others)) >= MIN_MODELS:
-            calibration = calibrate(others)
-            yield from (_judge(r, calibration, alpha) for r in scans if _kind(r) == kind)
+def _groups(scans: Sequence[Record]) -> dict[int, list[Record]]:
+    """One detector's scans by number of classes; those of the unseen split under `ANY_CLASSES`."""
+    groups: dict[int, list[Record]] = {}
+    for record in scans:
+        unseen = record.key["split"] == "unseen"
+        groups.setdefault(ANY_CLASSES if unseen else _classes(record), []).append(record)
+    return dict(sorted(groups.items()))
+
+
+def _judge_all(scans: Sequence[Record], alpha: float) -> Iterator[Judged]:
+    """One detector's models of the test and unseen splits; none where the clean ones are too few.
+
+    One of the unseen split is judged by the clean ones of the other kinds.
+    """
+    for classes, same in _groups(scans).items():
+        if classes != ANY_CLASSES:
+            test = [r for r in same if r.key["split"] == "test"]
+            yield from _judge_by(test, same, alpha)
+            continue
+        for kind in sorted({_kind(r) for r in same}):
+            own = [r for r in same if _kind(r) == kind]
+            yield from _judge_by(own, [r for r in same if _kind(r) != kind], alpha)
+
+
+def _judge_by(
+    models: Sequence[Record], reference: Sequence[Record], alpha: float
+) -> Iterator[Judged]:
+    if len(_clean_models(reference)) >= MIN_MODELS:
+        calibration = calibrate(reference)
+        yield from (_judge(r, calibration, alpha) for r in models)
 
 
 def _combined(results: Sequence[Judged], detectors: int) -> tuple[Judged, ...]:

@@ -12,7 +12,8 @@ CLEAN = "clean"  # the attack of a clean victim
 # In the order of the tables.
 ATTACKS = (*list_attacks(), "watermark", "equation2", CLEAN)
 _OTHERS = {"equation2": "Plain blend, equation 2", CLEAN: "No attack (clean victim)"}
-CALIBRATED = ("nc", "reverse")  # the detectors whose verdicts have a calibrated error rate
+PAPERS = ("nc", "reverse")  # the detectors of the two papers
+CALIBRATED = (*PAPERS, "uap")  # the detectors whose verdicts have a calibrated error rate
 DETECTORS = {
     "nc": "Neural Cleanse",
     "reverse": "Reverse generators",

@@ -199,10 +199,10 @@ def _group_counts(population: Population, counts: Mapping[tuple[str, int], int])
 
 def _titles(population: Population) -> dict[str, str]:
     """What detectors are called; "all detectors" means the calibrated ones."""
-    names = (*CALIBRATED, *population.judged, *(name for name, _ in population.left_out))
+    names = (*population.judged, *(name for name, _ in population.left_out))
     titles = {name: detector_title(name) for name in names}
-    pair = " + ".join(titles[name] for name in CALIBRATED)
-    combined = pair if _others(population) else "all detectors"
+    together = " + ".join(titles[name] for name in CALIBRATED if name in population.judged)
+    combined = together if _others(population) else "all detectors"
     return titles | {COMBINED: f"{combined} (Bonferroni)"}
 
 

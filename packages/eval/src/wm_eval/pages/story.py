@@ -18,7 +18,7 @@ from wm_eval.render import (
     split_headers,
     with_interval,
 )
-from wm_eval.titles import CALIBRATED, CLEAN, DETECTORS, detector_title, in_order
+from wm_eval.titles import CLEAN, DETECTORS, PAPERS, detector_title, in_order
 from wm_extract import EXTRA_CORRUPTIONS, PAPER_CORRUPTIONS
 
 VICTIMS = ("clean", "backdoored")
@@ -78,7 +78,7 @@ class Story:
         """Detector, unlearning with its triggers, and the control without triggers."""
         controls = {"nc": "control-nc", "reverse": "control"}
         entries = []
-        for detector in CALIBRATED:
+        for detector in PAPERS:
             values = self.get("mitigation", method=f"unlearning-{detector}", oracle_label=False)
             if values is not None:
                 control = self.get("mitigation", method=controls[detector])
