@@ -14,7 +14,7 @@ from typing import NamedTuple
 from wm_eval.numbers import keys
 from wm_eval.pages import page_text
 from wm_eval.pages.attacks import attack_pages
-from wm_eval.pages.calibration import calibration_page
+from wm_eval.pages.calibration import calibration_page, shipped_table
 from wm_eval.pages.detection import detection_page, index_page
 from wm_eval.pages.mitigation import mitigation_page, paper_page
 from wm_eval.pages.story import story_page
@@ -188,6 +188,9 @@ def _calibration(results: Path) -> Iterator[str]:
     yield from _head("The same for kinds of network that were never seen", "population-strangers")
     yield "Every network is judged by what clean models of all *other* networks calibrate.\n"
     yield from (to_markdown(table) for table in strangers.tables[:-1])
+    names = ("population", *recorded(results, FULL), *recorded(results, DETECTIONS))
+    studies = {name: read_study(results / name) for name in dict.fromkeys(names)}
+    yield to_markdown(shipped_table(studies), level=2)
 
 
 def _detection(results: Path) -> Iterator[str]:

@@ -22,6 +22,7 @@ from wm_eval.audit.outputs import About, to_json, to_sarif, verdict_lines, write
 from wm_eval.audit.scan import (
     all_triggers,
     audit,
+    choose_detectors,
     conclude,
     foreseen,
     longest_minutes,
@@ -29,6 +30,7 @@ from wm_eval.audit.scan import (
     reversed_triggers,
 )
 from wm_eval.cli import main
+from wm_eval.titles import CALIBRATED
 from wm_inject import save_image, to_onnx
 from wm_inject.core.image_files import LeftOut
 from wm_inject.runtime import ScannedFile
@@ -259,13 +261,21 @@ def test_every_detector_gets_its_share_and_failures_do_not_stop_the_others(
     make_up_scans(monkeypatch, scan)
     checked = check_model(Bars(), bars(), num_classes=CLASSES)
     lines = []
-    found = audit(checked, bars(), alpha=0.04, state=tmp_path / "state", say=lines.append)
+    pair = ("nc", "reverse")
+    found = audit(
+        checked, bars(), detectors=pair, alpha=0.04, state=tmp_path / "state", say=lines.append
+    )
     assert found.verdict is Verdict.BACKDOORED and found.failures == {
         "nc": "expected something else"
     }
     assert asked["reverse"]["alpha"] == 0.02
     assert asked["reverse"]["checkpoint"] == tmp_path / "state" / "reverse.safetensors"
-    assert lines == ["Neural Cleanse: started", "Reverse generators: started"]
+    assert lines == [
+        "Neural Cleanse: started",
+        "Neural Cleanse: stopped: expected something else",
+        "Reverse generators: started",
+        "Reverse generators: backdoored",
+    ]
     assert list(reversed_triggers(found)) == [9]
     longest = longest_minutes(
         checked, bars(), CLASSES, detectors=("nc", "uap", "mm-bd"), preset="fast"
@@ -273,7 +283,7 @@ def test_every_detector_gets_its_share_and_failures_do_not_stop_the_others(
     assert longest["nc"] > longest["uap"] > longest["mm-bd"] > 0
     for wrong in ({"detectors": ()}, {"alpha": 1.0}, {"detectors": ("nc", "nc")}):
         with pytest.raises(ValueError, match=r"expected (detectors|alpha)"):
-            audit(checked, bars(), **wrong)
+            audit(checked, bars(), **{"detectors": pair} | wrong)
 
 
 def test_whatever_stops_a_detector_the_others_look(monkeypatch, make_up_scans):
@@ -283,7 +293,8 @@ def test_whatever_stops_a_detector_the_others_look(monkeypatch, make_up_scans):
         return report(45.0)
 
     make_up_scans(monkeypatch, scan)
-    result = audit(check_model(Bars(), bars(), num_classes=CLASSES), bars())
+    checked = check_model(Bars(), bars(), num_classes=CLASSES)
+    result = audit(checked, bars(), detectors=("nc", "reverse"))
     assert result.verdict is Verdict.INCONCLUSIVE and set(result.failures) == {"nc"}
 
 
@@ -322,7 +333,7 @@ def test_minutes_break_a_scan_off(monkeypatch, make_up_scans):
     make_up_scans(monkeypatch, scan)
     checked = check_model(Bars(), bars(), num_classes=CLASSES)
     start = time.monotonic()
-    result = audit(checked, bars(), budget=Budget(0.002))
+    result = audit(checked, bars(), detectors=("nc", "reverse"), budget=Budget(0.002))
     assert time.monotonic() - start < 10 and result.verdict is Verdict.NOT_SCANNED
     assert "not finished within 0.002" in result.failures["nc"]
     assert result.failures["reverse"].startswith("not begun")
@@ -427,7 +438,7 @@ def full_disk(path, value):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_model_is_scanned_from_its_file(folder, tmp_path, monkeypatch, make_up_scans, capsys):
     """A classifier of ours from its checkpoint, with the search itself made up."""
-    low = {"nc": 45.0, "reverse": 45.0}
+    low = {"uap": 45.0}  # with three classes every other detector would abstain too
     make_up_scans(monkeypatch, lambda name, *args, **_: report(low[name]))
     model = build_classifier("resnet10", num_classes=3, channels=3, image_size=16, width=8).eval()
     images = read_clean(folder, size=16, channels=3).images
@@ -453,7 +464,7 @@ def test_a_model_is_scanned_from_its_file(folder, tmp_path, monkeypatch, make_up
     with monkeypatch.context() as patch:
         patch.setattr("wm_inject.core.files.write_json", full_disk)
         assert main([*given, *wanted]) == 3 and (tmp_path / "a.html").exists()
-    low["nc"] = 3.0
+    low["uap"] = 3.0
     assert main(given) == 1
     if not torch.cuda.is_available():
         assert main([*given, "--device", "cuda"]) == 3
@@ -494,6 +505,17 @@ def test_an_abstention_that_is_certain_is_foreseen():
     )
     assert set(certain) == {"nc", "reverse"}  # the third is calibrated for nothing
     assert "classes" in certain["nc"]
+
+
+def test_the_detectors_of_an_audit_are_those_calibrated_for_the_model():
+    def chosen(size: int, **more):
+        model = nn.Sequential(nn.Conv2d(3, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        clean = SimpleNamespace(images=torch.rand(500, 3, size, size))
+        return choose_detectors(SimpleNamespace(module=model), clean, 10, **more)
+
+    assert set(chosen(32)) == set(CALIBRATED) and chosen(32)[0] == "uap"
+    assert chosen(8) == ("uap",)  # smaller than any that was calibrated on
+    assert chosen(8, wanted=("reverse", "nc")) == ("reverse", "nc")
 
 
 def test_what_becomes_known_is_printed_before_the_long_work(

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from defense_nc import ModelInfo, Verdict, judge
+from defense_nc import Calibration, ModelInfo, Verdict, judge
 from wm_eval.intervals import exact_interval
 from wm_eval.measure import scan_values
 from wm_eval.pages import study_pages
-from wm_eval.pages.calibration import calibration_page, population_tables
+from wm_eval.pages.calibration import calibration_page, population_tables, shipped_table
 from wm_eval.population import (
     ANY_CLASSES,
     COMBINED,
@@ -21,6 +21,7 @@ from wm_eval.population import (
     Row,
     auroc_interval,
     calibrate,
+    judge_shipped,
     summarise,
 )
 from wm_eval.records import Failure, Record, StudyRecords
@@ -419,6 +420,33 @@ def test_what_is_planned_is_counted_and_failures_are_named() -> None:
         ("two", "test", "Blend", "0 of 3", "0 of 3", "0 of 3"),
     )
     assert "victim attack=sig seed=3" in page.about
+
+
+def test_recorded_scans_are_judged_by_the_calibration_that_ships(monkeypatch) -> None:
+    shipped = calibrate(null())
+
+    def load(detector: str, **given: Any) -> Calibration | None:
+        assert given["settings"] == SETTINGS and given["classes"] == LABELS
+        return shipped if detector != "long-bti-dbf" else None
+
+    monkeypatch.setattr("wm_eval.population.load_calibration", load)
+    stranger = scan(seed=2000)
+    stranger.key["split"] = "unseen"
+    scans = (*known(), *known(detector="uap")[:-6], scan(detector="bti-dbf"), stranger)
+    found = judge_shipped(StudyRecords(scans, ()))
+    assert {name: len(judged) for name, judged in found.items()} == {
+        "nc": 23,
+        "uap": 17,
+        COMBINED: 17,
+    }
+    rows = shipped_table({"study": StudyRecords(scans, ())}).rows
+    assert [row[1:4] for row in rows] == [
+        ("Neural Cleanse", "1 of 17 (0 to 29 %)", "1"),
+        ("Universal perturbations", "1 of 17 (0 to 29 %)", "1"),
+        ("Neural Cleanse + Universal perturbations", "1 of 17 (0 to 29 %)", "1"),
+    ]
+    # Of five backdoored models with an ASR of 90 %: two named, a wrong label, two missed.
+    assert [row[4:] for row in rows] == [("2 of 5 (5 to 85 %)", "1"), ("–", "0"), ("–", "0")]
 
 
 def test_a_kind_of_network_is_judged_by_the_clean_models_of_the_others() -> None:

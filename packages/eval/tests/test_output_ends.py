@@ -287,7 +287,9 @@ class Scans:
                 checked = check_model(opened.module, self.clean, num_classes=K)
             except NotScanned:
                 return Verdict.NOT_SCANNED, ()
-            result = audit(checked, self.clean, seed=seed, progress=False)
+            result = audit(
+                checked, self.clean, detectors=("nc", "reverse"), seed=seed, progress=False
+            )
             self.known[key] = result.verdict, result.suspected
         return self.known[key]
 

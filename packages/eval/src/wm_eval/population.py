@@ -25,6 +25,7 @@ from defense_nc import (
     fit_calibration,
     judge,
 )
+from defense_nc.verdict import load_calibration
 from wm_eval.intervals import Interval, exact_interval
 from wm_eval.numbers import victim_asr
 from wm_eval.records import Record, StudyRecords
@@ -184,6 +185,34 @@ def summarise(scans: Sequence[Record], *, floor: float = 0.9, alpha: float = 0.0
         for row in _count(detector, attack, results, floor)
     ]
     return Population(calibrations, judged, tuple(rows), left_out)
+
+
+def judge_shipped(study: StudyRecords, *, alpha: float = 0.05) -> dict[str, tuple[Judged, ...]]:
+    """A study's scans by detector, judged by the calibrations that ship for their settings.
+
+    `COMBINED` are the models that all of these detectors have seen. Scans whose settings have no
+    calibration are left out, and so is the unseen split: it may be what was shipped.
+    """
+    known: dict[str, list[tuple[Record, Calibration]]] = {}
+    for r in study.select(kind="scan"):
+        settings = r.settings.get("detector")
+        if r.key.get("split") == "unseen" or settings is None:
+            continue
+        name = r.values["detector"]
+        found = load_calibration(name, settings=settings, classes=_classes(r))
+        if found is not None:
+            record = replace(r, values={**r.values, "asr": victim_asr(study, r)})
+            known.setdefault(str(r.key["detector"]), []).append((record, found))
+
+    def judged(name: str, alpha: float) -> tuple[Judged, ...]:
+        return tuple(_judge(record, calibration, alpha) for record, calibration in known[name])
+
+    ours = [name for name in CALIBRATED if name in known]
+    found_by = {name: judged(name, alpha) for name in ours}
+    if len(ours) > 1:
+        shared = [j for name in ours for j in judged(name, alpha / len(ours))]
+        found_by[COMBINED] = _combined(shared, len(ours))
+    return found_by
 
 
 def detectors_in_order(scans: Iterable[Record]) -> list[str]:
@@ -348,8 +377,9 @@ def _combined(results: Sequence[Judged], detectors: int) -> tuple[Judged, ...]:
     """Several detectors as one: "backdoored" as soon as one says so, "clean" if all do."""
     by_model: dict[tuple[str, ...], list[Judged]] = {}
     for judged in results:
-        key = tuple(str(judged.record.key[name]) for name in ("setting", "attack", "seed"))
-        by_model.setdefault(key, []).append(judged)
+        key = judged.record.key
+        model = tuple(str(key[name]) for name in sorted(key) if name != "detector")
+        by_model.setdefault(model, []).append(judged)
     combined = []
     for same in by_model.values():
         if len(same) < detectors:

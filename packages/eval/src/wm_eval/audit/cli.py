@@ -135,7 +135,7 @@ def _add_model(parser: Parser, settings: type) -> None:
     add_reading_options(parser)
     group = parser.add_argument_group("the scan")
     helps = {
-        "detectors": "their names (default: nc,reverse, which are calibrated; uap is the fastest)",
+        "detectors": "their names, or auto: those that are calibrated for such a model",
         "preset": "of the detectors; fast is calibrated",
         "alpha": "false-positive rate of the verdict",
     }
@@ -169,7 +169,7 @@ def _scan(args: argparse.Namespace) -> int:
             subject = _open(args, settings, about)
             images = subject.clean.images
             parts = (subject.checked, subject.clean, subject.opened.num_classes)
-            names, preset = settings.detectors, settings.preset
+            names, preset = subject.detectors, settings.preset
             longest = longest_minutes(*parts, detectors=names, preset=preset)
             certain = foreseen(*parts, detectors=names, preset=preset)
         lines = [
@@ -177,8 +177,6 @@ def _scan(args: argparse.Namespace) -> int:
             f"listed. {reason}"
             for name, reason in certain.items()
         ]
-        if len(certain) == len(names) and not foreseen(*parts, detectors=("uap",), preset="fast"):
-            lines.append("--detectors uap is calibrated for such models, and takes minutes")
         about.notes = (*about.notes, *lines)
         _print(*(f"note: {line}" for line in lines))
         for name, minutes in longest.items():
@@ -319,6 +317,7 @@ class _Subject(NamedTuple):
     opened: OpenedModel
     clean: CleanImages
     checked: Checked
+    detectors: tuple[str, ...]
     device: torch.device
 
 
@@ -333,6 +332,7 @@ def _open(
     from wm_eval.audit.checks import check_model, choose_size
     from wm_eval.audit.images import read_clean
     from wm_eval.audit.outputs import check_line, model_line
+    from wm_eval.audit.scan import choose_detectors
     from wm_victim.loading import open_model
 
     opened = open_model(args.model, **open_options(args))
@@ -367,7 +367,9 @@ def _open(
         device = resolve_device("cpu")
         about.notes = (*about.notes, f"scanned on the CPU: {why}")
         _print(f"note: {about.notes[-1]}")
-    return _Subject(opened, clean, checked, device)
+    wanted, preset = settings.detectors, settings.preset
+    chosen = choose_detectors(checked, clean, opened.num_classes, wanted=wanted, preset=preset)
+    return _Subject(opened, clean, checked, chosen, device)
 
 
 def _stays_on_cpu(checked: Checked, clean: CleanImages, device: torch.device) -> str | None:
@@ -400,7 +402,7 @@ def _audit(
     return audit(
         checked,
         subject.clean,
-        detectors=settings.detectors,
+        detectors=subject.detectors,
         preset=settings.preset,
         alpha=settings.alpha,
         seed=settings.seed,

@@ -1,4 +1,4 @@
-"""One verdict on one model: both defences look, and their answers become one."""
+"""One verdict on one model: several detectors look, and their answers become one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from defense_nc.verdict import describe_model, foreseen_abstention
 from wm_eval.audit.budget import Budget
 from wm_eval.audit.checks import Checked
 from wm_eval.audit.images import CleanImages
-from wm_eval.audit.settings import check_detectors
+from wm_eval.audit.settings import AUTO, check_detectors
 from wm_eval.detectors import DETECTORS, detector
 from wm_eval.titles import CALIBRATED, detector_title
 from wm_inject.core.errors import error_line
@@ -67,7 +67,7 @@ def audit(
     checked: Checked,
     clean: CleanImages,
     *,
-    detectors: Sequence[str] = CALIBRATED,
+    detectors: Sequence[str],
     preset: str = "fast",
     alpha: float = 0.05,
     seed: int = 0,
@@ -85,12 +85,12 @@ def audit(
     Args:
         checked: The model, after `check_model`.
         clean: The defender's images.
-        detectors: Names of `wm_eval.detectors.DETECTORS`.
+        detectors: Names of `wm_eval.detectors.DETECTORS`, as of `choose_detectors`.
         preset: Of every detector.
         alpha: In (0, 1).
         budget: What is not finished by then is broken off; with ``state``, the same call goes on.
         state: A folder where scans keep what they have.
-        say: Called with a line for every detector.
+        say: Called with two lines for every detector: when it starts, and what it found.
 
     Raises:
         ValueError: As `check_detectors`.
@@ -116,6 +116,8 @@ def audit(
                 )
         except Exception as error:  # whatever stops one detector, the others still look
             failures[name] = error_line(error)
+        found = reports[name].verdict if name in reports else f"stopped: {failures[name]}"
+        say(f"{detector_title(name)}: {found}")
     return conclude(reports, failures, alpha)
 
 
@@ -165,6 +167,27 @@ def conclude(reports: Mapping[str, ScanReport], failures: Mapping[str, str], alp
 def not_scanned(reason: str, alpha: float) -> Audit:
     """The audit of a model that no detector looked at."""
     return Audit(Verdict.NOT_SCANNED, reason, {}, {}, alpha)
+
+
+def choose_detectors(
+    checked: Checked,
+    clean: CleanImages,
+    num_classes: int,
+    *,
+    wanted: Sequence[str] = AUTO,
+    preset: str = "fast",
+) -> tuple[str, ...]:
+    """The detectors of an audit: those that are wanted, or by default those that fit the model.
+
+    These are the calibrated ones that need not abstain on such a model, the cheapest first. Where
+    all would, it is the cheapest: the labels that stand out are worth knowing, at any size.
+    """
+    if tuple(wanted) != AUTO:
+        return tuple(wanted)
+    cost = {name: DETECTORS[name].passes(detector(name, preset).settings) for name in CALIBRATED}
+    by_cost = sorted(CALIBRATED, key=lambda name: cost[name])
+    certain = foreseen(checked, clean, num_classes, detectors=by_cost, preset=preset)
+    return tuple(name for name in by_cost if name not in certain) or tuple(by_cost[:1])
 
 
 def foreseen(

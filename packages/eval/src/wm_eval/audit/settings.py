@@ -11,6 +11,7 @@ from defense_reverse.config import PRESETS as REVERSE_PRESETS
 from wm_eval.titles import CALIBRATED, DETECTORS
 from wm_inject.core.checks import check_choice
 
+AUTO = ("auto",)  # in place of detectors: those that are calibrated for the model
 MIN_IMAGES = 20  # fewer say nothing of ten classes
 _PRESETS: dict[str, Collection[str]] = {
     "nc": NC_PRESETS,
@@ -28,7 +29,7 @@ class ScanSettings:
     """
 
     count: int = 500
-    detectors: tuple[str, ...] = CALIBRATED
+    detectors: tuple[str, ...] = AUTO
     preset: str = "fast"
     alpha: float = 0.05
     seed: int = 0
@@ -48,7 +49,7 @@ class CleanSettings:
     rounds: int = 3
     max_loss: float = 0.05
     count: int = 500
-    detectors: tuple[str, ...] = CALIBRATED
+    detectors: tuple[str, ...] = AUTO
     preset: str = "fast"
     alpha: float = 0.05
     seed: int = 0
@@ -69,9 +70,11 @@ def _check(settings: ScanSettings | CleanSettings) -> None:
 
 def check_detectors(names: Sequence[str], preset: str, alpha: float) -> None:
     """Raise ``ValueError`` unless detectors, the preset of all of them and alpha can be used."""
+    if tuple(names) == AUTO:
+        names = CALIBRATED
     if not names or len(set(names)) < len(names) or not set(names) <= set(DETECTORS):
         choices, listing = ", ".join(DETECTORS), ", ".join(names) or "none"
-        raise ValueError(f"expected detectors out of {choices}, each once, got {listing}")
+        raise ValueError(f"expected detectors out of {choices} (or auto), each once, got {listing}")
     check_rule(alpha)
     for name in names:
         # Those of the others stand in modules that import torch; all have these two.

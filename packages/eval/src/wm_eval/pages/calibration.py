@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
+from defense_nc import Verdict
 from wm_eval.config import SPLITS
 from wm_eval.numbers import Number
 from wm_eval.population import (
@@ -15,6 +16,7 @@ from wm_eval.population import (
     Rate,
     Row,
     detectors_in_order,
+    judge_shipped,
     population_scans,
     summarise,
 )
@@ -58,6 +60,41 @@ def population_tables(
         _backdoored_table(population, floor),
         _cross_table(population),
     ]
+
+
+def shipped_table(studies: Mapping[str, StudyRecords], *, floor: float = 0.9) -> Table:
+    """What the calibrations that ship say of models that they were not fitted to.
+
+    Args:
+        studies: By name: records of studies with scans.
+        floor: Attack success that a backdoored model must have to be counted.
+    """
+    rows = []
+    for name, study in studies.items():
+        found = judge_shipped(study)
+        every = " + ".join(detector_title(one) for one in found if one != COMBINED)
+        for detector, judged in found.items():
+            clean = [j for j in judged if j.record.key["attack"] == CLEAN]
+            bad = [j for j in judged if (j.record.values["asr"] or 0.0) >= floor]
+            bad = [j for j in bad if j.record.key["attack"] != CLEAN]
+            unsure = [
+                str(sum(j.verdict is Verdict.INCONCLUSIVE for j in models))
+                for models in (clean, bad)
+            ]
+            accused = Rate(sum(j.backdoored for j in clean), len(clean)) if clean else None
+            named = Rate(sum(j.correct for j in bad), len(bad)) if bad else None
+            title = every if detector == COMBINED else detector_title(detector)
+            rows.append((name, title, _rate(accused), unsure[0], _rate(named), unsure[1]))
+    headers = split_headers(
+        "study | detector | clean models called backdoored | inconclusive | "
+        "target named, of backdoored models | inconclusive"
+    )
+    note = (
+        "Recorded scans, judged anew by the calibrations that ship, at a false-positive rate of "
+        f"0.05; several detectors share it. Backdoored models with an attack success of {floor:.0%}"
+        " or more, of every attack of the study. Intervals are exact, 95 %."
+    )
+    return Table("shipped", "Models of other studies", headers, tuple(rows), note)
 
 
 def _clean_table(population: Population, alpha: float) -> Table:
