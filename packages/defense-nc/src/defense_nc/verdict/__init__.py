@@ -11,12 +11,13 @@ from defense_nc.verdict.calibrate import clean_model, fit_calibration, refit
 from defense_nc.verdict.calibration import (
     Calibration,
     CleanModel,
+    find_calibration,
     load_calibration,
     read_calibrations,
     write_calibrations,
 )
 from defense_nc.verdict.model_info import ModelInfo, describe_model
-from defense_nc.verdict.report import foreseen_abstention, judge, judge_scan
+from defense_nc.verdict.report import foreseen_abstention, judge, judge_again, judge_scan
 from defense_nc.verdict.scan_report import LabelScore, ScanReport, Verdict
 from defense_nc.verdict.seed_stability import combine, scan_until_stable
 
@@ -33,9 +34,11 @@ __all__ = [
     "clean_model",
     "combine",
     "describe_model",
+    "find_calibration",
     "fit_calibration",
     "foreseen_abstention",
     "judge",
+    "judge_again",
     "judge_scan",
     "load_calibration",
     "mad_index",

@@ -145,15 +145,27 @@ def load_calibration(
     settings: Mapping[str, Any] | None = None,
     classes: int | None = None,
 ) -> Calibration | None:
-    """The calibration shipped for a detector with these settings; None if there is none.
+    """The calibration shipped for a detector; arguments and result as for `find_calibration`."""
+    return find_calibration(_shipped(), detector, preset=preset, settings=settings, classes=classes)
 
-    Each number of classes has a calibration of its own. Without one for ``classes`` the first is
+
+def find_calibration(
+    calibrations: Iterable[Calibration],
+    detector: str,
+    *,
+    preset: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    classes: int | None = None,
+) -> Calibration | None:
+    """The calibration of a detector with these settings; None if there is none.
+
+    A number of classes may have a calibration of its own. Without one for ``classes`` the first is
     returned, and judging with it abstains. None for the other arguments means any.
     """
     required = None if settings is None else _comparable(settings)
     fitting = [
         calibration
-        for calibration in _shipped()
+        for calibration in calibrations
         if calibration.detector == detector
         and preset in (None, calibration.preset)
         and required in (None, _comparable(calibration.settings))

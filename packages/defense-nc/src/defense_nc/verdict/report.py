@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -175,12 +176,42 @@ def judge_scan(
     )
 
 
+def judge_again(report: ScanReport, calibration: Calibration) -> ScanReport:
+    """The same scan, judged by another calibration, at the same rate."""
+    scores = torch.tensor([label.score for label in report.labels], dtype=torch.float64)
+    rates = torch.tensor([label.success_rate for label in report.labels], dtype=torch.float64)
+    again = judge(
+        report.detector,
+        scores,
+        rates,
+        floor=report.floor,
+        alpha=report.alpha,
+        max_ratio=report.max_ratio,
+        triggers=report.triggers,
+        config=report.config,
+        seed=report.seed,
+        calibration=calibration,
+        subject=report.subject,
+        starved=report.starved,
+        notes=report.notes,
+    )
+    return replace(again, log=report.log, model_score=report.model_score, repeats=report.repeats)
+
+
 def foreseen_abstention(
-    detector: str, subject: ModelInfo, *, settings: Mapping[str, Any] | None = None
+    detector: str,
+    subject: ModelInfo,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    calibration: Calibration | None = None,
 ) -> str | None:
-    """Why `judge_scan` will abstain whatever the scores are; None if it depends on them."""
+    """Why a model's verdict will be an abstention whatever the scores are; None if they decide.
+
+    Args:
+        calibration: That of `judge`; the one that ships for ``settings``, or else any, if None.
+    """
     classes = subject.classes
-    population = load_calibration(detector, settings=settings, classes=classes)
+    population = calibration or load_calibration(detector, settings=settings, classes=classes)
     population = population or load_calibration(detector, classes=classes)
     outside = out_of_domain(subject, population) if population else None
     few = classes < MIN_CONVERGED

@@ -1,4 +1,4 @@
-"""The commands about untrusted models and images: ``scan``, ``clean`` and ``inspect``."""
+"""Untrusted models and images: ``scan``, ``clean``, ``calibrate`` and ``inspect``."""
 
 from __future__ import annotations
 
@@ -26,9 +26,12 @@ from wm_inject.core.errors import error_line
 from wm_inject.core.text import first_line
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
     from torch import Tensor
 
+    from defense_nc import Calibration
     from wm_eval.audit.budget import Budget
     from wm_eval.audit.checks import Checked
     from wm_eval.audit.images import CleanImages
@@ -58,6 +61,15 @@ names. What the second scan still names is unlearned as well, and so on. It exit
 on the cleaned model, as "scan" does, and with 3 if nothing was cleaned: then nothing is written.
 The cleaned file takes and gives what the original did.
 """
+_CALIBRATE_EPILOG = """\
+examples:
+  wm-eval scan clean-1.onnx --images clean/ --json clean-1.json     # and so on, 20 or more
+  wm-eval calibrate clean-*.json --out own.json
+  wm-eval scan suspect.onnx --images clean/ --calibration own.json
+
+The models must be clean, and like those that are to be judged. Scan them with the detectors and the
+number of images that you will use.
+"""
 _INSPECT_EPILOG = """\
 examples:
   wm-eval inspect incoming/ --extractor detector.onnx --csv found.csv --html found.html
@@ -67,7 +79,7 @@ The exit code is 0 whatever is flagged, and 1 after an error or if no image coul
 
 
 def add_audit(command: CommandLine) -> None:
-    """Add ``scan``, ``clean`` and ``inspect``."""
+    """Add ``scan``, ``clean``, ``calibrate`` and ``inspect``."""
     scan = command.add(
         "scan",
         _scan,
@@ -101,6 +113,18 @@ def add_audit(command: CommandLine) -> None:
     }
     add_options(clean, CleanSettings, helps)
     add_config(clean)
+    calibrate = command.add(
+        "calibrate",
+        _calibrate,
+        "a null distribution for verdicts, from scans of clean models of your own",
+        epilog=_CALIBRATE_EPILOG,
+    )
+    calibrate.add_argument(
+        "reports", type=Path, nargs="+", metavar="REPORT.json", help="what scan --json wrote"
+    )
+    calibrate.add_argument("--preset", default="fast", help="of the scans (default: fast)")
+    calibrate.add_argument("--out", type=output_file, required=True, help="write it here, as JSON")
+    add_json(calibrate)
     inspect = command.add(
         "inspect",
         _inspect,
@@ -141,6 +165,12 @@ def _add_model(parser: Parser, settings: type) -> None:
     }
     add_options(group, settings, helps)
     group.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help='judge by what "wm-eval calibrate" wrote (default: what ships)',
+    )
+    group.add_argument(
         "--minutes", type=positive, help="break the whole command off after so many minutes"
     )
     group.add_argument(
@@ -171,7 +201,7 @@ def _scan(args: argparse.Namespace) -> int:
             parts = (subject.checked, subject.clean, subject.opened.num_classes)
             names, preset = subject.detectors, settings.preset
             longest = longest_minutes(*parts, detectors=names, preset=preset)
-            certain = foreseen(*parts, detectors=names, preset=preset)
+            certain = foreseen(*parts, detectors=names, preset=preset, own=subject.own)
         lines = [
             f"{detector_title(name)} will abstain, whatever it finds; labels that stand out are "
             f"listed. {reason}"
@@ -280,6 +310,34 @@ def _clean(args: argparse.Namespace) -> int:
     return last.audit.verdict.exit_code
 
 
+def _calibrate(args: argparse.Namespace) -> None:
+    from defense_nc.verdict import write_calibrations
+    from wm_eval.audit.own_calibration import fit_reports
+    from wm_eval.titles import detector_title
+
+    fitted = fit_reports(args.reports, preset=args.preset)
+    for one in fitted:
+        count = len(one.calibration.models)
+        by_others = "too few to judge each by the others"
+        if one.accused is not None:
+            by_others = f"judged by the others, {len(one.accused)} would be called backdoored"
+            by_others += "".join(f", {path}" for path in one.accused)
+        print(f"{detector_title(one.name)}: {count} clean models; {by_others}")
+        for path in one.left_out:
+            print(f"left out: {path} (too few labels were reached)")
+    write_calibrations(args.out, [one.calibration for one in fitted])
+    print(f"calibration {args.out}")
+    results = {
+        one.name: {
+            "clean_models": len(one.calibration.models),
+            "called_backdoored": one.accused,
+            "left_out": one.left_out,
+        }
+        for one in fitted
+    }
+    write_results(args, {"detectors": results})
+
+
 def _inspect(args: argparse.Namespace) -> None:
     from wm_eval.audit.inspect import inspect_folder, write_csv, write_page
     from wm_inject.core.image_files import LeftOut, describe, find_images, refuse_unread
@@ -318,6 +376,7 @@ class _Subject(NamedTuple):
     clean: CleanImages
     checked: Checked
     detectors: tuple[str, ...]
+    own: Mapping[str, Calibration]
     device: torch.device
 
 
@@ -325,16 +384,19 @@ def _open(
     args: argparse.Namespace, settings: ScanSettings | CleanSettings, about: About
 ) -> _Subject:
     """Open the model, read the images, check both; what becomes known is printed at once."""
-    for path in (args.model, args.images, args.labels):
+    for path in (args.model, args.images, args.labels, args.calibration):
         if path is not None and not path.exists():
             raise ValueError(f"expected a file or folder at {path}, found none")
     device = resolve_device(args.device)
     from wm_eval.audit.checks import check_model, choose_size
     from wm_eval.audit.images import read_clean
     from wm_eval.audit.outputs import check_line, model_line
+    from wm_eval.audit.own_calibration import load_own
     from wm_eval.audit.scan import choose_detectors
     from wm_victim.loading import open_model
 
+    wanted, preset = settings.detectors, settings.preset
+    own = {} if args.calibration is None else load_own(args.calibration, preset)
     opened = open_model(args.model, **open_options(args))
     about.sha256, about.notes = opened.sha256, opened.notes
     names = ("source", "arch", "image_size", "channels", "num_classes", "layout", "outputs")
@@ -367,9 +429,10 @@ def _open(
         device = resolve_device("cpu")
         about.notes = (*about.notes, f"scanned on the CPU: {why}")
         _print(f"note: {about.notes[-1]}")
-    wanted, preset = settings.detectors, settings.preset
-    chosen = choose_detectors(checked, clean, opened.num_classes, wanted=wanted, preset=preset)
-    return _Subject(opened, clean, checked, chosen, device)
+    chosen = choose_detectors(
+        checked, clean, opened.num_classes, wanted=wanted, preset=preset, own=own
+    )
+    return _Subject(opened, clean, checked, chosen, own, device)
 
 
 def _stays_on_cpu(checked: Checked, clean: CleanImages, device: torch.device) -> str | None:
@@ -406,6 +469,7 @@ def _audit(
         preset=settings.preset,
         alpha=settings.alpha,
         seed=settings.seed,
+        own=subject.own,
         budget=budget,
         state=None if args.state is None else args.state / folder,
         device=None if subject.device.type == "cpu" else subject.device,  # None copies nothing

@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import nn
 
-from defense_nc import Detector, ScanReport, Verdict
-from defense_nc.verdict import describe_model, foreseen_abstention
+from defense_nc import Calibration, Detector, ScanReport, Verdict
+from defense_nc.verdict import describe_model, foreseen_abstention, judge_again
 from wm_eval.audit.budget import Budget
 from wm_eval.audit.checks import Checked
 from wm_eval.audit.images import CleanImages
@@ -71,6 +72,7 @@ def audit(
     preset: str = "fast",
     alpha: float = 0.05,
     seed: int = 0,
+    own: Mapping[str, Calibration] = MappingProxyType({}),
     budget: Budget | None = None,
     state: Path | None = None,
     device: torch.device | str | None = None,
@@ -88,6 +90,7 @@ def audit(
         detectors: Names of `wm_eval.detectors.DETECTORS`, as of `choose_detectors`.
         preset: Of every detector.
         alpha: In (0, 1).
+        own: By detector: a calibration in place of the one that ships.
         budget: What is not finished by then is broken off; with ``state``, the same call goes on.
         state: A folder where scans keep what they have.
         say: Called with two lines for every detector: when it starts, and what it found.
@@ -105,7 +108,7 @@ def audit(
         say(f"{detector_title(name)}: started")
         try:
             with budget.enforced():
-                reports[name] = scanner.scan(
+                report = scanner.scan(
                     checked.module,
                     clean.images,
                     labels=checked.labels,
@@ -114,6 +117,7 @@ def audit(
                     device=device,
                     checkpoint=None if state is None else state / f"{name}.safetensors",
                 )
+                reports[name] = judge_again(report, own[name]) if name in own else report
         except Exception as error:  # whatever stops one detector, the others still look
             failures[name] = error_line(error)
         found = reports[name].verdict if name in reports else f"stopped: {failures[name]}"
@@ -176,29 +180,45 @@ def choose_detectors(
     *,
     wanted: Sequence[str] = AUTO,
     preset: str = "fast",
+    own: Mapping[str, Calibration] = MappingProxyType({}),
 ) -> tuple[str, ...]:
     """The detectors of an audit: those that are wanted, or by default those that fit the model.
 
     These are the calibrated ones that need not abstain on such a model, the cheapest first. Where
     all would, it is the cheapest: the labels that stand out are worth knowing, at any size.
+
+    Raises:
+        ValueError: A wanted detector that has no calibration in ``own``, if there is any.
     """
     if tuple(wanted) != AUTO:
+        if missing := [name for name in wanted if own and name not in own]:
+            got = f"got those of {', '.join(own)}"
+            raise ValueError(f"expected a calibration of {missing[0]}, {got}")
         return tuple(wanted)
-    cost = {name: DETECTORS[name].passes(detector(name, preset).settings) for name in CALIBRATED}
-    by_cost = sorted(CALIBRATED, key=lambda name: cost[name])
-    certain = foreseen(checked, clean, num_classes, detectors=by_cost, preset=preset)
+    known = tuple(own or CALIBRATED)
+    cost = {name: DETECTORS[name].passes(detector(name, preset).settings) for name in known}
+    by_cost = sorted(known, key=lambda name: cost[name])
+    certain = foreseen(checked, clean, num_classes, detectors=by_cost, preset=preset, own=own)
     return tuple(name for name in by_cost if name not in certain) or tuple(by_cost[:1])
 
 
 def foreseen(
-    checked: Checked, clean: CleanImages, num_classes: int, *, detectors: Sequence[str], preset: str
+    checked: Checked,
+    clean: CleanImages,
+    num_classes: int,
+    *,
+    detectors: Sequence[str],
+    preset: str,
+    own: Mapping[str, Calibration] = MappingProxyType({}),
 ) -> dict[str, str]:
     """By detector: why it will abstain on this model, whatever it finds; if it will."""
     subject = describe_model(checked.module, clean.images, classes=num_classes)
     reasons = {}
     for name in detectors:
         scanner = detector(name, preset)
-        reason = foreseen_abstention(scanner.name, subject, settings=scanner.settings)
+        reason = foreseen_abstention(
+            scanner.name, subject, settings=scanner.settings, calibration=own.get(name)
+        )
         if reason is not None:
             reasons[name] = reason
     return reasons

@@ -1,0 +1,134 @@
+"""A null distribution from the audits of clean models of one's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from defense_nc import Calibration, CleanModel, ModelInfo, clean_model, fit_calibration
+from defense_nc.verdict import find_calibration, read_calibrations
+from wm_eval.detectors import DETECTORS, detector
+from wm_eval.population import MIN_MODELS
+
+
+class Fitted(NamedTuple):
+    """The calibration of one detector.
+
+    Args:
+        name: Of the detector, of `wm_eval.detectors.DETECTORS`.
+        calibration: Its null distribution.
+        left_out: Files whose model reached too few labels to be compared.
+        accused: Files whose model the others would call backdoored, at a rate of 0.05; None if
+            these are too few to say so.
+    """
+
+    name: str
+    calibration: Calibration
+    left_out: tuple[str, ...]
+    accused: tuple[str, ...] | None
+
+
+def fit_reports(files: Sequence[Path], *, preset: str = "fast") -> list[Fitted]:
+    """Calibrations of the detectors that scanned all of these clean models.
+
+    Args:
+        files: JSON that ``wm-eval scan`` wrote, one for each model.
+        preset: Of the scans.
+
+    Raises:
+        ValueError: Another file, a model twice, no detector that scanned all with this preset, or
+            one with fewer than five models.
+    """
+    reports: dict[Path, Mapping[str, Any]] = {}
+    by_model: dict[str, Path] = {}
+    for path in files:
+        report = _read(path)
+        if (first := by_model.get(report["sha256"])) is not None:
+            raise ValueError(f"expected every model once, got it in {first} and {path}")
+        reports[path] = report
+        by_model[report["sha256"]] = path
+    scanned = [set(report["detectors"]) for report in reports.values()]
+    names = [name for name in DETECTORS if all(name in some for some in scanned)]
+    if not names:
+        raise ValueError("expected reports of the same detectors, got none that is in all of them")
+    return [_fit(name, reports, preset) for name in names]
+
+
+def load_own(path: Path, preset: str) -> dict[str, Calibration]:
+    """The calibrations in a file, by detector, for the scans of a preset.
+
+    Raises:
+        ValueError: Not such a file, or none of its calibrations is for this preset.
+    """
+    try:
+        calibrations = read_calibrations(path)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"expected calibrations in {path}: {error}") from None
+    found = {}
+    for name in DETECTORS:
+        scanner = detector(name, preset)
+        own = find_calibration(calibrations, scanner.name, settings=scanner.settings)
+        if own is not None:
+            found[name] = own
+    if not found:
+        raise ValueError(f"expected calibrations of the preset {preset} in {path}, found none")
+    return found
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if report["format"] == "wm-audit-1" and report["detectors"] and report["sha256"]:
+            return dict(report)
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"expected what wm-eval scan --json writes of a scanned model, got {path}")
+
+
+def _fit(name: str, reports: Mapping[Path, Mapping[str, Any]], preset: str) -> Fitted:
+    scanner = detector(name, preset)
+    settings = json.loads(json.dumps(dict(scanner.settings)))
+    models: dict[str, CleanModel] = {}
+    left_out = []
+    for path, report in reports.items():
+        values = report["detectors"][name]
+        differing = [key for key, value in settings.items() if values["config"].get(key) != value]
+        if differing:
+            got = f"{path} was scanned with another {differing[0]}"
+            raise ValueError(f"expected scans of {name} with the preset {preset}: {got}")
+        model = clean_model(
+            *(
+                torch.tensor([label[key] for label in values["labels"]], dtype=torch.float64)
+                for key in ("score", "success_rate")
+            ),
+            floor=values["floor"],
+            subject=ModelInfo(**values["subject"]),
+            dataset="",
+            arch=str(report["model"]["arch"]),
+            name=report["file"],
+        )
+        if model is None:
+            left_out.append(str(path))
+        else:
+            models[str(path)] = model
+    if len(models) < MIN_MODELS:
+        wanted = f"at least {MIN_MODELS} clean models that {name} can compare"
+        raise ValueError(f"expected {wanted}, got {len(models)}")
+    about: dict[str, Any] = {"detector": scanner.name, "preset": preset, "settings": settings}
+    calibration = fit_calibration(list(models.values()), **about)
+    accused = None
+    if len(models) > MIN_MODELS:
+        accused = tuple(path for path in models if _stands_out(path, models, about))
+    return Fitted(name, calibration, tuple(left_out), accused)
+
+
+def _stands_out(path: str, models: Mapping[str, CleanModel], about: Mapping[str, Any]) -> bool:
+    """Whether the other models would call this one backdoored."""
+    model = models[path]
+    by_others = fit_calibration([other for one, other in models.items() if one != path], **about)
+    logs = torch.tensor(model.log_scores, dtype=torch.float64)
+    return float(by_others.p_values(logs, model.subject).min()) <= 0.05
