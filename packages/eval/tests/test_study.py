@@ -318,6 +318,20 @@ def test_a_population_gives_every_seed_a_target_of_its_own() -> None:
     }
 
 
+def test_a_setting_may_leave_detectors_out() -> None:
+    setting = Setting(TINY.data, TINY.victim, TINY.train, unseen={"clean": 1})
+    settings = {"a": setting, "b": replace(setting, detectors=("uap",))}
+    study = replace(TINY, attacks=(), settings=settings, detectors={"nc": {}, "uap": {}})
+    scans = [name for name in planned(study) if name.startswith("scan ")]
+    assert [("uap" in name, "setting=b" in name) for name in scans] == [
+        (False, False),
+        (True, False),
+        (True, True),
+    ]
+    with pytest.raises(ValueError, match="detectors of a setting"):
+        replace(study, detectors={"nc": {}})
+
+
 def test_a_target_that_is_no_class_is_refused() -> None:
     with pytest.raises(ValueError, match="10 classes"):
         planned(replace(TINY, target=10))

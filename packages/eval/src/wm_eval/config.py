@@ -200,6 +200,7 @@ class Setting:
         test: Attack (or "clean") to the number of models that figures come from.
         unseen: Attack (or "clean") to the number of models that are judged by what the clean ones
             of all *other* networks calibrate: as a stranger's model is.
+        detectors: Names of those of the study that scan these models; all if there are none.
 
     Raises:
         ValueError: An unknown attack, or a count below zero or above 1,000 (seeds would meet).
@@ -212,6 +213,7 @@ class Setting:
     calibration: Mapping[str, int] = field(default_factory=dict)
     test: Mapping[str, int] = field(default_factory=dict)
     unseen: Mapping[str, int] = field(default_factory=dict)
+    detectors: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_triggers(self.triggers)
@@ -317,6 +319,8 @@ class Study:
         for name in self.settings:
             if not _NAME.fullmatch(name) or name == "all":
                 raise ValueError(f"expected lower-case names of settings, got {name!r}")
+        for setting in self.settings.values():
+            _known("detectors of a setting", setting.detectors, self.detectors)
         for name, changes in self.detectors.items():
             detector(name, **changes)
         for name, changes in self.mitigations.items():

@@ -88,6 +88,7 @@ def _population(study: Study, name: str) -> Iterator[Stage]:
         victim=setting.victim,
         train=setting.train,
         triggers={**study.triggers, **setting.triggers},
+        detectors={name: study.detectors[name] for name in setting.detectors or study.detectors},
         settings={},
         attacks=(CLEAN,),
         parts=(),
