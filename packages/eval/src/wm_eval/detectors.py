@@ -10,7 +10,14 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from defense_nc import Detector, NeuralCleanse
-from defense_reverse import BtiDbf, FeatureRE, MarginAscent, ReverseGenerator, UniversalPerturbation
+from defense_reverse import (
+    BtiDbf,
+    FeatureRE,
+    MarginAscent,
+    PatchSweep,
+    ReverseGenerator,
+    UniversalPerturbation,
+)
 from wm_inject.core.checks import check_choice
 
 
@@ -18,8 +25,8 @@ class Entry(NamedTuple):
     """A detector in the table."""
 
     preset: Callable[..., Detector]  # a preset's name ("fast" by default) and changes -> detector
-    # Images through the model and back that a label takes at most, from the settings.
-    passes: Callable[[Mapping[str, Any]], float]
+    # Images through the model and back at most, from the settings and the number of labels.
+    passes: Callable[[Mapping[str, Any], int], float]
     inverts: bool = False  # it reverses one image trigger a label, which can be kept and unlearned
 
 
@@ -30,27 +37,41 @@ def _with_lpips(preset: str = "fast", **changes: Any) -> ReverseGenerator:
     return replace(detector, config=replace(detector.config, lambdas=lambdas))
 
 
-def _batches(settings: Mapping[str, Any]) -> float:
-    return float(settings["steps"] * settings["batch_size"])
+def _batches(settings: Mapping[str, Any], labels: int) -> float:
+    return float(settings["steps"] * settings["batch_size"] * labels)
 
 
 DETECTORS: dict[str, Entry] = {
     "nc": Entry(
         NeuralCleanse.preset,
-        lambda s: _batches(s) * s["batches"] * len(s["starts"]),
+        lambda s, labels: _batches(s, labels) * s["batches"] * len(s["starts"]),
         inverts=True,
     ),
     "reverse": Entry(ReverseGenerator.preset, _batches, inverts=True),
     "reverse-lpips": Entry(_with_lpips, _batches, inverts=True),
     "feature-re": Entry(
-        FeatureRE.preset, lambda s: float((s["warmup_steps"] + s["steps"]) * s["batch_size"])
+        FeatureRE.preset,
+        lambda s, labels: float((s["warmup_steps"] + s["steps"]) * s["batch_size"] * labels),
     ),
-    "bti-dbf": Entry(BtiDbf.preset, _batches),  # one search for all labels
+    "bti-dbf": Entry(BtiDbf.preset, lambda s, labels: _batches(s, 1)),  # one search for all
     # The images that success is measured on go forwards only, a dozen times.
     "uap": Entry(
-        UniversalPerturbation.preset, lambda s: _batches(s) + 4 * s["tested"], inverts=True
+        UniversalPerturbation.preset,
+        lambda s, labels: _batches(s, labels) + 4 * s["tested"] * labels,
+        inverts=True,
     ),
-    "mm-bd": Entry(MarginAscent.preset, lambda s: float(s["steps"] * s["starts"])),
+    # Forwards only, which is a third; four pictures at every place.
+    "sweep": Entry(
+        PatchSweep.preset,
+        lambda s, labels: (
+            (
+                4 * s["places"] ** 2 * len(s["sides"]) * s["searched"]
+                + min(labels, s["candidates"]) * s["tested"]
+            )
+            / 3
+        ),
+    ),
+    "mm-bd": Entry(MarginAscent.preset, lambda s, labels: float(s["steps"] * s["starts"] * labels)),
 }
 
 

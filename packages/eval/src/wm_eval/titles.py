@@ -13,7 +13,7 @@ CLEAN = "clean"  # the attack of a clean victim
 ATTACKS = (*list_attacks(), "watermark", "equation2", CLEAN)
 _OTHERS = {"equation2": "Plain blend, equation 2", CLEAN: "No attack (clean victim)"}
 PAPERS = ("nc", "reverse")  # the detectors of the two papers
-CALIBRATED = (*PAPERS, "uap")  # the detectors whose verdicts have a calibrated error rate
+CALIBRATED = (*PAPERS, "uap", "sweep")  # the detectors whose verdicts have a calibrated error rate
 DETECTORS = {
     "nc": "Neural Cleanse",
     "reverse": "Reverse generators",
@@ -21,6 +21,7 @@ DETECTORS = {
     "feature-re": "FeatureRE",
     "bti-dbf": "BTI-DBF",
     "uap": "Universal perturbations",
+    "sweep": "Patch sweep",
     "mm-bd": "Maximum margins",
 }
 # First those that use a reversed trigger, with their control; then those that need no scan.

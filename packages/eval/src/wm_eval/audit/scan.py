@@ -196,7 +196,7 @@ def choose_detectors(
             raise ValueError(f"expected a calibration of {missing[0]}, {got}")
         return tuple(wanted)
     known = tuple(own or CALIBRATED)
-    cost = {name: DETECTORS[name].passes(detector(name, preset).settings) for name in known}
+    cost = {name: _passes(name, preset, num_classes) for name in known}
     by_cost = sorted(known, key=lambda name: cost[name])
     certain = foreseen(checked, clean, num_classes, detectors=by_cost, preset=preset, own=own)
     return tuple(name for name in by_cost if name not in certain) or tuple(by_cost[:1])
@@ -238,10 +238,12 @@ def longest_minutes(
         start = time.perf_counter()
         torch.autograd.grad(checked.module(images).logsumexp(1).sum(), images)
         seconds.append((time.perf_counter() - start) / len(images))
-    each = min(seconds) * num_classes / 60
-    return {
-        name: each * DETECTORS[name].passes(detector(name, preset).settings) for name in detectors
-    }
+    minutes = min(seconds) / 60
+    return {name: minutes * _passes(name, preset, num_classes) for name in detectors}
+
+
+def _passes(name: str, preset: str, num_classes: int) -> float:
+    return DETECTORS[name].passes(detector(name, preset).settings, num_classes)
 
 
 def reversed_triggers(audit: Audit, labels: Sequence[int] | None = None) -> dict[int, nn.Module]:
