@@ -77,6 +77,7 @@ DETECTOR_PAGES: dict[str, tuple[str, tuple[Settings, ...]]] = {
             Settings("defense_reverse:BtiDbfUnlearning", _FAST),
         ),
     ),
+    "patch-sweep": ("sweep", (Settings("defense_reverse:PatchSweep", _FAST),)),
     "universal-perturbations": (
         "uap",
         (Settings("defense_reverse:UniversalPerturbation", _FAST),),

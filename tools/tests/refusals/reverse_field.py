@@ -129,6 +129,12 @@ CASES: Mapping[str, Cases] = {
         "no picture": lambda _: dr.UniversalPicture(IMAGES),
         "other size": lambda _: dr.UniversalPicture(torch.zeros(1, 4, 4))(IMAGES),
     },
+    "PatchSweep": {
+        **{k: v for k, v in detector(dr.PatchSweep(places=1)).items() if k != "no features"},
+        "places": lambda _: dr.PatchSweep(places=0),
+        "sides": lambda _: dr.PatchSweep(sides=(0.6,)),
+        "no sides": lambda _: dr.PatchSweep(sides=()),
+    },
     "MarginAscent": {
         **{k: v for k, v in detector(dr.MarginAscent(steps=1)).items() if k != "no features"},
         "starts": lambda _: dr.MarginAscent(starts=0),

@@ -61,7 +61,8 @@ class Sweep(NamedTuple):
     """The best patch of every label."""
 
     patches: list[Patch]
-    rates: Tensor  # float64 (K,): success on images that it was not chosen on; 0 if it has none
+    gaps: Tensor  # float64 (K,): what it leaves of the way to the label, 1 if it does nothing
+    rates: Tensor  # float64 (K,): share of the images that it sends there
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class PatchSweep:
         sides: Of the squares, as shares of the image's side; at least three pixels.
         searched: Images that every patch is tried on.
         tested: Further images, that the best patch of a label is tried on.
-        candidates: Labels whose best patch is tested: those that most images went to.
+        candidates: Labels whose best patch is tested on these: those that it came closest to.
         alpha: As for `defense_nc.NeuralCleanse`, and so is ``max_ratio``.
 
     Source: ours.
@@ -84,7 +85,7 @@ class PatchSweep:
     sides: tuple[float, ...] = (0.1, 0.16)
     searched: int = 8
     tested: int = 40
-    candidates: int = 32
+    candidates: int = 64
     alpha: float = 0.05
     max_ratio: float = 0.5
 
@@ -122,15 +123,16 @@ class PatchSweep:
         ``checkpoint`` is ignored.
 
         Returns:
-            A report whose scores are the shares of images that the best patch does *not* send to
-            the label (and half an image, so that a logarithm is defined), comparable for all
-            labels. Its triggers are the patches that send at least half of the images.
+            A report whose scores say what the best patch leaves of the way to the label: the gap
+            between its logit and the highest, over that without a patch, and half an image's share,
+            so that a logarithm is defined. All labels can be compared. Its triggers are the patches
+            that send at least half of the images.
         """
         with open_scan(model, images, labels=labels, device=device) as inputs:
             found = self.search(inputs, seed=seed, progress=progress)
         return judge_scan(
             self.name,
-            1 - found.rates + 0.5 / self.tested,
+            found.gaps + 0.5 / self.tested,
             found.rates,
             model=model,
             images=images,
@@ -153,21 +155,20 @@ class PatchSweep:
         order = torch.randperm(len(inputs.images), generator=torch.Generator().manual_seed(seed))
         order = order.to(inputs.images.device)
         rest = order[self.searched :][: self.tested]
-        searched, free = _with_free(inputs, order[: self.searched])
-        tested, others = _with_free(inputs, rest if len(rest) else order)
+        searched = _Trial.of(inputs, order[: self.searched])
+        tested = _Trial.of(inputs, rest if len(rest) else order)
         patches = list(self.patches(inputs.images.shape[1:]))
-        best = torch.zeros(inputs.num_classes, dtype=torch.float64)
-        chosen = [patches[0]] * inputs.num_classes
+        gaps = torch.full((inputs.num_classes,), torch.inf, dtype=torch.float64)
+        rates, chosen = torch.zeros_like(gaps), [patches[0]] * inputs.num_classes
         for patch in show_progress(patches, desc="patches", enabled=progress):
-            rates = _rates(inputs.model, patch.on(searched), free)
-            for label in (rates > best).nonzero().flatten().tolist():
-                best[label], chosen[label] = rates[label], patch
-        rates = torch.zeros_like(best)
-        for label in best.argsort(descending=True, stable=True)[: self.candidates].tolist():
-            if best[label] > 0:
-                moved = _rates(inputs.model, chosen[label].on(tested), others)
-                rates[label] = moved[label]
-        return Sweep(chosen, rates)
+            found = searched.with_patch(patch)
+            for label in (found.gaps < gaps).nonzero().flatten().tolist():
+                gaps[label], rates[label] = found.gaps[label], found.rates[label]
+                chosen[label] = patch
+        for label in gaps.argsort(stable=True)[: self.candidates].tolist():
+            found = tested.with_patch(chosen[label])
+            gaps[label], rates[label] = found.gaps[label], found.rates[label]
+        return Sweep(chosen, gaps, rates)
 
     def patches(self, shape: torch.Size) -> Iterator[Patch]:
         """All patches for images ``(C, H, W)``: black, white, and chequered in both ways."""
@@ -185,7 +186,7 @@ class PatchSweep:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {},
-    "paper": {"places": 16, "searched": 20, "tested": 100, "candidates": 100},
+    "paper": {"places": 16, "searched": 20, "tested": 100, "candidates": 200},
 }
 
 
@@ -193,21 +194,43 @@ def _places(last: int, count: int) -> list[int]:
     return [int(place) for place in np.unique(np.linspace(0, last, count).round())]
 
 
-def _with_free(inputs: ScanInputs, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Images, and bool ``(N, K)``: the label is neither theirs nor the model's answer to them."""
-    images, labels = inputs.images[chosen], inputs.labels[chosen]
-    every = torch.arange(inputs.num_classes, device=images.device)
-    answers = _answers(inputs.model, images)
-    return images, (labels[:, None] != every) & (answers[:, None] != every)
+class _Moved(NamedTuple):
+    gaps: Tensor  # float64 (K,)
+    rates: Tensor  # float64 (K,)
 
 
-def _rates(model: nn.Module, images: Tensor, free: Tensor) -> Tensor:
-    """By label, float64 ``(K,)``: the share that goes there of the images that are free to."""
-    every = torch.arange(free.shape[1], device=images.device)
-    there = (_answers(model, images)[:, None] == every) & free
-    return (there.sum(0).double() / free.sum(0).clamp(min=1)).cpu()
+class _Trial(NamedTuple):
+    """Images to try patches on."""
+
+    model: nn.Module
+    images: Tensor
+    free: Tensor  # bool (N, K): the label is neither the image's nor the model's answer to it
+    ways: Tensor  # float64 (K,): the mean gap of these images as they are
+
+    @classmethod
+    def of(cls, inputs: ScanInputs, chosen: Tensor) -> _Trial:
+        images, labels = inputs.images[chosen], inputs.labels[chosen]
+        gaps = _gaps(inputs.model, images)
+        every = torch.arange(inputs.num_classes, device=images.device)
+        free = (labels[:, None] != every) & (gaps > 0)
+        return cls(inputs.model, images, free, _mean(gaps, free).clamp(min=1e-12))
+
+    def with_patch(self, patch: Patch) -> _Moved:
+        """What is left of the ways to all labels, and the share of images at their end."""
+        gaps = _gaps(self.model, patch.on(self.images))
+        left = _mean(gaps, self.free) / self.ways
+        # No image could be moved to a label that all of these have: nothing is known of it.
+        left[~self.free.any(0).cpu()] = 1.0
+        return _Moved(left, _mean((gaps == 0).double(), self.free))
 
 
-def _answers(model: nn.Module, images: Tensor) -> Tensor:
+def _gaps(model: nn.Module, images: Tensor) -> Tensor:
+    """How far each label's logit is below the highest, float64 ``(N, K)``."""
     at_once = max(1, min(256, _VALUES // images[0].numel()))
-    return torch.cat([model(part).argmax(1) for part in images.split(at_once)])
+    logits = torch.cat([model(part) for part in images.split(at_once)]).double()
+    return logits.amax(1, keepdim=True) - logits
+
+
+def _mean(values: Tensor, free: Tensor) -> Tensor:
+    """The mean over the images that are free, ``(K,)``."""
+    return ((values * free).sum(0) / free.sum(0).clamp(min=1)).cpu()
