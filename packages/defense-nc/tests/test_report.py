@@ -138,7 +138,7 @@ def test_half_of_the_labels_must_be_reached() -> None:
         (ModelInfo(10, 224, 3, "convolutional", 500), "pixels a side"),
         (ModelInfo(1000, 32, 3, "convolutional", 500), "classes"),
         (ModelInfo(3, 32, 3, "convolutional", 500), "classes"),
-        (ModelInfo(10, 32, 3, "transformer", 500), "transformer"),
+        (ModelInfo(10, 32, 3, "other", 500), "neither convolutional"),
     ],
 )
 def test_an_abstention_that_is_foreseen_is_that_of_the_verdict(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from defense_nc import InvertedTrigger, ScanReport, Verdict
 from defense_reverse.detectors import PatchSweep
+from defense_reverse.detectors.patch_sweep import Sweep
 
 CLASSES, SIDE = 6, 24
 LABELS = torch.arange(60) % CLASSES
@@ -70,12 +71,20 @@ def test_a_square_that_works_on_one_class_is_no_trigger_of_all() -> None:
     assert report.labels[4].success_rate < 0.5 and not report.triggers
 
 
+def test_a_label_whose_patch_moves_some_images_only_does_not_stand_out() -> None:
+    gaps = torch.tensor([0.9, 0.2, 0.7, 0.8, 0.1]).double()
+    found = Sweep([], gaps, torch.tensor([0.0, 0.7, 0.1, 0.0, 0.8]).double())
+    scores = PatchSweep(tested=50, works=0.75).scores(found)
+    torch.testing.assert_close(scores, torch.tensor([0.91, 0.71, 0.71, 0.81, 0.11]).double())
+
+
 def test_the_cost_does_not_grow_with_the_labels() -> None:
     model = Rows()
     places, searched, tested = 5, 4, 10
     sweep(model, places=places, sides=(0.125,), searched=searched, tested=tested, candidates=2)
-    # What every scan runs first, the patches, and those of two labels.
-    assert model.images <= 4 * places**2 * searched + 2 * tested + searched + tested + 2 * len(IMAGES)
+    # The patches, those of two labels, and what every scan runs first.
+    patches = 4 * places**2 * searched + 2 * tested
+    assert patches <= model.images <= patches + searched + tested + 2 * len(IMAGES)
 
 
 def test_few_images_serve_twice() -> None:
@@ -101,6 +110,8 @@ def test_settings() -> None:
     for wrong in ({"places": 0}, {"searched": 0}, {"tested": 0}, {"candidates": 0}):
         with pytest.raises(ValueError, match=">= 1"):
             PatchSweep(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected works"):
+        PatchSweep(works=0.0)
     for sides in ((), (0.0,), (0.6,)):
         with pytest.raises(ValueError, match="expected sides"):
             PatchSweep(sides=sides)

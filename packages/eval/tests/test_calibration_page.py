@@ -432,18 +432,18 @@ def test_recorded_scans_are_judged_by_the_calibration_that_ships(monkeypatch) ->
     monkeypatch.setattr("wm_eval.population.load_calibration", load)
     stranger = scan(seed=2000)
     stranger.key["split"] = "unseen"
-    scans = (*known(), *known(detector="uap")[:-6], scan(detector="bti-dbf"), stranger)
+    scans = (*known(), *known(detector="reverse")[:-6], scan(detector="bti-dbf"), stranger)
     found = judge_shipped(StudyRecords(scans, ()))
     assert {name: len(judged) for name, judged in found.items()} == {
         "nc": 23,
-        "uap": 17,
+        "reverse": 17,
         COMBINED: 17,
     }
     rows = shipped_table({"study": StudyRecords(scans, ())}).rows
     assert [row[1:4] for row in rows] == [
         ("Neural Cleanse", "1 of 17 (0 to 29 %)", "1"),
-        ("Universal perturbations", "1 of 17 (0 to 29 %)", "1"),
-        ("Neural Cleanse + Universal perturbations", "1 of 17 (0 to 29 %)", "1"),
+        ("Reverse generators", "1 of 17 (0 to 29 %)", "1"),
+        ("Neural Cleanse + Reverse generators", "1 of 17 (0 to 29 %)", "1"),
     ]
     # Of five backdoored models with an ASR of 90 %: two named, a wrong label, two missed.
     assert [row[4:] for row in rows] == [("2 of 5 (5 to 85 %)", "1"), ("–", "0"), ("–", "0")]
@@ -482,7 +482,7 @@ def test_a_kind_of_network_is_judged_by_the_clean_models_of_the_others() -> None
         "w",
         "all",
     }
-    again = [replace(r, key={**r.key, "detector": "uap"}) for r in (*clean, *wide, caught)]
+    again = [replace(r, key={**r.key, "detector": "reverse"}) for r in (*clean, *wide, caught)]
     both = summarise([*clean, *wide, caught, *again]).judged[COMBINED]
     p_values = {id(j.record): j.p_value for j in both}
     assert p_values[id(caught)] == pytest.approx(2 * by_hand.p_value, rel=1e-6)

@@ -133,6 +133,7 @@ CASES: Mapping[str, Cases] = {
         **{k: v for k, v in detector(dr.PatchSweep(places=1)).items() if k != "no features"},
         "places": lambda _: dr.PatchSweep(places=0),
         "sides": lambda _: dr.PatchSweep(sides=(0.6,)),
+        "works": lambda _: dr.PatchSweep(works=1.1),
         "no sides": lambda _: dr.PatchSweep(sides=()),
     },
     "MarginAscent": {

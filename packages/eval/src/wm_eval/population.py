@@ -3,13 +3,13 @@
 Nothing is scanned anew. A detector's null distribution is fitted to the clean models of the
 calibration split, one for each number of classes, and every model of the test split is judged by it
 from its recorded scores. Models of the unseen split are judged by the clean ones of that split that
-are of another kind of network, whatever their classes. The calibrated detectors are also judged
-together, each at its share of the error rate.
+are of another kind of network, whatever their classes. Two detectors are also judged together, each
+at its share of the error rate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -29,11 +29,11 @@ from defense_nc.verdict import load_calibration
 from wm_eval.intervals import Interval, exact_interval
 from wm_eval.numbers import victim_asr
 from wm_eval.records import Record, StudyRecords
-from wm_eval.titles import ATTACKS, CALIBRATED, CLEAN
+from wm_eval.titles import ATTACKS, AUDIT, CALIBRATED, CLEAN, PAPERS
 
 ALL_SETTINGS = "all"
 ANY_CLASSES = 0  # stands for the number of classes of a null distribution for all of them
-COMBINED = "all"  # the calibrated detectors as one, each at its share of the error rate
+COMBINED = "all"  # the detectors of `together` as one, each at its share of the error rate
 MIN_MODELS = 5  # clean models of the calibration split, or a detector is not judged
 _INFINITE = 1e9  # stands in for an infinite index
 
@@ -141,8 +141,8 @@ def summarise(scans: Sequence[Record], *, floor: float = 0.9, alpha: float = 0.0
     """Judge the test split and count.
 
     Detectors need not have seen the same models. Scans for whose number of classes a detector
-    cannot be calibrated are left out. The calibrated pair combined is judged on the models that
-    both have seen.
+    cannot be calibrated are left out. Those of `together` are judged on the models that both have
+    seen.
 
     Args:
         scans: Of `population_scans`, both splits.
@@ -173,11 +173,10 @@ def summarise(scans: Sequence[Record], *, floor: float = 0.9, alpha: float = 0.0
             judged[detector] = tuple(_judge_all(every, alpha))
     if not judged:
         raise _too_few(max(left_out.values()))
-    ours = [name for name in CALIBRATED if name in judged]
-    if len(ours) > 1:
-        shared = [j for name in ours for j in _judge_all(by_detector[name], alpha / len(ours))]
-        first = {name: judged[name] for name in ours}
-        judged = {**first, COMBINED: _combined(shared, len(ours)), **judged}
+    if pair := together(judged):
+        shared = [j for name in pair for j in _judge_all(by_detector[name], alpha / len(pair))]
+        first = {name: judged[name] for name in pair}
+        judged = {**first, COMBINED: _combined(shared, len(pair)), **judged}
     rows = [
         row
         for detector, results in judged.items()
@@ -190,8 +189,8 @@ def summarise(scans: Sequence[Record], *, floor: float = 0.9, alpha: float = 0.0
 def judge_shipped(study: StudyRecords, *, alpha: float = 0.05) -> dict[str, tuple[Judged, ...]]:
     """A study's scans by detector, judged by the calibrations that ship for their settings.
 
-    `COMBINED` are the models that all of these detectors have seen. Scans whose settings have no
-    calibration are left out, and so is the unseen split: it may be what was shipped.
+    `COMBINED` are the models that both detectors of `together` have seen. Scans whose settings have
+    no calibration are left out, and so is the unseen split: it may be what was shipped.
     """
     known: dict[str, list[tuple[Record, Calibration]]] = {}
     for r in study.select(kind="scan"):
@@ -207,16 +206,20 @@ def judge_shipped(study: StudyRecords, *, alpha: float = 0.05) -> dict[str, tupl
     def judged(name: str, alpha: float) -> tuple[Judged, ...]:
         return tuple(_judge(record, calibration, alpha) for record, calibration in known[name])
 
-    ours = [name for name in CALIBRATED if name in known]
-    found_by = {name: judged(name, alpha) for name in ours}
-    if len(ours) > 1:
-        shared = [j for name in ours for j in judged(name, alpha / len(ours))]
-        found_by[COMBINED] = _combined(shared, len(ours))
+    found_by = {name: judged(name, alpha) for name in CALIBRATED if name in known}
+    if pair := together(known):
+        shared = [j for name in pair for j in judged(name, alpha / len(pair))]
+        found_by[COMBINED] = _combined(shared, len(pair))
     return found_by
 
 
+def together(names: Collection[str]) -> tuple[str, ...]:
+    """The detectors that are judged as one: those of an audit, or else the papers', or none."""
+    return next((pair for pair in (AUDIT, PAPERS) if set(pair) <= set(names)), ())
+
+
 def detectors_in_order(scans: Iterable[Record]) -> list[str]:
-    """The different detectors, the calibrated pair before all others."""
+    """The different detectors, the calibrated ones before all others."""
     names = {str(r.key["detector"]) for r in scans}
     return sorted(names, key=lambda name: (name not in CALIBRATED, name))
 

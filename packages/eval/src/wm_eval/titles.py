@@ -13,7 +13,8 @@ CLEAN = "clean"  # the attack of a clean victim
 ATTACKS = (*list_attacks(), "watermark", "equation2", CLEAN)
 _OTHERS = {"equation2": "Plain blend, equation 2", CLEAN: "No attack (clean victim)"}
 PAPERS = ("nc", "reverse")  # the detectors of the two papers
-CALIBRATED = (*PAPERS, "uap", "sweep")  # the detectors whose verdicts have a calibrated error rate
+AUDIT = ("uap", "sweep")  # those of an audit, if none are named: cheap at any size
+CALIBRATED = (*PAPERS, *AUDIT)  # the detectors whose verdicts have a calibrated error rate
 DETECTORS = {
     "nc": "Neural Cleanse",
     "reverse": "Reverse generators",

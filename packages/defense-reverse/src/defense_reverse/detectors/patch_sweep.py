@@ -25,7 +25,6 @@ from wm_inject.core.progress import progress as show_progress
 
 _LEAST = 3  # pixels a side of a square
 _CELLS = 3  # a side of a chequered one
-_WORKS = 0.5  # of a patch that is a trigger: the share of images that it sends to its label
 _VALUES = 2**23  # of the images in a pass, which bounds its memory
 
 
@@ -74,6 +73,7 @@ class PatchSweep:
         sides: Of the squares, as shares of the image's side; at least three pixels.
         searched: Images that every patch is tried on.
         tested: Further images, that the best patch of a label is tried on.
+        works: Share of the images that a patch must send to its label, or it is no trigger.
         candidates: Labels whose best patch is tested on these: those that it came closest to.
         alpha: As for `defense_nc.NeuralCleanse`, and so is ``max_ratio``.
 
@@ -85,6 +85,7 @@ class PatchSweep:
     sides: tuple[float, ...] = (0.1, 0.16)
     searched: int = 8
     tested: int = 40
+    works: float = 0.75
     candidates: int = 64
     alpha: float = 0.05
     max_ratio: float = 0.5
@@ -94,6 +95,8 @@ class PatchSweep:
         check_settings(self, ("places", "searched", "tested", "candidates"), ())
         if not self.sides or not all(0 < side <= 0.5 for side in self.sides):
             raise ValueError(f"expected sides in (0, 0.5], got {self.sides}")
+        if not 0 < self.works <= 1:
+            raise ValueError(f"expected works in (0, 1], got {self.works}")
         check_rule(self.alpha, self.max_ratio)
 
     @classmethod
@@ -125,14 +128,14 @@ class PatchSweep:
         Returns:
             A report whose scores say what the best patch leaves of the way to the label: the gap
             between its logit and the highest, over that without a patch, and half an image's share,
-            so that a logarithm is defined. All labels can be compared. Its triggers are the patches
-            that send at least half of the images.
+            so that a logarithm is defined. A label without a patch that works has the median score
+            at least. Its triggers are the patches that work.
         """
         with open_scan(model, images, labels=labels, device=device) as inputs:
             found = self.search(inputs, seed=seed, progress=progress)
         return judge_scan(
             self.name,
-            found.gaps + 0.5 / self.tested,
+            self.scores(found),
             found.rates,
             model=model,
             images=images,
@@ -143,11 +146,17 @@ class PatchSweep:
             triggers={
                 label: patch.trigger(images.shape[1:], label, float(found.rates[label]))
                 for label, patch in enumerate(found.patches)
-                if found.rates[label] >= _WORKS
+                if found.rates[label] >= self.works
             },
             seed=seed,
             notes=inputs.notes,
         )
+
+    def scores(self, found: Sweep) -> Tensor:
+        """The scores of all labels, float64 ``(K,)``."""
+        scores = found.gaps + 0.5 / self.tested
+        # What moves some images only, as a square that hides the object does, is no trigger.
+        return torch.where(found.rates >= self.works, scores, scores.clamp(min=scores.median()))
 
     @torch.no_grad()
     def search(self, inputs: ScanInputs, *, seed: int, progress: bool = False) -> Sweep:

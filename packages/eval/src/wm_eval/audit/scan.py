@@ -18,7 +18,7 @@ from wm_eval.audit.checks import Checked
 from wm_eval.audit.images import CleanImages
 from wm_eval.audit.settings import AUTO, check_detectors
 from wm_eval.detectors import DETECTORS, detector
-from wm_eval.titles import CALIBRATED, detector_title
+from wm_eval.titles import AUDIT, detector_title
 from wm_inject.core.errors import error_line
 from wm_victim.reading import BATCH
 
@@ -184,8 +184,8 @@ def choose_detectors(
 ) -> tuple[str, ...]:
     """The detectors of an audit: those that are wanted, or by default those that fit the model.
 
-    These are the calibrated ones that need not abstain on such a model, the cheapest first. Where
-    all would, it is the cheapest: the labels that stand out are worth knowing, at any size.
+    These are the cheap ones (or those of ``own``) that need not abstain on such a model. Where all
+    would, it is all of them: the labels that stand out are worth knowing, at any size.
 
     Raises:
         ValueError: A wanted detector that has no calibration in ``own``, if there is any.
@@ -195,11 +195,9 @@ def choose_detectors(
             got = f"got those of {', '.join(own)}"
             raise ValueError(f"expected a calibration of {missing[0]}, {got}")
         return tuple(wanted)
-    known = tuple(own or CALIBRATED)
-    cost = {name: _passes(name, preset, num_classes) for name in known}
-    by_cost = sorted(known, key=lambda name: cost[name])
-    certain = foreseen(checked, clean, num_classes, detectors=by_cost, preset=preset, own=own)
-    return tuple(name for name in by_cost if name not in certain) or tuple(by_cost[:1])
+    known = tuple(own or AUDIT)
+    certain = foreseen(checked, clean, num_classes, detectors=known, preset=preset, own=own)
+    return tuple(name for name in known if name not in certain) or known
 
 
 def foreseen(

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from defense_nc.config import PRESETS as NC_PRESETS
 from defense_nc.config import check_rule
 from defense_reverse.config import PRESETS as REVERSE_PRESETS
-from wm_eval.titles import CALIBRATED, DETECTORS
+from wm_eval.titles import AUDIT, DETECTORS
 from wm_inject.core.checks import check_choice
 
-AUTO = ("auto",)  # in place of detectors: those that are calibrated for the model
+AUTO = ("auto",)  # in place of detectors: the cheap ones that are calibrated for the model
 MIN_IMAGES = 20  # fewer say nothing of ten classes
 _PRESETS: dict[str, Collection[str]] = {
     "nc": NC_PRESETS,
@@ -71,7 +71,7 @@ def _check(settings: ScanSettings | CleanSettings) -> None:
 def check_detectors(names: Sequence[str], preset: str, alpha: float) -> None:
     """Raise ``ValueError`` unless detectors, the preset of all of them and alpha can be used."""
     if tuple(names) == AUTO:
-        names = CALIBRATED
+        names = AUDIT
     if not names or len(set(names)) < len(names) or not set(names) <= set(DETECTORS):
         choices, listing = ", ".join(DETECTORS), ", ".join(names) or "none"
         raise ValueError(f"expected detectors out of {choices} (or auto), each once, got {listing}")

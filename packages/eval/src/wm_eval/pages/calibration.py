@@ -19,6 +19,7 @@ from wm_eval.population import (
     judge_shipped,
     population_scans,
     summarise,
+    together,
 )
 from wm_eval.records import Record, StudyRecords
 from wm_eval.render import ABSENT, Page, Table, percent, split_headers
@@ -72,7 +73,7 @@ def shipped_table(studies: Mapping[str, StudyRecords], *, floor: float = 0.9) ->
     rows = []
     for name, study in studies.items():
         found = judge_shipped(study)
-        every = " + ".join(detector_title(one) for one in found if one != COMBINED)
+        every = " + ".join(map(detector_title, together(found)))
         for detector, judged in found.items():
             clean = [j for j in judged if j.record.key["attack"] == CLEAN]
             bad = [j for j in judged if (j.record.values["asr"] or 0.0) >= floor]
@@ -91,7 +92,7 @@ def shipped_table(studies: Mapping[str, StudyRecords], *, floor: float = 0.9) ->
     )
     note = (
         "Recorded scans, judged anew by the calibrations that ship, at a false-positive rate of "
-        f"0.05; several detectors share it. Backdoored models with an attack success of {floor:.0%}"
+        f"0.05; two detectors share it. Backdoored models with an attack success of {floor:.0%}"
         " or more, of every attack of the study. Intervals are exact, 95 %."
     )
     return Table("shipped", "Models of other studies", headers, tuple(rows), note)
@@ -235,11 +236,12 @@ def _group_counts(population: Population, counts: Mapping[tuple[str, int], int])
 
 
 def _titles(population: Population) -> dict[str, str]:
-    """What detectors are called; "all detectors" means the calibrated ones."""
+    """What detectors are called; "all detectors" are the two that are judged together."""
     names = (*population.judged, *(name for name, _ in population.left_out))
     titles = {name: detector_title(name) for name in names}
-    together = " + ".join(titles[name] for name in CALIBRATED if name in population.judged)
-    combined = together if _others(population) else "all detectors"
+    pair = together(population.judged)
+    combined = " + ".join(titles[name] for name in pair)
+    combined = combined if {*titles} - {*pair, COMBINED} else "all detectors"
     return titles | {COMBINED: f"{combined} (Bonferroni)"}
 
 
