@@ -48,7 +48,7 @@ def sweep(model: nn.Module, **settings: object) -> ScanReport:
 @pytest.mark.parametrize("square", [0.0, 1.0])
 def test_the_square_that_was_planted_is_found(square: float) -> None:
     report = sweep(Rows(square))
-    assert report.verdict is Verdict.BACKDOORED and report.suspected == (4,)
+    assert report.suspected == (4,) and report.p_value < 0.01
     assert report.labels[4].success_rate == 1 and report.detector == "sweep"
     assert report.labels[4].score == pytest.approx(0.5 / 40)
     trigger = report.triggers[4]
@@ -62,7 +62,8 @@ def test_the_square_that_was_planted_is_found(square: float) -> None:
 
 def test_a_model_that_answers_to_no_square_is_clean() -> None:
     report = sweep(Rows())
-    assert report.verdict is Verdict.CLEAN
+    # No verdict is calibrated for six classes: what stands out is listed all the same.
+    assert report.verdict is Verdict.INCONCLUSIVE and report.suspected == ()
     assert all(label.converged for label in report.labels)
 
 
