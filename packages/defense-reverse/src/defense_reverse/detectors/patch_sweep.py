@@ -128,8 +128,8 @@ class PatchSweep:
         Returns:
             A report whose scores say what the best patch leaves of the way to the label: the gap
             between its logit and the highest, over that without a patch, and half an image's share,
-            so that a logarithm is defined. A label without a patch that works has the median score
-            at least. Its triggers are the patches that work.
+            so that a logarithm is defined. A label without a patch that works has 1 more. Its
+            triggers are the patches that work.
         """
         with open_scan(model, images, labels=labels, device=device) as inputs:
             found = self.search(inputs, seed=seed, progress=progress)
@@ -156,7 +156,7 @@ class PatchSweep:
         """The scores of all labels, float64 ``(K,)``."""
         scores = found.gaps + 0.5 / self.tested
         # What moves some images only, as a square that hides the object does, is no trigger.
-        return torch.where(found.rates >= self.works, scores, scores.clamp(min=scores.median()))
+        return scores + (found.rates < self.works).double()
 
     @torch.no_grad()
     def search(self, inputs: ScanInputs, *, seed: int, progress: bool = False) -> Sweep:
