@@ -131,6 +131,17 @@ def test_half_of_the_labels_must_be_reached() -> None:
     assert "needs 5" in report.reason
 
 
+def test_a_label_whose_trigger_does_not_work_is_not_suspected(calibration) -> None:
+    scores = torch.linspace(90, 110, 10, dtype=torch.float64)
+    scores[[2, 7]] = 0.1
+    rates = torch.zeros(10).double()
+    rates[[2, 7]] = torch.tensor([0.7, 0.8]).double()
+    report = judge("nc", scores, rates, floor=0.0, works=0.75, calibration=calibration)
+    assert report.suspected == (7,) and report.labels[2].p_value == 1
+    none = judge("nc", scores, rates, floor=0.0, works=0.9, calibration=calibration)
+    assert none.suspected == () and none.p_value == 1
+
+
 @pytest.mark.parametrize(
     ("subject", "reason"),
     [

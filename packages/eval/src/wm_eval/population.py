@@ -329,6 +329,7 @@ def _judge(record: Record, calibration: Calibration, alpha: float) -> Judged:
         _column(record, "score"),
         _column(record, "success_rate"),
         floor=record.values["floor"],
+        works=record.settings["detector"].get("works", 0.0),
         alpha=alpha,
         calibration=calibration,
         subject=ModelInfo(**record.values["subject"]),

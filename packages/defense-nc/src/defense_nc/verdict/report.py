@@ -42,6 +42,7 @@ def judge(
     success_rates: Tensor,
     *,
     floor: float,
+    works: float = 0.0,
     alpha: float = 0.05,
     max_ratio: float = 0.5,
     triggers: Mapping[int, nn.Module] | None = None,
@@ -62,6 +63,8 @@ def judge(
         scores: Float ``(K,)``, K >= 2, >= 0: small where the label is easy to reach.
         success_rates: Float ``(K,)`` in [0, 1].
         floor: Success rate that makes a score comparable, in [0, 1].
+        works: Success rate of a trigger, in [0, 1]: with a lower one no label is suspected, and its
+            p-value is 1.
         max_ratio: Without a calibration, a suspected score is at most this share of the median.
         config: Settings of the scan, ready for JSON.
         calibration: The null distribution of these scores, if there is one.
@@ -92,6 +95,7 @@ def judge(
     applicable = None if outside else calibration
     rule: dict[str, Any] = {"alpha": alpha, "max_ratio": max_ratio}
     test = _test(scores, reached, **rule, calibration=applicable, subject=subject)
+    test = _working(test, rates >= works - 1e-6)
     limit = outside or too_many(test.suspected, int(reached.sum()))
     # Labels that were not reached hide nothing that stands out already.
     if not limit and not test.suspected:
@@ -151,6 +155,7 @@ def judge_scan(
     images: Tensor,
     settings: Mapping[str, Any],
     floor: float,
+    works: float = 0.0,
     alpha: float = 0.05,
     max_ratio: float = 0.5,
     triggers: Mapping[int, nn.Module] | None = None,
@@ -164,6 +169,7 @@ def judge_scan(
         scores,
         success_rates,
         floor=floor,
+        works=works,
         alpha=alpha,
         max_ratio=max_ratio,
         triggers=triggers,
@@ -185,6 +191,7 @@ def judge_again(report: ScanReport, calibration: Calibration) -> ScanReport:
         scores,
         rates,
         floor=report.floor,
+        works=report.config.get("works", 0.0),
         alpha=report.alpha,
         max_ratio=report.max_ratio,
         triggers=report.triggers,
@@ -231,6 +238,12 @@ def check_scores(scores: Tensor, success_rates: Tensor, *, floor: float) -> None
             raise ValueError(f"expected finite {name} in [0, {top:g}]")
     if not 0 <= floor <= 1:
         raise ValueError(f"expected a floor in [0, 1], got {floor}")
+
+
+def _working(test: OutlierTest, works: Tensor) -> OutlierTest:
+    """Without the labels whose trigger does not work."""
+    p_values = torch.where(works, test.p_values, 1.0)
+    return OutlierTest(p_values, test.ratio, tuple(k for k in test.suspected if works[k]))
 
 
 def _paper(scores: Tensor) -> tuple[AnomalyIndex, AnomalyIndex]:

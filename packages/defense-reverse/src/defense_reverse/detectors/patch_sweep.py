@@ -141,6 +141,7 @@ class PatchSweep:
             images=images,
             settings=self.settings,
             floor=0.0,
+            works=self.works,
             alpha=self.alpha,
             max_ratio=self.max_ratio,
             triggers={
