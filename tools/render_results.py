@@ -52,8 +52,9 @@ What differs from the paper:
   times its published strength, which gives the PSNR of the paper's Table 2 but a lower SSIM: no
   strength gives both. What they poison is rounded to 8 bits in training too: unrounded, WaNet's
   victim learned that values lay between the 256, and its attack was lost in stored images.
-- The null of Neural Cleanse's default verdict comes from other networks. Where every label is
-  easier to reach than in all of them, it abstains."""
+- Verdicts are those of the calibrations at the time of the scan: Neural Cleanse's null came from
+  four networks, and accuses a clean victim; the patch sweep had none. The last table of
+  [calibration](calibration.md) judges the same scans by what ships now."""
 # Victims at the accuracy that the papers print.
 FULL = {
     "p1-cifar10": "CIFAR-10",
