@@ -86,7 +86,7 @@ DETECTOR_PAGES: dict[str, tuple[str, tuple[Settings, ...]]] = {
 }
 METHOD_PAGES = {
     "unlearning": (
-        ("unlearning-nc", "unlearning-reverse", "control", "control-nc"),
+        ("unlearning-nc", "unlearning-reverse", "unlearning-uap", "control", "control-nc"),
         Settings("defense_nc:Unlearning", ("fast", "paper", "nc", "reverse")),
     ),
     "neuron-pruning": (("neuron-pruning",), Settings("defense_nc:NeuronPruning")),

@@ -140,7 +140,7 @@ def index_page(study: StudyRecords, detector: str) -> Page:
     rows = tuple(_index_row(study, attack, scans) for attack, scans in by_attack.items())
     headers = ("attack", "index", "index, lower median", "verdict", "named right", "ASR", "n")
     own = "the detector's own rule, which states no error rate"
-    calibrated = first.values["calibrated"]
+    calibrated = first.values.get("calibrated")
     note = _INDEX_NOTE.format(rule="the calibrated rule" if calibrated else own)
     every = tuple(
         n for n in numbers(study) if n.measure == "paper_index" and n.key["detector"] == detector
