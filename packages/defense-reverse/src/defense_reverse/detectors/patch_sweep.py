@@ -1,6 +1,6 @@
 """A sweep of patches: does a plain square somewhere in the picture send all images to one label?
 
-Forward passes alone, as many for a thousand labels as for ten. It sees patches like those that it
+Forward passes alone, hardly more for a thousand labels than for ten. It sees patches like those that it
 stamps, black, white or chequered squares; nothing that covers the image.
 """
 
