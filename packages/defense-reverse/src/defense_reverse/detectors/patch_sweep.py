@@ -1,7 +1,7 @@
 """A sweep of patches: does a plain square somewhere in the picture send all images to one label?
 
-Forward passes alone, hardly more for a thousand labels than for ten. It sees patches like those that it
-stamps, black, white or chequered squares; nothing that covers the image.
+Forward passes alone, hardly more for a thousand labels than for ten. It sees patches like those
+that it stamps, black, white or chequered squares; nothing that covers the image.
 """
 
 from __future__ import annotations
