@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from defense_nc import InvertedTrigger, NeuralCleanse, Verdict, judge
-from defense_nc.verdict import ModelInfo, foreseen_abstention, load_calibration
+from defense_nc.verdict import (
+    ModelInfo,
+    combine,
+    foreseen_abstention,
+    judge_again,
+    load_calibration,
+)
 
 CLEAN = [41.0, 50, 62, 70, 84, 66, 75, 58, 80]
 
@@ -138,6 +144,8 @@ def test_a_label_whose_trigger_does_not_work_is_not_suspected(calibration) -> No
     rates[[2, 7]] = torch.tensor([0.7, 0.8]).double()
     report = judge("nc", scores, rates, floor=0.0, works=0.75, calibration=calibration)
     assert report.suspected == (7,) and report.labels[2].p_value == 1
+    for again in (judge_again(report, calibration), combine([report, report])):
+        assert again.suspected == (7,) and again.works == 0.75
     none = judge("nc", scores, rates, floor=0.0, works=0.9, calibration=calibration)
     assert none.suspected == () and none.p_value == 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,24 +22,25 @@ from wm_eval.detectors import detector
 LABELS, SIZE, IMAGES = 10, 12, 60  # a size that no shipped calibration covers
 
 
-def made_up(seed: int, *, low: float = 1.0, reached: int = LABELS) -> ScanReport:
-    """A scan of universal perturbations; ``low`` multiplies the score of label 4."""
+def made_up(seed: int, *, low: float = 1.0, reached: int = LABELS, name: str = "uap") -> ScanReport:
+    """A scan; ``low`` multiplies the score of label 4. No patch of a sweep works."""
     scores = (torch.randn(LABELS, generator=torch.Generator().manual_seed(seed)) / 5).exp().double()
     scores[4] *= low
-    scanner = detector("uap")
+    scanner, is_sweep = detector(name), name == "sweep"
     return judge(
         scanner.name,
         scores,
-        (torch.arange(LABELS) < reached).double(),
-        floor=0.8,
+        (torch.arange(LABELS) < reached).double() * (0.5 if is_sweep else 1),
+        floor=0.0 if is_sweep else 0.8,
         config={**scanner.settings, "images": IMAGES},
         subject=ModelInfo(LABELS, SIZE, 3, "convolutional", IMAGES),
     )
 
 
-def write_report(path: Path, seed: int, **more: float) -> Path:
+def write_report(path: Path, seed: int, *, name: str = "uap", **more: Any) -> Path:
     about = About(f"model-{seed}.onnx", sha256=f"{seed:064}", model={"arch": "onnx"})
-    path.write_text(json.dumps(to_json(about, conclude({"uap": made_up(seed, **more)}, {}, 0.05))))
+    found = conclude({name: made_up(seed, name=name, **more)}, {}, 0.05)
+    path.write_text(json.dumps(to_json(about, found)))
     return path
 
 
@@ -83,6 +85,13 @@ def test_each_model_is_judged_by_the_others(reports, tmp_path) -> None:
     assert fitted.accused is not None and str(odd) in fitted.accused
     (few,) = fit_reports(reports[:5])
     assert few.accused is None
+
+
+def test_a_sweep_without_a_patch_that_works_accuses_nobody(tmp_path) -> None:
+    files = [write_report(tmp_path / f"{seed}.json", seed, name="sweep") for seed in range(20)]
+    files.append(write_report(tmp_path / "odd.json", 500, name="sweep", low=0.01))
+    (fitted,) = fit_reports(files)
+    assert fitted.name == "sweep" and fitted.accused == ()
 
 
 def test_refusals(reports, tmp_path) -> None:

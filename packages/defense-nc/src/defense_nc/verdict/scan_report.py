@@ -61,6 +61,7 @@ class ScanReport:
     config: Mapping[str, Any]
     seed: int
     floor: float = 0.0  # success rate that made a score comparable
+    works: float = 0.0  # success rate below which no label is suspected, whatever its score
     calibrated: bool = False  # p-values hold on clean models like those of the calibration
     calibration: Calibration | None = field(default=None, repr=False, compare=False)
     subject: ModelInfo | None = None

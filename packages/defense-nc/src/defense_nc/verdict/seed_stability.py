@@ -94,6 +94,7 @@ def combine(reports: Sequence[ScanReport]) -> ScanReport:
         torch.tensor([score for score, _ in medians]).double(),
         torch.tensor([rate for _, rate in medians]).double(),
         floor=first.floor,
+        works=first.works,
         alpha=first.alpha,
         max_ratio=first.max_ratio,
         triggers=triggers,

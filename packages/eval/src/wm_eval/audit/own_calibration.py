@@ -8,8 +8,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from defense_nc import Calibration, CleanModel, ModelInfo, clean_model, fit_calibration
+from defense_nc import (
+    Calibration,
+    CleanModel,
+    ModelInfo,
+    Verdict,
+    clean_model,
+    fit_calibration,
+    judge,
+)
 from defense_nc.verdict import find_calibration, read_calibrations
 from wm_eval.detectors import DETECTORS, detector
 from wm_eval.population import MIN_MODELS
@@ -91,8 +100,9 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 def _fit(name: str, reports: Mapping[Path, Mapping[str, Any]], preset: str) -> Fitted:
     scanner = detector(name, preset)
-    settings = json.loads(json.dumps(dict(scanner.settings)))
+    settings: dict[str, Any] = json.loads(json.dumps(dict(scanner.settings)))
     models: dict[str, CleanModel] = {}
+    scores: dict[str, tuple[Tensor, Tensor]] = {}
     left_out = []
     for path, report in reports.items():
         values = report["detectors"][name]
@@ -100,11 +110,13 @@ def _fit(name: str, reports: Mapping[Path, Mapping[str, Any]], preset: str) -> F
         if differing:
             got = f"{path} was scanned with another {differing[0]}"
             raise ValueError(f"expected scans of {name} with the preset {preset}: {got}")
+        score, rate = (
+            torch.tensor([label[key] for label in values["labels"]], dtype=torch.float64)
+            for key in ("score", "success_rate")
+        )
         model = clean_model(
-            *(
-                torch.tensor([label[key] for label in values["labels"]], dtype=torch.float64)
-                for key in ("score", "success_rate")
-            ),
+            score,
+            rate,
             floor=values["floor"],
             subject=ModelInfo(**values["subject"]),
             dataset="",
@@ -114,21 +126,24 @@ def _fit(name: str, reports: Mapping[Path, Mapping[str, Any]], preset: str) -> F
         if model is None:
             left_out.append(str(path))
         else:
-            models[str(path)] = model
+            models[str(path)], scores[str(path)] = model, (score, rate)
     if len(models) < MIN_MODELS:
         wanted = f"at least {MIN_MODELS} clean models that {name} can compare"
         raise ValueError(f"expected {wanted}, got {len(models)}")
     about: dict[str, Any] = {"detector": scanner.name, "preset": preset, "settings": settings}
     calibration = fit_calibration(list(models.values()), **about)
-    accused = None
-    if len(models) > MIN_MODELS:
-        accused = tuple(path for path in models if _stands_out(path, models, about))
+
+    def is_accused(path: str) -> bool:
+        others = [model for one, model in models.items() if one != path]
+        by_others = judge(
+            scanner.name,
+            *scores[path],
+            floor=values["floor"],
+            works=settings.get("works", 0.0),
+            calibration=fit_calibration(others, **about),
+            subject=models[path].subject,
+        )
+        return by_others.verdict is Verdict.BACKDOORED
+
+    accused = tuple(filter(is_accused, models)) if len(models) > MIN_MODELS else None
     return Fitted(name, calibration, tuple(left_out), accused)
-
-
-def _stands_out(path: str, models: Mapping[str, CleanModel], about: Mapping[str, Any]) -> bool:
-    """Whether the other models would call this one backdoored."""
-    model = models[path]
-    by_others = fit_calibration([other for one, other in models.items() if one != path], **about)
-    logs = torch.tensor(model.log_scores, dtype=torch.float64)
-    return float(by_others.p_values(logs, model.subject).min()) <= 0.05
