@@ -192,25 +192,25 @@ def judge_shipped(study: StudyRecords, *, alpha: float = 0.05) -> dict[str, tupl
     `COMBINED` are the models that both detectors of `together` have seen. Scans whose settings have
     no calibration are left out, and so is the unseen split: it may be what was shipped.
     """
-    known: dict[str, list[tuple[Record, Calibration]]] = {}
+    by_detector: dict[str, list[tuple[Record, Calibration]]] = {}
     for r in study.select(kind="scan"):
         settings = r.settings.get("detector")
         if r.key.get("split") == "unseen" or settings is None:
             continue
         name = r.values["detector"]
-        found = load_calibration(name, settings=settings, classes=_classes(r))
-        if found is not None:
+        calibration = load_calibration(name, settings=settings, classes=_classes(r))
+        if calibration is not None:
             record = replace(r, values={**r.values, "asr": victim_asr(study, r)})
-            known.setdefault(str(r.key["detector"]), []).append((record, found))
+            by_detector.setdefault(str(r.key["detector"]), []).append((record, calibration))
 
     def judged(name: str, alpha: float) -> tuple[Judged, ...]:
-        return tuple(_judge(record, calibration, alpha) for record, calibration in known[name])
+        return tuple(_judge(record, own, alpha) for record, own in by_detector[name])
 
-    found_by = {name: judged(name, alpha) for name in CALIBRATED if name in known}
-    if pair := together(known):
+    judged_by = {name: judged(name, alpha) for name in CALIBRATED if name in by_detector}
+    if pair := together(by_detector):
         shared = [j for name in pair for j in judged(name, alpha / len(pair))]
-        found_by[COMBINED] = _combined(shared, len(pair))
-    return found_by
+        judged_by[COMBINED] = _combined(shared, len(pair))
+    return judged_by
 
 
 def together(names: Collection[str]) -> tuple[str, ...]:

@@ -132,11 +132,11 @@ class PatchSweep:
             triggers are the patches that work.
         """
         with open_scan(model, images, labels=labels, device=device) as inputs:
-            found = self.search(inputs, seed=seed, progress=progress)
+            sweep = self.search(inputs, seed=seed, progress=progress)
         return judge_scan(
             self.name,
-            self.scores(found),
-            found.rates,
+            self.scores(sweep),
+            sweep.rates,
             model=model,
             images=images,
             settings=self.settings,
@@ -145,19 +145,19 @@ class PatchSweep:
             alpha=self.alpha,
             max_ratio=self.max_ratio,
             triggers={
-                label: patch.trigger(images.shape[1:], label, float(found.rates[label]))
-                for label, patch in enumerate(found.patches)
-                if found.rates[label] >= self.works
+                label: patch.trigger(images.shape[1:], label, float(sweep.rates[label]))
+                for label, patch in enumerate(sweep.patches)
+                if sweep.rates[label] >= self.works
             },
             seed=seed,
             notes=inputs.notes,
         )
 
-    def scores(self, found: Sweep) -> Tensor:
+    def scores(self, sweep: Sweep) -> Tensor:
         """The scores of all labels, float64 ``(K,)``."""
-        scores = found.gaps + 0.5 / self.tested
+        scores = sweep.gaps + 0.5 / self.tested
         # What moves some images only, as a square that hides the object does, is no trigger.
-        return scores + (found.rates < self.works).double()
+        return scores + (sweep.rates < self.works).double()
 
     @torch.no_grad()
     def search(self, inputs: ScanInputs, *, seed: int, progress: bool = False) -> Sweep:
@@ -169,16 +169,16 @@ class PatchSweep:
         tested = _Trial.of(inputs, rest if len(rest) else order)
         patches = list(self.patches(inputs.images.shape[1:]))
         gaps = torch.full((inputs.num_classes,), torch.inf, dtype=torch.float64)
-        rates, chosen = torch.zeros_like(gaps), [patches[0]] * inputs.num_classes
+        rates, best = torch.zeros_like(gaps), [patches[0]] * inputs.num_classes
         for patch in show_progress(patches, desc="patches", enabled=progress):
-            found = searched.with_patch(patch)
-            for label in (found.gaps < gaps).nonzero().flatten().tolist():
-                gaps[label], rates[label] = found.gaps[label], found.rates[label]
-                chosen[label] = patch
+            moved = searched.with_patch(patch)
+            for label in (moved.gaps < gaps).nonzero().flatten().tolist():
+                gaps[label], rates[label] = moved.gaps[label], moved.rates[label]
+                best[label] = patch
         for label in gaps.argsort(stable=True)[: self.candidates].tolist():
-            found = tested.with_patch(chosen[label])
-            gaps[label], rates[label] = found.gaps[label], found.rates[label]
-        return Sweep(chosen, gaps, rates)
+            moved = tested.with_patch(best[label])
+            gaps[label], rates[label] = moved.gaps[label], moved.rates[label]
+        return Sweep(best, gaps, rates)
 
     def patches(self, shape: torch.Size) -> Iterator[Patch]:
         """All patches for images ``(C, H, W)``: black, white, and chequered in both ways."""
@@ -218,8 +218,8 @@ class _Trial(NamedTuple):
     ways: Tensor  # float64 (K,): the mean gap of these images as they are
 
     @classmethod
-    def of(cls, inputs: ScanInputs, chosen: Tensor) -> _Trial:
-        images, labels = inputs.images[chosen], inputs.labels[chosen]
+    def of(cls, inputs: ScanInputs, indices: Tensor) -> _Trial:
+        images, labels = inputs.images[indices], inputs.labels[indices]
         gaps = _gaps(inputs.model, images)
         every = torch.arange(inputs.num_classes, device=images.device)
         free = (labels[:, None] != every) & (gaps > 0)

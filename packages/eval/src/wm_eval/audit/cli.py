@@ -429,10 +429,10 @@ def _open(
         device = resolve_device("cpu")
         about.notes = (*about.notes, f"scanned on the CPU: {why}")
         _print(f"note: {about.notes[-1]}")
-    chosen = choose_detectors(
+    detectors = choose_detectors(
         checked, clean, opened.num_classes, wanted=wanted, preset=preset, own=own
     )
-    return _Subject(opened, clean, checked, chosen, own, device)
+    return _Subject(opened, clean, checked, detectors, own, device)
 
 
 def _stays_on_cpu(checked: Checked, clean: CleanImages, device: torch.device) -> str | None:

@@ -77,15 +77,15 @@ def load_own(path: Path, preset: str) -> dict[str, Calibration]:
         calibrations = read_calibrations(path)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"expected calibrations in {path}: {error}") from None
-    found = {}
+    by_detector = {}
     for name in DETECTORS:
         scanner = detector(name, preset)
         own = find_calibration(calibrations, scanner.name, settings=scanner.settings)
         if own is not None:
-            found[name] = own
-    if not found:
+            by_detector[name] = own
+    if not by_detector:
         raise ValueError(f"expected calibrations of the preset {preset} in {path}, found none")
-    return found
+    return by_detector
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -108,8 +108,8 @@ def _fit(name: str, reports: Mapping[Path, Mapping[str, Any]], preset: str) -> F
         values = report["detectors"][name]
         differing = [key for key, value in settings.items() if values["config"].get(key) != value]
         if differing:
-            got = f"{path} was scanned with another {differing[0]}"
-            raise ValueError(f"expected scans of {name} with the preset {preset}: {got}")
+            why = f"{path} was scanned with another {differing[0]}"
+            raise ValueError(f"expected scans of {name} with the preset {preset}: {why}")
         score, rate = (
             torch.tensor([label[key] for label in values["labels"]], dtype=torch.float64)
             for key in ("score", "success_rate")
@@ -128,8 +128,8 @@ def _fit(name: str, reports: Mapping[Path, Mapping[str, Any]], preset: str) -> F
         else:
             models[str(path)], scores[str(path)] = model, (score, rate)
     if len(models) < MIN_MODELS:
-        wanted = f"at least {MIN_MODELS} clean models that {name} can compare"
-        raise ValueError(f"expected {wanted}, got {len(models)}")
+        models_of = f"clean models that {name} can compare"
+        raise ValueError(f"expected at least {MIN_MODELS} {models_of}, got {len(models)}")
     about: dict[str, Any] = {"detector": scanner.name, "preset": preset, "settings": settings}
     calibration = fit_calibration(list(models.values()), **about)
 

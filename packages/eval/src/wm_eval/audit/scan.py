@@ -120,8 +120,8 @@ def audit(
                 reports[name] = judge_again(report, own[name]) if name in own else report
         except Exception as error:  # whatever stops one detector, the others still look
             failures[name] = error_line(error)
-        found = reports[name].verdict if name in reports else f"stopped: {failures[name]}"
-        say(f"{detector_title(name)}: {found}")
+        outcome = reports[name].verdict if name in reports else f"stopped: {failures[name]}"
+        say(f"{detector_title(name)}: {outcome}")
     return conclude(reports, failures, alpha)
 
 
@@ -192,12 +192,12 @@ def choose_detectors(
     """
     if tuple(wanted) != AUTO:
         if missing := [name for name in wanted if own and name not in own]:
-            got = f"got those of {', '.join(own)}"
-            raise ValueError(f"expected a calibration of {missing[0]}, {got}")
+            listing = ", ".join(own)
+            raise ValueError(f"expected a calibration of {missing[0]}, got those of {listing}")
         return tuple(wanted)
-    known = tuple(own or AUDIT)
-    certain = foreseen(checked, clean, num_classes, detectors=known, preset=preset, own=own)
-    return tuple(name for name in known if name not in certain) or known
+    names = tuple(own or AUDIT)
+    certain = foreseen(checked, clean, num_classes, detectors=names, preset=preset, own=own)
+    return tuple(name for name in names if name not in certain) or names
 
 
 def foreseen(

@@ -72,9 +72,9 @@ def shipped_table(studies: Mapping[str, StudyRecords], *, floor: float = 0.9) ->
     """
     rows = []
     for name, study in studies.items():
-        found = judge_shipped(study)
-        every = " + ".join(map(detector_title, together(found)))
-        for detector, judged in found.items():
+        judged_by = judge_shipped(study)
+        every = " + ".join(map(detector_title, together(judged_by)))
+        for detector, judged in judged_by.items():
             clean = [j for j in judged if j.record.key["attack"] == CLEAN]
             bad = [j for j in judged if (j.record.values["asr"] or 0.0) >= floor]
             bad = [j for j in bad if j.record.key["attack"] != CLEAN]
@@ -83,9 +83,9 @@ def shipped_table(studies: Mapping[str, StudyRecords], *, floor: float = 0.9) ->
                 for models in (clean, bad)
             ]
             accused = Rate(sum(j.backdoored for j in clean), len(clean)) if clean else None
-            named = Rate(sum(j.correct for j in bad), len(bad)) if bad else None
+            hits = Rate(sum(j.correct for j in bad), len(bad)) if bad else None
             title = every if detector == COMBINED else detector_title(detector)
-            rows.append((name, title, _rate(accused), unsure[0], _rate(named), unsure[1]))
+            rows.append((name, title, _rate(accused), unsure[0], _rate(hits), unsure[1]))
     headers = split_headers(
         "study | detector | clean models called backdoored | inconclusive | "
         "target named, of backdoored models | inconclusive"
