@@ -24,6 +24,7 @@ from defense_nc.verdict.shrinkage import (
     fit_prior,
     log_scores,
     moderated_p_values,
+    prior_of,
     robust_scale,
 )
 from defense_nc.verdict.tail_fit import Tail, fit_tail, tail_p_values
@@ -77,6 +78,28 @@ def test_a_firm_prior_is_a_normal_test_with_its_own_spread():
     logs = torch.tensor([0.1, -0.1, 0.0, 0.0, -0.6]).double()
     expected = stats.norm.cdf(-0.6 / (0.2 * math.sqrt(1 + math.pi / 8)))
     assert float(moderated_p_values(logs, Prior(0.2, 1e7))[4]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_two_labels_are_compared_by_the_spread_of_other_models():
+    found = moderated_p_values(torch.tensor([0.0, 1.0]).double(), Prior(0.2, 6.0))
+    expected = stats.t.cdf(-1 / (0.2 * math.sqrt(2)), 6)
+    np.testing.assert_allclose(found.numpy(), [expected, 1 - expected], rtol=1e-9)
+
+
+def test_the_spread_of_two_values_is_the_ordinary_one():
+    scale, df = robust_scale(torch.tensor([1.0, 3.0]).double())
+    assert (float(scale), df) == (pytest.approx(math.sqrt(2)), 1)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 10])
+def test_clean_labels_are_as_significant_as_stated(count):
+    random, truth = np.random.default_rng(0), Prior(0.3, 8.0)
+    spreads = truth.sigma * np.sqrt(truth.df / random.chisquare(truth.df, (4000, 1)))
+    models = torch.from_numpy(spreads * random.normal(size=(4000, count)))
+    found = torch.cat([moderated_p_values(logs, truth) for logs in models])
+    for level in (0.01, 0.05):
+        assert float((found <= level).double().mean()) == pytest.approx(level, rel=0.3)
+    assert prior_of(list(models)).sigma == pytest.approx(truth.sigma, rel=0.1)
 
 
 def test_log_scores_of_zeros_are_finite():
@@ -239,18 +262,18 @@ def test_a_clean_model_keeps_the_labels_that_were_reached(subject):
 
 def test_refusals(calibration):
     models = calibration.models
-    short = replace(models[0], log_scores=(1.0, 2.0, 3.0))
+    short = replace(models[0], log_scores=(1.0,))
     flat = [replace(model, log_scores=(1.0,) * 10) for model in models]
     cases = [
         (lambda: fit_calibration(models[:4], detector="d", preset="p"), "5 clean models"),
-        (lambda: fit_calibration([*models, short], detector="d", preset="p"), "4 log scores"),
+        (lambda: fit_calibration([*models, short], detector="d", preset="p"), "2 log scores"),
         (lambda: fit_calibration(flat, detector="d", preset="p"), "not all 0"),
         (lambda: fit_prior([0.1], [3.0]), ">= 2"),
         (lambda: fit_prior([0.1, 0.2], [3.0]), "as many"),
         (lambda: fit_prior([0.1, -0.2], [3.0, 3.0]), ">= 0"),
         (lambda: fit_tail(torch.rand(19)), "n >= 20"),
         (lambda: fit_tail(torch.full((20,), 0.5)), "differ"),
-        (lambda: moderated_p_values(torch.zeros(3), Prior(0.2, 4.0)), "K >= 4"),
+        (lambda: moderated_p_values(torch.zeros(1), Prior(0.2, 4.0)), "K >= 2"),
         (lambda: moderated_p_values(torch.zeros(4), Prior(0.0, 4.0)), "sigma > 0"),
         (lambda: replace(calibration, sigma0=0.0), "sigma0"),
         (lambda: replace(calibration, nu0=math.inf), "nu0"),

@@ -63,10 +63,21 @@ def test_alpha_is_the_rule(calibration):
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_two_or_three_classes(calibration, count):
-    report = told(calibration, CLEAN[:count], subject=None)
+def test_two_or_three_classes_need_a_calibration(calibration, count):
+    clean, bad = (told(calibration, logs[:count], subject=None) for logs in (CLEAN, lowered(1)))
+    assert (clean.verdict, bad.verdict) == (Verdict.CLEAN, Verdict.BACKDOORED)
+    assert bad.suspected == (1,)
+    report = told(None, lowered(1)[:count], subject=None)
     assert report.verdict is Verdict.INCONCLUSIVE
     assert f"Among {count} classes" in report.reason
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_all_of_two_or_three_labels_must_be_reached(calibration, count):
+    rates = torch.tensor([1.0, 0.5, 1.0])[:count]
+    report = told(calibration, lowered(0)[:count], rates, subject=None)
+    assert report.verdict is Verdict.INCONCLUSIVE
+    assert f"Only {count - 1} of {count}" in report.reason
 
 
 def test_too_few_labels_reached(calibration):

@@ -40,6 +40,7 @@ class DataConfig:
 
     Args:
         name: A name, folder or .npz file that `wm_victim.load_dataset` takes.
+        classes: Keep these, by index, numbered in this order; all if None.
         image_size: Resize to this side, in pixels; the set's own if None.
         limit: Use only this many training images; all if None.
 
@@ -48,6 +49,7 @@ class DataConfig:
     """
 
     name: str = "digits"
+    classes: tuple[int, ...] | None = None
     image_size: int | None = None
     limit: int | None = None
 

@@ -57,7 +57,9 @@ def images_of(config: DataConfig) -> Dataset:
     Raises:
         ValueError: They cannot be loaded.
     """
-    return load_dataset(config.name, image_size=config.image_size, limit=config.limit)
+    return load_dataset(
+        config.name, classes=config.classes, image_size=config.image_size, limit=config.limit
+    )
 
 
 @dataclass(frozen=True)

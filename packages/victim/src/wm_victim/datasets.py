@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch.nn.functional import interpolate
 
 from wm_inject.core.images import check_images, check_labels, quantize, to_float
 from wm_inject.core.labelled_folder import LabelledFolder
-from wm_victim.dataset_files import Pixels, RawData, stratified_order
+from wm_victim.dataset_files import Labels, Pixels, RawData, stratified_order
 from wm_victim.named_datasets import read_dataset
 
 # A mirrored 2 is no digit, and a mirrored "turn left" is another sign.
@@ -102,6 +103,7 @@ def load_dataset(
     name_or_path: str | Path,
     *,
     root: str | Path | None = None,
+    classes: Sequence[int] | None = None,
     image_size: int | None = None,
     limit: int | None = None,
     seed: int = 0,
@@ -122,6 +124,7 @@ def load_dataset(
         root: Folder of named sets: NAME.npz, NAME.tar (lossless strips; JPEG files for imagenet10)
             or torchvision's files. The environment variable WM_DATA if None, else
             ~/.cache/wm/data.
+        classes: Keep these, by index, and number them in this order; all if None.
         image_size: Resize to this many pixels a side (bilinear, then back on the 8-bit grid);
             the set's own size if None.
         limit: Keep the first ``limit`` of a seeded, stratified order of the training images, so a
@@ -134,8 +137,8 @@ def load_dataset(
         skip_unreadable: Go on without files of a folder that cannot be read.
 
     Raises:
-        ValueError: No such set, unreadable files, non-square images without ``image_size``, or a
-            limit outside 1 .. N.
+        ValueError: No such set, unreadable files, fewer than two of its classes, non-square images
+            without ``image_size``, or a limit outside 1 .. N.
     """
     root = Path(root or os.environ.get("WM_DATA") or Path.home() / ".cache" / "wm" / "data")
     if image_size is not None and not 4 <= image_size <= 1024:
@@ -149,10 +152,16 @@ def load_dataset(
         labels=None if labels is None else Path(labels),
         skip_unreadable=skip_unreadable,
     )
-    train, test, ids = raw.train, raw.test, raw.train_ids
-    num_classes = len(raw.classes)
+    train, test, ids, names = raw.train, raw.test, raw.train_ids, raw.classes
     for split in (train, test):
-        check_labels(torch.from_numpy(split.labels), len(split.pixels), num_classes=num_classes)
+        check_labels(torch.from_numpy(split.labels), len(split.pixels), num_classes=len(names))
+    test_ids = np.arange(len(test.labels)) + len(train.labels)
+    if classes is not None:
+        _check_classes(classes, len(names))
+        names = tuple(names[k] for k in classes)
+        (train, ids), (test, test_ids) = (
+            _of_classes(*split, classes) for split in ((train, ids), (test, test_ids))
+        )
     if limit is not None:
         if not 1 <= limit <= len(train.labels):
             raise ValueError(f"expected a limit in 1 .. {len(train.labels)}, got {limit}")
@@ -161,12 +170,11 @@ def load_dataset(
     size = image_size or raw.default_size
     train = RawData(_resize(train.pixels, size), train.labels)
     test = RawData(_resize(test.pixels, size), test.labels)
-    first_test_id = len(raw.train.labels)
     return Dataset(
         name=raw.name,
         train=_image_set(train, torch.from_numpy(ids)),
-        test=_image_set(test, torch.arange(len(test.labels)) + first_test_id),
-        classes=raw.classes,
+        test=_image_set(test, torch.from_numpy(test_ids)),
+        classes=names,
         fingerprint=_fingerprint(train, test),
         source=raw.source,
     )
@@ -193,6 +201,24 @@ def defender_subset(
         raise ValueError(f"expected a count in 1 .. {len(train)}, got {count}")
     order = stratified_order(train.labels.cpu().numpy(), seed=seed)
     return train.subset(torch.from_numpy(order[:count]))
+
+
+def _check_classes(classes: Sequence[int], known: int) -> None:
+    """Raise ``ValueError`` for anything but two or more different ones below ``known``."""
+    different = len(set(classes)) == len(classes) >= 2
+    if not different or not all(0 <= label < known for label in classes):
+        raise ValueError(f"expected two or more different classes below {known}, got {classes}")
+
+
+def _of_classes(data: RawData, ids: Labels, classes: Sequence[int]) -> tuple[RawData, Labels]:
+    """The images of some classes, numbered in this order, and their ids; at least one of each."""
+    number = np.full(max(int(data.labels.max()), *classes) + 1, -1)
+    number[list(classes)] = np.arange(len(classes))
+    labels = number[data.labels]
+    if missing := set(range(len(classes))) - set(labels.tolist()):
+        raise ValueError(f"expected images of every class, got none of {classes[min(missing)]}")
+    kept = labels >= 0
+    return RawData(data.pixels[kept], labels[kept]), ids[kept]
 
 
 def _image_set(raw: RawData, ids: Tensor) -> ImageSet:

@@ -16,7 +16,7 @@ from torch import Tensor
 from defense_nc.verdict.calibration import Calibration, CleanModel
 from defense_nc.verdict.model_info import ModelInfo
 
-MIN_CONVERGED = 4  # with fewer labels no score is an outlier
+MIN_CONVERGED = 4  # of many labels; without a calibration no score of fewer is an outlier
 STARVED = 0.5  # a label's search led by the minority of its images is none
 NOT_LOOKED_FOR = "Triggers bound to an image's own class were not looked for"
 _SLACK = 2.0  # the number of images may differ by this factor: scores change little with it
@@ -25,14 +25,22 @@ _WIDER = 1.5  # a spread above this times the widest of the clean models is not 
 
 def needed(count: int) -> int:
     """How many of ``count`` labels must converge: a target may be among those that did not."""
-    return max(MIN_CONVERGED, (count + 1) // 2)
+    return min(count, max(MIN_CONVERGED, (count + 1) // 2))
+
+
+def few_classes(count: int) -> str | None:
+    """So few labels say nothing of their own spread, and no calibration does."""
+    if count >= MIN_CONVERGED:
+        return None
+    return (
+        f"Among {count} classes no score can be called unusual without a calibration: it takes "
+        f"{MIN_CONVERGED}."
+    )
 
 
 def too_few(reached: Tensor, floor: float) -> str | None:
-    """Too few labels were reached, or there are too few."""
+    """Too few labels were reached."""
     count, converged = len(reached), int(reached.sum())
-    if count < MIN_CONVERGED:
-        return f"Among {count} classes no score can be called unusual: it takes {MIN_CONVERGED}."
     if converged >= needed(count):
         return None
     return (
@@ -42,8 +50,11 @@ def too_few(reached: Tensor, floor: float) -> str | None:
 
 
 def too_many(suspected: Sequence[int], compared: int) -> str | None:
-    """More than a third of the labels stand out: the others give no reference."""
-    if len(suspected) <= compared // 3:
+    """More than a third of the labels stand out: the others give no reference.
+
+    One of two or three may: the spread of clean models is known.
+    """
+    if len(suspected) <= max(1, compared // 3):
         return None
     return (
         f"Too many labels stand out ({len(suspected)} of {compared}): "

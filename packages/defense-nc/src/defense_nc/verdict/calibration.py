@@ -31,7 +31,7 @@ _PEERS = 5  # with fewer clean models of the same shape, all are used
 class CleanModel:
     """One clean model of a calibration, and its log scores."""
 
-    log_scores: tuple[float, ...]  # natural logarithms, of the labels that were reached, >= 4
+    log_scores: tuple[float, ...]  # natural logarithms, of the labels that were reached, >= 2
     subject: ModelInfo
     dataset: str  # for the record, as the next two
     arch: str
@@ -88,7 +88,7 @@ class Calibration:
         return prior_of([torch.tensor(model.log_scores).double() for model in peers])
 
     def p_values(self, logs: Tensor, subject: ModelInfo | None = None) -> Tensor:
-        """Calibrated p-values ``(K,)`` of a scan's log scores ``(K,)``, K >= 4.
+        """Calibrated p-values ``(K,)`` of a scan's log scores ``(K,)``, K >= 2.
 
         Each is the probability that any of K clean labels is this low (Sidak's correction), so that
         the smallest is the model's. The spread is that of the `peers` of ``subject``.

@@ -18,6 +18,7 @@ from defense_nc.config import check_rule
 from defense_nc.verdict.abstention import (
     MIN_CONVERGED,
     NOT_LOOKED_FOR,
+    few_classes,
     out_of_domain,
     scores_shifted,
     starved_search,
@@ -99,7 +100,7 @@ def judge(
     limit = outside or too_many(test.suspected, int(reached.sum()))
     # Labels that were not reached hide nothing that stands out already.
     if not limit and not test.suspected:
-        limit = too_few(reached, floor)
+        limit = (None if applicable else few_classes(len(scores))) or too_few(reached, floor)
         if applicable and not limit:
             limit = scores_shifted(log_scores(scores[reached]), applicable.peers(subject))
     significant = float(test.p_values.min()) <= alpha
@@ -219,11 +220,10 @@ def foreseen_abstention(
         calibration: That of `judge`; the one that ships for ``settings``, or else any, if None.
     """
     classes = subject.classes
-    population = calibration or load_calibration(detector, settings=settings, classes=classes)
-    population = population or load_calibration(detector, classes=classes)
+    exact = calibration or load_calibration(detector, settings=settings, classes=classes)
+    population = exact or load_calibration(detector, classes=classes)
     outside = out_of_domain(subject, population) if population else None
-    few = classes < MIN_CONVERGED
-    return outside or (too_few(torch.zeros(classes, dtype=torch.bool), floor=1.0) if few else None)
+    return outside or (None if exact else few_classes(classes))
 
 
 def check_scores(scores: Tensor, success_rates: Tensor, *, floor: float) -> None:
@@ -269,7 +269,8 @@ def _test(
     middle = float(torch.quantile(compared, 0.5))
     ratio = scores / middle if middle > 0 else torch.ones_like(scores)
     p_values = torch.ones_like(scores)
-    if int(reached.sum()) < MIN_CONVERGED:
+    least = MIN_CONVERGED if calibration is None else min(MIN_CONVERGED, len(scores))
+    if int(reached.sum()) < least:
         return OutlierTest(p_values, ratio, ())
     if calibration is None:
         test = outlier_test(compared, alpha=alpha, max_ratio=max_ratio)

@@ -21,6 +21,7 @@ _CONSISTENT = 1.4826  # makes the median absolute deviation estimate that of a n
 # The median absolute deviation of n normal numbers is worth as much as the ordinary deviation of
 # about 0.37 n of them; the constant is fitted to small n. A simulation in the tests shows it.
 _WORTH, _OFFSET = 0.37, 0.4
+_FEW = 8  # labels: of fewer this approximation says too little
 _MOST = 1000.0  # degrees of freedom of a prior that all models agree on
 _FLAT = 1e-5  # the smallest variance that is believed, as a share of the middle one
 
@@ -45,10 +46,19 @@ def robust_scale(values: Tensor) -> tuple[Tensor, float]:
     >>> scale, df = robust_scale(torch.tensor([1.0, 2, 3, 4, 100]))
     >>> round(float(scale), 4), round(df, 2)
     (1.4826, 1.88)
+
+    Of one or two values it is the ordinary deviation, with none or one.
     """
+    if values.shape[-1] < 3:
+        return _ordinary_scale(values)
     middle = torch.quantile(values, 0.5, dim=-1, keepdim=True)
     scale = _CONSISTENT * torch.quantile((values - middle).abs(), 0.5, dim=-1)
     return scale, _WORTH * (values.shape[-1] - 1) + _OFFSET
+
+
+def _ordinary_scale(values: Tensor) -> tuple[Tensor, float]:
+    count = values.shape[-1]
+    return values.std(dim=-1, correction=min(1, count - 1)), float(count - 1)
 
 
 def fit_prior(scales: Sequence[float], dfs: Sequence[float]) -> Prior:
@@ -79,12 +89,14 @@ def fit_prior(scales: Sequence[float], dfs: Sequence[float]) -> Prior:
 
 def prior_of(logs: Sequence[Tensor]) -> Prior:
     """The prior of clean models' log scores, each ``(K,)``."""
-    scales, dfs = zip(*(robust_scale(values) for values in logs), strict=True)
+    # Of few labels the ordinary deviation, which is exact: clean models have no outliers.
+    spreads = (robust_scale(x) if len(x) >= _FEW else _ordinary_scale(x) for x in logs)
+    scales, dfs = zip(*spreads, strict=True)
     return fit_prior([float(scale) for scale in scales], dfs)
 
 
 def moderated_p_values(logs: Tensor, prior: Prior) -> Tensor:
-    """One-sided p-values of each label's log score ``(K,)``, K >= 4, against the others' median.
+    """One-sided p-values of each label's log score ``(K,)``, K >= 2, against the others' median.
 
     The probability that one clean label lies this far below, for normal log scores with one spread
     per model; `Calibration.p_values` corrects the tail.
@@ -93,14 +105,15 @@ def moderated_p_values(logs: Tensor, prior: Prior) -> Tensor:
         label out of its own reference are ours.
     """
     count = len(logs)
-    if logs.ndim != 1 or count < 4:
-        raise ValueError(f"expected log scores of shape (K,), K >= 4, got {tuple(logs.shape)}")
+    if logs.ndim != 1 or count < 2:
+        raise ValueError(f"expected log scores of shape (K,), K >= 2, got {tuple(logs.shape)}")
     if not prior.sigma > 0 or not prior.df > 0:
         raise ValueError(f"expected a prior with sigma > 0 and df > 0, got {prior}")
     others = logs.expand(count, count)[~torch.eye(count, dtype=torch.bool)].view(count, count - 1)
     scale, df = robust_scale(others)
     variance = (prior.df * prior.sigma**2 + df * scale**2) / (prior.df + df)
-    # The median of n normal numbers has pi / 2n times their variance.
-    spread = (variance * (1 + math.pi / 2 / (count - 1))).sqrt()
+    # The median of n normal numbers has pi / 2n times their variance; of one or two it is the mean.
+    median = 1 / (count - 1) if count <= 3 else math.pi / 2 / (count - 1)
+    spread = (variance * (1 + median)).sqrt()
     distance = (logs - torch.quantile(others, 0.5, dim=1)) / spread
     return torch.from_numpy(stdtr(prior.df + df, distance.numpy()))
