@@ -135,7 +135,7 @@ def test_refused_scores(subtests):
         for scores in [
             [1.0, 2, 3],
             torch.tensor([1, 2, 3]),
-            torch.ones(2),
+            torch.ones(1),
             torch.ones(0),
             torch.ones(3, 3),
             torch.tensor([1.0, 2, math.nan]),

@@ -79,7 +79,7 @@ TABLE = Table(
         **nc_mitigation.CASES,
         "mad_index": {
             **vectors(nc.mad_index, SCORES),
-            "too few": lambda _: nc.mad_index(SCORES[:2]),
+            "too few": lambda _: nc.mad_index(SCORES[:1]),
             "side": lambda _: nc.mad_index(SCORES, side="both"),  # type: ignore[arg-type]
             "median": lambda _: nc.mad_index(SCORES, median="high"),  # type: ignore[arg-type]
             "c": lambda _: nc.mad_index(SCORES, c=0.0),

@@ -81,7 +81,7 @@ CASES: Mapping[str, Cases] = {
     },
     "fit_calibration": {
         "few models": lambda _: fit(*MODELS[:4]),
-        "few labels": lambda _: fit(*MODELS[1:], replace(MODELS[0], log_scores=LOGS[:3])),
+        "few labels": lambda _: fit(*MODELS[1:], replace(MODELS[0], log_scores=LOGS[:1])),
         "nan": lambda _: fit(*MODELS[1:], replace(MODELS[0], log_scores=(float("nan"),) * 5)),
     },
     "judge_scan": {

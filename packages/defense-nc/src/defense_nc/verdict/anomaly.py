@@ -50,7 +50,7 @@ def mad_index(
     """Distance from the median in scaled median absolute deviations, on one side of it.
 
     Args:
-        scores: Float ``(K,)``, K >= 3, finite.
+        scores: Float ``(K,)``, K >= 2, finite.
         side: Which side of the median counts.
         median: "mid" averages the two middle values of an even K, as the papers do; "low" takes the
             lower one, as the PyTorch ports do. With ten labels the choice can decide the verdict.
@@ -65,7 +65,7 @@ def mad_index(
         >>> mad_index(torch.tensor([10., 20, 30, 40, 50, 60, 70, 80, 90, 5])).label
         9
     """
-    values = _check(scores)
+    values = _check(scores, 2)
     if side not in ("lower", "upper") or median not in ("mid", "low"):
         raise ValueError(
             f"expected side lower or upper and median mid or low, got {side!r}, {median!r}"
@@ -99,7 +99,7 @@ def outlier_test(scores: Tensor, *, alpha: float = 0.05, max_ratio: float = 0.5)
 
     Source: Student's prediction interval for one new observation, K - 2 degrees of freedom; ours.
     """
-    values = _check(scores)
+    values = _check(scores, 3)
     if values.min() < 0:
         raise ValueError(f"expected scores >= 0, got {float(values.min()):.4g}")
     check_rule(alpha, max_ratio)
@@ -120,13 +120,13 @@ def outlier_test(scores: Tensor, *, alpha: float = 0.05, max_ratio: float = 0.5)
     return OutlierTest(p_values, ratio, tuple(suspected.tolist()))
 
 
-def _check(scores: Tensor) -> Tensor:
+def _check(scores: Tensor, least: int) -> Tensor:
     """The scores as float64 on the CPU."""
     if not isinstance(scores, torch.Tensor) or not scores.is_floating_point():
         got = scores.dtype if isinstance(scores, torch.Tensor) else type(scores).__name__
         raise ValueError(f"expected scores as a float tensor (K,), got {got}")
-    if scores.ndim != 1 or len(scores) < 3:
-        raise ValueError(f"expected scores of shape (K,), K >= 3, got {tuple(scores.shape)}")
+    if scores.ndim != 1 or len(scores) < least:
+        raise ValueError(f"expected scores of shape (K,), K >= {least}, got {tuple(scores.shape)}")
     if not bool(torch.isfinite(scores).all()):
         raise ValueError("expected finite scores, got NaN or infinity")
     return scores.detach().double().cpu()

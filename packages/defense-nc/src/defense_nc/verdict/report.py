@@ -26,7 +26,6 @@ from defense_nc.verdict.abstention import (
     too_many,
 )
 from defense_nc.verdict.anomaly import (
-    AnomalyIndex,
     OutlierTest,
     mad_index,
     outlier_test,
@@ -86,7 +85,7 @@ def judge(
     check_scores(scores, success_rates, floor=floor)
     check_rule(alpha, max_ratio)
     scores, rates = scores.detach().double().cpu(), success_rates.detach().double().cpu()
-    paper, low = _paper(scores)
+    paper, low = mad_index(scores), mad_index(scores, median="low")
     # A rate of 0.9 in single precision lies a little below 0.9.
     reached = rates >= floor - 1e-6
     population = calibration
@@ -245,14 +244,6 @@ def _working(test: OutlierTest, works: Tensor) -> OutlierTest:
     """Without the labels whose trigger does not work."""
     p_values = torch.where(works, test.p_values, 1.0)
     return OutlierTest(p_values, test.ratio, tuple(k for k in test.suspected if works[k]))
-
-
-def _paper(scores: Tensor) -> tuple[AnomalyIndex, AnomalyIndex]:
-    """The papers' rule with both medians; nothing stands out among two labels."""
-    if len(scores) < 3:
-        none = AnomalyIndex(0.0, 0, torch.zeros_like(scores), float(scores.mean()), 0.0, ())
-        return none, none
-    return mad_index(scores), mad_index(scores, median="low")
 
 
 def _test(
