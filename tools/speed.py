@@ -134,8 +134,7 @@ def measure(
     Raises:
         ValueError: More than one thread, whose seconds of the processor would add up.
     """
-    if torch.get_num_threads() != 1:
-        raise ValueError(f"expected one thread, got {torch.get_num_threads()}: OMP_NUM_THREADS=1")
+    _check_threads()
     for _ in range(2):  # TorchScript compiles in its first two calls
         call()
     repeats = max(1, math.ceil(LEAST / _time(call)))
@@ -172,6 +171,37 @@ def measure(
     }
     benchmark.extra_info.update(figures)
     return figures
+
+
+def in_turns(benchmark: Any, ways: Mapping[str, Callable[[], object]], images: int) -> None:
+    """Run all ways once a round; images a second, and times as fast as the first way.
+
+    Args:
+        benchmark: The fixture of pytest-benchmark; the figures go into its ``extra_info``.
+        images: That a way works through.
+    """
+    _check_threads()
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+
+    def one_round() -> None:
+        for way, run in ways.items():
+            seconds[way].append(_time(run))
+
+    benchmark.pedantic(one_round, rounds=ROUNDS, warmup_rounds=1)
+    reference = next(iter(seconds.values()))
+    for way, spent in seconds.items():
+        ratios = sorted(slow / fast for slow, fast in zip(reference[1:], spent[1:], strict=True))
+        benchmark.extra_info[way] = {
+            "images_per_second": round(images / statistics.median(spent[1:]), 1),
+            "speed-up": round(statistics.median(ratios), 3),
+            "quartiles": [round(ratios[ROUNDS // 4], 3), round(ratios[-1 - ROUNDS // 4], 3)],
+        }
+
+
+def _check_threads() -> None:
+    """Seconds of several threads would add up."""
+    if torch.get_num_threads() != 1:
+        raise ValueError(f"expected one thread, got {torch.get_num_threads()}: OMP_NUM_THREADS=1")
 
 
 def _time(run: Callable[[], object]) -> float:

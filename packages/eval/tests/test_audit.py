@@ -508,13 +508,14 @@ def test_an_abstention_that_is_certain_is_foreseen():
 
 
 def test_the_detectors_of_an_audit_are_those_calibrated_for_the_model():
-    def chosen(size: int, **more):
+    def chosen(size: int, classes: int = 10, **more):
         model = nn.Sequential(nn.Conv2d(3, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         clean = SimpleNamespace(images=torch.rand(500, 3, size, size))
-        return choose_detectors(SimpleNamespace(module=model), clean, 10, **more)
+        return choose_detectors(SimpleNamespace(module=model), clean, classes, **more)
 
     assert chosen(32) == chosen(8) == AUDIT  # smaller than any that was calibrated on: all look
     assert chosen(8, wanted=("reverse", "nc")) == ("reverse", "nc")
+    assert chosen(32, classes=1000) == ("sweep",)  # a search for each would take hours
 
 
 def test_what_becomes_known_is_printed_before_the_long_work(

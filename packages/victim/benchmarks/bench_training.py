@@ -6,9 +6,8 @@ run in turns, with one thread, and their seconds are those of the processor.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
@@ -24,7 +23,6 @@ from wm_victim.weight_gradients import convolve
 
 pytestmark = pytest.mark.bench
 
-ROUNDS = 7
 PAPER = TrainConfig.preset("paper")
 IMAGES = {16: 4 * PAPER.batch_size, 64: PAPER.batch_size}  # an epoch by width
 
@@ -80,37 +78,11 @@ def library_epoch(
     return lambda: run.epoch(number, lambda _: None)
 
 
-def in_turns(
-    benchmark: BenchmarkFixture, ways: dict[str, Callable[[], object]], images: int
-) -> None:
-    """Run all ways once a round; images a second, and times as fast as the first way."""
-    if torch.get_num_threads() != 1:
-        pytest.skip("seconds of several threads would add up: set OMP_NUM_THREADS=1")
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-
-    def one_round() -> None:
-        for way, epoch in ways.items():
-            start = time.process_time()
-            epoch()
-            seconds[way].append(time.process_time() - start)
-
-    benchmark.pedantic(one_round, rounds=ROUNDS, warmup_rounds=1)
-    reference = next(iter(seconds.values()))
-    for way, spent in seconds.items():
-        pairs = zip(reference[1:], spent[1:], strict=True)
-        ratios = sorted(slow / fast for slow, fast in pairs)
-        benchmark.extra_info[way] = {
-            "images_per_second": round(images / statistics.median(spent[1:]), 1),
-            "speed-up": round(statistics.median(ratios), 3),
-            "quartiles": [round(ratios[ROUNDS // 4], 3), round(ratios[-1 - ROUNDS // 4], 3)],
-        }
-
-
 @pytest.mark.benchmark(group="training")
 @pytest.mark.parametrize("name", ["resnet18", "preactresnet18"])
 @pytest.mark.parametrize("width", [16, 64])
 def test_training_against_a_plain_float32_loop(
-    benchmark: BenchmarkFixture, name: str, width: int
+    benchmark: BenchmarkFixture, speed: ModuleType, name: str, width: int
 ) -> None:
     data = random_set(IMAGES[width])
     blocked = TrainConfig.preset("paper", layout="blocked")
@@ -119,12 +91,12 @@ def test_training_against_a_plain_float32_loop(
         "channels-last": library_epoch(victim(name, width), data, PAPER),
         "blocked": library_epoch(victim(name, width), data, blocked),
     }
-    in_turns(benchmark, ways, len(data))
+    speed.in_turns(benchmark, ways, len(data))
 
 
 @pytest.mark.benchmark(group="training")
 def test_airbench_against_a_plain_float32_loop(
-    benchmark: BenchmarkFixture, monkeypatch: pytest.MonkeyPatch
+    benchmark: BenchmarkFixture, speed: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TrainConfig.preset("airbench", batch_size=512)
     data, late = random_set(config.batch_size), 3  # the first layer's bias is frozen by then
@@ -133,12 +105,14 @@ def test_airbench_against_a_plain_float32_loop(
         patch.setattr(training_run, "amx", lambda: False)
         ways["eager"] = library_epoch(victim("airbench"), data, config, number=late)
     ways["library"] = library_epoch(victim("airbench"), data, config, number=late)
-    in_turns(benchmark, ways, len(data))
+    speed.in_turns(benchmark, ways, len(data))
 
 
 @pytest.mark.benchmark(group="training")
 @pytest.mark.parametrize("side", [3, 7])
-def test_gradients_of_small_maps_against_onednn(benchmark: BenchmarkFixture, side: int) -> None:
+def test_gradients_of_small_maps_against_onednn(
+    benchmark: BenchmarkFixture, speed: ModuleType, side: int
+) -> None:
     shape, last = (1024, 256, side, side), torch.channels_last
     images, grad = (torch.randn(shape).bfloat16().contiguous(memory_format=last) for _ in range(2))
     weight = torch.randn(256, 256, 3, 3).bfloat16().contiguous(memory_format=last)
@@ -151,4 +125,4 @@ def test_gradients_of_small_maps_against_onednn(benchmark: BenchmarkFixture, sid
         "onednn": gradients(F.conv2d(images, weight, padding=1)),
         "side by side": gradients(convolve(images, weight)),
     }
-    in_turns(benchmark, ways, len(images))
+    speed.in_turns(benchmark, ways, len(images))

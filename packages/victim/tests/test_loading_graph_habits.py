@@ -174,6 +174,46 @@ def test_graphs_of_every_habit_are_opened(tmp_path: Path, subtests: pytest.Subte
             assert bool(report["notes"]) == (not name.startswith(("(N", "open")))
 
 
+CLIPS: dict[str, dict[str, Any]] = {
+    "both": {
+        "first": [node("Clip", "image low high", "x")],
+        "low": np.float32(0),
+        "high": np.float32(1),
+    },
+    "one": {"first": [node("Clip", "image low", "x")], "low": np.float32(0)},
+    "another value": {
+        "first": [
+            node("ReduceMax", "image", "high", keepdims=0),
+            node("Clip", "image low high", "x"),
+        ],
+        "low": np.float32(0),
+    },
+    "ReLU6": {  # of the features, which are below 6
+        "last": [
+            node("Clip", "features low high", "bounded"),
+            node("MatMul", "bounded matrix", "output"),
+        ],
+        "low": np.float32(0),
+        "high": np.float32(6),
+    },
+}
+
+
+def test_bounds_are_those_of_the_graph(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for name, settings in CLIPS.items():
+        with subtests.test(bounds=name):
+            check(convert(write(tmp_path / "a.onnx", **settings))[0])
+
+
+def test_pixels_at_the_bounds_of_a_clip_have_gradients(tmp_path: Path) -> None:
+    net, _ = convert(write(tmp_path / "m.onnx", **CLIPS["both"]))
+    images = torch.rand(4, 3, 16, 16).round().requires_grad_()
+    found, expected = (
+        torch.autograd.grad(answer(images).square().sum(), images)[0] for answer in (net, answers)
+    )
+    torch.testing.assert_close(found, expected, rtol=5e-3, atol=1e-4)
+
+
 def test_bfloat16_is_opened(tmp_path: Path) -> None:
     path = write(tmp_path / "a.onnx")
     model = onnx.load(str(path))

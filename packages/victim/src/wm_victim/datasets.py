@@ -159,9 +159,8 @@ def load_dataset(
     if classes is not None:
         _check_classes(classes, len(names))
         names = tuple(names[k] for k in classes)
-        (train, ids), (test, test_ids) = (
-            _of_classes(*split, classes) for split in ((train, ids), (test, test_ids))
-        )
+        train, ids = _of_classes(train, ids, classes)
+        test, test_ids = _of_classes(test, test_ids, classes)
     if limit is not None:
         if not 1 <= limit <= len(train.labels):
             raise ValueError(f"expected a limit in 1 .. {len(train.labels)}, got {limit}")

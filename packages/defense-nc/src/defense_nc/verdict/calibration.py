@@ -87,6 +87,11 @@ class Calibration:
             return Prior(self.sigma0, self.nu0)
         return prior_of([torch.tensor(model.log_scores).double() for model in peers])
 
+    def covers(self, classes: int) -> bool:
+        """Whether that many classes lie between those of the clean models."""
+        known = [model.subject.classes for model in self.models]
+        return min(known) <= classes <= max(known)
+
     def p_values(self, logs: Tensor, subject: ModelInfo | None = None) -> Tensor:
         """Calibrated p-values ``(K,)`` of a scan's log scores ``(K,)``, K >= 2.
 
@@ -159,7 +164,7 @@ def find_calibration(
 ) -> Calibration | None:
     """The calibration of a detector with these settings; None if there is none.
 
-    A number of classes may have a calibration of its own. Without one for ``classes`` the first is
+    Numbers of classes may have calibrations of their own. Without one for ``classes`` the first is
     returned, and judging with it abstains. None for the other arguments means any.
     """
     required = None if settings is None else _comparable(settings)
@@ -170,7 +175,7 @@ def find_calibration(
         and preset in (None, calibration.preset)
         and required in (None, _comparable(calibration.settings))
     ]
-    covering = (c for c in fitting if any(model.subject.classes == classes for model in c.models))
+    covering = (c for c in fitting if classes is not None and c.covers(classes))
     return next(covering, fitting[0] if fitting else None)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wm_eval.audit.open_options import add_open_options, check_open_options, open_options
-from wm_eval.audit.settings import CleanSettings, ScanSettings
+from wm_eval.audit.settings import AUTO, CleanSettings, ScanSettings
 from wm_eval.audit.stated import add_reading_options, read_stated
 from wm_inject.command.common import (
     EXIT_NOT_SCANNED,
@@ -190,7 +190,7 @@ def _scan(args: argparse.Namespace) -> int:
     budget = Budget(args.minutes)
     from wm_eval.audit.outputs import About, verdict_lines
     from wm_eval.audit.scan import foreseen, longest_minutes, not_scanned
-    from wm_eval.titles import detector_title
+    from wm_eval.titles import AUDIT, detector_title
 
     about = About(args.model.name)
     images = None
@@ -200,17 +200,19 @@ def _scan(args: argparse.Namespace) -> int:
             images = subject.clean.images
             parts = (subject.checked, subject.clean, subject.opened.num_classes)
             names, preset = subject.detectors, settings.preset
+            offered = (tuple(subject.own) or AUDIT) if settings.detectors == AUTO else names
             longest = longest_minutes(*parts, detectors=names, preset=preset)
-            certain = foreseen(*parts, detectors=names, preset=preset, own=subject.own)
-        lines = [
-            f"{detector_title(name)} will abstain, whatever it finds; labels that stand out are "
-            f"listed. {reason}"
-            for name, reason in certain.items()
-        ]
+            certain = foreseen(*parts, detectors=offered, preset=preset, own=subject.own)
+        lines = []
+        for name, reason in certain.items():
+            what = "will abstain, whatever it finds; labels that stand out are listed."
+            if name not in names:
+                what = f"would abstain, and is left out (--detectors {name})."
+            lines.append(f"{detector_title(name)} {what} {reason}")
         about.notes = (*about.notes, *lines)
         _print(*(f"note: {line}" for line in lines))
-        for name, minutes in longest.items():
-            _say(f"{detector_title(name)}: at most {max(1, round(minutes))} minutes")
+        for name in names:
+            _say(f"{detector_title(name)}: at most {max(1, round(longest[name]))} minutes")
         report = _audit(args, settings, subject, subject.checked, budget)
     except Exception as error:
         # A report that says why there is no verdict, for programs that read it.

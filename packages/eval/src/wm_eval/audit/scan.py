@@ -22,6 +22,8 @@ from wm_eval.titles import AUDIT, detector_title
 from wm_inject.core.errors import error_line
 from wm_victim.reading import BATCH
 
+_MOST_PASSES = 100_000  # without a verdict: an hour at 224 pixels, which is as long as one may wait
+
 
 @dataclass(frozen=True, eq=False)
 class Audit:
@@ -185,7 +187,8 @@ def choose_detectors(
     """The detectors of an audit: those that are wanted, or by default those that fit the model.
 
     These are the cheap ones (or those of ``own``) that need not abstain on such a model. Where all
-    would, it is all of them: the labels that stand out are worth knowing, at any size.
+    would, the labels that stand out are still worth knowing: it is all that take 100,000 passes at
+    most, or else the cheapest.
 
     Raises:
         ValueError: A wanted detector that has no calibration in ``own``, if there is any.
@@ -197,7 +200,11 @@ def choose_detectors(
         return tuple(wanted)
     names = tuple(own or AUDIT)
     certain = foreseen(checked, clean, num_classes, detectors=names, preset=preset, own=own)
-    return tuple(name for name in names if name not in certain) or names
+    if answering := tuple(name for name in names if name not in certain):
+        return answering
+    passes = {name: _passes(name, preset, num_classes) for name in names}
+    most = max(_MOST_PASSES, min(passes.values()))
+    return tuple(name for name in names if passes[name] <= most)
 
 
 def foreseen(

@@ -109,6 +109,7 @@ def _import(model: Any) -> nn.Module:
             net: Any = onnx2pytorch.ConvertModel(model, experimental=True)
         except (NotImplementedError, KeyError, AttributeError, TypeError, IndexError) as error:
             raise ValueError(f"a node that cannot be imported: {error}") from error
+    _bind_bounds(net, model)
     # Weights lie in the layers by now: what is left of the file's copy is not needed twice.
     read, trained = set(), set()
     for node in model.graph.node:
@@ -129,3 +130,39 @@ def _import(model: Any) -> nn.Module:
     del net.onnx_model.graph.initializer[:]
     module: nn.Module = net.eval()
     return module
+
+
+class _Bounded(nn.Module):
+    """A Clip whose bounds are known; the importer still hands them over."""
+
+    def __init__(self, low: float | None, high: float | None) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+
+    def forward(self, x: Tensor, *bounds: Tensor | None) -> Tensor:
+        if (self.low, self.high) == (0.0, 6.0):
+            return nn.functional.relu6(x)  # as it was before its export
+        bounded = x.detach().clamp(self.low, self.high)
+        # A pixel at a bound has its gradient, which torch's clamp to numbers takes.
+        return torch.where(bounded == x, x, bounded)
+
+
+def _bind_bounds(net: Any, model: Any) -> None:
+    """Give every Clip of floats its constant bounds as numbers.
+
+    As tensors they have gradients of their own, which took half of a pass through MobileNet's kind.
+    """
+    to_array = importlib.import_module("onnx.numpy_helper").to_array
+    constants = {tensor.name: to_array(tensor) for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        bounds = [constants.get(name) if name else None for name in node.input[1:3]]
+        known = all(name in constants or not name for name in node.input[1:3])
+        if node.op_type != "Clip" or not bounds or not known:
+            continue
+        if all(bound is None or (bound.dtype.kind == "f" and bound.size == 1) for bound in bounds):
+            low, high = (
+                None if bound is None else float(bound.item())
+                for bound in (*bounds, None, None)[:2]
+            )
+            if low is not None or high is not None:
+                setattr(net, net.mapping[node.output[0]], _Bounded(low, high))

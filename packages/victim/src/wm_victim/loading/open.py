@@ -8,6 +8,7 @@ from pathlib import Path
 
 from wm_inject.core.signals import exits_on_signals
 from wm_inject.core.text import printable
+from wm_victim.forward_fusion import channels_last
 from wm_victim.loading.class_names import read_names
 from wm_victim.loading.contract import Candidate, Limits, LoadingError, ModelOptions, OpenedModel
 from wm_victim.loading.file_formats import file_format
@@ -98,7 +99,7 @@ def _read(path: Path, snapshot: Path, options: ModelOptions, limits: Limits) -> 
 def _checked(
     candidate: Candidate, options: ModelOptions, limits: Limits, digest: str
 ) -> OpenedModel:
-    module = candidate.module.eval()
+    module = channels_last(candidate.module.eval())
     check_weights(module)
     outputs = check_outputs(
         module,
