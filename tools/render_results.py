@@ -189,6 +189,13 @@ def _calibration(results: Path) -> Iterator[str]:
     yield from _head("The same for kinds of network that were never seen", "population-strangers")
     yield "Every network is judged by what clean models of all *other* networks calibrate.\n"
     yield from (to_markdown(table) for table in strangers.tables[:-1])
+    few = calibration_page(read_study(results / "population-few-classes"))
+    yield from _head("Two and three classes", "population-few-classes")
+    yield (
+        "Judged by each other in the same way. No verdict is given on so few classes: a clean network "
+        "may prefer one of them by far, and a plain square may lead from one to the other.\n"
+    )
+    yield from (to_markdown(table) for table in few.tables[:-1])
     names = ("population", *recorded(results, FULL), *recorded(results, DETECTIONS))
     studies = {name: read_study(results / name) for name in dict.fromkeys(names)}
     yield to_markdown(shipped_table(studies), level=2)
@@ -294,7 +301,7 @@ def _csv_pages(results: Path) -> Iterator[tuple[str, list[Page]]]:
         detectors = keys(study(name), "scan", "detector")
         yield name, [index_page(study(name), detector) for detector in detectors]
     yield "attacks-cifar10", [index_page(study("attacks-cifar10"), name) for name in INDICES]
-    for name in ("population", "population-strangers"):
+    for name in ("population", "population-strangers", "population-few-classes"):
         yield name, [calibration_page(study(name))]
     for name in recorded(results, DETECTIONS):
         yield name, [detection_page(study(name))]
