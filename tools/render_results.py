@@ -192,8 +192,9 @@ def _calibration(results: Path) -> Iterator[str]:
     few = calibration_page(read_study(results / "population-few-classes"))
     yield from _head("Two and three classes", "population-few-classes")
     yield (
-        "Judged by each other in the same way. No verdict is given on so few classes: a clean network "
-        "may prefer one of them by far, and a plain square may lead from one to the other.\n"
+        "Judged by each other in the same way. No verdict is given on so few classes: a clean "
+        "network may prefer one of them by far, and a plain square may lead from one to the "
+        "other.\n"
     )
     yield from (to_markdown(table) for table in few.tables[:-1])
     names = ("population", *recorded(results, FULL), *recorded(results, DETECTIONS))
