@@ -40,7 +40,8 @@ def test_an_onnx_file_against_its_network(
     benchmark: BenchmarkFixture, speed: ModuleType, tmp_path: Path
 ) -> None:
     """Forward and back to the pixels, as every search does, from the file and as it was."""
-    model = build_classifier("timm:tf_efficientnet_lite0", num_classes=10, image_size=224)
+    name = "timm:tf_efficientnet_lite0"
+    model = build_classifier(name, num_classes=10, channels=3, image_size=224)
     model.eval().requires_grad_(False)
     images = torch.rand(8, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with warnings.catch_warnings():
