@@ -51,10 +51,10 @@ What differs from the paper:
 - Attacks that poison every batch anew take more steps: 16 epochs in batches of 512. WaNet has three
   times its published strength, which gives the PSNR of the paper's Table 2 but a lower SSIM: no
   strength gives both. What they poison is rounded to 8 bits in training too: unrounded, WaNet's
-  victim learned that values lay between the 256, and its attack was lost in stored images. Input-aware triggers
-  reach 73 % all the same.
-- Marksman's generator and its victim take 6 epochs, half of the others' (15 on GTSRB): the generator
-  trains a classifier beside it. Its clean accuracy is that of 6 epochs and of its poison.
+  victim learned that values lay between the 256, and its attack was lost in stored images.
+  Input-aware triggers reach 73 % all the same.
+- Marksman's generator and its victim take 6 epochs, half of the others': the generator trains a
+  classifier beside it. Its clean accuracy is that of 6 epochs and of its poison.
 - Verdicts are those of the calibrations at the time of the scan: Neural Cleanse's null came from
   four networks, and accuses a clean victim; the patch sweep had none. The last table of
   [calibration](calibration.md) judges the same scans by what ships now."""
