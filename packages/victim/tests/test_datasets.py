@@ -79,6 +79,24 @@ def test_limits_are_stratified_and_nested(digits: Dataset) -> None:
     assert set(other.train.ids.tolist()) != set(small.train.ids.tolist())
 
 
+def test_some_classes_are_numbered_in_their_order(digits: Dataset) -> None:
+    some = load_dataset("digits", classes=(7, 2))
+    assert some.classes == (digits.classes[7], digits.classes[2])
+    assert some.fingerprint != digits.fingerprint
+    for part, whole in ((some.train, digits.train), (some.test, digits.test)):
+        for label, stored in enumerate((7, 2)):
+            of_label, of_stored = part.labels == label, whole.labels == stored
+            assert torch.equal(part.images[of_label], whole.images[of_stored])
+            assert torch.equal(part.ids[of_label], whole.ids[of_stored])
+        assert len(part) == int(((whole.labels == 7) | (whole.labels == 2)).sum())
+
+
+def test_classes_that_are_none_are_refused(subtests: pytest.Subtests) -> None:
+    for classes in ((3,), (3, 3), (3, 10), (-1, 3), ()):
+        with subtests.test(classes=classes), pytest.raises(ValueError, match="classes below 10"):
+            load_dataset("digits", classes=classes)
+
+
 def test_the_defenders_share_is_stratified_nested_and_seeded(digits: Dataset) -> None:
     tenth = defender_subset(digits.train, share=0.1, seed=3)
     assert len(tenth) == 120
