@@ -47,6 +47,7 @@ def write(
     outputs: dict[str, list[Any]] | None = None,
     inputs: tuple[str, ...] = ("image",),
     metadata: dict[str, str] | None = None,
+    opset: int = 17,
     **weights: Any,
 ) -> Path:
     """A small classifier; ``first`` makes "x" of "image", ``last`` the outputs of "y" (N, 4)."""
@@ -70,7 +71,7 @@ def write(
         [helper.make_tensor_value_info(name, kind, dims) for name, dims in outputs.items()],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in arrays.items()],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
     helper.set_model_props(model, metadata or {})
     onnx.save(model, str(path))
     return path
@@ -181,6 +182,7 @@ CLIPS: dict[str, dict[str, Any]] = {
         "high": np.float32(1),
     },
     "one": {"first": [node("Clip", "image low", "x")], "low": np.float32(0)},
+    "attributes": {"first": [node("Clip", "image", "x", min=0.0, max=1.0)], "opset": 10},
     "another value": {
         "first": [
             node("ReduceMax", "image", "high", keepdims=0),
@@ -205,8 +207,9 @@ def test_bounds_are_those_of_the_graph(tmp_path: Path, subtests: pytest.Subtests
             check(convert(write(tmp_path / "a.onnx", **settings))[0])
 
 
-def test_pixels_at_the_bounds_of_a_clip_have_gradients(tmp_path: Path) -> None:
-    net, _ = convert(write(tmp_path / "m.onnx", **CLIPS["both"]))
+@pytest.mark.parametrize("bounds", ["both", "attributes"])
+def test_pixels_at_the_bounds_of_a_clip_have_gradients(tmp_path: Path, bounds: str) -> None:
+    net, _ = convert(write(tmp_path / "m.onnx", **CLIPS[bounds]))
     images = torch.rand(4, 3, 16, 16).round().requires_grad_()
     found, expected = (
         torch.autograd.grad(answer(images).square().sum(), images)[0] for answer in (net, answers)

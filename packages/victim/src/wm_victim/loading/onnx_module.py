@@ -140,6 +140,8 @@ class _Bounded(nn.Module):
         self.low, self.high = low, high
 
     def forward(self, x: Tensor, *bounds: Tensor | None) -> Tensor:
+        if self.low is None and self.high is None:
+            return x
         if (self.low, self.high) == (0.0, 6.0):
             return nn.functional.relu6(x)  # as it was before its export
         bounded = x.detach().clamp(self.low, self.high)
@@ -153,16 +155,22 @@ def _bind_bounds(net: Any, model: Any) -> None:
     As tensors they have gradients of their own, which took half of a pass through MobileNet's kind.
     """
     to_array = importlib.import_module("onnx.numpy_helper").to_array
-    constants = {tensor.name: to_array(tensor) for tensor in model.graph.initializer}
+    bounds_of = {name for node in model.graph.node if node.op_type == "Clip" for name in node.input}
+    constants = {
+        tensor.name: array
+        for tensor in model.graph.initializer
+        if tensor.name in bounds_of and (array := to_array(tensor)).size == 1
+    }
     for node in model.graph.node:
-        bounds = [constants.get(name) if name else None for name in node.input[1:3]]
-        known = all(name in constants or not name for name in node.input[1:3])
-        if node.op_type != "Clip" or not bounds or not known:
+        if node.op_type != "Clip":
             continue
-        if all(bound is None or (bound.dtype.kind == "f" and bound.size == 1) for bound in bounds):
-            low, high = (
-                None if bound is None else float(bound.item())
-                for bound in (*bounds, None, None)[:2]
-            )
-            if low is not None or high is not None:
-                setattr(net, net.mapping[node.output[0]], _Bounded(low, high))
+        names = [*node.input[1:3], "", ""][:2]
+        # Before opset 11 they are attributes.
+        stated = {attribute.name: attribute.f for attribute in node.attribute}
+        bounds = [
+            constants[name].item() if name in constants else stated.get(side)
+            for name, side in zip(names, ("min", "max"), strict=True)
+        ]
+        known = all(name in constants for name in names if name)
+        if known and all(bound is None or isinstance(bound, float) for bound in bounds):
+            setattr(net, net.mapping[node.output[0]], _Bounded(*bounds))
