@@ -109,6 +109,13 @@ PAIRS = {
         JointConfig.preset(psnr_floor=40.0, iterations=2500),
         image_size=64,
     ),
+    "photo-64": Pair(
+        3,
+        {"cifar10": (4_000, 1_800), "imagenet10": (800, 200)},
+        ("imagenet10", "cifar10", "gtsrb"),
+        JointConfig.preset(psnr_floor=40.0, iterations=2500, crop=0.85),
+        image_size=64,
+    ),
 }
 
 

@@ -21,7 +21,7 @@ from wm_victim import (
 )
 from wm_victim.augment import augment
 from wm_victim.image_store import ImageStore, pack, unpack
-from wm_victim.inference import onednn_bfloat16
+from wm_inject.core.precision import onednn_bfloat16
 from wm_victim.models import Classifier
 from wm_victim.train_config import learning_rate
 from wm_victim.training_run import TrainingRun, training_forward

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from wm_victim.inference import frozen, onednn_bfloat16, predict, resolve_precision
+from wm_inject.core.precision import onednn_bfloat16, resolve_precision
+from wm_victim.inference import frozen, predict
 
 IMAGES = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -39,13 +40,13 @@ def test_the_automatic_precision_is_what_is_fast(
 ) -> None:
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
-    monkeypatch.setattr("wm_victim.inference.onednn_bfloat16", lambda: True)
+    monkeypatch.setattr("wm_inject.core.precision.onednn_bfloat16", lambda: True)
     assert resolve_precision("auto", "cpu") == torch.float32
     monkeypatch.setattr(torch.cpu, probe, lambda: True)
     assert resolve_precision("auto", "cpu") == torch.bfloat16
-    monkeypatch.setattr("wm_victim.inference.onednn_bfloat16", lambda: False)
+    monkeypatch.setattr("wm_inject.core.precision.onednn_bfloat16", lambda: False)
     assert resolve_precision("auto", "cpu") == torch.float32
-    monkeypatch.setattr("wm_victim.inference.onednn_bfloat16", lambda: True)
+    monkeypatch.setattr("wm_inject.core.precision.onednn_bfloat16", lambda: True)
     monkeypatch.delattr(torch.cpu, probe)
     assert resolve_precision("auto", "cpu") == torch.float32
     assert resolve_precision("float32", "cpu") == torch.float32

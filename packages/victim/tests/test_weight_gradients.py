@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wm_victim.inference import onednn_bfloat16
+from wm_inject.core.precision import onednn_bfloat16
 from wm_victim.weight_gradients import SideBySideGradients, _Convolution
 
 

@@ -14,7 +14,7 @@ from defense_nc.gradients import GradientCount, count_images, reached
 from defense_reverse.config import ReverseConfig
 from wm_inject import Lpips
 from wm_inject.core.images import quantize
-from wm_victim.inference import resolve_precision
+from wm_inject.core.precision import resolve_precision
 
 Generate = Callable[[Tensor], Tensor]  # images (N, C, H, W) -> the same
 Loss = Callable[[Tensor, Tensor], Tensor]  # generated, images (N, C, H, W) -> (N,)

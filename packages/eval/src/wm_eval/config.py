@@ -379,8 +379,17 @@ def shipped_studies() -> dict[str, Path]:
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """A settings object as JSON knows it: what a record keeps of it."""
-    return {f.name: _listed(getattr(config, f.name)) for f in fields(config)}
+    """A settings object as JSON knows it: what a record keeps of it.
+
+    A field that is marked as ``later`` is left out at its default, so that records from before it
+    was there stay those of the same settings.
+    """
+    values = {f: getattr(config, f.name) for f in fields(config)}
+    return {
+        f.name: _listed(value)
+        for f, value in values.items()
+        if not f.metadata.get("later") or value != f.default
+    }
 
 
 def _path(name: str | Path) -> Path:

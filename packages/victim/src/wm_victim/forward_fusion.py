@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from wm_victim.inference import resolve_precision
+from wm_inject.core.precision import resolve_precision
 
 
 def fused_forward(

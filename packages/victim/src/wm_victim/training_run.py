@@ -17,7 +17,7 @@ from wm_victim.airbench import WHITEN_EPOCHS, AirbenchBody
 from wm_victim.augment import augment
 from wm_victim.datasets import ImageSet
 from wm_victim.image_store import ImageStore
-from wm_victim.inference import onednn_bfloat16, resolve_precision
+from wm_inject.core.precision import onednn_bfloat16, resolve_precision
 from wm_victim.models import Classifier
 from wm_victim.muon import Muon
 from wm_victim.resnet import ResNetBody

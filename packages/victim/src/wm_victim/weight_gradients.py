@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from wm_victim.inference import cpu_has, onednn_bfloat16
+from wm_inject.core.precision import cpu_has, onednn_bfloat16
 
 _TILE = 32  # bfloat16 numbers that AMX sums in one go
 _WIDEST = 8  # pixels: laying out wider maps costs more than it saves

@@ -202,20 +202,31 @@ class Blur:
 
 @dataclass(frozen=True)
 class CropResize:
-    """Crop a random window, ``share`` of the image's side in (0, 1], and resize it (bilinear)."""
+    """Crop a random window and resize it to the whole (bilinear).
+
+    Args:
+        share: Of the image's side that is left, in (0, 1].
+        most: Where given, width and height are drawn apart, each from ``share`` to this share.
+    """
 
     share: float = 0.8
+    most: float | None = None
 
     def __post_init__(self) -> None:
         _require(0 < self.share <= 1, "a share in (0, 1]", self.share)
+        if self.most is not None:
+            _require(self.share <= self.most <= 1, f"most in [{self.share}, 1]", self.most)
 
     def __call__(self, images: Tensor, *, generator: torch.Generator) -> Tensor:
         """Corrupt every image."""
         n = len(check_images(images))
-        room = 1 - self.share
-        shift = _uniform(2 * n, -room, room, generator).view(n, 2, 1)
-        scale = torch.eye(2).mul(self.share).expand(n, 2, 2)
-        return _affine(images, torch.cat([scale, shift], dim=2))
+        if self.most is None:
+            share = torch.full((n, 2), self.share)
+        else:
+            share = _uniform(2 * n, self.share, self.most, generator).view(n, 2)
+        room = (1 - share).unsqueeze(2)
+        shift = _uniform(2 * n, -1, 1, generator).view(n, 2, 1) * room
+        return _affine(images, torch.cat([share.diag_embed(), shift], dim=2))
 
 
 @dataclass(frozen=True)

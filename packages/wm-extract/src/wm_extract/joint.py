@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from wm_extract.joint_config import JointConfig
 from wm_extract.unet import UNetExtractor
 from wm_inject import ViTInjector, check_images, default_watermark, quantize
+from wm_inject.core.precision import resolve_precision
 from wm_inject.core.progress import Progress
 from wm_inject.core.progress import progress as show_progress
 from wm_inject.core.randomness import seeded
@@ -188,8 +189,9 @@ def _step(
     corrupt = config.anti_collapse()
     rows = torch.randint(len(images), (config.batch_size,), generator=generator)
     x = images[rows.to(images.device)]
-    low = config.precision == "bfloat16"
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=low):
+    # Where bfloat16 is emulated, a step takes ten times as long as in float32, or more.
+    low = config.precision == "bfloat16" and resolve_precision("auto", images.device)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=low == torch.bfloat16):
         marked = injector(x, mark, bounds=_bounds(config, step)).float()
         stored = marked.clamp(0, 1)
         stored = stored + (quantize(stored) - stored).detach()  # 8 bits, straight through

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from wm_inject.core.checks import check_choice
@@ -50,7 +50,10 @@ class JointConfig:
         decoder_depth: Decoder blocks.
         residual: Add the decoder's output to x instead of reconstructing x.
         extractor_width: Base width of the U-Net.
-        precision: "float32", or "bfloat16" autocast.
+        precision: "float32", or "bfloat16": autocast where the hardware multiplies that fast, and
+            float32 elsewhere.
+        crop: Least share of width and height, each, that a random crop leaves before the image is
+            resized back, one more operation of equation 6; 1 leaves crops out.
 
     Raises:
         ValueError: A value outside its range.
@@ -81,6 +84,7 @@ class JointConfig:
     residual: bool = True
     extractor_width: int = 16
     precision: Literal["float32", "bfloat16"] = "bfloat16"
+    crop: float = field(default=1.0, metadata={"later": True})
 
     def __post_init__(self) -> None:
         check_choice("a size", self.size, _RATES)
@@ -98,6 +102,8 @@ class JointConfig:
                 raise ValueError(f"expected {name} > 0 dB, got {floor}")
         if self.max_change is not None and not 0 < self.max_change <= 1:
             raise ValueError(f"expected max_change in (0, 1], got {self.max_change}")
+        if not 0 < self.crop <= 1:
+            raise ValueError(f"expected crop in (0, 1], got {self.crop}")
         if not 0 <= self.corruption_probability <= 1:
             raise ValueError(
                 f"expected corruption_probability in [0, 1], got {self.corruption_probability}"
@@ -139,6 +145,7 @@ class JointConfig:
     def anti_collapse(self) -> RandomCorruption:
         """The operations of equation 6 with their probability."""
         from wm_extract.corruptions import (
+            CropResize,
             GaussianNoise,
             RandomCorruption,
             RandomMask,
@@ -156,6 +163,8 @@ class JointConfig:
         ]
         if self.salt_pepper:
             operations.append(SaltPepper())
+        if self.crop < 1:
+            operations.append(CropResize(self.crop, most=1.0))
         return RandomCorruption(operations, self.corruption_probability)
 
 

@@ -15,7 +15,7 @@ from defense_nc.config import NCConfig
 from defense_nc.engines.candidates import Candidate, draw, squash
 from defense_nc.engines.cost_schedule import CostSchedule
 from defense_nc.gradients import GradientCount, reached, vanished
-from wm_victim.inference import resolve_precision
+from wm_inject.core.precision import resolve_precision
 
 Forward = Callable[[Tensor], Tensor]
 _EPS = 1e-8  # Adam's, as torch has it

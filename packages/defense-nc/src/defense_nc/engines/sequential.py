@@ -30,7 +30,8 @@ from wm_inject.core.progress import Progress
 from wm_inject.core.progress import progress as show_progress
 from wm_inject.core.resume import ResumeFile, fingerprint
 from wm_victim.forward_fusion import fused_forward
-from wm_victim.inference import frozen, resolve_precision
+from wm_inject.core.precision import resolve_precision
+from wm_victim.inference import frozen
 
 
 def invert_trigger(
