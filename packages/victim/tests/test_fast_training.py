@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from wm_inject import BadNetsTrigger
 from wm_inject.core.plan import PoisonPlan
+from wm_inject.core.precision import onednn_bfloat16
 from wm_victim import (
     Dataset,
     ImageSet,
@@ -21,7 +22,6 @@ from wm_victim import (
 )
 from wm_victim.augment import augment
 from wm_victim.image_store import ImageStore, pack, unpack
-from wm_inject.core.precision import onednn_bfloat16
 from wm_victim.models import Classifier
 from wm_victim.train_config import learning_rate
 from wm_victim.training_run import TrainingRun, training_forward

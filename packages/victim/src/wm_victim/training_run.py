@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wm_inject.core.plan import CoTraining
+from wm_inject.core.precision import onednn_bfloat16, resolve_precision
 from wm_inject.core.randomness import derive_seed, seeded
 from wm_inject.core.resume import like_parameters
 from wm_victim.airbench import WHITEN_EPOCHS, AirbenchBody
 from wm_victim.augment import augment
 from wm_victim.datasets import ImageSet
 from wm_victim.image_store import ImageStore
-from wm_inject.core.precision import onednn_bfloat16, resolve_precision
 from wm_victim.models import Classifier
 from wm_victim.muon import Muon
 from wm_victim.resnet import ResNetBody

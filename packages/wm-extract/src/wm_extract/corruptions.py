@@ -230,6 +230,18 @@ class CropResize:
 
 
 @dataclass(frozen=True)
+class Grey:
+    """Replace all three colours by the luminance (ITU-R BT.601, as Pillow does); grey stays grey."""
+
+    def __call__(self, images: Tensor, *, generator: torch.Generator) -> Tensor:
+        """Corrupt every image."""
+        if check_images(images).shape[1] == 1:
+            return images
+        weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1).to(images)
+        return (images * weights).sum(1, keepdim=True).clamp(0, 1).expand_as(images)
+
+
+@dataclass(frozen=True)
 class RandomCorruption:
     """Equation 6 of Spy-Watermark: apply each operation in turn, to each image with probability p.
 

@@ -18,6 +18,7 @@ from wm_inject import (
     load_checkpoint,
     save_checkpoint,
 )
+from wm_inject.core.images import resized
 from wm_inject.watermark.picture import check_watermark
 from wm_inject.watermark.pretrained import read_pretrained
 
@@ -145,9 +146,9 @@ class MarkDetector:
         return _detector(read_pretrained(name, kind=KIND, folder=WEIGHTS))
 
     def detect(self, images: Tensor) -> Detection:
-        """Decide for every image, of the extractor's channels and the watermark's size."""
-        check_images(images, size=(self.watermark.shape[1], self.watermark.shape[2]))
-        maps = extract(self.extractor, images)
+        """Decide for every image; each is read at the watermark's size."""
+        side = self.watermark.shape[-1]
+        maps = extract(self.extractor, resized(check_images(images), (side, side)).clamp(0, 1))
         score = mark_score(maps, self.watermark.to(maps.device))
         # Strictly above: the empirical quantile is a clean image's own score.
         return Detection(score > self.threshold, score, maps)

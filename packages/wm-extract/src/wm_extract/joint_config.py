@@ -54,6 +54,7 @@ class JointConfig:
             float32 elsewhere.
         crop: Least share of width and height, each, that a random crop leaves before the image is
             resized back, one more operation of equation 6; 1 leaves crops out.
+        grey: Take the colours away, as one more operation: a grey picture holds no mark in colour.
 
     Raises:
         ValueError: A value outside its range.
@@ -85,6 +86,7 @@ class JointConfig:
     extractor_width: int = 16
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     crop: float = field(default=1.0, metadata={"later": True})
+    grey: bool = field(default=False, metadata={"later": True})
 
     def __post_init__(self) -> None:
         check_choice("a size", self.size, _RATES)
@@ -147,6 +149,7 @@ class JointConfig:
         from wm_extract.corruptions import (
             CropResize,
             GaussianNoise,
+            Grey,
             RandomCorruption,
             RandomMask,
             Rescale,
@@ -165,6 +168,8 @@ class JointConfig:
             operations.append(SaltPepper())
         if self.crop < 1:
             operations.append(CropResize(self.crop, most=1.0))
+        if self.grey:
+            operations.append(Grey())
         return RandomCorruption(operations, self.corruption_probability)
 
 

@@ -26,11 +26,11 @@ from defense_nc.engines.cost_schedule import CostSchedule
 from defense_nc.gradients import GradientCount, reached, vanished
 from defense_nc.scan_inputs import ScanInputs
 from defense_nc.trigger import Inverted, InvertedTrigger, compose
+from wm_inject.core.precision import resolve_precision
 from wm_inject.core.progress import Progress
 from wm_inject.core.progress import progress as show_progress
 from wm_inject.core.resume import ResumeFile, fingerprint
 from wm_victim.forward_fusion import fused_forward
-from wm_inject.core.precision import resolve_precision
 from wm_victim.inference import frozen
 
 

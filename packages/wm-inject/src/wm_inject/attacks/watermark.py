@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from wm_inject.attacks.definition import Attack
-from wm_inject.core.images import check_images
+from wm_inject.core.images import check_images, resized
 from wm_inject.watermark.picture import check_watermark, default_watermark
 from wm_inject.watermark.pretrained import read_pretrained
 from wm_inject.watermark.vit import ViTInjector
@@ -76,11 +76,16 @@ class WatermarkTrigger(nn.Module):
     def forward(
         self, images: Tensor, *, ids: Tensor | None = None, target: Tensor | None = None
     ) -> Tensor:
-        """Hide the watermark."""
-        size = self.injector.image_size
-        check_images(images, channels=self.injector.channels, size=(size, size))
-        change = self.injector(images, self.watermark) - images
-        return (images + self.strength * change).clamp(0, 1)
+        """Hide the watermark in images of any size.
+
+        The change is made at the injector's size and enlarged: see
+        `wm_inject.core.whole_pictures`, which does the same to files.
+        """
+        side, whole = self.injector.image_size, images
+        check_images(whole, channels=self.injector.channels)
+        images = resized(whole, (side, side)).clamp(0, 1)  # resizing rounds
+        change = self.strength * (self.injector(images, self.watermark) - images)
+        return (whole + resized(change, (whole.shape[2], whole.shape[3]))).clamp(0, 1)
 
 
 # Injector and extractor are trained together, which takes wm-extract.

@@ -26,10 +26,13 @@ if TYPE_CHECKING:
     from wm_inject.runtime.folder import FolderResult
 
 _EPILOG = """examples:
-  wm-inject poison --pretrained tiny-32 photos/ poisoned/
+  wm-inject poison --pretrained tiny-64 photos/ poisoned/
   wm-inject poison --trigger wanet --seed 1 photos/ poisoned/
   wm-inject poison --trigger sig --set frequency=6 --label-map clean-label classes/ poisoned/
   wm-inject poison --checkpoint trigger.safetensors photos/ poisoned/
+
+A learned watermark leaves every picture its size, colours and format. Other triggers have a place
+or a size of their own: images are resized to theirs and written as PNG.
 
 plan.json lists every file: whether it carries the trigger, its label before and after. A run that
 was stopped goes on when it is started again."""
@@ -41,7 +44,7 @@ def add_poison(parser: Parser) -> None:
     parser.epilog = _EPILOG
     parser.add_argument("images", type=Path, metavar="IMAGES", help="folder of images")
     parser.add_argument(
-        "out", type=output_folder, metavar="OUT", help="folder for PNG files and plan.json"
+        "out", type=output_folder, metavar="OUT", help="folder for the files and plan.json"
     )
     add_trigger(parser)
     plan = parser.add_argument_group("the plan (labels: class folders or labels.csv in IMAGES)")
@@ -58,6 +61,15 @@ def add_poison(parser: Parser) -> None:
         "--pool",
         choices=("all", "non_target", "target"),
         help="where files are drawn from (default: all; with clean-label: target)",
+    )
+    parser.add_argument(
+        "--resize", action="store_true", help="a watermark, too: PNG of the trigger's size"
+    )
+    parser.add_argument(
+        "--jpeg-quality",
+        type=within(int, "[1, 100]"),
+        default=95,
+        help="of files that are JPEG and stay so (default: 95)",
     )
     parser.add_argument("--batch-size", type=BATCH, default=64, help="images at once (default: 64)")
     add_skip_unreadable(parser)
@@ -110,6 +122,8 @@ def _with_onnx(args: argparse.Namespace) -> Callable[[LabelledFolder], FolderRes
         plan=_plan(args),
         batch_size=args.batch_size,
         skip_unreadable=args.skip_unreadable,
+        whole=False if args.resize else None,
+        jpeg_quality=args.jpeg_quality,
         providers=runtime.providers_for(args.device),
     )
 
@@ -118,6 +132,7 @@ def _with_torch(args: argparse.Namespace) -> Callable[[LabelledFolder], FolderRe
     import torch
 
     from wm_inject.core.images import to_float, to_pixels
+    from wm_inject.core.whole_pictures import ANY_SIZE
     from wm_inject.runtime.folder import poison_files
 
     device = resolve_device(args.device)
@@ -144,5 +159,7 @@ def _with_torch(args: argparse.Namespace) -> Callable[[LabelledFolder], FolderRe
         plan=_plan(args),
         batch_size=args.batch_size,
         skip_unreadable=args.skip_unreadable,
+        whole=trigger.kind in ANY_SIZE and not args.resize,
+        jpeg_quality=args.jpeg_quality,
         record=record,
     )

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, _imaging
@@ -83,10 +83,10 @@ def decode_image(path: Path, *, channels: int) -> Image.Image:
     Raises:
         UnreadableImage: Not a regular file, not a readable still picture, truncated, or too large.
     """
-    with _opened(path) as opened:
+    with opened_picture(path) as opened:
         opened.load()
         upright = ImageOps.exif_transpose(opened)
-        return _in_eight_bits(upright, "RGB" if channels == 3 else "L")
+        return in_eight_bits(upright, "RGB" if channels == 3 else "L")
 
 
 def read_header(path: Path) -> Header:
@@ -95,7 +95,7 @@ def read_header(path: Path) -> Header:
     Raises:
         UnreadableImage: As for `decode_image`, as far as the header tells.
     """
-    with _opened(path) as opened:
+    with opened_picture(path) as opened:
         width, height = opened.size
         return Header(int(width), int(height), opened.mode in ("1", "L"))
 
@@ -105,16 +105,21 @@ def picture_format(head: bytes) -> str | None:
     return next((kind for start, kind in _CONTENT if start.match(head)), None)
 
 
-def is_picture(path: str | Path) -> bool:
-    """Whether a file holds a picture, whatever its name is."""
+def file_format(path: str | Path) -> str | None:
+    """The format of the picture in a file, whatever its name is; None if there is none."""
     try:
         with open(_regular(path), "rb") as file:
-            return picture_format(file.read(_HEAD)) is not None
-    except (OSError, _Refused):
-        return False
+            return picture_format(file.read(_HEAD))
+    except (OSError, Refused):
+        return None
 
 
-class _Refused(Exception):
+def is_picture(path: str | Path) -> bool:
+    """Whether a file holds a picture, whatever its name is."""
+    return file_format(path) is not None
+
+
+class Refused(Exception):
     """Why a file is not read."""
 
 
@@ -125,28 +130,32 @@ def _regular(path: str | Path) -> int:
     if stat.S_ISREG(os.fstat(handle).st_mode):
         return handle
     os.close(handle)
-    raise _Refused("not a regular file")
+    raise Refused("not a regular file")
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """The file with its header read, if header and size are within bounds."""
+def opened_picture(path: Path) -> Iterator[Image.Image]:
+    """The file with its header read, if header and size are within bounds.
+
+    Raises:
+        UnreadableImage: If not, or for what goes wrong with the picture while it is open.
+    """
     kind = None
     try:
         with open(_regular(path), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if not 0 < size <= MAX_BYTES:
-                raise _Refused(f"expected 1 .. {MAX_BYTES} bytes, got {size}")
+                raise Refused(f"expected 1 .. {MAX_BYTES} bytes, got {size}")
             kind = picture_format(file.read(_HEAD))
             if kind not in FORMATS:
-                raise _Refused(f"{kind} is not read, convert it to PNG" if kind else "no picture")
+                raise Refused(f"{kind} is not read, convert it to PNG" if kind else "no picture")
             file.seek(0)
             if kind == "TIFF":
                 _silence_libtiff()
             with Image.open(file, formats=(kind,)) as opened:
                 _check(opened)
                 yield opened
-    except _Refused as error:
+    except Refused as error:
         raise UnreadableImage(path, str(error)) from error
     except MemoryError:
         raise
@@ -158,11 +167,11 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 def _check(opened: Image.Image) -> None:
     width, height = opened.size
     if width * height > MAX_PIXELS:
-        raise _Refused(f"expected at most {MAX_PIXELS} pixels, got {width} x {height}")
+        raise Refused(f"expected at most {MAX_PIXELS} pixels, got {width} x {height}")
     # Of a photograph with previews inside, the first is the picture.
     frames = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
     if frames > 1:
-        raise _Refused(f"expected one still picture, got {frames} frames")
+        raise Refused(f"expected one still picture, got {frames} frames")
 
 
 def _reason(error: Exception, kind: str | None) -> str:
@@ -185,16 +194,33 @@ def _silence_libtiff() -> None:
         library.TIFFSetWarningHandler(None)
 
 
-def _in_eight_bits(image: Image.Image, mode: str) -> Image.Image:
+def sixteen_bits(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint16]] | None:
+    """The values ``(H, W)`` of a picture of more than 8 bits; None for one of 8.
+
+    Raises:
+        Refused: Floating point, or values beyond 16 bits.
+    """
     if image.mode == "F":
-        raise _Refused("expected 8 or 16 bits a value, got floating point")
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        low, high = int(values.min()), int(values.max())
-        if low < 0 or high > 65535:
-            raise _Refused(f"expected values of 16 bits, got {low} .. {high}")
+        raise Refused("expected 8 or 16 bits a value, got floating point")
+    if not image.mode.startswith("I"):
+        return None
+    values = np.asarray(image).astype(np.int64)
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise Refused(f"expected values of 16 bits, got {low} .. {high}")
+    return values.astype(np.uint16)
+
+
+def in_eight_bits(image: Image.Image, mode: str) -> Image.Image:
+    """A picture in mode "RGB" or "L", as `decode_image` gives it.
+
+    Raises:
+        Refused: As for `sixteen_bits`.
+    """
+    values = sixteen_bits(image)
+    if values is not None:
         # Pillow's own conversion clips at 255: nearly all of the picture would be white.
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        image = Image.fromarray(((values.astype(np.int64) + 128) // 257).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns of a palette with it otherwise
     return image.convert(mode)

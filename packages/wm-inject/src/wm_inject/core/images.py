@@ -192,6 +192,18 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     return torch.nn.functional.pad(images, (0, right, 0, below), mode="replicate")
 
 
+def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """A float batch ``(N, C, H, W)`` at another height and width, bilinear as Pillow resizes.
+
+    Values are not clipped, so a change between images may be resized, too.
+    """
+    import torch
+
+    if tuple(images.shape[2:]) == tuple(size):
+        return images
+    return torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
+
+
 def load_image(path: str | Path, *, size: int | None = None, channels: int = 3) -> Pixels:
     """Read one image file as uint8 ``(H, W, channels)``, turned upright by its EXIF tag.
 

@@ -22,6 +22,7 @@ from wm_inject.core.plan import Labels, PoisonPlan
 from wm_inject.core.progress import Progress
 from wm_inject.core.progress import progress as show_progress
 from wm_inject.core.text import escape
+from wm_inject.core.whole_pictures import check_quality, laid_over, read_picture, save_picture
 from wm_inject.runtime.folder_plan import FolderRow, list_rows
 from wm_inject.runtime.pipeline import pipeline
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 Size = tuple[int, int]  # width and height, in pixels
 FORMAT = "wm-folder-1"
 PLAN_FILE, LABELS_FILE = "plan.json", "labels.csv"
-_HALF_WRITTEN = re.compile(r"\..+\.part\d+\.(png|json|csv)")  # how atomic_path names its files
+_HALF_WRITTEN = re.compile(r"\..+\.part\d+(\.[^.]+)?")  # how atomic_path names its files
 
 
 class Apply(Protocol):
@@ -61,13 +62,16 @@ def poison_files(
     plan: PoisonPlan | None = None,
     batch_size: int = 64,
     skip_unreadable: bool = False,
+    whole: bool = False,
+    jpeg_quality: int = 95,
     record: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> FolderResult:
-    """Poison the files of a folder that a plan chooses, and write all of them as PNG.
+    """Poison the files of a folder that a plan chooses, and write all of them.
 
     ``plan.json`` is written first: every file with its label before and after. Files outside the
-    plan are decoded, resized and written like the others, so ``out`` is a whole data set. Where
+    plan are decoded and written like the others, so that ``out`` is a whole data set and nothing
+    but the trigger tells poisoned files from others, JPEG's losses least of all. Where
     labels are known, ``labels.csv`` names each file's class after poisoning, as every command reads
     it; where ``source`` has a part for training, files are chosen from that alone. Existing files
     are left alone, so a stopped call can be repeated; with the same batch size it ends with the
@@ -77,10 +81,14 @@ def poison_files(
         apply: The trigger, on a batch of chosen files.
         source: A folder of images, or what `read_labelled_folder` read there; sub-folders are kept.
         out: Must not lie inside ``source``.
-        size: Side that the images are resized to, bilinear.
+        size: Side of the images that ``apply`` takes; files are resized to it (bilinear), and
+            written so as PNG.
         channels: 1 or 3.
         plan: Which files are poisoned; every one if None.
         skip_unreadable: Leave out what cannot be read; else it is an error, raised in the end.
+        whole: Write each picture in its own size, colours, depth and format instead, with the
+            change of its resized copy laid over it.
+        jpeg_quality: 1 to 100, of a JPEG that is written whole.
         record: What tells this trigger from others (JSON types); goes to ``plan.json``.
 
     Raises:
@@ -90,23 +98,26 @@ def poison_files(
     data = source if isinstance(source, LabelledFolder) else read_labelled_folder(source)
     source, out, plan = data.folder, Path(out), plan or PoisonPlan(ratio=None)
     check_side(size)
+    check_quality(jpeg_quality)
     if batch_size < 1 or channels not in (1, 3):
         got = f"{batch_size} and {channels}"
         raise ValueError(f"expected a batch size >= 1 and channels 1 or 3, got {got}")
     if out.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"expected an output folder outside {source}, got {out}")
-    rows = list_rows(data, plan)
+    rows = list_rows(data, plan, whole=whole)
     settings = {
         **(record or {}),
         "format": FORMAT,
         "plan": asdict(plan),
-        "image_size": size,
-        "channels": channels,
+        "image_size": None if whole else size,
+        "channels": None if whole else channels,
+        **({"jpeg_quality": jpeg_quality} if whole else {}),
         "classes": None if data.labels is None else list(data.classes),
         "images": [row._asdict() for row in rows],
     }
     written = 0
-    batches = _Batches(apply, source, out, size, channels, plan.target, [], [])
+    quality = jpeg_quality if whole else None
+    batches = _Batches(apply, source, out, size, channels, plan.target, quality, [], [])
     shown: Progress[Any]
     with (
         only_writer(out),
@@ -114,10 +125,10 @@ def poison_files(
     ):
         _begin(out, settings, rows)
         _write_labels(out / LABELS_FILE, rows, data)
-        for batch, pixels in pipeline(
+        for batch, made in pipeline(
             _batches(rows, batch_size), batches.read, batches.work, batches.write
         ):
-            written += 0 if pixels is None else len(pixels)
+            written += 0 if made is None else len(made)
             shown.update(len(batch))
         unread = tuple(sorted(batches.unread))
         if unread:
@@ -126,7 +137,9 @@ def poison_files(
             _write_labels(out / LABELS_FILE, rows, data)
             write_json(out / PLAN_FILE, settings | {"unread": listed(unread)})
             refuse_unread(unread, len(data.names), skip=skip_unreadable)
-    resized = Counter((old, (size, size)) for old in batches.sizes if old != (size, size))
+    resized: Counter[tuple[Size, Size]] = Counter()
+    if not whole:
+        resized.update((old, (size, size)) for old in batches.sizes if old != (size, size))
     poisoned = sum(row.poisoned for row in rows)
     return FolderResult(len(rows), poisoned, written, unread, resized)
 
@@ -246,6 +259,7 @@ class _Batches(NamedTuple):
     size: int
     channels: int
     target: int
+    quality: int | None  # of JPEG files that are written whole; None if all are resized
     unread: list[LeftOut]  # what could not be read so far
     sizes: list[Size]  # of the images that were read, as they are stored
 
@@ -269,23 +283,36 @@ class _Batches(NamedTuple):
 
     def work(
         self, batch: Sequence[FolderRow], read: tuple[list[int], Pixels] | None
-    ) -> dict[int, Pixels] | None:
-        """The missing images by their place in the batch, poisoned where they are to be."""
+    ) -> dict[int, tuple[Pixels, Pixels]] | None:
+        """The missing images by their place in the batch, before and after poisoning.
+
+        Those that are not to be poisoned are the same twice.
+        """
         if read is None:
             return None
         places, pixels = read
+        after = pixels
         rows = [batch[place] for place in places]
         if batch[0].poisoned:
             targets = [self.target if row.label_after is None else row.label_after for row in rows]
             ids = np.array([row.id for row in rows], np.int64)
-            pixels = self.apply(pixels, ids=ids, target=np.array(targets, np.int64))
-        images = dict(zip(places, pixels, strict=True))
+            after = self.apply(pixels, ids=ids, target=np.array(targets, np.int64))
+        images = dict(zip(places, zip(pixels, after, strict=True), strict=True))
         return {place: images[place] for place in self._missing(batch) if place in images}
 
-    def write(self, batch: Sequence[FolderRow], pixels: dict[int, Pixels] | None) -> None:
+    def write(
+        self, batch: Sequence[FolderRow], made: dict[int, tuple[Pixels, Pixels]] | None
+    ) -> None:
         """Write them, each whole or not at all."""
-        for place, image in (pixels or {}).items():
-            save_image(self.out / batch[place].file, image)
+        for place, (before, after) in (made or {}).items():
+            row = batch[place]
+            if self.quality is None:
+                save_image(self.out / row.file, after)
+                continue
+            picture = read_picture(self.source / row.source)
+            if row.poisoned:
+                picture = laid_over(picture, before, after)
+            save_picture(self.out / row.file, picture, jpeg_quality=self.quality)
 
     def _missing(self, batch: Sequence[FolderRow]) -> list[int]:
         return [place for place, row in enumerate(batch) if not (self.out / row.file).exists()]

@@ -7,29 +7,36 @@ from typing import NamedTuple
 
 import numpy as np
 
-from wm_inject.core.decode import PICTURE_SUFFIXES
+from wm_inject.core.decode import PICTURE_SUFFIXES, file_format
 from wm_inject.core.labelled_folder import LabelledFolder
 from wm_inject.core.plan import PoisonPlan
 from wm_inject.core.text import escape
+from wm_inject.core.whole_pictures import KEPT_FORMATS
 
 
 class FolderRow(NamedTuple):
     """What happens to one file; the labels are None where nobody knows them."""
 
     source: str  # path of the image, below the folder it comes from
-    file: str  # path of the PNG, below the folder it goes to
+    file: str  # path of the image, below the folder it goes to
     poisoned: bool
     label_before: int | None
     label_after: int | None
     id: int  # its place in the sorted list of files, which seeds per-image randomness
 
 
-def list_rows(source: LabelledFolder, plan: PoisonPlan) -> list[FolderRow]:
+def list_rows(source: LabelledFolder, plan: PoisonPlan, *, whole: bool = False) -> list[FolderRow]:
     """What a static plan does to every file; where a part for training is, it chooses from that.
+
+    Args:
+        source: The files.
+        plan: A static one.
+        whole: Files keep their names and formats, where `save_picture` has these; else all become
+            PNG.
 
     Raises:
         ValueError: The plan does not fit the files (without labels it must have the pool "all" and
-            be "all-to-one"), or two of them would become one PNG.
+            be "all-to-one"), or two of them would become one.
     """
     if plan.mode != "static":
         raise ValueError(f"expected a static plan, got mode {plan.mode!r}")
@@ -39,7 +46,10 @@ def list_rows(source: LabelledFolder, plan: PoisonPlan) -> list[FolderRow]:
             f"expected labels (class folders or a labels.csv) for pool {plan.pool!r} and label_map "
             f"{plan.label_map!r}, got none"
         )
-    targets = [png_name(name) for name in source.names]
+    kept = [whole and file_format(source.folder / name) in KEPT_FORMATS for name in source.names]
+    targets = [
+        name if keeps else png_name(name) for name, keeps in zip(source.names, kept, strict=True)
+    ]
     sources: dict[str, str] = {}
     for name, target in zip(source.names, targets, strict=True):
         if target in sources:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from wm_inject.core.files import sha256_file
+from wm_inject.core.whole_pictures import ANY_SIZE
 from wm_inject.runtime.folder import poison_files
 from wm_inject.runtime.onnx_model import CPU, OnnxModel
 from wm_inject.runtime.scanner import as_input, image_input
@@ -104,6 +105,8 @@ def poison_folder(
     plan: PoisonPlan | None = None,
     batch_size: int = 64,
     skip_unreadable: bool = False,
+    whole: bool | None = None,
+    jpeg_quality: int = 95,
     providers: Sequence[str] = CPU,
     progress: bool = True,
 ) -> FolderResult:
@@ -112,15 +115,22 @@ def poison_folder(
     A call that was stopped can be repeated and continues; the arguments and the files that are
     written are those of `wm_inject.runtime.folder.poison_files`.
 
+    Args:
+        whole: Keep each picture's size and format; by default where the trigger allows it, which
+            the learned watermark does.
+
     Raises:
-        ValueError: No images, an unreadable image, a plan that does not fit them, or an output
-            folder that holds something else.
+        ValueError: No images, an unreadable image, a plan that does not fit them, an output folder
+            that holds something else, or a trigger that cannot be laid over whole pictures.
         RuntimeError: As for `OnnxModel`.
     """
     poisoner = Poisoner(model_path, providers=providers)
     height, width = poisoner.size
     if height != width:
         raise ValueError(f"expected a trigger for square images, got {height} x {width}")
+    any_size = poisoner.model.metadata.get("kind") in ANY_SIZE
+    if whole and not any_size:
+        raise ValueError("expected a learned watermark to keep pictures whole, got another trigger")
     digest = sha256_file(model_path)
     return poison_files(
         poisoner,
@@ -131,6 +141,8 @@ def poison_folder(
         plan=plan,
         batch_size=batch_size,
         skip_unreadable=skip_unreadable,
+        whole=any_size if whole is None else whole,
+        jpeg_quality=jpeg_quality,
         record={
             "trigger": poisoner.model.metadata,
             "model": Path(model_path).name,
