@@ -15,6 +15,7 @@ from wm_extract.corruptions import (
     Blur,
     CropResize,
     GaussianNoise,
+    Grey,
     Identity,
     Jpeg,
     RandomCorruption,
@@ -24,6 +25,7 @@ from wm_extract.corruptions import (
     SaltPepper,
     named_corruption,
 )
+from wm_inject import quantize, to_pixels
 
 ALL = {**PAPER_CORRUPTIONS, **EXTRA_CORRUPTIONS}
 
@@ -142,6 +144,29 @@ def test_blur_agrees_with_scipy() -> None:
     assert np.abs(ours - theirs)[6:-6, 6:-6].max() < 1e-4
 
 
+def test_a_crop_is_the_window_that_was_drawn() -> None:
+    ramp = torch.linspace(0, 1, 64).expand(200, 1, 64, 64)
+    out = CropResize(0.85, most=1.0)(ramp, generator=generator())
+    # Over a ramp, what is left of its slope is the share of the width that is left.
+    shares = (out[:, 0, 32, 40] - out[:, 0, 32, 24]) / (ramp[0, 0, 0, 40] - ramp[0, 0, 0, 24])
+    assert 0.849 < shares.min() < 0.87 and 0.98 < shares.max() < 1.001
+    fixed = CropResize(0.8)(ramp, generator=generator())
+    slopes = (fixed[:, 0, 32, 40] - fixed[:, 0, 32, 24]) / (ramp[0, 0, 0, 40] - ramp[0, 0, 0, 24])
+    assert torch.allclose(slopes, torch.tensor(0.8), atol=1e-4)
+    assert fixed[:, 0, 32, 32].std() > 0.02, "the window moves"
+
+
+def test_grey_is_pillows_luminance() -> None:
+    x = quantize(images())
+    ours = Grey()(x, generator=generator())
+    assert torch.equal(ours[:, 0], ours[:, 1]) and torch.equal(ours[:, 0], ours[:, 2])
+    for image, grey in zip(to_pixels(x), ours, strict=True):
+        theirs = np.asarray(Image.fromarray(image).convert("L"), np.float32)
+        assert np.abs(grey[0].numpy() * 255 - theirs).max() <= 1
+    alone = images(channels=1)
+    assert torch.equal(Grey()(alone, generator=generator()), alone)
+
+
 def test_random_corruption_touches_the_stated_share() -> None:
     x = torch.full((2000, 1, 8, 8), 0.5)
     out = RandomCorruption([SaltPepper(1.0)], probability=0.3)(x, generator=generator())
@@ -161,6 +186,7 @@ def test_settings_out_of_range_are_refused(subtests: pytest.Subtests) -> None:
         lambda: Jpeg(0),
         lambda: Blur(0.0),
         lambda: CropResize(0.0),
+        lambda: CropResize(0.9, most=0.8),
         lambda: RandomCorruption([], probability=2.0),
         lambda: named_corruption("earthquake"),
     ]:

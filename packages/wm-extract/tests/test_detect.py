@@ -101,8 +101,14 @@ def test_refusals() -> None:
         balanced_bit_accuracy(torch.rand(1, 1, 8, 8), MARK)
     with pytest.raises(ValueError, match="eval mode"):
         extract(extractor().train(), images())
-    with pytest.raises(ValueError, match="shape"):
-        MarkDetector.calibrate(extractor(), MARK, images()).detect(torch.rand(1, 1, 32, 32))
+
+
+def test_a_picture_of_any_size_is_read_at_the_marks() -> None:
+    detector = MarkDetector.calibrate(extractor(), MARK, images())
+    whole = torch.rand(2, 1, 40, 64, generator=torch.Generator().manual_seed(3))
+    small = torch.nn.functional.interpolate(whole, (16, 16), mode="bilinear", antialias=True)
+    found, wanted = detector.detect(whole), detector.detect(small.clamp(0, 1))
+    assert torch.equal(found.score, wanted.score) and torch.equal(found.maps, wanted.maps)
 
 
 @pytest.mark.integration

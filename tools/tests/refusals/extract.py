@@ -77,7 +77,12 @@ TABLE = Table(
         "Rescale": {**corruption(we.Rescale()), "factors": lambda _: we.Rescale(2.0, 0.5)},
         "Jpeg": {**corruption(we.Jpeg()), "quality": lambda _: we.Jpeg(0)},
         "Blur": {**corruption(we.Blur()), "sigma": lambda _: we.Blur(0.0)},
-        "CropResize": {**corruption(we.CropResize()), "share": lambda _: we.CropResize(0.0)},
+        "CropResize": {
+            **corruption(we.CropResize()),
+            "share": lambda _: we.CropResize(0.0),
+            "most": lambda _: we.CropResize(0.9, most=0.8),
+        },
+        "Grey": corruption(we.Grey()),
         "RandomCorruption": {
             **corruption(we.RandomCorruption([we.Identity()])),
             "probability": lambda _: we.RandomCorruption([we.Identity()], 1.1),
@@ -109,7 +114,6 @@ TABLE = Table(
             **watermark(lambda bad: calibrate(MANY, mark=bad)),
             "too few": lambda _: calibrate(IMAGES),
             "rate": lambda _: calibrate(MANY, rate=0.5),
-            "other size": lambda _: detector().detect(torch.zeros(1, 1, SIZE, SIZE + 1)),
         },
         "save_detector": {
             "nan": lambda tmp: we.save_detector(

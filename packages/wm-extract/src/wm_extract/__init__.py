@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from wm_extract.corruptions import Corruption as Corruption
     from wm_extract.corruptions import CropResize as CropResize
     from wm_extract.corruptions import GaussianNoise as GaussianNoise
+    from wm_extract.corruptions import Grey as Grey
     from wm_extract.corruptions import Identity as Identity
     from wm_extract.corruptions import Jpeg as Jpeg
     from wm_extract.corruptions import RandomCorruption as RandomCorruption

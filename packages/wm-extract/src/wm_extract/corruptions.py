@@ -231,7 +231,7 @@ class CropResize:
 
 @dataclass(frozen=True)
 class Grey:
-    """Replace all three colours by the luminance (ITU-R BT.601, as Pillow does); grey stays grey."""
+    """Replace all three colours by the luminance (ITU-R BT.601, as Pillow does)."""
 
     def __call__(self, images: Tensor, *, generator: torch.Generator) -> Tensor:
         """Corrupt every image."""
