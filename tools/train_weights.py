@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tools.photographs import CHANGES, measure_photographs
 from torch import Tensor
 
 from wm_eval.config import plain
@@ -42,12 +43,14 @@ from wm_extract import (
 )
 from wm_inject import (
     Checkpoint,
+    ViTInjector,
     WatermarkTrigger,
     load_checkpoint,
     load_trigger,
     quantize,
     save_checkpoint,
     save_trigger,
+    to_pixels,
 )
 from wm_inject.command.common import Parser, add_common, resolve_device, run_cli
 from wm_inject.core.files import write_json
@@ -61,6 +64,7 @@ HOMES = {
     "detector": ROOT / "packages/wm-extract/src/wm_extract/weights",
 }
 MEASURED = 2000  # test images of each set, at most
+PHOTOGRAPH = 224  # pixels a side
 USE = (
     "Trained on images that are published for research: use the weights for research, teaching and "
     "audits you are entitled to, see docs/responsible-use.md."
@@ -78,6 +82,8 @@ class Pair:
         tests: The sets whose test images it is measured on.
         config: The recipe.
         image_size: Side of the images, to which a set's own are resized.
+        start: The pair that ships whose training this one goes on from.
+        photographs: A set whose test images it is also measured on at 224 pixels.
     """
 
     channels: int
@@ -85,6 +91,8 @@ class Pair:
     tests: tuple[str, ...]
     config: JointConfig
     image_size: int = field(default=32, metadata={"later": True})
+    start: str | None = field(default=None, metadata={"later": True})
+    photographs: str | None = field(default=None, metadata={"later": True})
 
 
 _PHOTOGRAPHS = {"cifar10": (20_000, 2_000)}
@@ -113,8 +121,12 @@ PAIRS = {
         3,
         {"cifar10": (4_000, 1_800), "imagenet10": (800, 200)},
         ("imagenet10", "cifar10", "gtsrb"),
-        JointConfig.preset(psnr_floor=41.0, iterations=2500, crop=0.85, grey=True),
+        JointConfig.preset(
+            psnr_floor=41.0, psnr_start=None, iterations=1200, lr=5e-4, crop=0.85, grey=True
+        ),
         image_size=64,
+        start="tiny-64",
+        photographs="imagenet10",
     ),
 }
 
@@ -132,8 +144,14 @@ def training_images(pair: Pair, *, seed: int) -> tuple[Tensor, Tensor]:
 def train(name: str, images: Tensor, seed: int, store: Store, checkpoint: Path) -> Result:
     """Train a pair, without labels and without a victim."""
     pair = PAIRS[name]
+    start = None
+    if pair.start is not None:
+        start = (
+            ViTInjector.from_pretrained(pair.start),
+            UNetExtractor.from_pretrained(pair.start),
+        )
     result = train_jointly(
-        images.to(store.device), config=pair.config, seed=seed, checkpoint=checkpoint
+        images.to(store.device), config=pair.config, start=start, seed=seed, checkpoint=checkpoint
     )
     files = (f"models/{name}-trigger.safetensors", f"models/{name}-extractor.safetensors")
     trigger = WatermarkTrigger(result.injector.cpu(), watermark=result.watermark.cpu())
@@ -212,6 +230,7 @@ def provenance(name: str, *, seed: int) -> dict[str, Any]:
         "size": pair.config.size,
         "iterations": pair.config.iterations,
         "psnr_floor": pair.config.psnr_floor,
+        **({} if pair.start is None else {"start": pair.start}),
         "seed": seed,
         "command": f"python tools/train_weights.py --out runs/weights {name}",
         "use": USE,
@@ -256,6 +275,15 @@ def measure_on(
         "common": float(change.mean(0).square().mean() / change.square().mean().clamp(min=1e-12)),
         "corruptions": rows,
     }
+
+
+def measure_whole(name: str, test: str, seed: int, store: Store, _: Path) -> Result:
+    """The same on whole photographs of a set, which the mark is laid over."""
+    trigger = load_trigger(store.path(f"packed/trigger/{name}.safetensors"))
+    assert isinstance(trigger, WatermarkTrigger)
+    detector = load_detector(store.path(f"packed/detector/{name}.safetensors"))
+    photographs = to_pixels(load_dataset(test, image_size=PHOTOGRAPH).test.images)
+    return Result({"test": test, **measure_photographs(trigger, detector, list(photographs), seed)})
 
 
 def figures(measured: Mapping[str, Any]) -> dict[str, Any]:
@@ -306,15 +334,28 @@ def stages(name: str, seed: int) -> Iterator[Stage]:
     images, kept = training_images(PAIRS[name], seed=seed)
     digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
     tests = {"tests": list(PAIRS[name].tests), "limit": MEASURED}
-    before: tuple[str, ...] = ()
-    for kind, settings, work in (
-        ("train", plain(PAIRS[name]), partial(train, name, images, seed)),
-        ("pack", provenance(name, seed=seed), partial(pack, name, kept, seed)),
-        ("measure", tests, partial(measure, name, seed)),
-    ):
-        stage = Stage(kind, {"weights": name}, work, settings, before, digest)
-        before = (stage.id,)
-        yield stage
+    # What it is measured on later does not make it another pair.
+    trained = {name: value for name, value in plain(PAIRS[name]).items() if name != "photographs"}
+    train_stage = Stage(
+        "train", {"weights": name}, partial(train, name, images, seed), trained, (), digest
+    )
+    yield train_stage
+    pack_stage = Stage(
+        "pack",
+        {"weights": name},
+        partial(pack, name, kept, seed),
+        provenance(name, seed=seed),
+        (train_stage.id,),
+        digest,
+    )
+    yield pack_stage
+    yield Stage(
+        "measure", {"weights": name}, partial(measure, name, seed), tests, (pack_stage.id,), digest
+    )
+    if (test := PAIRS[name].photographs) is not None:
+        work = partial(measure_whole, name, test, seed)
+        settings = {"test": test, "side": PHOTOGRAPH, "changes": list(CHANGES)}
+        yield Stage("photographs", {"weights": name}, work, settings, (pack_stage.id,), digest)
 
 
 def _main(argv: Sequence[str] | None) -> int:

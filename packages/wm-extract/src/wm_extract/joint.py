@@ -77,6 +77,7 @@ def train_jointly(
     config: JointConfig,
     watermark: Tensor | None = None,
     encoder: Mapping[str, Tensor] | None = None,
+    start: tuple[ViTInjector, UNetExtractor] | None = None,
     seed: int = 0,
     checkpoint: Path | None = None,
     progress: bool = True,
@@ -89,10 +90,11 @@ def train_jointly(
         watermark: float32 ``(1, H, W)`` in [0, 1]; the default picture if None.
         encoder: State dict of timm's MAE ViT to start the injector's encoder from, such as
             ``vit_large_patch16_224.mae`` for size "large"; fresh weights if None.
+        start: A trained pair to go on from, which is left as it is; fresh weights if None.
 
     Raises:
-        ValueError: Images or watermark break their contract, the encoder's weights are of another
-            architecture, or the checkpoint is of another run.
+        ValueError: Images or watermark break their contract, the weights to start from are of
+            another architecture, or the checkpoint is of another run.
         RuntimeError: The loss is no longer finite.
     """
     check_images(images)
@@ -104,6 +106,9 @@ def train_jointly(
     with seeded(seed):
         injector = config.injector(image_size=side, channels=channels)
         extractor = UNetExtractor(channels=channels, width=config.extractor_width)
+    if start is not None:
+        for fresh, trained in zip((injector, extractor), start, strict=True):
+            _go_on_from(fresh, trained)
     if encoder is not None:
         injector.load_mae_encoder(encoder)
     modules = nn.ModuleDict({"injector": injector, "extractor": extractor})
@@ -113,21 +118,21 @@ def train_jointly(
     run = {
         "settings": asdict(config),
         "seed": seed,
-        "data": fingerprint(images, mark, *(encoder or {}).values()),
+        "data": fingerprint(images, mark, *(encoder or {}).values(), *_tensors(start)),
     }
     history: list[JointLosses] = []
-    start = 0
+    done = 0
     saved = None if checkpoint is None else load_state(checkpoint, kind=_KIND, run=run)
     if saved is not None:
         modules.load_state_dict(saved["modules"])
         optimizer.load_state_dict(saved["optimizer"])
         generator.set_state(saved["generator"])
         history = [JointLosses(*row) for row in saved["history"]]
-        start = saved["step"]
+        done = saved["step"]
     bar: Progress[None]
     with show_progress(total=config.iterations, desc="train mark", enabled=progress) as bar:
-        bar.update(start)
-        for step in range(start, config.iterations):
+        bar.update(done)
+        for step in range(done, config.iterations):
             losses = _step(config, injector, extractor, optimizer, images, mark, generator, step)
             last = step + 1 == config.iterations
             if (step + 1) % 50 == 0 or last:
@@ -146,6 +151,27 @@ def train_jointly(
                 save_state(checkpoint, state, kind=_KIND, run=run)
             bar.update()
     return JointResult(injector.eval(), extractor.eval(), mark, tuple(history))
+
+
+def _go_on_from(fresh: nn.Module, trained: nn.Module) -> None:
+    """Load a trained network's weights into a fresh one.
+
+    Raises:
+        ValueError: It is of another architecture.
+    """
+    state = trained.state_dict()
+    wanted = {name: tuple(tensor.shape) for name, tensor in fresh.state_dict().items()}
+    if {name: tuple(tensor.shape) for name, tensor in state.items()} != wanted:
+        kind = type(fresh).__name__
+        raise ValueError(
+            f"expected a {kind} of the size, channels and image size that are to be trained, "
+            "got another one to start from"
+        )
+    fresh.load_state_dict(state)
+
+
+def _tensors(start: tuple[nn.Module, nn.Module] | None) -> list[Tensor]:
+    return [tensor for one in start or () for tensor in one.state_dict().values()]
 
 
 def _optimizer(config: JointConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
