@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tools.photographs import CHANGES, measure_photographs
 from torch import Tensor
 
 from wm_eval.config import plain
@@ -56,6 +55,11 @@ from wm_inject.command.common import Parser, add_common, resolve_device, run_cli
 from wm_inject.core.files import write_json
 from wm_victim import load_dataset
 from wm_victim.metrics import triggered_images
+
+# Run as a script, Python would look for `tools` inside tools/.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from tools.photographs import CHANGES, measure_photographs
 
 ROOT = Path(__file__).resolve().parents[1]
 # Where each half ships, and what it is called while it is made.
