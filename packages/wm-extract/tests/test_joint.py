@@ -164,6 +164,7 @@ def test_config_refuses(subtests: pytest.Subtests) -> None:
         {"precision": "float16"},
         {"iterations": 0},
         {"corruption_probability": 1.5},
+        {"crop": 0.0},
     ]:
         with subtests.test(change=change), pytest.raises(ValueError, match="expected"):
             replace(TINY, **change)  # type: ignore[arg-type]
@@ -182,6 +183,54 @@ def test_refusals() -> None:
         image_loss(torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 5))
     with pytest.raises(ValueError, match="fit a picture"):
         map_loss([], torch.zeros(1, 4, 4))
+
+
+def test_a_training_goes_on_from_a_trained_pair() -> None:
+    config = replace(TINY, iterations=1, psnr_start=None)
+    first = train_jointly(noise(), config=config, seed=5, progress=False)
+    pair = (first.injector, first.extractor)
+    kept = [tensor.clone() for one in pair for tensor in one.state_dict().values()]
+    more = train_jointly(noise(), config=config, start=pair, seed=6, progress=False)
+    fresh = train_jointly(noise(), config=config, seed=6, progress=False)
+    weight = first.extractor.state_dict()
+    distance = [
+        max(
+            float((r.extractor.state_dict()[name].float() - value.float()).abs().max())
+            for name, value in weight.items()
+            if name.endswith("weight")
+        )
+        for r in (more, fresh)
+    ]
+    assert distance[0] < 0.01 < distance[1], "one small step away from where it started"
+    after = [tensor for one in pair for tensor in one.state_dict().values()]
+    assert all(map(torch.equal, kept, after)), "the pair itself is left alone"
+    with pytest.raises(ValueError, match="another one to start from"):
+        train_jointly(noise(), config=replace(config, extractor_width=8), start=pair)
+
+
+@pytest.mark.parametrize("fast", [torch.float32, torch.bfloat16])
+def test_bfloat16_is_taken_where_it_is_fast(
+    fast: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joint, "resolve_precision", lambda *_: fast)
+    asked: list[bool] = []
+    real = torch.autocast
+
+    def autocast(*args: object, enabled: bool) -> object:
+        asked.append(enabled)
+        return real(*args, enabled=False)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch, "autocast", autocast)
+    train_jointly(noise(), config=replace(TINY, iterations=1), progress=False)
+    exact = replace(TINY, iterations=1, precision="float32")
+    train_jointly(noise(), config=exact, progress=False)
+    assert asked == [fast == torch.bfloat16, False]
+
+
+def test_crops_and_grey_are_operations_of_their_own() -> None:
+    usual = len(TINY.anti_collapse().operations)
+    more = replace(TINY, crop=0.9, grey=True).anti_collapse().operations
+    assert [type(one).__name__ for one in more[usual:]] == ["CropResize", "Grey"]
 
 
 def test_the_encoder_can_start_from_weights_at_hand() -> None:

@@ -71,6 +71,10 @@ def test_the_settings_reach_the_training(tmp_path: Path, monkeypatch: pytest.Mon
     usual = ["train", str(tmp_path / "photos"), "--out", str(tmp_path), "--config", str(file)]
     assert main(usual) == 1
     assert main([*usual, "--no-grey", "--iterations", "9", "--seed", "0"]) == 1
+    start = ["--start", "tiny-32", "--image-size", "32", "--no-grey"]
+    assert main([*usual, *start]) == 1
+    *asked, (_, going_on, _) = asked
+    assert going_on.psnr_start is None
     (first, config, seed), (second, other, zero) = asked
     assert (first, config.recipe, config.iterations, seed) == ((1, 16, 16), "paper", 5, 3)
     assert (second, other.recipe, other.iterations, zero) == ((3, 16, 16), "paper", 9, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from wm_inject.command.folders import add_skip_unreadable, read_all
 from wm_inject.command.trigger_options import add_pretrained
 from wm_inject.command.values import output_folder, within
 from wm_inject.core.text import escape
+from wm_inject.watermark.pretrained import PRETRAINED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _EPILOG = """examples:
   wm-extract train photos/ --image-size 32 --out mark/
   wm-extract train photos/ --image-size 64 --watermark logo.png --psnr 40 --out mark/
+  wm-extract train photos/ --image-size 64 --start tiny-64 --psnr 40 --iterations 500 --out mark/
   wm-extract train --recipe paper --print-config > mine.toml
   wm-extract train photos/ --config mine.toml --out mark/
   wm-extract detect incoming/ --pretrained tiny-32
@@ -92,6 +94,13 @@ def _add_train(parser: Parser) -> None:
     parser.add_argument(
         "--encoder", type=Path, help="safetensors of timm's MAE ViT, to start the encoder from"
     )
+    parser.add_argument(
+        "--start",
+        choices=PRETRAINED,
+        metavar="NAME",
+        help="go on from a pair that ships, as invisible from the first step as at the end: "
+        f"{', '.join(PRETRAINED)}",
+    )
     helps = {
         "image_size": "side in pixels",
         "grey": "one channel instead of RGB",
@@ -136,7 +145,8 @@ def _train(args: argparse.Namespace) -> int:
 
     from wm_extract.detect import MIN_CALIBRATION, MarkDetector, save_detector
     from wm_extract.joint import train_jointly
-    from wm_inject import load_image, quantize, save_trigger, to_float
+    from wm_extract.unet import UNetExtractor
+    from wm_inject import ViTInjector, load_image, quantize, save_trigger, to_float
     from wm_inject.attacks.watermark import WatermarkTrigger
 
     config, seed, size = settings.training, settings.seed, settings.image_size
@@ -152,6 +162,13 @@ def _train(args: argparse.Namespace) -> int:
     watermark = None
     if args.watermark is not None:
         watermark = to_float(load_image(args.watermark, size=size, channels=1)[None])[0]
+    start = None
+    if args.start is not None:
+        start = (
+            ViTInjector.from_pretrained(args.start),
+            UNetExtractor.from_pretrained(args.start),
+        )
+        config = replace(config, psnr_start=None)
     args.out.mkdir(parents=True, exist_ok=True)
     checkpoint = args.out / "training.safetensors"
     result = train_jointly(
@@ -159,6 +176,7 @@ def _train(args: argparse.Namespace) -> int:
         config=config,
         watermark=watermark,
         encoder=None if args.encoder is None else _read_weights(args.encoder),
+        start=start,
         seed=seed,
         checkpoint=checkpoint,
     )
