@@ -175,3 +175,19 @@ def test_a_changed_image_without_original_is_refused(tmp_path):
     write(tmp_path / "old", images, ["b.png"])
     with pytest.raises(ValueError, match=r"expected an original of a\.png"):
         compare_folders(tmp_path / "old", tmp_path / "new")
+
+
+def test_a_folder_says_how_alike_its_changes_are(tmp_path):
+    pattern = np.random.default_rng(1).integers(0, 9, (20, 24, 3)).astype(np.uint8)
+    for place in range(5):
+        image = np.random.default_rng(place + 2).integers(0, 200, (20, 24, 3)).astype(np.uint8)
+        save_image(tmp_path / "in" / f"{place}.png", image)
+        # The last one is not changed, and does not count.
+        save_image(tmp_path / "out" / f"{place}.png", image + pattern * (place < 4))
+    found = compare_folders(tmp_path / "in", tmp_path / "out").dependence
+    assert found is not None and found.images == 4
+    assert found.universal == pytest.approx(1) and found.cosine == pytest.approx(1)
+    (tmp_path / "out" / "0.png").write_bytes((tmp_path / "in" / "0.png").read_bytes())
+    (tmp_path / "out" / "1.png").write_bytes((tmp_path / "in" / "1.png").read_bytes())
+    (tmp_path / "out" / "2.png").write_bytes((tmp_path / "in" / "2.png").read_bytes())
+    assert compare_folders(tmp_path / "in", tmp_path / "out").dependence is None

@@ -217,22 +217,26 @@ def _step(
     x = images[rows.to(images.device)]
     # Where bfloat16 is emulated, a step takes ten times as long as in float32, or more.
     low = config.precision == "bfloat16" and resolve_precision("auto", images.device)
+    swap = _swap_weight(config, step)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=low == torch.bfloat16):
         marked = injector(x, mark, bounds=_bounds(config, step)).float()
-        stored = marked.clamp(0, 1)
-        stored = stored + (quantize(stored) - stored).detach()  # 8 bits, straight through
-        stored = corrupt(stored.clamp(0, 1), generator=generator)
-        clean = corrupt(x, generator=generator) if config.corrupt_clean else x
+        shown = [corrupt(_stored(_less_others(config, marked, x, generator)), generator=generator)]
+        shown.append(corrupt(x, generator=generator) if config.corrupt_clean else x)
+        if swap > 0:
+            shown.append(corrupt(_stored(x + _others(marked - x, generator)), generator=generator))
         # One batch, so that batch norm cannot tell marked from clean by its statistics.
-        maps = extractor.scales(torch.cat([stored, clean]))
+        maps = extractor.scales(torch.cat(shown))
+    parts = [[m[start : start + len(x)] for m in maps] for start in range(0, len(maps[0]), len(x))]
     image_term = image_loss(marked, x, epsilon=config.epsilon)
-    mark_term = map_loss([m[: len(x)] for m in maps], mark)
-    clean_term = map_loss([m[len(x) :] for m in maps], torch.zeros_like(mark))
+    mark_term = map_loss(parts[0], mark)
+    clean_term = map_loss(parts[1], torch.zeros_like(mark))
     loss = (
         config.image_weight * image_term
         + config.mark_weight * mark_term
         + config.clean_weight * clean_term
     )
+    if swap > 0:
+        loss = loss + swap * map_loss(parts[2], torch.zeros_like(mark))
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     if config.optimizer == "adamw":
@@ -240,3 +244,35 @@ def _step(
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
     return image_term.detach(), mark_term.detach(), clean_term.detach()
+
+
+def _stored(images: Tensor) -> Tensor:
+    """Images in 8 bits, with gradients straight through the rounding."""
+    inside = images.clamp(0, 1)
+    return (inside + (quantize(inside) - inside).detach()).clamp(0, 1)
+
+
+def _swap_weight(config: JointConfig, step: int) -> float:
+    """The weight of the swap loss at a step: 0 first, then growing."""
+    begin = config.swap_after * config.iterations
+    length = max(min(begin, config.iterations - begin), 1)
+    return config.swap_weight * min(1.0, max(0.0, (step + 1 - begin) / length))
+
+
+def _others(change: Tensor, generator: torch.Generator) -> Tensor:
+    """For every image another one's change or, for half of them, the mean of all."""
+    shift = int(torch.randint(1, len(change), (), generator=generator)) if len(change) > 1 else 0
+    single = torch.rand(len(change), 1, 1, 1, generator=generator).to(change) < 0.5
+    return torch.where(single, change.roll(shift, 0), change.mean(0, keepdim=True))
+
+
+def _less_others(
+    config: JointConfig, marked: Tensor, images: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Marked images, a share of them without a part in [0, 1] of another image's change."""
+    if config.subtraction == 0:
+        return marked
+    draws = torch.rand(2, len(images), 1, 1, 1, generator=generator).to(images)
+    part = draws[0] * (draws[1] < config.subtraction)
+    # What an attacker takes off is a fixed picture to whoever trains the injector.
+    return marked - part * _others((marked - images).detach(), generator)

@@ -54,12 +54,21 @@ class JointConfig:
             float32 elsewhere.
         crop: Least share of width and height, each, that a random crop leaves before the image is
             resized back, one more operation of equation 6; 1 leaves crops out.
+        swap_weight: Weight of a loss that wants zeros from an image with the change of another one, or
+            with the mean of the batch's changes: it makes the mark depend on its image. 0 leaves it
+            out.
+        swap_after: Share of the steps before the swap loss, which then grows to its weight within
+            as many steps, or by the end.
+        subtraction: Probability that the extractor is shown a marked image without a part of
+            another image's change, or of the batch's mean.
         grey: Take the colours away, as one more operation: a grey picture holds no mark in colour.
 
     Raises:
         ValueError: A value outside its range.
 
-    Source: section 3.1 of the paper for lr, momentum, batch size, steps and weights.
+    Source: section 3.1 of the paper for lr, momentum, batch size, steps and weights. The swap loss
+    and the subtraction are ours, after what "ResGuard" (arXiv 2604.03693, 2026) says of its loss of
+    residual specificity and its noise layer of known originals.
     """
 
     recipe: str = "robust"
@@ -87,6 +96,9 @@ class JointConfig:
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     crop: float = field(default=1.0, metadata={"later": True})
     grey: bool = field(default=False, metadata={"later": True})
+    swap_weight: float = field(default=0.0, metadata={"later": True})
+    swap_after: float = field(default=0.3, metadata={"later": True})
+    subtraction: float = field(default=0.0, metadata={"later": True})
 
     def __post_init__(self) -> None:
         check_choice("a size", self.size, _RATES)
@@ -95,7 +107,7 @@ class JointConfig:
         for name in ("iterations", "batch_size", "warmup", "lr", "extractor_width", "depth"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"expected {name} > 0, got {getattr(self, name)}")
-        for name in ("image_weight", "mark_weight", "clean_weight", "epsilon"):
+        for name in ("image_weight", "mark_weight", "clean_weight", "swap_weight", "epsilon"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"expected {name} >= 0, got {getattr(self, name)}")
         for name in ("psnr_floor", "psnr_start"):
@@ -104,6 +116,9 @@ class JointConfig:
                 raise ValueError(f"expected {name} > 0 dB, got {floor}")
         if self.max_change is not None and not 0 < self.max_change <= 1:
             raise ValueError(f"expected max_change in (0, 1], got {self.max_change}")
+        for name in ("swap_after", "subtraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"expected {name} in [0, 1], got {getattr(self, name)}")
         if not 0 < self.crop <= 1:
             raise ValueError(f"expected crop in (0, 1], got {self.crop}")
         if not 0 <= self.corruption_probability <= 1:

@@ -17,7 +17,10 @@ _EPILOG = """examples:
   wm-inject stealth --json stealth.json photos/ poisoned/
 
 Images are compared at the size of their originals. Where poisoning made them smaller, the figures
-at the smaller size follow: they leave out what shrinking alone has changed."""
+at the smaller size follow: they leave out what shrinking alone has changed.
+
+What the change is in all images, somebody who has marked images can average out of them, and take
+away or forge."""
 
 
 def add_stealth(parser: Parser) -> None:
@@ -32,6 +35,7 @@ def add_stealth(parser: Parser) -> None:
 def run_stealth(args: argparse.Namespace) -> None:
     """Print the figures of all pairs, at both sizes where these differ."""
     from wm_inject.stealth import compare_folders
+    from wm_inject.stealth.dependence import DIRECTIONS
     from wm_inject.stealth.perceptual import Lpips, LpipsUnavailable
 
     device = resolve_device(args.device)
@@ -45,6 +49,13 @@ def run_stealth(args: argparse.Namespace) -> None:
     _print_table(pairs, reason)
     results: dict[str, Any] = {"files": list(pairs.files), **_values(pairs)}
     results["sizes"] = [list(map(list, pair)) for pair in pairs.sizes]
+    if (alike := pairs.dependence) is not None:
+        results["dependence"] = alike._asdict()
+        print(
+            f"of the change's energy {100 * alike.universal:.1f} % is the same in all images, "
+            f"{100 * alike.leading:.1f} % lies in {DIRECTIONS} directions "
+            f"({alike.images} changed images at 64 x 64 pixels)"
+        )
     if pairs.resized:
         print(f"{resized_line(pairs.resized, len(pairs.files))}; at the changed size:")
         smaller = compare_folders(args.originals, args.changed, lpips=lpips, at="changed")
