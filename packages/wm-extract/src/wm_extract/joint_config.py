@@ -54,7 +54,7 @@ class JointConfig:
             float32 elsewhere.
         crop: Least share of width and height, each, that a random crop leaves before the image is
             resized back, one more operation of equation 6; 1 leaves crops out.
-        swap_weight: Weight of a loss that wants zeros from an image with the change of another one, or
+        swap_weight: Weight of a loss that wants zeros from an image with the change of another, or
             with the mean of the batch's changes: it makes the mark depend on its image. 0 leaves it
             out.
         swap_after: Share of the steps before the swap loss, which then grows to its weight within
