@@ -6,6 +6,8 @@ import pytest
 import timm
 import torch
 
+from wm_inject.attacks.watermark import WatermarkTrigger
+from wm_inject.watermark.fast import fast_trigger
 from wm_inject.watermark.picture import check_watermark, default_watermark
 from wm_inject.watermark.vit import (
     PAD_MULTIPLE,
@@ -204,3 +206,22 @@ def test_watermark_refusals(mark: object) -> None:
         check_watermark(mark, size=32)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least 8"):
         default_watermark(4)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_change_in_luminance_is_the_same_in_all_colours(fast: bool) -> None:
+    settings = vit_config("tiny", image_size=32, channels=3, psnr_floor=40.0, max_change=6 / 255)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        injector = ViTInjector(**settings, luminance=True)
+        torch.nn.init.normal_(injector.head.weight, std=0.1)
+    trigger = WatermarkTrigger(injector)
+    images = 0.2 + 0.6 * torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        marked = (fast_trigger(trigger, precision="float32") if fast else trigger)(images)
+    change = marked - images
+    assert torch.allclose(change, change[:, :1].expand_as(change), atol=1e-6)
+    psnr = -10 * change.square().mean((1, 2, 3)).log10()
+    assert torch.allclose(psnr, torch.tensor(40.0), atol=1e-3)
+    with pytest.raises(ValueError, match="residual"):
+        ViTInjector(**SMALL, residual=False, luminance=True)

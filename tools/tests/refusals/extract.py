@@ -47,6 +47,14 @@ def detector() -> we.MarkDetector:
     return we.MarkDetector(EXTRACTOR, MARK, 0.0, 0.01, 50)
 
 
+def average(counts: tuple[int, ...] = (1,), **changes: Tensor) -> object:
+    names = ("marked", "clean", "seen_marked", "seen_clean")
+    groups: dict[str, Any] = {name: IMAGES for name in names} | changes
+    return we.attack_by_averaging(
+        detector(), groups.pop("marked"), groups.pop("clean"), counts=counts, **groups
+    )
+
+
 def config(**changes: Any) -> Call:
     return lambda _: we.JointConfig(**changes)
 
@@ -114,6 +122,11 @@ TABLE = Table(
             **watermark(lambda bad: calibrate(MANY, mark=bad)),
             "too few": lambda _: calibrate(IMAGES),
             "rate": lambda _: calibrate(MANY, rate=0.5),
+        },
+        "attack_by_averaging": {
+            **images(lambda bad: average(marked=bad)),
+            **{f"seen {w}": c for w, c in images(lambda bad: average(seen_clean=bad)).items()},
+            "counts": lambda _: average(counts=(len(IMAGES) + 1,)),
         },
         "save_detector": {
             "nan": lambda tmp: we.save_detector(

@@ -6,6 +6,8 @@ from wm_extract.__about__ import __version__ as __version__
 from wm_inject.core.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from wm_extract.averaging import Averaged as Averaged
+    from wm_extract.averaging import attack_by_averaging as attack_by_averaging
     from wm_extract.corruptions import EXTRA_CORRUPTIONS as EXTRA_CORRUPTIONS
     from wm_extract.corruptions import PAPER_CORRUPTIONS as PAPER_CORRUPTIONS
     from wm_extract.corruptions import Blur as Blur

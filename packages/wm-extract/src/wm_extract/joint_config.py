@@ -50,6 +50,7 @@ class JointConfig:
         decoder_depth: Decoder blocks.
         residual: Add the decoder's output to x instead of reconstructing x.
         extractor_width: Base width of the U-Net.
+        luminance: Change all colours alike; needs the residual.
         precision: "float32", or "bfloat16": autocast where the hardware multiplies that fast, and
             float32 elsewhere.
         crop: Least share of width and height, each, that a random crop leaves before the image is
@@ -94,6 +95,7 @@ class JointConfig:
     residual: bool = True
     extractor_width: int = 16
     precision: Literal["float32", "bfloat16"] = "bfloat16"
+    luminance: bool = field(default=False, metadata={"later": True})
     crop: float = field(default=1.0, metadata={"later": True})
     grey: bool = field(default=False, metadata={"later": True})
     swap_weight: float = field(default=0.0, metadata={"later": True})
@@ -156,6 +158,7 @@ class JointConfig:
             residual=self.residual,
             psnr_floor=self.psnr_floor,
             max_change=self.max_change,
+            luminance=self.luminance,
         )
         return ViTInjector(**settings)
 

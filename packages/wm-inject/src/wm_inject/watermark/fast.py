@@ -70,6 +70,7 @@ class FastTrigger(nn.Module):
             injector.patch_size,
         )
         self.width, self.heads, self.grid = injector.width, injector.heads, injector.grid
+        self.colours = injector.colours
         self.bounds = injector.bounds if injector.residual else None
         self.strength = trigger.strength
         self.dtype, self.device = dtype, device
@@ -143,7 +144,7 @@ class FastTrigger(nn.Module):
         return (images + self.strength * change).clamp_(0, 1)
 
     def _pixels(self, images: Tensor) -> Tensor:
-        """Equation 3 for padded images, float32 ``(n, C, padded, padded)`` in and out."""
+        """Equation 3 for padded images, ``(n, C, padded, padded)`` in, ``(n, C or 1, ...)`` out."""
         c, p, g, width = self.channels, self.patch_size, self.grid, self.width
         patches = images.reshape(-1, c, g, p, g, p).permute(0, 2, 4, 1, 3, 5)
         x = self._embed(patches.reshape(-1, c * p * p)).view(-1, self.length, width)
@@ -152,7 +153,7 @@ class FastTrigger(nn.Module):
         first, second, third = self._project
         x = third(second.gelu(first.gelu(x.view(-1, width)))).view(-1, self.length, width)
         x = self._blocks(self._decoder, (x + self._position).view(-1, width))
-        return unpatchify(self._head(self._decoder_norm(x)), g, p, c)
+        return unpatchify(self._head(self._decoder_norm(x)), g, p, self.colours)
 
     def _blocks(self, blocks: list[Any], x: Tensor) -> Tensor:
         """Rows ``(n * L, D)`` in float32 to the same; what comes in is overwritten."""

@@ -81,6 +81,8 @@ class ViTInjector(nn.Module):
             that energy. None leaves it free.
         max_change: With a residual, the largest change of any value, in [0, 1] units, approached
             through a tanh. Without it, a mark of high PSNR may gather in one visible corner.
+        luminance: With a residual, change all colours alike: such a mark stays where colours are
+            taken away, or stored at half the resolution, as JPEG does.
     """
 
     kind = "vit-injector"
@@ -99,6 +101,7 @@ class ViTInjector(nn.Module):
         residual: bool = True,
         psnr_floor: float | None = None,
         max_change: float | None = None,
+        luminance: bool = False,
     ) -> None:
         config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
@@ -114,11 +117,14 @@ class ViTInjector(nn.Module):
             raise ValueError(f"expected psnr_floor > 0 dB and a residual, got {psnr_floor}")
         if max_change is not None and not (residual and 0 < max_change <= 1):
             raise ValueError(f"expected max_change in (0, 1] and a residual, got {max_change}")
+        if luminance and not residual:
+            raise ValueError("expected a residual for a change in luminance alone")
         if width % heads or width % 4:
             raise ValueError(f"expected a width divisible by 4 and by {heads} heads, got {width}")
         self.image_size, self.channels, self.patch_size = image_size, channels, patch_size
         self.width, self.heads, self.residual = width, heads, residual
         self.bounds = Bounds(psnr_floor, max_change)
+        self.colours = 1 if luminance else channels  # of the decoder's output
         self.grid = padded_size // patch_size
         self.patch_embed = PatchEmbed(padded_size, patch_size, channels, width)
         self.encoder = nn.ModuleList(_block(width, heads) for _ in range(depth))
@@ -133,7 +139,7 @@ class ViTInjector(nn.Module):
         )
         self.decoder = nn.ModuleList(_block(width, heads) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, patch_size**2 * channels)
+        self.head = nn.Linear(width, patch_size**2 * self.colours)
         self.register_buffer("position", sincos_position(self.grid, width), persistent=False)
         self._initialise()
 
@@ -162,8 +168,8 @@ class ViTInjector(nn.Module):
         x = self.encoder_norm(x) + self.mark_embed(self.patchify(watermark))  # (N, L, D)
         x = self.project(x) + self.position  # (N, L, D)
         x = _run_blocks(self.decoder, x)
-        pixels = self.unpatchify(self.head(self.decoder_norm(x)))  # (N, C, padded, padded)
-        pixels = pixels[..., : self.image_size, : self.image_size]  # (N, C, H, W)
+        pixels = self.unpatchify(self.head(self.decoder_norm(x)))  # (N, C or 1, padded, padded)
+        pixels = pixels[..., : self.image_size, : self.image_size]  # (N, C or 1, H, W)
         if not self.residual:
             return pixels
         return images + limit_residual(pixels.float(), self.bounds if bounds is None else bounds)
@@ -177,8 +183,8 @@ class ViTInjector(nn.Module):
         return mark.reshape(-1, g * g, p * p)
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
-        """Tokens ``(N, L, patch ** 2 * C)`` to pixels ``(N, C, padded, padded)``."""
-        return unpatchify(tokens, self.grid, self.patch_size, self.channels)
+        """Tokens ``(N, L, patch ** 2 * C)`` to pixels ``(N, C, padded, padded)``; C may be 1."""
+        return unpatchify(tokens, self.grid, self.patch_size, self.colours)
 
     def load_mae_encoder(self, state: Mapping[str, Tensor]) -> None:
         """Start the encoder from the state dict of timm's MAE, with or without its class token.
