@@ -165,6 +165,9 @@ def test_config_refuses(subtests: pytest.Subtests) -> None:
         {"iterations": 0},
         {"corruption_probability": 1.5},
         {"crop": 0.0},
+        {"subtraction": 1.5},
+        {"ramp": (0.6, 0.3)},
+        {"swap_weight": -1},
     ]:
         with subtests.test(change=change), pytest.raises(ValueError, match="expected"):
             replace(TINY, **change)  # type: ignore[arg-type]
@@ -231,6 +234,37 @@ def test_crops_and_grey_are_operations_of_their_own() -> None:
     usual = len(TINY.anti_collapse().operations)
     more = replace(TINY, crop=0.9, grey=True).anti_collapse().operations
     assert [type(one).__name__ for one in more[usual:]] == ["CropResize", "Grey"]
+
+
+def test_weights_that_grow_begin_and_end_where_they_should() -> None:
+    config = replace(TINY, iterations=10, ramp=(0.2, 0.6))
+    assert [joint._ramp(config, step) for step in (0, 1, 3, 5, 9)] == [0, 0, 0.5, 1, 1]
+    assert joint._ramp(replace(config, ramp=(0.0, 0.0)), 0) == 1
+
+
+def test_alike_is_the_mean_squared_cosine() -> None:
+    changes = noise(5) - 0.5
+    rows = torch.nn.functional.normalize(changes.flatten(1), dim=1)
+    pairs = [float(rows[i] @ rows[j]) ** 2 for i in range(5) for j in range(5) if i != j]
+    assert float(joint._alike(changes)) == pytest.approx(sum(pairs) / 20, rel=1e-4)
+    assert float(joint._alike(noise(1).expand(4, 1, 16, 16))) == pytest.approx(1, abs=1e-5)
+
+
+def test_others_are_of_another_image_or_the_mean() -> None:
+    changes = noise(40)
+    others = joint._others(changes, torch.Generator().manual_seed(0))
+    mean = (others - changes.mean(0)).abs().amax((1, 2, 3)) < 1e-6
+    assert 8 <= int(mean.sum()) <= 32
+    for index in (~mean).nonzero().flatten().tolist():
+        same = (others[index] == changes).flatten(1).all(1)
+        assert int(same.sum()) == 1 and not same[index]
+
+
+def test_every_loss_that_asks_for_image_dependence_takes_a_step() -> None:
+    settings = {"diversity_weight": 0.1, "swap_weight": 0.1, "subtraction": 1.0}
+    config = replace(TINY, iterations=2, ramp=(0.0, 0.0), **settings)  # type: ignore[arg-type]
+    result = train_jointly(noise(), config=config, progress=False)
+    assert len(result.history) == 1
 
 
 def test_the_encoder_can_start_from_weights_at_hand() -> None:

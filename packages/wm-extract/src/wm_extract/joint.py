@@ -217,7 +217,8 @@ def _step(
     x = images[rows.to(images.device)]
     # Where bfloat16 is emulated, a step takes ten times as long as in float32, or more.
     low = config.precision == "bfloat16" and resolve_precision("auto", images.device)
-    swap = _swap_weight(config, step)
+    ramp = _ramp(config, step)
+    diversity, swap = ramp * config.diversity_weight, ramp * config.swap_weight
     with torch.autocast(images.device.type, torch.bfloat16, enabled=low == torch.bfloat16):
         marked = injector(x, mark, bounds=_bounds(config, step)).float()
         shown = [corrupt(_stored(_less_others(config, marked, x, generator)), generator=generator)]
@@ -235,6 +236,8 @@ def _step(
         + config.mark_weight * mark_term
         + config.clean_weight * clean_term
     )
+    if diversity > 0:
+        loss = loss + diversity * _alike(marked - x)
     if swap > 0:
         loss = loss + swap * map_loss(parts[2], torch.zeros_like(mark))
     optimizer.zero_grad(set_to_none=True)
@@ -252,11 +255,18 @@ def _stored(images: Tensor) -> Tensor:
     return (inside + (quantize(inside) - inside).detach()).clamp(0, 1)
 
 
-def _swap_weight(config: JointConfig, step: int) -> float:
-    """The weight of the swap loss at a step: 0 first, then growing."""
-    begin = config.swap_after * config.iterations
-    length = max(min(begin, config.iterations - begin), 1)
-    return config.swap_weight * min(1.0, max(0.0, (step + 1 - begin) / length))
+def _ramp(config: JointConfig, step: int) -> float:
+    """How much of the weights that grow is reached at a step, in [0, 1]."""
+    begin, end = (share * config.iterations for share in config.ramp)
+    return min(1.0, max(0.0, (step + 1 - begin) / max(end - begin, 1)))
+
+
+def _alike(change: Tensor) -> Tensor:
+    """The mean squared cosine between the changes of two images of a batch."""
+    units = F.normalize(change.flatten(1), dim=1)
+    squares = (units @ units.T).square()
+    count = len(change)
+    return (squares.sum() - squares.diagonal().sum()) / max(count * (count - 1), 1)
 
 
 def _others(change: Tensor, generator: torch.Generator) -> Tensor:

@@ -55,11 +55,11 @@ class JointConfig:
             float32 elsewhere.
         crop: Least share of width and height, each, that a random crop leaves before the image is
             resized back, one more operation of equation 6; 1 leaves crops out.
+        diversity_weight: Weight of the mean squared cosine between the changes of two images.
         swap_weight: Weight of a loss that wants zeros from an image with the change of another, or
-            with the mean of the batch's changes: it makes the mark depend on its image. 0 leaves it
-            out.
-        swap_after: Share of the steps before the swap loss, which then grows to its weight within
-            as many steps, or by the end.
+            with the mean of the batch's changes. Both make the mark depend on its image.
+        ramp: Shares of the steps at which the weights of diversity and swap begin to grow from 0,
+            and at which they are reached.
         subtraction: Probability that the extractor is shown a marked image without a part of
             another image's change, or of the batch's mean.
         grey: Take the colours away, as one more operation: a grey picture holds no mark in colour.
@@ -98,8 +98,9 @@ class JointConfig:
     luminance: bool = field(default=False, metadata={"later": True})
     crop: float = field(default=1.0, metadata={"later": True})
     grey: bool = field(default=False, metadata={"later": True})
+    diversity_weight: float = field(default=0.0, metadata={"later": True})
     swap_weight: float = field(default=0.0, metadata={"later": True})
-    swap_after: float = field(default=0.3, metadata={"later": True})
+    ramp: tuple[float, float] = field(default=(0.3, 0.6), metadata={"later": True})
     subtraction: float = field(default=0.0, metadata={"later": True})
 
     def __post_init__(self) -> None:
@@ -109,7 +110,8 @@ class JointConfig:
         for name in ("iterations", "batch_size", "warmup", "lr", "extractor_width", "depth"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"expected {name} > 0, got {getattr(self, name)}")
-        for name in ("image_weight", "mark_weight", "clean_weight", "swap_weight", "epsilon"):
+        weights = ("image_weight", "mark_weight", "clean_weight", "diversity_weight", "swap_weight")
+        for name in (*weights, "epsilon"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"expected {name} >= 0, got {getattr(self, name)}")
         for name in ("psnr_floor", "psnr_start"):
@@ -118,9 +120,10 @@ class JointConfig:
                 raise ValueError(f"expected {name} > 0 dB, got {floor}")
         if self.max_change is not None and not 0 < self.max_change <= 1:
             raise ValueError(f"expected max_change in (0, 1], got {self.max_change}")
-        for name in ("swap_after", "subtraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"expected {name} in [0, 1], got {getattr(self, name)}")
+        if not 0 <= self.subtraction <= 1:
+            raise ValueError(f"expected subtraction in [0, 1], got {self.subtraction}")
+        if len(self.ramp) != 2 or not 0 <= self.ramp[0] <= self.ramp[1] <= 1:
+            raise ValueError(f"expected a ramp of two shares in order, got {self.ramp}")
         if not 0 < self.crop <= 1:
             raise ValueError(f"expected crop in (0, 1], got {self.crop}")
         if not 0 <= self.corruption_probability <= 1:
