@@ -125,8 +125,9 @@ PAIRS = {
         3,
         {"cifar10": (4_000, 1_800), "imagenet10": (800, 200)},
         ("imagenet10", "cifar10", "gtsrb"),
-        JointConfig.preset(psnr_floor=40.5, iterations=2000, crop=0.85, luminance=True),
+        JointConfig.preset(psnr_floor=40.3, psnr_start=None, iterations=800, lr=5e-4, crop=0.85),
         image_size=64,
+        start="tiny-64",
         photographs="imagenet10",
     ),
 }
