@@ -145,6 +145,10 @@ def test_a_folder_keeps_its_files_and_a_second_call_continues(tmp_path: Path) ->
     settings: dict[str, Any] = {"size": SMALL, "channels": 3, "plan": plan, "progress": False}
     done = poison_files(brighter, source, out, whole=True, **settings)
     assert done.images == len(names) and not done.resized
+    assert done.grey == sum(
+        row["poisoned"] and ("grey" in row["source"] or "deep" in row["source"])
+        for row in json.loads((out / "plan.json").read_text())["images"]
+    )
     listed = json.loads((out / "plan.json").read_text())
     assert listed["image_size"] is None and listed["jpeg_quality"] == 95
     files = {row["file"] for row in listed["images"]}

@@ -87,13 +87,15 @@ def run_poison(args: argparse.Namespace) -> None:
     say(data.lines())
     result = poison(data)
     counts = {"images": result.images, "poisoned": result.poisoned, "written": result.written}
-    counts["resized"] = result.resized.total()
+    counts |= {"resized": result.resized.total(), "grey": result.grey}
     write_results(args, counts | {"source": data.to_dict(), "unread": listed(result.unread)})
     existing = result.images - result.written
     note = f", {existing} files were there" if existing else ""
     listing = args.out / "plan.json"
     if result.resized:
         print(resized_line(result.resized, result.written))
+    if result.grey:
+        print(f"{result.grey} are grey and keep no mark in colour: --resize writes all in colour")
     print(f"{result.poisoned} of {result.images} images poisoned, listed in {listing}{note}")
     if result.unread:
         print(f"left out, as they cannot be read: {describe(result.unread)}")

@@ -50,6 +50,7 @@ class FolderResult(NamedTuple):
     written: int  # those that this call wrote; the others were there
     unread: tuple[LeftOut, ...]  # those that could not be read, and are not in the set
     resized: Counter[tuple[Size, Size]]  # of those written, by sizes before and after
+    grey: int  # grey pictures, of those written, that got a change in colour as its luminance
 
 
 def poison_files(
@@ -117,7 +118,7 @@ def poison_files(
     }
     written = 0
     quality = jpeg_quality if whole else None
-    batches = _Batches(apply, source, out, size, channels, plan.target, quality, [], [])
+    batches = _Batches(apply, source, out, size, channels, plan.target, quality, [], [], [])
     shown: Progress[Any]
     with (
         only_writer(out),
@@ -141,7 +142,8 @@ def poison_files(
     if not whole:
         resized.update((old, (size, size)) for old in batches.sizes if old != (size, size))
     poisoned = sum(row.poisoned for row in rows)
-    return FolderResult(len(rows), poisoned, written, unread, resized)
+    grey = len(batches.grey)
+    return FolderResult(len(rows), poisoned, written, unread, resized, grey)
 
 
 def common_side(source: str | Path) -> int:
@@ -262,6 +264,7 @@ class _Batches(NamedTuple):
     quality: int | None  # of JPEG files that are written whole; None if all are resized
     unread: list[LeftOut]  # what could not be read so far
     sizes: list[Size]  # of the images that were read, as they are stored
+    grey: list[str]  # grey pictures that got a change in colour
 
     def read(self, batch: Sequence[FolderRow]) -> tuple[list[int], Pixels] | None:
         """Places in the batch and stored images; None if all of them are written already.
@@ -311,6 +314,8 @@ class _Batches(NamedTuple):
                 continue
             picture = read_picture(self.source / row.source)
             if row.poisoned:
+                if picture.values.shape[2] < before.shape[2]:
+                    self.grey.append(row.source)
                 picture = laid_over(picture, before, after)
             save_picture(self.out / row.file, picture, jpeg_quality=self.quality)
 
