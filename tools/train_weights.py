@@ -121,6 +121,20 @@ PAIRS = {
         JointConfig.preset(psnr_floor=40.0, iterations=2500),
         image_size=64,
     ),
+    "varied-32": Pair(
+        3,
+        _PHOTOGRAPHS,
+        ("cifar10", "gtsrb"),
+        JointConfig.preset(
+            psnr_floor=36.2,
+            psnr_start=None,
+            iterations=2000,
+            diversity_weight=0.02,
+            ramp=(0.03, 0.45),
+            subtraction=0.3,
+        ),
+        start="tiny-32",
+    ),
     "photo-64": Pair(
         3,
         {"cifar10": (4_000, 1_800), "imagenet10": (800, 200)},
