@@ -65,8 +65,8 @@ extractor reads the marks of its own injector.
   change that is made on a shrunken copy and enlarged ([below](#photographs-at-their-own-size)).
   Images of another kind than those below may be marked less well, so measure (`wm-inject stealth`,
   `wm-extract detect`) before you rely on it.
-- **Most marks hardly depend on the image** ([below](#what-averaging-takes-and-forges)). Some 98 % of
-  the change's energy is the same for all images, and whoever holds one marked image with its
+- **Most marks hardly depend on the image** ([below](#what-averaging-takes-and-forges)). Some 98 %
+  of the change's energy is the same for all images, and whoever holds one marked image with its
   original, or a hundred marked images and a hundred clean ones of other pictures, can take the mark
   away or forge it. `varied-32` asks for changes that differ: it is harder to take away, and still
   easy to forge. No mark here is a protection against an adversary.
