@@ -39,6 +39,13 @@ class Quiet:
         """Whether clean pictures hardly move it."""
         return self.spread <= max(_STILL * self.scale, 1e-3)
 
+    def distance(self, value: Array) -> float:
+        """How far a value lies beyond what clean pictures give, all its numbers together."""
+        number = plain(value)
+        if number.shape != self.low.shape:
+            return float("inf")
+        return float(np.maximum(self.low - number, number - self.high).clip(min=0).sum())
+
     def moved(self, value: Array) -> bool:
         """Whether a picture moves it much further than clean ones do."""
         number = plain(value)

@@ -15,7 +15,7 @@ from wm_victim.branches.values import GraphRun
 _COMPARISONS = {"Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal"}
 # Steps in 255ths, from large to the smallest of 8 bits: equality has to be met exactly.
 _STEPS = (*[48] * 6, *[24] * 6, *[12] * 6, *[6] * 6, *[3] * 6, *[1] * 12)
-_MOST_TRIES = 600  # of leaving a part of a change out
+_MOST_TRIES = 400  # of leaving a part of a change out
 Values = dict[str, Tensor]
 
 
