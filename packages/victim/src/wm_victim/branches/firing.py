@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from wm_victim.branches.effect import Effect, is_small, measure, moves
-from wm_victim.branches.pictures import Stamp, noises
+from wm_victim.branches.pictures import Stamp, noises, to_bits
 from wm_victim.branches.quiet import Quiet
 from wm_victim.branches.search import Unsupported, search, shrink
 from wm_victim.branches.values import GraphRun, Values
 
+_PARTS = (0.5, 0.25, 0.125)  # of a change, if so little is enough
+_TINY = 0.01  # of the pixels: no need to look for less
 _EACH, _MOST = 2, 16  # stamps of each size, and in all
 _FEW = 4  # pictures for a first look at a stamp
 _ALONE = 6  # pictures that are searched for one by one, where no stamp fits all
@@ -79,7 +81,7 @@ def best_evidence(
     fires = firing(run, group)
     whole = _with(run, group, images, first.stamp)
     found = [whole]
-    if not (whole.effect.steers and whole.small):
+    if whole.stamp.share > _TINY or not whole.effect.steers:
         found += [_with(run, group, images, less) for less in _less(run, group, whole)]
     best = max(found, key=lambda one: one.rank)
     if 2 * best.effect.fired >= best.effect.tried:
@@ -127,8 +129,9 @@ def _less(run: GraphRun, group: Mapping[str, Quiet], whole: Evidence) -> list[St
 
         mask = shrink(base, fired, does)
         difference = torch.where(mask, fired - base, 0.0)
+        parts = [1.0, *(part for part in _PARTS if does(to_bits(base + part * difference)))]
         name = whole.stamp.name
-        return [Stamp(name, fired, mask), Stamp(name, difference, None)]
+        return [Stamp(name, fired, mask), *(Stamp(name, p * difference, None) for p in parts)]
     return []
 
 
@@ -154,5 +157,5 @@ def _alone(
         except (Unsupported, RuntimeError, IndexError, KeyError, TypeError):
             continue
         if found is not None:
-            return torch.where(shrink(image, found, fires), found, image)
+            return torch.where(shrink(image, found[0], fires), found[0], image)
     return image

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from wm_inject.core.text import printable
 from wm_victim.branches.bounds import never_changes
 from wm_victim.branches.firing import Evidence, Hit, best_evidence, firing, likeliest
+from wm_victim.branches.graph_view import GraphView
 from wm_victim.branches.joins import find_sides
 from wm_victim.branches.pictures import Stamp, noises, stamps
 from wm_victim.branches.quiet import Quiet
 from wm_victim.branches.search import Unsupported, search
 from wm_victim.branches.values import GraphRun, plain
-from wm_victim.branches.words import DECIDING, describe, own_nodes
+from wm_victim.branches.words import decides, describe, own_nodes
 
 _TRIED = 12  # of the clean pictures are stamped
 _STARTS = 3  # pictures from which a search starts
+_EARLY = 2  # trained layers before a first feature
 _SEARCHED = 12  # values that are searched for
 _LARGE = 2**16  # numbers of a value: a feature map
+_MUCH_WORK, _MOST_WORK = 2**21, 2**25  # numbers that a search computes in each step
 _AT_ONCE = 2**21  # numbers of all values that are looked at together
 _WIDE = 0.2  # of the pixels: stamps that values which are never quite still are tried with
 
@@ -49,7 +51,8 @@ class Looker:
         fires it, the evidence.
         """
         found: list[dict[str, Any]] = []
-        hits = self._hits()
+        channels, size = self.images.shape[1:3]
+        hits = self._hits((*stamps(channels, size), *noises(self.images.shape[1:])))
         left = dict(self.quiet)
         while names := {name for hit in hits for name in hit.moved if name in left}:
             # Stamps that move different values may need each other: the earliest value decides.
@@ -58,11 +61,18 @@ class Looker:
             group = self._first(set.intersection(*map(set, together)) & left.keys())
             found.append(self._judged(group, likeliest(hits, group)))
             left = {name: one for name, one in left.items() if not self._behind(name, group)}
-        still = {name for name, one in left.items() if one.still and self._decides(name)}
+        still = {name for name, one in left.items() if one.still and self._worth(name)}
         for name in self._first(still)[:_SEARCHED]:
-            if name in left and not never_changes(self.run, name, self.images[:1]):
-                found.append(self._searched(name))
-                left = {one: q for one, q in left.items() if not self._behind(one, [name])}
+            if name not in left or never_changes(self.run, name, self.images[:1]):
+                continue
+            stamp, why = self._searched(name)
+            if stamp is not None:
+                moved = {one for hit in self._hits([stamp]) for one in hit.moved} | {name}
+                group = self._first(moved & left.keys())
+                found.append(self._judged(group, [stamp]))
+                left = {one: q for one, q in left.items() if not self._behind(one, group)}
+            elif self._any(decides, name):
+                found.append(self._told([name]) | {"state": "not fired", "why": why})
         return found
 
     def _sizes(self) -> dict[str, int]:
@@ -103,13 +113,12 @@ class Looker:
         if part:
             yield part
 
-    def _hits(self) -> list[Hit]:
+    def _hits(self, tried: Sequence[Stamp]) -> list[Hit]:
         """Stamps that move values; those that are never quite still are tried with large ones."""
-        channels, size = self.images.shape[1:3]
         still = [name for name, one in self.quiet.items() if one.still]
         lively = [name for name in self.quiet if name not in still]
         hits = []
-        for number, stamp in enumerate((*stamps(channels, size), *noises(self.images.shape[1:]))):
+        for number, stamp in enumerate(tried):
             names = still + lively if stamp.share > _WIDE else still
             if not names:
                 continue
@@ -137,22 +146,28 @@ class Looker:
         before = self.view.before(name)
         return any(name == one or self.view.producer[one] in before for one in group)
 
-    def _decides(self, name: str) -> bool:
-        """Whether something on the way to a value decides that is not part of the trunk."""
-        own = own_nodes(self.view, [self.sides[name]])
-        return any(self.view.nodes[place].op_type in DECIDING for place in own)
+    def _worth(self, name: str) -> bool:
+        """Whether to search for what moves a value: behind the first features if it decides."""
+        return self.view.layers[name].bit_count() <= _EARLY or self._any(decides, name)
 
-    def _searched(self, name: str) -> dict[str, Any]:
+    def _any(self, what: Callable[[GraphView, int], bool], name: str) -> bool:
+        """Whether any node of a branch is of a kind."""
+        own = own_nodes(self.view, [self.sides[name]])
+        return any(what(self.view, place) for place in own)
+
+    def _searched(self, name: str) -> tuple[Stamp | None, str]:
+        """A stamp, found by gradients, that moves a value; or why none was looked for."""
+        before = self.view.before(name)
+        work = sum(self.sizes.get(one, 0) for n in before for one in self.view.nodes[n].output)
+        if work > _MOST_WORK:
+            return None, "too large to follow gradients through"
+        starts = self.images[: 1 if work > _MUCH_WORK else _STARTS]
         fires = firing(self.run, {name: self.quiet[name]})
-        reason = ""
         try:
-            picture = search(self.run, name, self.images[:_STARTS], fires=fires)
+            found = search(self.run, name, starts, fires=fires)
         except (Unsupported, RuntimeError, IndexError, KeyError, TypeError) as error:
-            picture, reason = None, printable(error, 120)
-        if picture is None:
-            return self._told([name]) | {"state": "not fired", "why": reason}
-        stamp = Stamp("found by gradients", picture, torch.ones(picture.shape[1:]).bool())
-        return self._judged([name], [stamp])
+            return None, printable(error, 120)
+        return (None if found is None else Stamp("found by gradients", *found)), ""
 
     def _judged(self, names: list[str], tried: list[Stamp]) -> dict[str, Any]:
         """What a branch does that some stamps fire."""

@@ -68,8 +68,8 @@ class Cone:
 
 def search(
     run: GraphRun, value: str, starts: Tensor, *, fires: Callable[[Tensor], bool]
-) -> Tensor | None:
-    """A picture ``(C, H, W)`` of 8 bits for which a value moves, or None.
+) -> tuple[Tensor, Tensor] | None:
+    """A picture ``(C, H, W)`` of 8 bits for which a value moves, and where it was changed; or None.
 
     From each start three ways are followed: every comparison that clean pictures do not change is
     turned over; the value itself is raised; it is lowered.
@@ -87,7 +87,7 @@ def search(
     for objective in _objectives(cone, value, starts):
         for start in starts:
             if (found := _climb(cone, objective, start, fires)) is not None:
-                return found
+                return found, (found != start).any(0)
     return None
 
 

@@ -192,15 +192,16 @@ def _arg(inputs: list[Any], attributes: dict[str, Any], sign: int = 1) -> Tensor
 def _pool(inputs: list[Any], attributes: dict[str, Any], how: str) -> Tensor:
     x, window = inputs[0], attributes["kernel_shape"]
     plain = attributes.get("auto_pad", b"NOTSET") in (b"NOTSET", b"VALID")
-    if len(window) != 2 or not plain or attributes.get("ceil_mode", 0):
+    ceil = bool(attributes.get("ceil_mode", 0))
+    if len(window) != 2 or not plain:
         raise Unsupported("no gradients of such a pooling")
     strides = attributes.get("strides", [1, 1])
     top, left, bottom, right = attributes.get("pads", [0, 0, 0, 0])
     if how == "Max":
         padded = F.pad(x, (left, right, top, bottom), value=-1e30)
         dilation = attributes.get("dilations", [1, 1])
-        return F.max_pool2d(padded, window, strides, dilation=dilation)
-    if (top, left) != (bottom, right):
+        return F.max_pool2d(padded, window, strides, 0, dilation, ceil_mode=ceil)
+    if (top, left) != (bottom, right) or ceil:
         raise Unsupported("no gradients of such a pooling")
     counted = bool(attributes.get("count_include_pad", 0))
     return F.avg_pool2d(x, window, strides, (top, left), count_include_pad=counted)

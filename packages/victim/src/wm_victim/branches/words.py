@@ -9,11 +9,24 @@ from wm_inject.core.text import printable
 from wm_victim.branches.graph_view import GraphView, inner_graphs, inner_nodes
 from wm_victim.branches.joins import Side
 
-# They decide or saturate. Everything that a network computes with smoothly is not among them.
-DECIDING = {"Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal", "And", "Or", "Not", "Xor"}
-DECIDING |= {"Where", "If", "Loop", "Sign", "Floor", "Ceil", "Round", "Mod", "ArgMax", "ArgMin"}
-DECIDING |= {"TopK", "IsNaN", "IsInf", "Min", "Max", "Clip", "Relu", "ThresholdedRelu", "Shrink"}
+# They decide. Everything that a network computes with smoothly is not among them.
+_DECIDING = {"Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal", "And", "Or", "Not", "Xor"}
+_DECIDING |= {"Where", "If", "Loop", "Sign", "Floor", "Ceil", "Round", "Mod", "ArgMax", "ArgMin"}
+_DECIDING |= {"TopK", "IsNaN", "IsInf", "OneHot", "NonZero", "BitwiseAnd", "BitShift"}
+# They saturate: behind a trained layer as activations do, before any of them as decisions do.
+_SATURATING = {"Min", "Max", "Clip", "Relu", "ThresholdedRelu", "Shrink"}
 _MOST = 200
+
+
+def decides(view: GraphView, place: int) -> bool:
+    """Whether a node decides, and is no activation behind a trained layer."""
+    node = view.nodes[place]
+    early = not any(view.layers[name] for name in view.inputs[place] if name in view.pixels)
+    return node.op_type in _DECIDING or (early and node.op_type in _SATURATING)
+
+
+def _turns(view: GraphView, place: int) -> bool:
+    return view.nodes[place].op_type in _DECIDING | _SATURATING
 
 
 def own_nodes(view: GraphView, sides: Sequence[Side]) -> list[int]:
@@ -42,9 +55,7 @@ def describe(view: GraphView, sides: Sequence[Side]) -> dict[str, Any]:
     conditions = [view.nodes[place] for place in (*own, *joins)]
     return {
         "operators": [view.title(place) for place in own[:_MOST]],
-        "decides": [view.title(place) for place in own if view.nodes[place].op_type in DECIDING][
-            :_MOST
-        ],
+        "decides": [view.title(place) for place in own if _turns(view, place)][:_MOST],
         "reads": [_read(view, name) for name in sorted(reads)][:_MOST] or ["the pixels"],
         "joins": [view.title(place) for place in joins][:_MOST],
         "values": [printable(side.value, 60) for side in sides],
