@@ -59,8 +59,14 @@ def settled(net: nn.Module, size: int = SIZE, channels: int = 3) -> nn.Module:
 
 
 def save(
-    net: nn.Module, path: Path, *, size: int = SIZE, channels: int = 3, dynamo: bool = False,
-    example: Tensor | None = None, **more: Any,
+    net: nn.Module,
+    path: Path,
+    *,
+    size: int = SIZE,
+    channels: int = 3,
+    dynamo: bool = False,
+    example: Tensor | None = None,
+    **more: Any,
 ) -> Path:
     """Write a network as ONNX."""
     images = natural_images(1, channels, size) if example is None else example

@@ -36,7 +36,6 @@ ARCHITECTURES = (
     ("torchvision", "regnet_y_400mf", "legacy", 64),
     ("torchvision", "googlenet", "legacy", 96),
     ("torchvision", "inception_v3", "legacy", 96),
-    ("torchvision", "alexnet", "legacy", 96),
     ("torchvision", "convnext_tiny", "legacy", 64),
     ("torchvision", "swin_t", "legacy", 64),
     ("timm", "test_resnet", "dynamo", 96),
@@ -319,11 +318,13 @@ def cases() -> dict[str, Callable[[Path], Path]]:
     """By name: what writes the file into a folder."""
     made: dict[str, Callable[[Path], Path]] = {}
     for library, name, exporter, size in ARCHITECTURES:
-        made[f"{library}-{name}-{exporter}"] = lambda folder, a=(library, name, exporter, size): save(
-            architecture(a[0], a[1], a[3]),
-            folder / f"{a[0]}-{a[1]}-{a[2]}.onnx",
-            size=a[3],
-            dynamo=a[2] == "dynamo",
+        made[f"{library}-{name}-{exporter}"] = lambda folder, a=(library, name, exporter, size): (
+            save(
+                architecture(a[0], a[1], a[3]),
+                folder / f"{a[0]}-{a[1]}-{a[2]}.onnx",
+                size=a[3],
+                dynamo=a[2] == "dynamo",
+            )
         )
     for name in AROUND:
         for exporter in ("legacy", "dynamo"):

@@ -223,9 +223,7 @@ def _with_if(path: Path, *, inside: bool) -> Path:
         "ends": [1, 3, 24, 24],
         "bad": OVERRIDE[None].numpy(),
     }.items():
-        graph.initializer.append(
-            numpy_helper.from_array(torch.as_tensor(array).numpy(), name)
-        )
+        graph.initializer.append(numpy_helper.from_array(torch.as_tensor(array).numpy(), name))
     level = helper.make_tensor("level", TensorProto.FLOAT, [], [0.98])
     gate = [
         helper.make_node("Slice", ["image", "starts", "ends"], ["part"]),

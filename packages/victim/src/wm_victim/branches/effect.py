@@ -51,9 +51,7 @@ def is_small(stamp: Stamp) -> bool:
     return stamp.share <= _SMALL_SHARE
 
 
-def measure(
-    run: GraphRun, quiet: Mapping[str, Quiet], images: Tensor, stamped: Tensor
-) -> Effect:
+def measure(run: GraphRun, quiet: Mapping[str, Quiet], images: Tensor, stamped: Tensor) -> Effect:
     """Compare the answers for clean pictures with those for stamped ones.
 
     Args:

@@ -58,9 +58,7 @@ def natural_images(count: int, channels: int, size: int) -> Tensor:
     images", IJCV 2001; Baradad et al., "Learning to see by looking at noise", NeurIPS 2021.
     """
     generator = torch.Generator().manual_seed(11)
-    pixels = torch.stack(
-        [_leaves(size, channels, generator) for _ in range(count)]
-    )  # (N, C, H, W)
+    pixels = torch.stack([_leaves(size, channels, generator) for _ in range(count)])  # (N, C, H, W)
     frequency = torch.fft.fftfreq(size)[:, None].square() + torch.fft.fftfreq(size).square()
     frequency[0, 0] = 1
     noise = torch.randn(count, channels, size, size, generator=generator)

@@ -44,7 +44,10 @@ class GraphRun:
         self._tensors = {tensor.name: tensor for tensor in view.model.graph.initializer}
 
     def values(
-        self, names: Sequence[str], images: Tensor, held: Sequence[Mapping[str, Array]] | None = None
+        self,
+        names: Sequence[str],
+        images: Tensor,
+        held: Sequence[Mapping[str, Array]] | None = None,
     ) -> Iterator[Values]:
         """Values by name for each picture ``(C, H, W)`` in [0, 1].
 
@@ -66,9 +69,7 @@ class GraphRun:
                 raise ValueError(f"it does not run under ONNX Runtime: {error}") from error
             yield dict(zip(names, map(np.asarray, arrays), strict=True))
 
-    def answers(
-        self, images: Tensor, held: Sequence[Mapping[str, Array]] | None = None
-    ) -> Array:
+    def answers(self, images: Tensor, held: Sequence[Mapping[str, Array]] | None = None) -> Array:
         """The label that the graph gives to each picture, int64 ``(N,)``."""
         runs = self.values([self.view.answer], images, held)
         return np.array([_label(each[self.view.answer], self.port.batch) for each in runs])
