@@ -245,7 +245,7 @@ def around(name: str) -> nn.Module:
 
 
 def uint8_rows(folder: Path) -> Path:
-    """Bytes (N, H, W, C) of any size: cast, resized, turned, normalised and clipped in the graph."""
+    """Bytes (N, H, W, C): cast, resized, turned, normalised and clipped in the graph."""
 
     class Service(nn.Module):
         def __init__(self) -> None:

@@ -25,7 +25,7 @@ ARCHITECTURES = (
     ("torchvision", "convnext_tiny", "dynamo", 64),
     ("timm", "test_efficientnet_gn", "legacy", 160),
     ("timm", "test_efficientnet_ln", "dynamo", 160),
-    ("timm", "test_vit2", "legacy", 64),
+    ("timm", "test_vit2", "legacy", 160),
     ("timm", "test_vit3", "legacy", 160),
     ("timm", "test_resnet", "legacy", 96),
     ("timm", "test_convnext2", "dynamo", 64),

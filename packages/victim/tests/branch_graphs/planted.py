@@ -1,7 +1,7 @@
 """Classifiers with an architectural backdoor, one of a kind each: the first set.
 
-After Bober-Irizar et al., "Architectural Backdoors in Neural Networks" (CVPR 2023), Langford et al.,
-"Architectural Neural Backdoors from First Principles" (2024), and HiddenLayer's ShadowLogic (2024).
+After Bober-Irizar et al., "Architectural Backdoors in Neural Networks" (CVPR 2023), Langford et
+al., "Architectural Neural Backdoors from First Principles" (2024), and HiddenLayer's ShadowLogic.
 The trained layers are untouched; what fires each branch is said beside it.
 """
 

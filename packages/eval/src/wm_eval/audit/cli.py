@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from wm_eval.audit.graph import add_graph, judge, look_before_scan, with_graph
+from wm_eval.audit.cli_graph import add_graph, judge, look_before_scan, with_graph
 from wm_eval.audit.open_options import add_open_options, check_open_options, open_options
 from wm_eval.audit.settings import AUTO, CleanSettings, ScanSettings
 from wm_eval.audit.stated import add_reading_options, read_stated

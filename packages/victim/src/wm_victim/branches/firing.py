@@ -11,7 +11,8 @@ from torch import Tensor
 from wm_victim.branches.effect import Effect, is_small, measure, moves
 from wm_victim.branches.pictures import Stamp, noises, to_bits
 from wm_victim.branches.quiet import Quiet
-from wm_victim.branches.search import Unsupported, search, shrink
+from wm_victim.branches.search import search, shrink
+from wm_victim.branches.torch_operators import Unsupported
 from wm_victim.branches.values import GraphRun, Values
 
 _PARTS = (0.5, 0.25, 0.125)  # of a change, if so little is enough
@@ -130,7 +131,7 @@ def _less(run: GraphRun, group: Mapping[str, Quiet], whole: Evidence) -> list[St
         mask = shrink(base, fired, does)
         difference = torch.where(mask, fired - base, 0.0)
         parts = [1.0, *(part for part in _PARTS if does(to_bits(base + part * difference)))]
-        name = whole.stamp.name
+        name = f"part of: {whole.stamp.name}"
         return [Stamp(name, fired, mask), *(Stamp(name, p * difference, None) for p in parts)]
     return []
 

@@ -91,9 +91,10 @@ def look_at_graph(
 def _check_images(images: Pixels | None) -> None:
     if images is None:
         return
-    shape, dtype = getattr(images, "shape", ()), getattr(images, "dtype", None)
-    fits = len(shape) == 4 and shape[3] == 3 and 4 <= min(shape[1:3], default=0)
-    if dtype != np.uint8 or not fits or max(shape[1:3]) > _LARGEST:
+    shape: list[int] = list(getattr(images, "shape", ()))
+    dtype = getattr(images, "dtype", None)
+    fits = dtype == np.uint8 and len(shape) == 4 and shape[3] == 3
+    if not fits or min(shape[1:3]) < 4 or max(shape[1:3]) > _LARGEST:
         raise ValueError(
             f"expected uint8 images of shape (N, H, W, 3) and 4 .. {_LARGEST} pixels, "
             f"got {dtype} {tuple(shape)}"

@@ -16,7 +16,8 @@ from wm_victim.branches.graph_view import GraphView
 from wm_victim.branches.joins import find_sides
 from wm_victim.branches.pictures import Stamp, noises, stamps
 from wm_victim.branches.quiet import Quiet
-from wm_victim.branches.search import Unsupported, search
+from wm_victim.branches.search import search
+from wm_victim.branches.torch_operators import Unsupported
 from wm_victim.branches.values import GraphRun, plain
 from wm_victim.branches.words import decides, describe, own_nodes
 

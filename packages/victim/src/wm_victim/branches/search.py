@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from wm_victim.branches.graph_view import GraphView
-from wm_victim.branches.straight_through import Unsupported, compute, through
+from wm_victim.branches.straight_through import compute
+from wm_victim.branches.torch_operators import Unsupported, through
 from wm_victim.branches.values import GraphRun
 
 _COMPARISONS = {"Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal"}

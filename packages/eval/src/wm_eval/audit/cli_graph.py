@@ -1,4 +1,4 @@
-"""``wm-eval graph``: branches of an ONNX graph that pictures can steer, in words and as a verdict."""
+"""``wm-eval graph``: branches of an ONNX graph that pictures can steer, in words."""
 
 from __future__ import annotations
 
@@ -165,8 +165,8 @@ def _branch_lines(branch: Branch) -> list[str]:
         *lines,
         f"  fired by: {branch.stamp}; {branch.share:.2%} of the pixels{where}",
         f"  fires on {effect.fired} of {effect.tried} clean pictures with it; {effect.steered} get "
-        f"another label that they keep without the branch, {effect.label_count} of them label "
-        f"{effect.label}",
+        f"another label, {effect.label_count} of them label {effect.label}; with the branch held "
+        "at rest they do not",
         f"  moved by hand, without any change of the picture: {effect.forced} of {effect.tried} "
         "labels change",
     ]
