@@ -210,7 +210,12 @@ def look_before_scan(args: argparse.Namespace) -> GraphReport | None:
 
     What is wrong with the file or the images is said by the scan itself.
     """
+    from wm_victim.loading.file_formats import file_format
+
     try:
+        with args.model.open("rb") as file:
+            if file_format(file.read(512)) in ("safetensors", "zip", "legacy"):
+                return None
         return look(args, clean_pixels(args.images))
     except OutOfTime:
         raise
