@@ -28,6 +28,8 @@ _SEARCHED = 12  # values that are searched for
 _LARGE = 2**16  # numbers of a value: a feature map
 _MUCH_WORK, _MOST_WORK = 2**21, 2**25  # numbers that a search computes in each step
 _AT_ONCE = 2**21  # numbers of all values that are looked at together
+# What tells dark or grey pictures apart, to prepare them, may be moved by a part of one as well.
+_PREPARED = 0.05  # of the pixels: so few move no mean
 _WIDE = 0.2  # of the pixels: stamps that values which are never quite still are tried with
 
 
@@ -175,14 +177,14 @@ class Looker:
         group = {name: self.quiet[name] for name in names}
         evidence = best_evidence(self.run, group, self.images[:_TRIED], tried)
         told = self._told(names)
-        if evidence.small and evidence.effect.steers:
+        early = told["before_layers"]
+        small = evidence.small and not (early and evidence.stamp.share > _PREPARED)
+        if small and evidence.effect.steers:
             state = "steers"
         elif not evidence.effect.steered:
             state = "harmless"
-        elif evidence.small or not told["before_layers"]:
-            state = "fired"
         else:
-            state = "preparation"
+            state = "preparation" if early and not small else "fired"
         return told | _shown(evidence) | {"state": state}
 
     def _told(self, names: Sequence[str]) -> dict[str, Any]:
