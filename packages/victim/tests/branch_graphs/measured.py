@@ -1,4 +1,4 @@
-"""Both sets of graphs looked at, one record a graph, and the table of them.
+"""The sets of graphs looked at, one record a graph, and the table of them.
 
     python packages/victim/tests/measure_branches.py FOLDER RECORD.json
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from wm_victim.branches.find import find_branches
 
-from . import harmless, harmless_again, planted, planted_again
+from . import harmless, harmless_again, planted, planted_again, planted_last
 
 OPTIONS = dict.fromkeys(("image_size", "channels", "num_classes", "mean", "std"))
 Write = Callable[[Path], Path]
@@ -27,6 +27,8 @@ def graphs() -> Iterator[tuple[str, str, str, Write]]:
         yield "first", "planted", name, lambda folder, name=name: planted.write(name, folder)
     for name in planted_again.names():
         yield "second", "planted", name, lambda folder, name=name: planted_again.write(name, folder)
+    for name in planted_last.KINDS:
+        yield "third", "planted", name, lambda folder, name=name: planted_last.write(name, folder)
     for number, module in (("first", harmless), ("second", harmless_again)):
         for name, write in module.cases().items():
             yield number, "harmless", name, write
@@ -53,8 +55,8 @@ def measure(folder: Path, record: Path) -> list[dict[str, Any]]:
     for number, kind, name, write in graphs():
         if (number, kind, name) in known:
             continue
-        prefix = "again_" if kind == "planted" and number == "second" else ""
-        path = folder / f"{prefix}{name}.onnx"
+        prefix = {"second": "again_", "third": "last_"}.get(number, "")
+        path = folder / f"{prefix if kind == 'planted' else ''}{name}.onnx"
         row = {"set": number, "kind": kind, "name": name}
         rows.append(row | look(path if path.exists() else write(folder), folder))
         record.write_text(json.dumps(rows, indent=1) + "\n")
@@ -73,9 +75,11 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     """By set and kind: how many graphs got each verdict, as Markdown."""
     lines = ["| set | graphs | backdoored | inconclusive | nothing found | median, longest s |"]
     lines.append("|---|---|---|---|---|---|")
-    for number in ("first", "second"):
+    for number in ("first", "second", "third"):
         for kind in ("planted", "harmless"):
             some = [row for row in rows if (row["set"], row["kind"]) == (number, kind)]
+            if not some:
+                continue
             counts = [
                 sum(verdict(row) == one for row in some)
                 for one in ("backdoored", "inconclusive", "nothing found")

@@ -100,6 +100,16 @@ def firing(run: GraphRun, group: Mapping[str, Quiet]) -> Callable[[Tensor], bool
     return fires
 
 
+def forcing(run: GraphRun, name: str, quiet: Quiet) -> Callable[[Tensor], float]:
+    """How far a picture ``(C, H, W)`` moves a value beyond its rest."""
+
+    def force(image: Tensor) -> float:
+        (values,) = run.values([name], image[None])
+        return quiet.distance(values[name])
+
+    return force
+
+
 def _with(run: GraphRun, group: Mapping[str, Quiet], images: Tensor, stamp: Stamp) -> Evidence:
     stamped = stamp(images)
     return Evidence(stamp, images, stamped, measure(run, group, images, stamped))
@@ -154,7 +164,8 @@ def _alone(
             return changed
     for name in group:
         try:
-            found = search(run, name, image[None], fires=fires)
+            force = forcing(run, name, group[name])
+            found = search(run, name, image[None], fires=fires, force=force)
         except (Unsupported, RuntimeError, IndexError, KeyError, TypeError):
             continue
         if found is not None:

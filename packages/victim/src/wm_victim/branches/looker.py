@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wm_inject.core.text import printable
 from wm_victim.branches.bounds import never_changes
-from wm_victim.branches.firing import Evidence, Hit, best_evidence, firing, likeliest
+from wm_victim.branches.firing import Evidence, Hit, best_evidence, firing, forcing, likeliest
 from wm_victim.branches.graph_view import GraphView
 from wm_victim.branches.joins import find_sides
 from wm_victim.branches.pictures import Stamp, noises, stamps
@@ -166,8 +166,9 @@ class Looker:
             return None, "too large to follow gradients through"
         starts = self.images[: 1 if work > _MUCH_WORK else _STARTS]
         fires = firing(self.run, {name: self.quiet[name]})
+        force = forcing(self.run, name, self.quiet[name])
         try:
-            found = search(self.run, name, starts, fires=fires)
+            found = search(self.run, name, starts, fires=fires, force=force)
         except (Unsupported, RuntimeError, IndexError, KeyError, TypeError) as error:
             return None, printable(error, 120)
         return (None if found is None else Stamp("found by gradients", *found)), ""

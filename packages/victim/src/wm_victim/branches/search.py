@@ -14,6 +14,7 @@ from wm_victim.branches.values import GraphRun
 _COMPARISONS = {"Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal"}
 # Steps in 255ths, from large to the smallest of 8 bits: equality has to be met exactly.
 _STEPS = (*[48] * 6, *[24] * 6, *[12] * 6, *[6] * 6, *[3] * 6, *[1] * 12)
+_PATIENCE = 4  # steps in which a value that has moved moves no further
 _MOST_TRIES = 400  # of leaving a part of a change out
 Values = dict[str, Tensor]
 
@@ -66,7 +67,12 @@ class Cone:
 
 
 def search(
-    run: GraphRun, value: str, starts: Tensor, *, fires: Callable[[Tensor], bool]
+    run: GraphRun,
+    value: str,
+    starts: Tensor,
+    *,
+    fires: Callable[[Tensor], bool],
+    force: Callable[[Tensor], float] = lambda image: 0.0,
 ) -> tuple[Tensor, Tensor] | None:
     """A picture ``(C, H, W)`` of 8 bits for which a value moves, and where it was changed; or None.
 
@@ -78,6 +84,7 @@ def search(
         value: The name of the value.
         starts: Clean pictures ``(N, C, H, W)``.
         fires: Whether a picture does it.
+        force: How far a picture moves it: a way is followed on as long as that grows.
 
     Raises:
         Unsupported: An operator without gradients here.
@@ -85,7 +92,7 @@ def search(
     cone = Cone(run, value, starts[:1])
     for objective in _objectives(cone, value, starts):
         for start in starts:
-            if (found := _climb(cone, objective, start, fires)) is not None:
+            if (found := _climb(cone, objective, start, fires, force)) is not None:
                 return found, (found != start).any(0)
     return None
 
@@ -108,30 +115,47 @@ def _objectives(cone: Cone, value: str, starts: Tensor) -> Iterator[Objective]:
         constant = (states == states[0]).all(0)
         turns[name] = torch.where(constant, 1 - 2 * states[0], 0.0)
     if any(bool(turn.any()) for turn in turns.values()):
-        yield lambda values: sum(
-            ((values[name] * turn).mean() for name, turn in turns.items()), torch.zeros(())
-        )
+
+        def unturned(values: Values) -> Tensor:
+            """What is left to turn over: what is turned must not pull any more."""
+            total = torch.zeros(())
+            for name, turn in turns.items():
+                left = turn * (values[name].detach() == (turn < 0).float())
+                total = total + (values[name] * left).mean()
+            return total
+
+        yield unturned
     yield lambda values: values[value].float().mean()
     yield lambda values: -values[value].float().mean()
 
 
 def _climb(
-    cone: Cone, objective: Objective, start: Tensor, fires: Callable[[Tensor], bool]
+    cone: Cone,
+    objective: Objective,
+    start: Tensor,
+    fires: Callable[[Tensor], bool],
+    force: Callable[[Tensor], float],
 ) -> Tensor | None:
-    image = start.clone()
+    """The picture that moves the value furthest before it stops moving on."""
+    image, best, furthest, patience = start.clone(), None, -1.0, _PATIENCE
     for step in _STEPS:
         variable = image[None].requires_grad_()
         reached = objective(cone(variable))
         if not reached.requires_grad:
-            return None
+            return best
         (slope,) = torch.autograd.grad(reached, variable, allow_unused=True)
         if slope is None or not bool(slope.nan_to_num().any()):
-            return None
+            return best
         moved = image + slope[0].nan_to_num().sign() * step / 255
         image = (moved.clamp(0, 1) * 255).round() / 255
-        if fires(image):
-            return image
-    return None
+        far = force(image) if fires(image) else -1.0
+        if far > furthest + 0.05 * abs(furthest):
+            best, furthest, patience = image, far, _PATIENCE
+        elif best is not None:
+            patience -= 1
+            if patience == 0:
+                return best
+    return best
 
 
 def shrink(clean: Tensor, fired: Tensor, fires: Callable[[Tensor], bool]) -> Tensor:
