@@ -1,4 +1,4 @@
-"""Untrusted models and images: ``scan``, ``clean``, ``calibrate`` and ``inspect``."""
+"""Untrusted models and images: ``scan``, ``clean``, ``graph``, ``calibrate`` and ``inspect``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from wm_eval.audit.cli_graph import add_graph, judge, look_before_scan, with_graph
 from wm_eval.audit.open_options import add_open_options, check_open_options, open_options
 from wm_eval.audit.settings import AUTO, CleanSettings, ScanSettings
 from wm_eval.audit.stated import add_reading_options, read_stated
@@ -79,7 +80,7 @@ The exit code is 0 whatever is flagged, and 1 after an error or if no image coul
 
 
 def add_audit(command: CommandLine) -> None:
-    """Add ``scan``, ``clean``, ``calibrate`` and ``inspect``."""
+    """Add ``scan``, ``clean``, ``graph``, ``calibrate`` and ``inspect``."""
     scan = command.add(
         "scan",
         _scan,
@@ -113,6 +114,7 @@ def add_audit(command: CommandLine) -> None:
     }
     add_options(clean, CleanSettings, helps)
     add_config(clean)
+    add_graph(command)
     calibrate = command.add(
         "calibrate",
         _calibrate,
@@ -193,9 +195,12 @@ def _scan(args: argparse.Namespace) -> int:
     from wm_eval.titles import AUDIT, detector_title
 
     about = About(args.model.name)
-    images = None
+    images = graph = None
     try:
         with budget.enforced():
+            graph = look_before_scan(args)
+            if graph is not None:
+                _print("the graph's branches: {}. {}".format(*judge(graph)))
             subject = _open(args, settings, about)
             images = subject.clean.images
             parts = (subject.checked, subject.clean, subject.opened.num_classes)
@@ -213,11 +218,13 @@ def _scan(args: argparse.Namespace) -> int:
         _print(*(f"note: {line}" for line in lines))
         for name in names:
             _say(f"{detector_title(name)}: at most {max(1, round(longest[name]))} minutes")
-        report = _audit(args, settings, subject, subject.checked, budget)
+        report = with_graph(_audit(args, settings, subject, subject.checked, budget), graph)
     except Exception as error:
         # A report that says why there is no verdict, for programs that read it.
-        _write_reports(args, about, not_scanned(error_line(error), settings.alpha), images)
-        raise
+        report = with_graph(not_scanned(error_line(error), settings.alpha), graph)
+        if graph is None or not graph.steering:
+            _write_reports(args, about, report, images)
+            raise
     print("\n".join(verdict_lines(report)))
     _write_reports(args, about, report, images)
     return report.verdict.exit_code

@@ -13,6 +13,20 @@ def add_open_options(parser: argparse.ArgumentParser) -> None:
     """Give a parser what `wm_victim.loading.open_model` may be told."""
     group = parser.add_argument_group("how the model is opened (what is left out is found out)")
     group.add_argument("--arch", help="an architecture of torchvision or timm, for bare weights")
+    group.add_argument(
+        "--allow-torchscript", action="store_true", help="open TorchScript, in a sandbox"
+    )
+    _add_graph_options(group)
+
+
+def add_graph_options(parser: argparse.ArgumentParser) -> None:
+    """Give a parser what `wm_victim.branches.look_at_graph` may be told."""
+    _add_graph_options(
+        parser.add_argument_group("how the graph is run (what is left out is found out)")
+    )
+
+
+def _add_graph_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--classes", type=within(int, "[2, 100000]"), help="number of classes")
     group.add_argument(
         "--image-size", type=within(int, "[8, 1024]"), help="side of its images, in pixels"
@@ -26,9 +40,6 @@ def add_open_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(
             name, type=comma_list(float), metavar="A,B,C", help="of its normalisation"
         )
-    group.add_argument(
-        "--allow-torchscript", action="store_true", help="open TorchScript, in a sandbox"
-    )
 
 
 def check_open_options(args: argparse.Namespace) -> None:

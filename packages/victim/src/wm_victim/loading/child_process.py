@@ -34,7 +34,7 @@ def run_child(
     """Let a child read a file in a folder "in" and write its results to "out" beside that.
 
     Args:
-        job: "state", "onnx" or "torchscript".
+        job: "state", "onnx", "graph" or "torchscript".
         file: The file to read.
         size: Its bytes, with its external data: the limits grow with it.
         limits: Memory and time.

@@ -49,8 +49,23 @@ def open_onnx(path: Path, snapshot: Path, options: ModelOptions, limits: Limits)
         LoadingError: As `open_model`.
         RuntimeError: A package that reads ONNX is not installed.
     """
+    size = copy_external(path, snapshot, scan_file(snapshot, limits), limits)
+    require_packages()
+    report = _run_child("onnx", snapshot, size, limits, options)
+    return _read_result(snapshot, report, options, limits, size, "onnx")
+
+
+def copy_external(path: Path, snapshot: Path, scan: OnnxScan, limits: Limits) -> int:
+    """Copy a graph's external data from beside the file to beside its copy.
+
+    Returns:
+        The bytes of the graph and of its data.
+
+    Raises:
+        LoadingError: Data that are missing, too short or too large, or no plain file.
+    """
     size = snapshot.stat().st_size
-    for name, least in sorted(_scan(snapshot, limits).external.items()):
+    for name, least in sorted(scan.external.items()):
         external = snapshot.with_name(name)
         copy_regular_file(
             path.with_name(name), external, max_bytes=limits.max_bytes, untrusted_name=True
@@ -61,9 +76,7 @@ def open_onnx(path: Path, snapshot: Path, options: ModelOptions, limits: Limits)
             raise LoadingError(f"external data {name!r} of {length} bytes, expected {least}")
         if size > limits.max_bytes:
             raise LoadingError(f"a model of {size} bytes, more than {limits.max_bytes}")
-    _require_packages()
-    report = _run_child("onnx", snapshot, size, limits, options)
-    return _read_result(snapshot, report, options, limits, size, "onnx")
+    return size
 
 
 def open_torchscript(snapshot: Path, options: ModelOptions, limits: Limits) -> Candidate:
@@ -84,7 +97,7 @@ def open_torchscript(snapshot: Path, options: ModelOptions, limits: Limits) -> C
         raise LoadingError(f"TorchScript with {call}, which no classifier needs")
     if not sandboxed():
         raise LoadingError("TorchScript needs the sandbox, and this kernel has no Landlock")
-    _require_packages()
+    require_packages()
     size = snapshot.stat().st_size
     report = _run_child("torchscript", snapshot, size, limits, options)
     if report.get("restrictions", {}).get("landlock", 0) < 1:
@@ -130,7 +143,8 @@ def _forbidden_call(archive_path: Path) -> str:
     return ""
 
 
-def _require_packages() -> None:
+def require_packages() -> None:
+    """Raise ``RuntimeError`` unless what reads ONNX is installed."""
     for package in _PACKAGES:
         if importlib.util.find_spec(package) is None:
             raise RuntimeError(
@@ -151,7 +165,7 @@ def _read_result(
 
     result, graph = snapshot.parent.parent / "out" / "plain.onnx", snapshot.with_name("plain.onnx")
     copy_regular_file(result, graph, max_bytes=3 * size + 2**26, untrusted_name=True)
-    if _scan(graph, limits).external:
+    if scan_file(graph, limits).external:
         raise LoadingError("its reader left weights outside the graph")
     try:
         io_format = read_io_format(report.get("io_format"))
@@ -202,6 +216,7 @@ def _check_plain(model: Any) -> None:
     refuse_sizes_from_pixels(graph.node, "v0")
 
 
-def _scan(path: Path, limits: Limits) -> OnnxScan:
+def scan_file(path: Path, limits: Limits, *, runs_only: bool = False) -> OnnxScan:
+    """`scan_onnx` of a file; ``LoadingError`` as there."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return scan_onnx(data, limits)
+        return scan_onnx(data, limits, runs_only=runs_only)

@@ -53,7 +53,7 @@ def convert_onnx(path: Path, out: Path, options: dict[str, Any]) -> dict[str, An
     if types:
         path = out / "float32.onnx"
         onnx.save(model, str(path))
-    session = _session(path)
+    session = open_session(path)
     port, is_open, notes = image_input(model, options)
     notes += [f"{kind} turned into float32" for kind in types]
     names = stored_names(_metadata(model))
@@ -83,7 +83,7 @@ def convert_onnx(path: Path, out: Path, options: dict[str, Any]) -> dict[str, An
         probe.CopyFrom(graph)
         probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
         onnx.save(probe, str(out / "probe.onnx"))
-        return replace(port, name="v0").run(_session(out / "probe.onnx"), names, images)
+        return replace(port, name="v0").run(open_session(out / "probe.onnx"), names, images)
 
     problems = []
     for attempt in ("as it is", "folded by ONNX Runtime"):
@@ -97,7 +97,7 @@ def convert_onnx(path: Path, out: Path, options: dict[str, Any]) -> dict[str, An
                 simplified,
                 expected,
                 batch=port.batch or None,
-                open_session=_session,
+                open_session=open_session,
                 values=inner_values,
             )
             onnx.save(simplified, str(out / "plain.onnx"))
@@ -157,7 +157,8 @@ def _metadata(model: Any) -> dict[str, Any]:
     return entries
 
 
-def _session(source: Path | bytes, folded: Path | None = None) -> Any:
+def open_session(source: Path | bytes, folded: Path | None = None) -> Any:
+    """A session of ONNX Runtime on one core; ``ValueError`` for a graph that it refuses."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -179,7 +180,7 @@ def _session(source: Path | bytes, folded: Path | None = None) -> Any:
 def _folded(path: Path, folded: Path) -> Any:
     import onnx
 
-    _session(path, folded)
+    open_session(path, folded)
     with folded.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         scan_onnx(data, Limits())
     return onnx.load(str(folded))

@@ -81,6 +81,24 @@ def refuse_operators(
         raise LoadingError(f"unsupported operators: {_list(unknown)}")
 
 
+def refuse_foreign(
+    ops: Mapping[tuple[str, str], int], functions: Collection[tuple[str, str]]
+) -> None:
+    """Raise ``LoadingError`` for operators that ONNX itself does not define, or that are random.
+
+    Args:
+        ops: How often each (domain, operator) stands in the file.
+        functions: Those that the file defines itself.
+    """
+    foreign = sorted(
+        f"{d}.{n}" for d, n in ops if d not in ("", "ai.onnx.ml") and (d, n) not in functions
+    )
+    if foreign:
+        raise LoadingError(f"operators that are not standard ONNX: {_list(foreign)}")
+    if random := {name for domain, name in ops if domain == ""} & _RANDOM:
+        raise LoadingError(f"random numbers: {_list(sorted(random))}")
+
+
 def _list(names: Collection[str]) -> str:
     shown = [repr(name)[1:-1] for name in list(names)[:12]]
     return ", ".join(shown) + (f" and {len(names) - 12} more" if len(names) > 12 else "")

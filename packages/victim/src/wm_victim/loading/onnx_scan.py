@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from wm_victim.loading.contract import Limits, LoadingError
-from wm_victim.loading.onnx_operators import refuse_operators
+from wm_victim.loading.onnx_operators import refuse_foreign, refuse_operators
 from wm_victim.loading.protobuf import BYTES, Field, ProtobufError, Walker
 
 _WIDTHS = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
@@ -36,12 +36,14 @@ class OnnxScan:
     nested: Counter[str] = field(default_factory=Counter)  # operators that hold a graph
 
 
-def scan_onnx(data: Any, limits: Limits) -> OnnxScan:
+def scan_onnx(data: Any, limits: Limits, *, runs_only: bool = False) -> OnnxScan:
     """Check an ONNX file without the ONNX library: sizes, names, operators, nesting.
 
     Args:
         data: The whole file, as bytes or an mmap.
         limits: How many nodes and tensors, and how many bytes in all.
+        runs_only: It will only be run by ONNX Runtime, in the sandbox: control flow and operators
+            that the importer does not know are taken.
 
     Raises:
         LoadingError: No ONNX model; operators outside the standard ones; control flow; functions
@@ -49,13 +51,14 @@ def scan_onnx(data: Any, limits: Limits) -> OnnxScan:
             bytes; external data that is not a plain name beside the file.
     """
     try:
-        return _Scanner(data, limits).run()
+        return _Scanner(data, limits, runs_only).run()
     except ProtobufError as error:
         raise LoadingError(f"no ONNX model, or a damaged one: {error}") from error
 
 
 class _Scanner:
-    def __init__(self, data: Any, limits: Limits) -> None:
+    def __init__(self, data: Any, limits: Limits, runs_only: bool) -> None:
+        self.runs_only = runs_only
         self.walker, self.data, self.limits = Walker(data), data, limits
         self.scan = OnnxScan()
         self.functions: dict[tuple[str, str], _Function] = {}
@@ -81,7 +84,10 @@ class _Scanner:
             raise LoadingError("a graph without a node")
         self._expand(main)
         self.scan.functions = len(self.functions)
-        refuse_operators(self.scan.ops, self.scan.nested, set(self.functions))
+        if self.runs_only:
+            refuse_foreign(self.scan.ops, set(self.functions))
+        else:
+            refuse_operators(self.scan.ops, self.scan.nested, set(self.functions))
         return self.scan
 
     def _opset(self, message: Field) -> None:

@@ -128,6 +128,10 @@ def _conversion(job: str) -> Callable[[Path, Path, dict[str, Any]], dict[str, An
         from wm_victim.loading.import_onnx import convert_onnx
 
         return convert_onnx
+    if job == "graph":
+        from wm_victim.branches.find import find_branches
+
+        return find_branches
     return _convert_script
 
 
