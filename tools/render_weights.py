@@ -61,8 +61,8 @@ extractor reads the marks of its own injector.
 - **They are public.** Whoever has this package can find, and make, the same mark. That is right for
   studying defences and wrong for anything that has to stay secret.
 - [Responsible use](responsible-use.md) applies: mark what you own or were asked to audit.
-- The networks of each know one size, 32 or 64 pixels a side. Pictures of other sizes are marked by a
-  change that is made on a shrunken copy and enlarged ([below](#photographs-at-their-own-size)).
+- The networks of each know one size, 32 or 64 pixels a side. Pictures of other sizes are marked by
+  a change that is made on a shrunken copy and enlarged ([below](#photographs-at-their-own-size)).
   Images of another kind than those below may be marked less well, so measure (`wm-inject stealth`,
   `wm-extract detect`) before you rely on it.
 - **Most marks hardly depend on the image** ([below](#what-averaging-takes-and-forges)). Some 98 %
