@@ -278,11 +278,18 @@ passed on are left out.
 def render(results: Path) -> Iterator[tuple[Path, str]]:
     """Every page and every CSV below ``results``, with what belongs in it."""
     more = (
+        (
+            "Are branches of ONNX graphs that pictures steer found, and harmless ones left alone?",
+            "../docs/audit.md#what-was-measured",
+        ),
         ("How good are the ready-made weights?", "../docs/weights.md"),
         ("Both papers, small, on the bundled digits", "tiny/README.md"),
     )
     rows = [*((q.title, q.file) for q in QUESTIONS), *more]
-    index = "".join(f"| {title} | [{file.removeprefix('../')}]({file}) |\n" for title, file in rows)
+    names = [file.removeprefix("../").partition("#")[0] for _, file in rows]
+    index = "".join(
+        f"| {title} | [{name}]({file}) |\n" for (title, file), name in zip(rows, names, strict=True)
+    )
     yield Path("README.md"), HEAD + index
     for question in QUESTIONS:
         body = "\n".join(question.body(results)).rstrip("\n")
