@@ -96,7 +96,7 @@ the steps of `small-32` were chosen on training images that were kept back. A va
 the tanh back was then measured on the same test images, found as often, and dropped as the less
 simple one. `tiny-64` was tried at 38 dB, where every kept image was found, and then trained at 40;
 it saw CIFAR-10 enlarged and ImageNet reduced to 64 pixels. `photo-64` goes on from it with crops
-among the corruptions; trainings of 41 dB, from fresh weights, that had grey pictures among the
+among the corruptions; trainings of 40.5 to 41 dB that had grey pictures among the
 corruptions or a change in luminance alone had not learned within 400 steps, and were stopped.
 `varied-32` goes on from `tiny-32` with a loss on the squared cosine between the changes of two
 images; a loss that wants nothing read from an image with another one's change ended the mark within
