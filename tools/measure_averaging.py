@@ -28,11 +28,11 @@ def measure(name: str, _: Store, __: Path) -> Result:
     """Both attacks on a pair, and how much of its change is the same for all images."""
     trigger, detector = WatermarkTrigger.from_pretrained(name), MarkDetector.from_pretrained(name)
     images = quantize(load_dataset(DATA).test.images)
-    clean, known, others = images[: ATTACKED + 2 * KNOWN].split([ATTACKED, KNOWN, KNOWN])
+    clean, originals, others = images[: ATTACKED + 2 * KNOWN].split([ATTACKED, KNOWN, KNOWN])
     with torch.no_grad():
         marked, seen = (
             torch.cat([quantize(trigger(part)) for part in group.split(250)])
-            for group in (clean, known)
+            for group in (clean, originals)
         )
     attack = partial(attack_by_averaging, detector, marked, clean, seen_marked=seen, counts=COUNTS)
     return Result(
@@ -42,7 +42,7 @@ def measure(name: str, _: Store, __: Path) -> Result:
             "taken": float(detector.detect(clean).marked.float().mean()),
             "dependence": image_dependence(marked - clean)._asdict(),
             "blind": [row._asdict() for row in attack(seen_clean=others)],
-            "pairs": [row._asdict() for row in attack(seen_clean=known)],
+            "pairs": [row._asdict() for row in attack(seen_clean=originals)],
         }
     )
 

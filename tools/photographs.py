@@ -108,13 +108,13 @@ def measure_photographs(
             "fpr_upper": exact_upper(false, n),
         }
     draw = np.random.default_rng(seed)
-    stored = [np.asarray(CHANGES["jpeg-95"](Image.fromarray(i), draw)) for i in marked]
+    files = [np.asarray(CHANGES["jpeg-95"](Image.fromarray(i), draw)) for i in marked]
     originals = to_float(np.stack(photographs))
     return {
         "n": n,
         "size": list(photographs[0].shape[:2]),
         "stealth": stealth_values(to_float(np.stack(marked)), originals),
-        "stealth_jpeg": stealth_values(to_float(np.stack(stored)), originals),
+        "stealth_jpeg": stealth_values(to_float(np.stack(files)), originals),
         "corruptions": rows,
     }
 
@@ -127,16 +127,16 @@ def found(
     side = detector.watermark.shape[-1]
     answers = []
     for part in _parts(photographs):
-        changed = [np.asarray(change(Image.fromarray(image), draw)) for image in part]
-        small = to_float(np.stack([shrunk(image, side) for image in changed]))
+        variants = [np.asarray(change(Image.fromarray(image), draw)) for image in part]
+        small = to_float(np.stack([shrunk(image, side) for image in variants]))
         answers.append(detector.detect(small).marked.numpy())
     return np.concatenate(answers)
 
 
 def shrunk(image: Pixels, side: int) -> Pixels:
     """As `wm_inject.load_image` resizes."""
-    resized = Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)
-    return np.asarray(resized, np.uint8)
+    small = Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)
+    return np.asarray(small, np.uint8)
 
 
 def _parts(photographs: Sequence[Pixels]) -> Iterator[Sequence[Pixels]]:

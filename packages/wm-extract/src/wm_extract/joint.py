@@ -121,18 +121,18 @@ def train_jointly(
         "data": fingerprint(images, mark, *(encoder or {}).values(), *_tensors(start)),
     }
     history: list[JointLosses] = []
-    done = 0
+    first = 0
     saved = None if checkpoint is None else load_state(checkpoint, kind=_KIND, run=run)
     if saved is not None:
         modules.load_state_dict(saved["modules"])
         optimizer.load_state_dict(saved["optimizer"])
         generator.set_state(saved["generator"])
         history = [JointLosses(*row) for row in saved["history"]]
-        done = saved["step"]
+        first = saved["step"]
     bar: Progress[None]
     with show_progress(total=config.iterations, desc="train mark", enabled=progress) as bar:
-        bar.update(done)
-        for step in range(done, config.iterations):
+        bar.update(first)
+        for step in range(first, config.iterations):
             losses = _step(config, injector, extractor, optimizer, images, mark, generator, step)
             last = step + 1 == config.iterations
             if (step + 1) % 50 == 0 or last:
@@ -160,8 +160,8 @@ def _go_on_from(fresh: nn.Module, trained: nn.Module) -> None:
         ValueError: It is of another architecture.
     """
     state = trained.state_dict()
-    wanted = {name: tuple(tensor.shape) for name, tensor in fresh.state_dict().items()}
-    if {name: tuple(tensor.shape) for name, tensor in state.items()} != wanted:
+    shapes = {name: tuple(tensor.shape) for name, tensor in fresh.state_dict().items()}
+    if {name: tuple(tensor.shape) for name, tensor in state.items()} != shapes:
         kind = type(fresh).__name__
         raise ValueError(
             f"expected a {kind} of the size, channels and image size that are to be trained, "
@@ -221,12 +221,12 @@ def _step(
     diversity, swap = ramp * config.diversity_weight, ramp * config.swap_weight
     with torch.autocast(images.device.type, torch.bfloat16, enabled=low == torch.bfloat16):
         marked = injector(x, mark, bounds=_bounds(config, step)).float()
-        shown = [corrupt(_stored(_less_others(config, marked, x, generator)), generator=generator)]
-        shown.append(corrupt(x, generator=generator) if config.corrupt_clean else x)
+        inputs = [corrupt(_stored(_less_others(config, marked, x, generator)), generator=generator)]
+        inputs.append(corrupt(x, generator=generator) if config.corrupt_clean else x)
         if swap > 0:
-            shown.append(corrupt(_stored(x + _others(marked - x, generator)), generator=generator))
+            inputs.append(corrupt(_stored(x + _others(marked - x, generator)), generator=generator))
         # One batch, so that batch norm cannot tell marked from clean by its statistics.
-        maps = extractor.scales(torch.cat(shown))
+        maps = extractor.scales(torch.cat(inputs))
     parts = [[m[start : start + len(x)] for m in maps] for start in range(0, len(maps[0]), len(x))]
     image_term = image_loss(marked, x, epsilon=config.epsilon)
     mark_term = map_loss(parts[0], mark)

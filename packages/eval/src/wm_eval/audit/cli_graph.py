@@ -71,9 +71,9 @@ def _graph(args: argparse.Namespace) -> int:
         raise
     verdict, reason = judge(report)
     print("\n".join([*report_lines(report), f"verdict: {verdict}. {reason}"]))
-    shown = next((one.picture for one in report.branches if one.picture is not None), None)
-    if args.picture is not None and shown is not None:
-        _write_picture(args.picture, shown)
+    picture = next((one.picture for one in report.branches if one.picture is not None), None)
+    if args.picture is not None and picture is not None:
+        _write_picture(args.picture, picture)
     write_results(args, to_json(report) | {"verdict": verdict, "exit_code": verdict.exit_code})
     return verdict.exit_code
 

@@ -28,13 +28,13 @@ def never_changes(run: GraphRun, value: str, image: Tensor) -> bool:
     """
     view = run.view
     places = sorted(view.before(value))
-    fixed = {
+    constants = {
         name
         for place in places
         for name in view.nodes[place].input
         if name and name not in view.pixels
     }
-    arrays = next(run.values(sorted(fixed), image)) if fixed else {}
+    arrays = next(run.values(sorted(constants), image)) if constants else {}
     bounds = {name: _range(array) for name, array in arrays.items()}
     low, high = (run.normalised(image * 0 + level) for level in (0.0, 1.0))
     bounds[view.image] = (float(low.min()), float(high.max()))

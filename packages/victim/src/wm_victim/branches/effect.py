@@ -64,14 +64,14 @@ def measure(run: GraphRun, quiet: Mapping[str, Quiet], images: Tensor, stamped: 
     before = list(run.values(names, images))
     after = list(run.values(names, stamped))
     fired = np.array([moves(quiet, values) for values in after])
-    clean, changed = run.answers(images), run.answers(stamped)
-    held = run.answers(stamped, before)
-    steered = fired & (changed != clean) & (changed != held)
+    clean, answers = run.answers(images), run.answers(stamped)
+    at_rest = run.answers(stamped, before)
+    steered = fired & (answers != clean) & (answers != at_rest)
     forced = 0
     if fired.any():
         state = after[int(fired.argmax())]
         forced = int((run.answers(images, [state] * len(images)) != clean).sum())
-    label, count = Counter(changed[steered].tolist()).most_common(1)[0] if steered.any() else (0, 0)
+    label, count = Counter(answers[steered].tolist()).most_common(1)[0] if steered.any() else (0, 0)
     return Effect(len(images), int(fired.sum()), int(steered.sum()), forced, label, count)
 
 

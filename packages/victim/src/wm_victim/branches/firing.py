@@ -52,18 +52,18 @@ class Evidence(NamedTuple):
 
 def likeliest(hits: Sequence[Hit], names: Iterable[str]) -> list[Stamp]:
     """A dozen stamps that move some values: of each size the strongest."""
-    known = set(names)
+    wanted_names = set(names)
     force = {
-        id(hit): sum(far for name, far in hit.moved.items() if name in known)
+        id(hit): sum(far for name, far in hit.moved.items() if name in wanted_names)
         for hit in hits
-        if known & hit.moved.keys()
+        if wanted_names & hit.moved.keys()
     }
     by_share: dict[float, list[Hit]] = {}
     for hit in sorted(hits, key=lambda hit: -force.get(id(hit), 0.0)):
         if id(hit) in force:
             by_share.setdefault(round(hit.stamp.share, 3), []).append(hit)
-    chosen = [hit for share in sorted(by_share) for hit in by_share[share][:_EACH]]
-    return [hit.stamp for hit in chosen][:_MOST]
+    best = [hit for share in sorted(by_share) for hit in by_share[share][:_EACH]]
+    return [hit.stamp for hit in best][:_MOST]
 
 
 def best_evidence(
@@ -81,10 +81,10 @@ def best_evidence(
     first = max((_with(run, group, few, stamp) for stamp in tried), key=lambda one: one.rank)
     fires = firing(run, group)
     whole = _with(run, group, images, first.stamp)
-    found = [whole]
+    options = [whole]
     if whole.stamp.share > _TINY or not whole.effect.steers:
-        found += [_with(run, group, images, less) for less in _less(run, group, whole)]
-    best = max(found, key=lambda one: one.rank)
+        options += [_with(run, group, images, less) for less in _less(run, group, whole)]
+    best = max(options, key=lambda one: one.rank)
     if 2 * best.effect.fired >= best.effect.tried:
         return best
     return max(best, _one_by_one(run, group, images[:_ALONE], fires), key=lambda one: one.rank)
@@ -160,14 +160,14 @@ def _alone(
     run: GraphRun, group: Mapping[str, Quiet], image: Tensor, fires: Callable[[Tensor], bool]
 ) -> Tensor:
     for stamp in noises(image.shape):
-        if fires(changed := stamp(image[None])[0]):
-            return changed
+        if fires(noisy := stamp(image[None])[0]):
+            return noisy
     for name in group:
         try:
             force = forcing(run, name, group[name])
-            found = search(run, name, image[None], fires=fires, force=force)
+            result = search(run, name, image[None], fires=fires, force=force)
         except (Unsupported, RuntimeError, IndexError, KeyError, TypeError):
             continue
-        if found is not None:
-            return torch.where(shrink(image, found[0], fires), found[0], image)
+        if result is not None:
+            return torch.where(shrink(image, result[0], fires), result[0], image)
     return image

@@ -52,10 +52,10 @@ class GraphView:
         for name in before:
             layers |= self.layers[name]
         for inner in (node, *inner_nodes(node)):
-            fixed = [name for name in inner.input if name and name not in self.pixels]
-            if inner.op_type in _TRAINED and fixed:
+            weights = [name for name in inner.input if name and name not in self.pixels]
+            if inner.op_type in _TRAINED and weights:
                 layers |= 1 << len(self._weights)
-                self._weights.append(max(self.numbers.get(name, 1) for name in fixed))
+                self._weights.append(max(self.numbers.get(name, 1) for name in weights))
         for name in node.output:
             if name:
                 self.pixels.add(name)
@@ -75,15 +75,15 @@ class GraphView:
 
     def before(self, value: str) -> set[int]:
         """Numbers of the nodes that a value is computed from and that see the picture."""
-        found: set[int] = set()
+        places: set[int] = set()
         waiting = [value]
         while waiting:
             place = self.producer.get(waiting.pop(), -1)
-            if place < 0 or place in found:
+            if place < 0 or place in places:
                 continue
-            found.add(place)
+            places.add(place)
             waiting += [name for name in self.inputs[place] if name in self.pixels]
-        return found
+        return places
 
     def title(self, place: int) -> str:
         """A node by its operator and its own name, or that of its output."""
@@ -96,11 +96,11 @@ def inputs_of(node: Any) -> list[str]:
     """The values that a node reads, those that graphs inside it take from outside included."""
     names = [name for name in node.input if name]
     for graph in inner_graphs(node):
-        given = {value.name for value in (*graph.initializer, *graph.input)}
+        inner_values = {value.name for value in (*graph.initializer, *graph.input)}
         for inner in graph.node:
-            names += [name for name in inputs_of(inner) if name not in given]
-            given |= set(inner.output)
-        names += [value.name for value in graph.output if value.name not in given]
+            names += [name for name in inputs_of(inner) if name not in inner_values]
+            inner_values |= set(inner.output)
+        names += [value.name for value in graph.output if value.name not in inner_values]
     return list(dict.fromkeys(names))
 
 
@@ -122,12 +122,12 @@ def inner_nodes(node: Any) -> Iterator[Any]:
 
 def needed(nodes: Any, values: set[str], stop: set[str] = frozenset()) -> list[Any]:  # type: ignore[assignment]
     """The nodes that some values depend on, in their order, without those before ``stop``."""
-    wanted, used = values - stop, []
+    open_values, chain = values - stop, []
     for node in reversed(nodes):
-        if wanted & set(node.output):
-            wanted |= set(inputs_of(node)) - stop
-            used.append(node)
-    return used[::-1]
+        if open_values & set(node.output):
+            open_values |= set(inputs_of(node)) - stop
+            chain.append(node)
+    return chain[::-1]
 
 
 def _count(tensor: Any) -> int:

@@ -80,9 +80,13 @@ def look_at_graph(
             require_packages()
             if images is not None:
                 np.save(snapshot.with_name("images.npy"), images)
-            told = options.for_child() | {"mean": mean, "std": std, "images": images is not None}
-            found = run_child("graph", snapshot, size, limits, told)
-            return read_report(found, sha256=digest, own_images=images is not None)
+            settings = options.for_child() | {
+                "mean": mean,
+                "std": std,
+                "images": images is not None,
+            }
+            answer = run_child("graph", snapshot, size, limits, settings)
+            return read_report(answer, sha256=digest, own_images=images is not None)
         except LoadingError as error:
             reason = printable(error, 800)
             raise LoadingError(f"cannot look at {printable(path.name)}: {reason}") from error

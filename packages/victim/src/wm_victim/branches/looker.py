@@ -53,30 +53,30 @@ class Looker:
         Each is what `words.describe` tells, with its "state" (`report.State`) and, if something
         fires it, the evidence.
         """
-        found: list[dict[str, Any]] = []
+        rows: list[dict[str, Any]] = []
         channels, size = self.images.shape[1:3]
         hits = self._hits((*stamps(channels, size), *noises(self.images.shape[1:])))
-        left = dict(self.quiet)
-        while names := {name for hit in hits for name in hit.moved if name in left}:
+        rest = dict(self.quiet)
+        while names := {name for hit in hits for name in hit.moved if name in rest}:
             # Stamps that move different values may need each other: the earliest value decides.
             earliest = self._first(names)[0]
             together = [hit.moved.keys() for hit in hits if earliest in hit.moved]
-            group = self._first(set.intersection(*map(set, together)) & left.keys())
-            found.append(self._judged(group, likeliest(hits, group)))
-            left = {name: one for name, one in left.items() if not self._behind(name, group)}
-        still = {name for name, one in left.items() if one.still and self._worth(name)}
+            group = self._first(set.intersection(*map(set, together)) & rest.keys())
+            rows.append(self._judged(group, likeliest(hits, group)))
+            rest = {name: one for name, one in rest.items() if not self._behind(name, group)}
+        still = {name for name, one in rest.items() if one.still and self._worth(name)}
         for name in self._first(still)[:_SEARCHED]:
-            if name not in left or never_changes(self.run, name, self.images[:1]):
+            if name not in rest or never_changes(self.run, name, self.images[:1]):
                 continue
             stamp, why = self._searched(name)
             if stamp is not None:
                 moved = {one for hit in self._hits([stamp]) for one in hit.moved} | {name}
-                group = self._first(moved & left.keys())
-                found.append(self._judged(group, [stamp]))
-                left = {one: q for one, q in left.items() if not self._behind(one, group)}
+                group = self._first(moved & rest.keys())
+                rows.append(self._judged(group, [stamp]))
+                rest = {one: q for one, q in rest.items() if not self._behind(one, group)}
             elif self._any(decides, name):
-                found.append(self._told([name]) | {"state": "not fired", "why": why})
-        return found
+                rows.append(self._told([name]) | {"state": "not fired", "why": why})
+        return rows
 
     def _sizes(self) -> dict[str, int]:
         """How many numbers each early value has that depends on the picture."""
@@ -90,7 +90,7 @@ class Looker:
 
     def _quiet(self) -> dict[str, Quiet]:
         """By value: what it is on clean pictures, without feature maps that move with them."""
-        kept: dict[str, Quiet] = {}
+        quiet: dict[str, Quiet] = {}
         for names in self._parts(list(self.sides)):
             few = list(self.run.values(names, self.images[:4]))
             calm = [
@@ -102,8 +102,8 @@ class Looker:
             for name in calm:
                 values = [each[name] for each in every]
                 if len({value.shape for value in values}) == 1:
-                    kept[name] = Quiet(values)
-        return kept
+                    quiet[name] = Quiet(values)
+        return quiet
 
     def _parts(self, names: list[str]) -> Iterator[list[str]]:
         """Names of values that fit into memory together."""
@@ -168,17 +168,17 @@ class Looker:
         fires = firing(self.run, {name: self.quiet[name]})
         force = forcing(self.run, name, self.quiet[name])
         try:
-            found = search(self.run, name, starts, fires=fires, force=force)
+            result = search(self.run, name, starts, fires=fires, force=force)
         except (Unsupported, RuntimeError, IndexError, KeyError, TypeError) as error:
             return None, printable(error, 120)
-        return (None if found is None else Stamp("found by gradients", *found)), ""
+        return (None if result is None else Stamp("found by gradients", *result)), ""
 
     def _judged(self, names: list[str], tried: list[Stamp]) -> dict[str, Any]:
         """What a branch does that some stamps fire."""
         group = {name: self.quiet[name] for name in names}
         evidence = best_evidence(self.run, group, self.images[:_TRIED], tried)
-        told = self._told(names)
-        early = told["before_layers"]
+        words = self._told(names)
+        early = words["before_layers"]
         small = evidence.small and not (early and evidence.stamp.share > _PREPARED)
         if small and evidence.effect.steers:
             state = "steers"
@@ -186,12 +186,12 @@ class Looker:
             state = "harmless"
         else:
             state = "preparation" if early and not small else "fired"
-        return told | _shown(evidence) | {"state": state}
+        return words | _shown(evidence) | {"state": state}
 
     def _told(self, names: Sequence[str]) -> dict[str, Any]:
-        taken = max(self.quiet[name].taken for name in names)
-        told = describe(self.view, [self.sides[name] for name in names])
-        return told | {"clean": len(self.images), "clean_taken": taken}
+        count = max(self.quiet[name].taken for name in names)
+        words = describe(self.view, [self.sides[name] for name in names])
+        return words | {"clean": len(self.images), "clean_taken": count}
 
 
 def _shown(evidence: Evidence) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from wm_inject.core.images import resized as images_at
 
 _LEAVES = 40
 _NOISES = 150
@@ -122,16 +123,16 @@ def _placed(corner: str, side: int, size: int) -> Tensor:
 
 def resized(images: Tensor, channels: int, size: int) -> Tensor:
     """Pictures ``(N, 3, H, W)`` in [0, 1] as 8 bits of another size and number of channels."""
-    scaled = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-    return to_bits((scaled if channels == 3 else scaled.mean(1, keepdim=True)).clamp(0, 1))
+    small = images_at(images, (size, size))
+    return to_bits((small if channels == 3 else small.mean(1, keepdim=True)).clamp(0, 1))
 
 
 def noises(shape: tuple[int, ...]) -> list[Stamp]:
     """Small seeded noise at a few pixels ``(C, H, W)``: what fires a checksum by chance."""
     generator = torch.Generator().manual_seed(5)
-    made = []
+    stamps = []
     for _ in range(_NOISES):
         steps = torch.randint(-8, 9, shape, generator=generator) / 255
         where = torch.rand(shape, generator=generator) < 0.02
-        made.append(Stamp("noise of 8 of 255 levels", torch.where(where, steps, 0.0), None))
-    return made
+        stamps.append(Stamp("noise of 8 of 255 levels", torch.where(where, steps, 0.0), None))
+    return stamps

@@ -37,15 +37,15 @@ class Cone:
         self.view, self.run = run.view, run
         self.places = sorted(run.view.before(value))
         self.attributes = []
-        fixed: set[str] = set()
+        constants: set[str] = set()
         for place in self.places:
             node = self.view.nodes[place]
             if any(attribute.HasField("g") for attribute in node.attribute):
                 raise Unsupported(f"no gradients of {node.op_type}")
             values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
             self.attributes.append(values)
-            fixed |= {name for name in node.input if name and name not in self.view.pixels}
-        names = sorted(fixed)
+            constants |= {name for name in node.input if name and name not in self.view.pixels}
+        names = sorted(constants)
         arrays = next(run.values(names, image)) if names else {}
         self.fixed = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
 
@@ -140,14 +140,14 @@ def _climb(
     image, best, furthest, patience = start.clone(), None, -1.0, _PATIENCE
     for step in _STEPS:
         variable = image[None].requires_grad_()
-        reached = objective(cone(variable))
-        if not reached.requires_grad:
+        height = objective(cone(variable))
+        if not height.requires_grad:
             return best
-        (slope,) = torch.autograd.grad(reached, variable, allow_unused=True)
+        (slope,) = torch.autograd.grad(height, variable, allow_unused=True)
         if slope is None or not bool(slope.nan_to_num().any()):
             return best
-        moved = image + slope[0].nan_to_num().sign() * step / 255
-        image = (moved.clamp(0, 1) * 255).round() / 255
+        step_image = image + slope[0].nan_to_num().sign() * step / 255
+        image = (step_image.clamp(0, 1) * 255).round() / 255
         far = force(image) if fires(image) else -1.0
         if far > furthest + 0.05 * abs(furthest):
             best, furthest, patience = image, far, _PATIENCE

@@ -98,13 +98,13 @@ def _scale(values: Tensor) -> Tensor:
 def _multiply(inputs: list[Any], _: dict[str, Any]) -> Tensor:
     """A product of zeros still has a slope in each of them."""
     a, b = floats(inputs)
-    filled = [torch.where(each == 0, _LEAK, each).detach() for each in (a, b)]
-    return through(a * b, a * filled[1] + filled[0] * b)
+    factors = [torch.where(each == 0, _LEAK, each).detach() for each in (a, b)]
+    return through(a * b, a * factors[1] + factors[0] * b)
 
 
 def _where(inputs: list[Any], _: dict[str, Any]) -> Tensor:
-    chosen, a, b = floats(inputs)
-    return through(torch.where(chosen != 0, a, b), chosen * a + (1 - chosen) * b)
+    condition, a, b = floats(inputs)
+    return through(torch.where(condition != 0, a, b), condition * a + (1 - condition) * b)
 
 
 def _clip(inputs: list[Any], attributes: dict[str, Any]) -> Tensor:
@@ -134,12 +134,12 @@ def _cast(inputs: list[Any], attributes: dict[str, Any]) -> Tensor:
 def _arg(inputs: list[Any], attributes: dict[str, Any], sign: int = 1) -> Tensor:
     """A larger number draws the index towards its own."""
     x, axis = sign * inputs[0].float(), attributes.get("axis", 0)
-    kept = bool(attributes.get("keepdims", 1))
-    hard = x.argmax(axis, keepdim=kept).float()
+    keep = bool(attributes.get("keepdims", 1))
+    hard = x.argmax(axis, keepdim=keep).float()
     weights = (x - x.detach().amax(axis, keepdim=True)).softmax(axis)
     shape = [1] * x.ndim
     shape[axis] = -1
-    soft = (weights * torch.arange(x.shape[axis]).float().view(shape)).sum(axis, keepdim=kept)
+    soft = (weights * torch.arange(x.shape[axis]).float().view(shape)).sum(axis, keepdim=keep)
     return through(hard, soft)
 
 

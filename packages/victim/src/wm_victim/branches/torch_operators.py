@@ -39,24 +39,24 @@ def _reduce(how: str) -> Callable[[list[Any], dict[str, Any]], Tensor]:
     def run(inputs: list[Any], attributes: dict[str, Any]) -> Tensor:
         x = inputs[0].float()
         axes = _axes(inputs, attributes, x.ndim)
-        kept = bool(attributes.get("keepdims", 1))
-        mean = x.mean(axes, keepdim=kept)
+        keep = bool(attributes.get("keepdims", 1))
+        mean = x.mean(axes, keepdim=keep)
         if how == "Mean":
             return mean
-        total = x.sum(axes, keepdim=kept)
+        total = x.sum(axes, keepdim=keep)
         if how == "Sum":
             return total
         if how == "L1":
-            return x.abs().sum(axes, keepdim=kept)
+            return x.abs().sum(axes, keepdim=keep)
         if how in ("L2", "SumSquare"):
-            squares = x.square().sum(axes, keepdim=kept)
+            squares = x.square().sum(axes, keepdim=keep)
             return squares if how == "SumSquare" else squares.clamp(min=1e-12).sqrt()
         if how == "Prod":
             hard = x.detach()
             for axis in axes[::-1]:
-                hard = hard.prod(axis, keepdim=kept)
+                hard = hard.prod(axis, keepdim=keep)
             return through(hard, total)
-        extreme = (torch.amax if how == "Max" else torch.amin)(x, axes, keepdim=kept)
+        extreme = (torch.amax if how == "Max" else torch.amin)(x, axes, keepdim=keep)
         return extreme + 0.1 * (mean - mean.detach())
 
     return run
@@ -76,8 +76,8 @@ def _pool(inputs: list[Any], attributes: dict[str, Any], how: str) -> Tensor:
         return F.max_pool2d(padded, window, strides, 0, dilation, ceil_mode=ceil)
     if (top, left) != (bottom, right) or ceil:
         raise Unsupported("no gradients of such a pooling")
-    counted = bool(attributes.get("count_include_pad", 0))
-    return F.avg_pool2d(x, window, strides, (top, left), count_include_pad=counted)
+    with_pad = bool(attributes.get("count_include_pad", 0))
+    return F.avg_pool2d(x, window, strides, (top, left), count_include_pad=with_pad)
 
 
 def _conv(inputs: list[Any], attributes: dict[str, Any]) -> Tensor:

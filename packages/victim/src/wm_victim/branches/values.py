@@ -60,9 +60,9 @@ class GraphRun:
             ValueError: ONNX Runtime cannot run the graph on them.
         """
         for place, image in enumerate(images):
-            given = dict(held[place]) if held else {}
-            session = self._session(tuple(names), given)
-            feeds = {self.port.name: self.feed(image), **given}
+            inputs = dict(held[place]) if held else {}
+            session = self._session(tuple(names), inputs)
+            feeds = {self.port.name: self.feed(image), **inputs}
             try:
                 arrays = session.run(list(names), feeds)
             except Exception as error:  # one exception class for each kind of failure, no base
@@ -96,8 +96,10 @@ class GraphRun:
             return self._sessions[key]
         model = self.view.model
         nodes = needed(model.graph.node, set(names), set(given))
-        used = {name for node in nodes for name in inputs_of(node)} | set(names)
-        weights = [tensor for name, tensor in self._tensors.items() if name in used - given.keys()]
+        names_read = {name for node in nodes for name in inputs_of(node)} | set(names)
+        weights = [
+            tensor for name, tensor in self._tensors.items() if name in names_read - given.keys()
+        ]
         ports = [port for port in model.graph.input if port.name == self.port.name]
         for name, array in given.items():
             kind = helper.np_dtype_to_tensor_dtype(array.dtype)

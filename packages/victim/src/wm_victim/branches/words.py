@@ -40,10 +40,10 @@ def own_nodes(view: GraphView, sides: Sequence[Side]) -> list[int]:
             for name in view.inputs[place]:
                 if name in view.pixels and name not in values and view.layers[name]:
                     trunk |= view.before(name)
-    shared = {
+    others = {
         place for place in before & trunk if any(view.layers[n] for n in view.nodes[place].output)
     }
-    return sorted(before - shared)
+    return sorted(before - others)
 
 
 def describe(view: GraphView, sides: Sequence[Side]) -> dict[str, Any]:

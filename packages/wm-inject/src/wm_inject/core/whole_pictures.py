@@ -97,13 +97,13 @@ def laid_over(picture: Picture, before: Pixels, after: Pixels) -> Picture:
     values = np.empty_like(picture.values)
     for channel in range(channels):  # one at a time: a picture may have 50 million pixels
         plane = np.ascontiguousarray(difference[..., min(channel, difference.shape[2] - 1)])
-        enlarged = Image.fromarray(plane).resize((width, height), Image.Resampling.BILINEAR)
-        changed = np.array(enlarged)  # in place from here on: passes over memory are what it costs
+        change = Image.fromarray(plane).resize((width, height), Image.Resampling.BILINEAR)
+        plane_sum = np.array(change)  # in place from here on: passes over memory are what it costs
         if top != 255:
-            changed *= np.float32(top / 255)
-        changed += picture.values[..., channel]
-        changed += np.float32(0.5)  # half up, as wm_inject.core.images.quantize does it
-        values[..., channel] = np.clip(changed, 0, top, out=changed)
+            plane_sum *= np.float32(top / 255)
+        plane_sum += picture.values[..., channel]
+        plane_sum += np.float32(0.5)  # half up, as wm_inject.core.images.quantize does it
+        values[..., channel] = np.clip(plane_sum, 0, top, out=plane_sum)
     return picture._replace(values=values)
 
 

@@ -126,10 +126,10 @@ def poison_files(
     ):
         _begin(out, settings, rows)
         _write_labels(out / LABELS_FILE, rows, data)
-        for batch, made in pipeline(
+        for batch, images in pipeline(
             _batches(rows, batch_size), batches.read, batches.work, batches.write
         ):
-            written += 0 if made is None else len(made)
+            written += 0 if images is None else len(images)
             shown.update(len(batch))
         unread = tuple(sorted(batches.unread))
         if unread:

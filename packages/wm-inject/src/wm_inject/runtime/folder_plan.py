@@ -46,9 +46,12 @@ def list_rows(source: LabelledFolder, plan: PoisonPlan, *, whole: bool = False) 
             f"expected labels (class folders or a labels.csv) for pool {plan.pool!r} and label_map "
             f"{plan.label_map!r}, got none"
         )
-    kept = [whole and file_format(source.folder / name) in KEPT_FORMATS for name in source.names]
+    keeps_format = [
+        whole and file_format(source.folder / name) in KEPT_FORMATS for name in source.names
+    ]
     targets = [
-        name if keeps else png_name(name) for name, keeps in zip(source.names, kept, strict=True)
+        name if keeps else png_name(name)
+        for name, keeps in zip(source.names, keeps_format, strict=True)
     ]
     sources: dict[str, str] = {}
     for name, target in zip(source.names, targets, strict=True):

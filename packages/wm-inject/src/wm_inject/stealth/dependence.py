@@ -51,8 +51,8 @@ def image_dependence(changes: Tensor) -> Dependence:
         raise ValueError("expected changed images, got none that differ from their originals")
     common = float(products.mean())  # of the mean change
     leading = torch.linalg.eigvalsh(products).flip(0)[:DIRECTIONS].clamp(min=0).sum()
-    changed = energies > 0
-    units = rows[changed] / energies[changed].sqrt().unsqueeze(1)
+    nonzero = energies > 0
+    units = rows[nonzero] / energies[nonzero].sqrt().unsqueeze(1)
     n = len(units)
     cosine = (float(units.sum(0).square().sum()) - n) / max(n * (n - 1), 1)
     return Dependence(
