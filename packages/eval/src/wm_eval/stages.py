@@ -35,9 +35,9 @@ from wm_eval.pictures import amplified, residual_gain, reversed_picture, save_pi
 from wm_eval.records import Key
 from wm_eval.robustness import Outcomes, compare, outcomes, summarize
 from wm_eval.titles import CLEAN
-from wm_eval.trial import BLENDED, MARK, Trial, batch_sizes, file_name, save_reversed
+from wm_eval.trial import BLENDED, Trial, batch_sizes, file_name, save_reversed
 from wm_eval.watermark_attacks import blend_watermark, fit_watermark
-from wm_extract import Corruption, UNetExtractor
+from wm_extract import Corruption, UNetExtractor, extract
 from wm_inject import (
     PoisonPlan,
     WatermarkTrigger,
@@ -49,6 +49,7 @@ from wm_inject import (
     to_onnx,
     to_torchscript,
 )
+from wm_inject.core.images import resized
 from wm_victim import ImageSet, load_classifier, predict, save_classifier, train_classifier
 from wm_victim.attack_setup import AttackSetup, fit_attack, remove_parts
 from wm_victim.metrics import attack_logits, triggered_images
@@ -95,11 +96,11 @@ def fit_trigger(trial: Trial, store: Store, checkpoint: Path) -> Result:
     """
     study, metadata = trial.study, {"seed": trial.seed, "data": trial.fingerprint}
     files = [trial.trigger_file]
-    if trial.attack in (MARK, BLENDED):
+    if trial.attack == BLENDED or trial.watermark is not None:
         made = blend_watermark(study.watermark, trial.train_images(store))
-        if trial.attack == MARK:
+        if trial.watermark is not None:
             made = fit_watermark(
-                study.watermark,
+                trial.watermark,
                 trial.train_images(store),
                 seed=trial.seed,
                 checkpoint=checkpoint,
@@ -314,11 +315,13 @@ def draw_tiles(trial: Trial, store: Store, _: Path) -> Result:
     folder, prefix = store.folder / "pictures", f"tiles-{trial.attack}-{trial.seed}"
     values: dict[str, Any] = {"gain": gain}
     if isinstance(trigger, WatermarkTrigger):
-        with torch.no_grad():
-            extractor = trial.load_extractor(store)
-            kinds["extracted"] = (extractor(poisoned), "watermark read from the poisoned image")
-            kinds["extracted-clean"] = (extractor(images), "watermark read from the original")
-        mark = trigger.watermark
+        extractor, mark = trial.load_extractor(store), trigger.watermark
+        both, (height, width) = torch.cat([poisoned, images]), images.shape[2:]
+        # Read at the watermark's size, shown at the images'.
+        maps = resized(extract(extractor, both, side=mark.shape[-1]), (height, width)).clamp(0, 1)
+        read, clean = maps.chunk(2)
+        kinds["extracted"] = (read, "watermark read from the poisoned image")
+        kinds["extracted-clean"] = (clean, "watermark read from the original")
         values["watermark"] = save_picture(folder, f"{prefix}-watermark", mark, "the watermark")
     values["tiles"] = [
         {

@@ -14,7 +14,7 @@ from wm_eval.engine import Result, Stage, file_digest
 from wm_eval.methods import CONTROLS, build_method, detector_of, rescanned
 from wm_eval.records import Record
 from wm_eval.titles import CLEAN
-from wm_eval.trial import MARK, Trial, images_of
+from wm_eval.trial import Trial, images_of
 from wm_inject import pretrained_card
 
 
@@ -128,7 +128,7 @@ def _appearance(trial: Trial, parts: set[Part]) -> Iterator[Stage]:
         "stealth": (do.measure_stealth, {"images": measure.stealth, "target": target}),
         "tiles": (do.draw_tiles, {"pictures": measure.pictures, "target": target}),
     }
-    if trial.attack == MARK:
+    if trial.watermark is not None:
         works["mark"] = (do.measure_mark, plain(measure))
     by_victim = trial.definition.needs == "victim"
     maker = ("victim", trial.victim_key) if by_victim else ("trigger", trial.trigger_key)
@@ -139,7 +139,7 @@ def _appearance(trial: Trial, parts: set[Part]) -> Iterator[Stage]:
 
 
 def _trigger(trial: Trial) -> Iterator[Stage]:
-    study, name = trial.study, trial.attack
+    study = trial.study
     settings: dict[str, Any] = {"attack": trial.described, "target": study.target}
     inputs = []
     needs = trial.definition.needs
@@ -149,10 +149,11 @@ def _trigger(trial: Trial) -> Iterator[Stage]:
     elif needs == "co-training":
         settings |= trial.training
     # A picture or weights may change under their name: what counts is what is in them.
-    if name == MARK and study.watermark.pretrained is not None:
-        settings["card"] = pretrained_card(study.watermark.pretrained)["sha256"]
-    elif name == MARK and study.watermark.picture is not None:
-        settings["picture"] = file_digest(study.watermark.picture)
+    watermark = trial.watermark
+    if watermark is not None and watermark.pretrained is not None:
+        settings["card"] = pretrained_card(watermark.pretrained)["sha256"]
+    elif watermark is not None and watermark.picture is not None:
+        settings["picture"] = file_digest(watermark.picture)
     work = partial(do.fit_trigger, trial)
     yield trial.stage("trigger", trial.trigger_key, work, settings, inputs)
 
@@ -302,7 +303,7 @@ def _extras(trial: Trial) -> Iterator[Stage]:
             settings = {"pictures": measure.pictures, "compared": measure.compared}
             work = partial(do.compare_triggers, trial, detector)
             yield trial.stage("closeness", key, work, settings, [("scan", key)])
-    if "exports" in parts and trial.attack == MARK:
+    if "exports" in parts and trial.watermark is not None:
         key = trial.victim_key
         inputs = [("trigger", trial.trigger_key), ("victim", key)]
         if "reverse" in study.detectors:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from wm_eval import paper
+from wm_inject import PRETRAINED
 from wm_inject.attacks import ATTACKS as definitions
 from wm_inject.attacks import list_attacks
 
 CLEAN = "clean"  # the attack of a clean victim
+SHIPPED = {f"watermark-{name}": name for name in PRETRAINED}  # attacks by their weights
 # In the order of the tables.
-ATTACKS = (*list_attacks(), "watermark", "equation2", CLEAN)
+ATTACKS = (*list_attacks(), "watermark", *SHIPPED, "equation2", CLEAN)
 _OTHERS = {"equation2": "Plain blend, equation 2", CLEAN: "No attack (clean victim)"}
 PAPERS = ("nc", "reverse")  # the detectors of the two papers
 AUDIT = ("uap", "sweep")  # those of an audit, if none are named: cheap at any size
@@ -57,6 +59,8 @@ NETWORKS = {
 
 def attack_title(name: str) -> str:
     """What tables call an attack, and whether the attack paper has it."""
+    if name in SHIPPED:
+        return f"Watermark, weights {SHIPPED[name]} (not in the paper)"
     if name not in (*definitions, *_OTHERS):
         return name
     title = _OTHERS[name] if name in _OTHERS else definitions[name].title

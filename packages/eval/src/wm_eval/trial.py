@@ -11,11 +11,11 @@ from torch import nn
 
 import defense_nc
 import defense_reverse
-from wm_eval.config import Corruptions, DataConfig, Study, plain
+from wm_eval.config import Corruptions, DataConfig, Study, WatermarkConfig, plain
 from wm_eval.detectors import detector
 from wm_eval.engine import Stage
 from wm_eval.records import Key, stage_id
-from wm_eval.titles import CLEAN
+from wm_eval.titles import CLEAN, SHIPPED
 from wm_extract import (
     PAPER_CORRUPTIONS,
     Corruption,
@@ -208,10 +208,18 @@ class Trial:
     def definition(self) -> Attack:
         """How the attack's trigger is made, which images it poisons, its part in training."""
         study, name = self.study, self.attack
-        if name in (MARK, BLENDED):
+        if name in (MARK, BLENDED, *SHIPPED):
             return replace(ATTACKS[MARK], name=name)
         own = {key: x for key, x in study.triggers.get(name, {}).items() if key != "ratio"}
         return attack(name, **{"profile": study.profile, **own})
+
+    @property
+    def watermark(self) -> WatermarkConfig | None:
+        """How a watermark's injector and extractor are made; None for the other attacks."""
+        config = self.study.watermark
+        if self.attack in SHIPPED:
+            return replace(config, pretrained=SHIPPED[self.attack], picture=None)
+        return config if self.attack == MARK else None
 
     @property
     def ratio(self) -> float:
@@ -227,12 +235,12 @@ class Trial:
     @property
     def described(self) -> dict[str, Any]:
         """What the attack's trigger depends on, for a record."""
-        watermark = plain(self.study.watermark)
         if self.attack == BLENDED:
-            return {"name": self.attack, "weight": watermark["weight"]}
-        if self.attack == MARK:
+            return {"name": self.attack, "weight": self.study.watermark.weight}
+        if self.watermark is not None:
+            watermark = plain(self.watermark)
             made = "joint" if watermark["pretrained"] is None else "pretrained"
-            return {"name": MARK, made: watermark[made], "strength": watermark["strength"]}
+            return {"name": self.attack, made: watermark[made], "strength": watermark["strength"]}
         attack = self.definition
         return {"name": self.attack, "profile": attack.profile, "settings": dict(attack.settings)}
 

@@ -81,10 +81,10 @@ def blend_watermark(config: WatermarkConfig, images: ImageSet) -> Watermark:
 def _ready_made(config: WatermarkConfig, channels: int, size: int) -> Watermark:
     name = str(config.pretrained)
     card = pretrained_card(name)
-    if (card["channels"], card["image_size"]) != (channels, size):
+    if card["channels"] != channels or size < card["image_size"]:
         raise ValueError(
-            f"expected images of {card['channels']} channels and {card['image_size']} px for the "
-            f"weights {name}, got {channels} and {size}"
+            f"expected images of {card['channels']} channels and at least {card['image_size']} px "
+            f"for the weights {name}, got {channels} and {size}"
         )
     ready = WatermarkTrigger.from_pretrained(name)
     trigger = WatermarkTrigger(ready.injector, watermark=ready.watermark, strength=config.strength)

@@ -110,7 +110,7 @@ class MarkDetector:
         Args:
             extractor: The trained extractor.
             watermark: float32 ``(1, H, W)``.
-            clean: Unmarked images, at least 50.
+            clean: Unmarked images, at least 50; each is read at the watermark's size.
             marked: Marked images, at least 50, if there are some.
             false_positive_rate: The stated rate, in (0, 0.5), and at most that.
         """
@@ -126,10 +126,12 @@ class MarkDetector:
             raise ValueError(
                 f"expected a false-positive rate in (0, 0.5), got {false_positive_rate}"
             )
-        scores = mark_score(extract(extractor, clean), watermark).double()
+        side = watermark.shape[-1]
+        scores = mark_score(extract(extractor, clean, side=side), watermark).double()
         threshold = _upper_quantile(scores, false_positive_rate)
         if marked is not None:
-            lowest = -_upper_quantile(-mark_score(extract(extractor, marked), watermark), 1e-3)
+            marked_scores = mark_score(extract(extractor, marked, side=side), watermark)
+            lowest = -_upper_quantile(-marked_scores, 1e-3)
             threshold = max(threshold, (threshold + lowest) / 2)
         return cls(extractor, watermark, threshold, false_positive_rate, len(clean))
 
@@ -147,8 +149,7 @@ class MarkDetector:
 
     def detect(self, images: Tensor) -> Detection:
         """Decide for every image; each is read at the watermark's size."""
-        side = self.watermark.shape[-1]
-        maps = extract(self.extractor, resized(check_images(images), (side, side)).clamp(0, 1))
+        maps = extract(self.extractor, images, side=self.watermark.shape[-1])
         score = mark_score(maps, self.watermark.to(maps.device))
         # Strictly above: the empirical quantile is a clean image's own score.
         return Detection(score > self.threshold, score, maps)
@@ -162,16 +163,22 @@ def _upper_quantile(scores: Tensor, rate: float) -> float:
     return max(empirical, normal)
 
 
-def extract(extractor: UNetExtractor, images: Tensor, *, batch_size: int = 256) -> Tensor:
+def extract(
+    extractor: UNetExtractor, images: Tensor, *, side: int | None = None, batch_size: int = 256
+) -> Tensor:
     """Extract the maps of many images: float32 ``(N, 1, H, W)`` in [0, 1], without gradients.
 
-    The extractor must be in eval mode: an image's map must not depend on its neighbours.
+    The extractor must be in eval mode: an image's map must not depend on its neighbours. With a
+    side, images are shrunken to that many pixels first, and so are their maps.
     """
     if extractor.training:
         raise ValueError("expected the extractor in eval mode, got it in train mode")
     check_images(images)
     with torch.inference_mode():
-        return torch.cat([extractor(part) for part in images.split(batch_size)]).clone()
+        parts = images.split(batch_size)
+        if side is not None:
+            parts = [resized(part, (side, side)).clamp(0, 1) for part in parts]
+        return torch.cat([extractor(part) for part in parts]).clone()
 
 
 def save_detector(detector: MarkDetector, path: str | Path) -> None:
