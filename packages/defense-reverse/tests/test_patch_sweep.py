@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,6 +59,19 @@ def test_the_square_that_was_planted_is_found(square: float) -> None:
     assert bool((Rows(square)(trigger(others)).argmax(1) == 4).all())
     assert list(report.triggers) == [4]
     json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_a_scan_that_is_done_costs_nothing_again(tmp_path: Path) -> None:
+    model, file = Rows(1.0), tmp_path / "state.safetensors"
+    detector = PatchSweep.preset("fast")
+    reports, costs = [], []
+    for _ in range(2):
+        before = model.images
+        reports.append(
+            detector.scan(model, IMAGES, labels=LABELS, progress=False, checkpoint=file).to_dict()
+        )
+        costs.append(model.images - before)
+    assert reports[0] == reports[1] and costs[1] < costs[0] / 10
 
 
 def test_a_model_that_answers_to_no_square_is_clean() -> None:

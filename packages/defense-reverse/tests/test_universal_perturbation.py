@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from defense_nc import Verdict
+from defense_nc.scan_inputs import ScanInputs
 from defense_reverse.detectors import UniversalPerturbation, UniversalPicture
 from defense_reverse.detectors.universal_perturbation import unit
+from wm_inject.core.resume import ResumeFile
 
 CLASSES, SIDE = 8, 8
 random = torch.Generator().manual_seed(0)
@@ -81,6 +86,36 @@ def test_few_images_serve_both_search_and_measure() -> None:
         rows(), IMAGES[:2], labels=LABELS[:2], progress=False
     )
     assert len(report.labels) == CLASSES
+
+
+def test_a_scan_goes_on_where_it_was_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector, file = UniversalPerturbation(batch_size=8), tmp_path / "state.safetensors"
+    whole = detector.scan(rows(8.0), IMAGES, labels=LABELS, progress=False)
+    monkeypatch.setattr(ResumeFile, "save_sometimes", lambda self, state: self.save(state()))
+    search = UniversalPerturbation._picture
+    looked_at: list[int] = []
+
+    def interrupted(self: UniversalPerturbation, inputs: ScanInputs, label: int, *rest: Any) -> Any:
+        if label == 3 and not looked_at.count(3):
+            looked_at.append(label)
+            raise KeyboardInterrupt
+        looked_at.append(label)
+        return search(self, inputs, label, *rest)
+
+    monkeypatch.setattr(UniversalPerturbation, "_picture", interrupted)
+    scan = partial(detector.scan, rows(8.0), IMAGES, labels=LABELS, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        scan(checkpoint=file)
+    assert scan(checkpoint=file).to_dict() == whole.to_dict()
+    again = scan(checkpoint=file)
+    assert looked_at == [0, 1, 2, 3, 3, 4, 5, 6, 7]
+    assert again.to_dict() == whole.to_dict()
+    for name, value in whole.triggers[2].state_dict().items():
+        assert torch.equal(value, again.triggers[2].state_dict()[name])
+    with pytest.raises(ValueError, match="another run"):
+        scan(checkpoint=file, seed=1)
 
 
 def test_a_picture_of_unit_size() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from defense_nc.batches import EndlessBatches
-from defense_nc.scan_inputs import open_scan
+from defense_nc.scan_inputs import ScanInputs, open_scan
 from defense_nc.verdict import ScanReport, Verdict
 from defense_nc.verdict.abstention import starved_search
 from defense_reverse.detectors.split import (
@@ -21,6 +21,7 @@ from defense_reverse.detectors.split import (
     split_at_last_map,
 )
 from defense_reverse.generator import UNetGenerator
+from wm_inject.core.resume import fingerprint
 
 
 class SplitInputs(NamedTuple):
@@ -83,6 +84,12 @@ def open_split(
             inputs.num_classes,
             inputs.notes,
         )
+
+
+def scan_run(inputs: ScanInputs, settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """What tells a scan from others, for a `wm_inject.core.resume.ResumeFile`."""
+    data = fingerprint(*inputs.model.state_dict().values(), inputs.images, inputs.labels)
+    return {"seed": seed, "data": data, "settings": dict(settings)}
 
 
 def check_settings(config: object, counts: Sequence[str], positive: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ that it stamps, black, white or chequered squares; nothing that covers the image
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -19,9 +19,10 @@ from defense_nc import InvertedTrigger
 from defense_nc.config import check_rule
 from defense_nc.scan_inputs import ScanInputs, open_scan
 from defense_nc.verdict import ScanReport, judge_scan
-from defense_reverse.detectors.common import check_settings
+from defense_reverse.detectors.common import check_settings, scan_run
 from wm_inject.core.presets import preset_of
 from wm_inject.core.progress import progress as show_progress
+from wm_inject.core.resume import ResumeFile
 
 _LEAST = 3  # pixels a side of a square
 _CELLS = 3  # a side of a chequered one
@@ -123,7 +124,7 @@ class PatchSweep:
     ) -> ScanReport:
         """Find every label's best patch, and decide whether one works unusually well.
 
-        ``checkpoint`` is ignored.
+        A ``checkpoint`` holds the result, so that the same scan again costs nothing.
 
         Returns:
             A report whose scores say what the best patch leaves of the way to the label: the gap
@@ -132,7 +133,7 @@ class PatchSweep:
             triggers are the patches that work.
         """
         with open_scan(model, images, labels=labels, device=device) as inputs:
-            sweep = self.search(inputs, seed=seed, progress=progress)
+            sweep = self.search(inputs, seed=seed, progress=progress, checkpoint=checkpoint)
         return judge_scan(
             self.name,
             self.scores(sweep),
@@ -159,26 +160,48 @@ class PatchSweep:
         # What moves some images only, as a square that hides the object does, is no trigger.
         return scores + (sweep.rates < self.works).double()
 
+    def search(
+        self,
+        inputs: ScanInputs,
+        *,
+        seed: int,
+        progress: bool = False,
+        checkpoint: Path | None = None,
+    ) -> Sweep:
+        """The best patch found for every label; ``checkpoint`` as for `scan`.
+
+        Raises:
+            ValueError: A checkpoint that is damaged or belongs to another scan.
+        """
+        file = ResumeFile(checkpoint, kind=self.name, run=scan_run(inputs, self.settings, seed))
+        patches, state = list(self.patches(inputs.images.shape[1:])), file.load()
+        if state is None:
+            state = self._best(inputs, patches, seed=seed, progress=progress)
+            file.save(state)
+        best, gaps, rates = state
+        return Sweep([patches[index] for index in best], gaps, rates)
+
     @torch.no_grad()
-    def search(self, inputs: ScanInputs, *, seed: int, progress: bool = False) -> Sweep:
-        """The best patch found for every label."""
+    def _best(
+        self, inputs: ScanInputs, patches: Sequence[Patch], *, seed: int, progress: bool
+    ) -> tuple[list[int], Tensor, Tensor]:
+        """Every label's best patch by its index, its gap and its rate."""
         order = torch.randperm(len(inputs.images), generator=torch.Generator().manual_seed(seed))
         order = order.to(inputs.images.device)
         rest = order[self.searched :][: self.tested]
         searched = _Trial.of(inputs, order[: self.searched])
         tested = _Trial.of(inputs, rest if len(rest) else order)
-        patches = list(self.patches(inputs.images.shape[1:]))
         gaps = torch.full((inputs.num_classes,), torch.inf, dtype=torch.float64)
-        rates, best = torch.zeros_like(gaps), [patches[0]] * inputs.num_classes
-        for patch in show_progress(patches, desc="patches", enabled=progress):
+        rates, best = torch.zeros_like(gaps), [0] * inputs.num_classes
+        for index, patch in enumerate(show_progress(patches, desc="patches", enabled=progress)):
             moved = searched.with_patch(patch)
             for label in (moved.gaps < gaps).nonzero().flatten().tolist():
                 gaps[label], rates[label] = moved.gaps[label], moved.rates[label]
-                best[label] = patch
+                best[label] = index
         for label in gaps.argsort(stable=True)[: self.candidates].tolist():
-            moved = tested.with_patch(best[label])
+            moved = tested.with_patch(patches[best[label]])
             gaps[label], rates[label] = moved.gaps[label], moved.rates[label]
-        return Sweep(best, gaps, rates)
+        return best, gaps, rates
 
     def patches(self, shape: torch.Size) -> Iterator[Patch]:
         """All patches for images ``(C, H, W)``: black, white, and chequered in both ways."""

@@ -21,10 +21,11 @@ from defense_nc.config import check_rule
 from defense_nc.gradients import GradientCount, reached, vanished
 from defense_nc.scan_inputs import ScanInputs, open_scan
 from defense_nc.verdict import ScanReport, judge_scan
-from defense_reverse.detectors.common import batches_of, check_settings
+from defense_reverse.detectors.common import batches_of, check_settings, scan_run
 from wm_inject.core.images import check_images
 from wm_inject.core.presets import preset_of
 from wm_inject.core.progress import progress as show_progress
+from wm_inject.core.resume import ResumeFile
 
 _GROWTH = 1.25  # of the size in a step, until a picture works for the first time
 # Times the size of the search: as far as a picture is enlarged until it works on other images.
@@ -130,13 +131,14 @@ class UniversalPerturbation:
     ) -> ScanReport:
         """Find every label's picture, and decide whether one is unusually small.
 
-        ``checkpoint`` is ignored.
+        A ``checkpoint`` holds the labels that are done. It stays after the last one, so that the
+        same scan again costs nothing.
 
         Returns:
             A report whose scores are the sizes, and whose triggers are `UniversalPicture`.
         """
         with open_scan(model, images, labels=labels, device=device) as inputs:
-            found = self.search(inputs, seed=seed, progress=progress)
+            found = self.search(inputs, seed=seed, progress=progress, checkpoint=checkpoint)
         return judge_scan(
             self.name,
             found.sizes,
@@ -153,29 +155,52 @@ class UniversalPerturbation:
             notes=inputs.notes,
         )
 
-    def search(self, inputs: ScanInputs, *, seed: int, progress: bool = False) -> Universal:
-        """The smallest picture found for every label."""
+    def search(
+        self,
+        inputs: ScanInputs,
+        *,
+        seed: int,
+        progress: bool = False,
+        checkpoint: Path | None = None,
+    ) -> Universal:
+        """The smallest picture found for every label; ``checkpoint`` as for `scan`.
+
+        Raises:
+            ValueError: A checkpoint that is damaged or belongs to another scan.
+        """
         random = torch.Generator().manual_seed(seed)
-        pictures, sizes, rates, starved = [], [], [], []
-        bar = show_progress(range(inputs.num_classes), desc="perturbations", enabled=progress)
-        for label in bar:
-            others = inputs.images[inputs.labels != label]
-            order = torch.randperm(len(others), generator=random).to(others.device)
-            kept = min(self.tested, (len(others) + 1) // 2)
-            tested, searched = others[order[:kept]], others[order[kept:]]
-            searched = searched if len(searched) else tested
-            direction, size, gradients = self._direction(inputs.model, searched, label, random)
-            size, rate = self._size(inputs.model, tested, label, direction, size)
-            pictures.append(size * direction)
-            sizes.append(size)
-            rates.append(rate)
-            starved.append(gradients.share)
+        file = ResumeFile(checkpoint, kind=self.name, run=scan_run(inputs, self.settings, seed))
+        state = file.load()
+        done: list[list[Any]] = [] if state is None else state[0]
+        if state is not None:
+            random.set_state(state[1])
+        labels = range(len(done), inputs.num_classes)
+        for label in show_progress(labels, desc="perturbations", enabled=progress):
+            picture, size, rate, starved = self._picture(inputs, label, random)
+            done.append([picture.cpu(), size, rate, starved])
+            file.save_sometimes(lambda: (done, random.get_state()))
+        if labels:
+            file.save((done, random.get_state()))
+        pictures, sizes, rates, starved_shares = zip(*done, strict=True)
         return Universal(
-            torch.stack(pictures),
+            torch.stack(pictures).to(inputs.images.device),
             torch.tensor(sizes, dtype=torch.float64),
             torch.tensor(rates, dtype=torch.float64),
-            tuple(starved),
+            starved_shares,
         )
+
+    def _picture(
+        self, inputs: ScanInputs, label: int, random: torch.Generator
+    ) -> tuple[Tensor, float, float, float]:
+        """A label's picture, its size and rate, and the share of gradients that had vanished."""
+        others = inputs.images[inputs.labels != label]
+        order = torch.randperm(len(others), generator=random).to(others.device)
+        kept = min(self.tested, (len(others) + 1) // 2)
+        tested, searched = others[order[:kept]], others[order[kept:]]
+        searched = searched if len(searched) else tested
+        direction, size, gradients = self._direction(inputs.model, searched, label, random)
+        size, rate = self._size(inputs.model, tested, label, direction, size)
+        return size * direction, size, rate, gradients.share
 
     def _direction(
         self, model: nn.Module, images: Tensor, label: int, random: torch.Generator
@@ -217,16 +242,23 @@ class UniversalPerturbation:
         The widest, and its rate below the floor, if none does. Success need not grow with the size:
         a picture that is too large may lead to a third label.
         """
+        parts = images.split(self.batch_size)
 
-        def rate(size: float) -> float:
-            moved = (images + size * direction).clamp(0, 1)
-            answers = torch.cat([model(part).argmax(1) for part in moved.split(self.batch_size)])
-            return float((answers == label).double().mean())
+        def rate(size: float, *, enough: float) -> float:
+            """Success at a size; of the first batches alone, where it cannot be enough any more."""
+            hits, left = 0, len(images)
+            for part in parts:
+                answers = model((part + size * direction).clamp(0, 1)).argmax(1)
+                hits, left = hits + int((answers == label).sum()), left - len(part)
+                if (hits + left) / len(images) < enough:
+                    break
+            return hits / (len(images) - left)
 
         low, high, found = 0.0, 0.0, 0.0
         for factor in _FACTORS:
             low, high = high, min(1.0, factor * size)
-            found = rate(high)
+            last = factor == _FACTORS[-1]  # its rate is reported, whatever it is
+            found = rate(high, enough=0.0 if last else self.floor)
             if found >= self.floor:
                 break
         else:
@@ -234,7 +266,7 @@ class UniversalPerturbation:
         low = max(low, high / 2)
         for _ in range(_HALVINGS):
             middle = math.sqrt(low * high)
-            tried = rate(middle)
+            tried = rate(middle, enough=self.floor)
             if tried >= self.floor:
                 high, found = middle, tried
             else:

@@ -274,7 +274,7 @@ def _clean(args: argparse.Namespace) -> int:
             args.model, args.out, opened, checked.module, clean.images, open_options(args)
         )
         _print(*(f"note: {note}" for note in file.notes))
-    before = _audit(args, settings, subject, checked, budget, "before")
+    before = _audit(args, settings, subject, checked, budget)
     print(f"before: {before.verdict}. {before.reason}", flush=True)
     triggers_to_unlearn(before, args.label)
     last, rounds = None, []

@@ -186,7 +186,8 @@ def choose_detectors(
 ) -> tuple[str, ...]:
     """The detectors of an audit: those that are wanted, or by default those that fit the model.
 
-    These are the cheap ones (or those of ``own``) that need not abstain on such a model. Where all
+    The latter come cheapest first, so that what is broken off has answered as much as it can. They
+    are the cheap ones (or those of ``own``) that need not abstain on such a model. Where all
     would, the labels that stand out are still worth knowing: it is all that take 100,000 passes at
     most, or else the cheapest.
 
@@ -200,9 +201,10 @@ def choose_detectors(
         return tuple(wanted)
     names = tuple(own or AUDIT)
     certain = foreseen(checked, clean, num_classes, detectors=names, preset=preset, own=own)
+    passes = {name: _passes(name, preset, num_classes) for name in names}
+    names = tuple(sorted(names, key=passes.__getitem__))
     if answering := tuple(name for name in names if name not in certain):
         return answering
-    passes = {name: _passes(name, preset, num_classes) for name in names}
     most = max(_MOST_PASSES, min(passes.values()))
     return tuple(name for name in names if passes[name] <= most)
 
