@@ -319,7 +319,8 @@ def test_a_label_stands_out_whatever_the_verdict():
     assert json.loads(json.dumps(to_json(CHECKED_ABOUT, conclusion)))["outliers"] == [9]
     (result,) = to_sarif(CHECKED_ABOUT, conclusion)["runs"][0]["results"]
     assert result["level"] == "warning" and result["properties"]["label"] == 9
-    assert any("9" in line for line in verdict_lines(conclusion)[:1])
+    lines = verdict_lines(conclusion)
+    assert "9" in lines[0] and lines[1].startswith("  label 9: 3.0 pixels replaced send")
     guilty = conclude({"nc": report(3.0), "reverse": report(45.0)}, {}, 0.05)
     assert (guilty.suspected, guilty.outliers) == ((9,), (9,))
     assert all_triggers(conclude({"nc": report(45.0)}, {}, 0.05)) == []

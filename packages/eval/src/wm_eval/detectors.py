@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from defense_nc import Detector, NeuralCleanse
+from defense_nc.verdict import LabelScore
 from defense_reverse import (
     BtiDbf,
     FeatureRE,
@@ -28,6 +29,10 @@ class Entry(NamedTuple):
     # Images through the model and back at most, from the settings and the number of labels.
     passes: Callable[[Mapping[str, Any], int], float]
     inverts: bool = False  # it reverses one image trigger a label, which can be kept and unlearned
+    # What a label's score and rate mean, for people: the end of a sentence about the label.
+    meaning: Callable[[LabelScore], str] = lambda label: (
+        f"score {label.score:.3g}, reached with {label.success_rate:.0%} of the images"
+    )
 
 
 def _with_lpips(preset: str = "fast", **changes: Any) -> ReverseGenerator:
@@ -46,6 +51,9 @@ DETECTORS: dict[str, Entry] = {
         NeuralCleanse.preset,
         lambda s, labels: _batches(s, labels) * s["batches"] * len(s["starts"]),
         inverts=True,
+        meaning=lambda label: (
+            f"{label.score:.1f} pixels replaced send {label.success_rate:.0%} of the images there"
+        ),
     ),
     "reverse": Entry(ReverseGenerator.preset, _batches, inverts=True),
     "reverse-lpips": Entry(_with_lpips, _batches, inverts=True),
@@ -59,6 +67,10 @@ DETECTORS: dict[str, Entry] = {
         UniversalPerturbation.preset,
         lambda s, labels: _batches(s, labels) + 4 * s["tested"] * labels,
         inverts=True,
+        meaning=lambda label: (
+            f"an added picture of {255 * label.score:.1f}/255 (root mean square) sends "
+            f"{label.success_rate:.0%} of unseen images there"
+        ),
     ),
     # Forwards only, which is a third; four pictures at every place.
     "sweep": Entry(
@@ -70,6 +82,7 @@ DETECTORS: dict[str, Entry] = {
             )
             / 3
         ),
+        meaning=lambda label: f"its best square sends {label.success_rate:.0%} of the images there",
     ),
     "mm-bd": Entry(MarginAscent.preset, lambda s, labels: float(s["steps"] * s["starts"] * labels)),
 }

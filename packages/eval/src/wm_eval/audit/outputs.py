@@ -13,10 +13,11 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from defense_nc import Verdict
+from defense_nc import ScanReport, Verdict
 from wm_eval.__about__ import __version__
 from wm_eval.audit.checks import Check
 from wm_eval.audit.scan import Audit, reversed_triggers
+from wm_eval.detectors import DETECTORS
 from wm_eval.render import template
 from wm_eval.titles import detector_title
 from wm_inject.core.files import write_text
@@ -176,6 +177,13 @@ def verdict_lines(audit: Audit) -> list[str]:
         lines.append(
             f"{detector_title(name)}: {report.verdict}, p {report.p_value:.2g}, {verb} {labels}"
         )
+        lines += _nearest_lines(name, report)
         lines += [f"note: {note}" for note in report.notes]
     lines += [f"{detector_title(name)}: {why}" for name, why in audit.failures.items()]
     return [*lines, f"verdict: {audit.verdict}. {audit.reason}"]
+
+
+def _nearest_lines(name: str, report: ScanReport) -> list[str]:
+    """The label that is easiest to reach and the next one, with what their scores mean."""
+    nearest = sorted(report.labels, key=lambda label: label.score)[:2]
+    return [f"  label {label.label}: {DETECTORS[name].meaning(label)}" for label in nearest]
