@@ -268,7 +268,13 @@ def test_every_detector_gets_its_share_and_failures_do_not_stop_the_others(
         "nc": "expected something else"
     }
     assert asked["reverse"]["alpha"] == 0.02
-    assert asked["reverse"]["checkpoint"] == tmp_path / "state" / "reverse.safetensors"
+    # A folder may hold the scans of several models.
+    file = asked["reverse"]["checkpoint"]
+    assert file.match("state/reverse-*.safetensors")
+    audit(checked, bars(24), detectors=("reverse",), state=tmp_path / "state")
+    assert asked["reverse"]["checkpoint"] != file
+    audit(checked, bars(), detectors=("reverse",), state=tmp_path / "state")
+    assert asked["reverse"]["checkpoint"] == file
     assert lines == [
         "Neural Cleanse: started",
         "Neural Cleanse: stopped: expected something else",

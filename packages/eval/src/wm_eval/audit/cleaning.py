@@ -164,7 +164,7 @@ def clean_in_rounds(
     clean: CleanImages,
     found: Audit,
     *,
-    scan: Callable[[Checked, str], Audit],
+    scan: Callable[[Checked], Audit],
     label: int | None = None,
     rounds: int = 3,
     max_loss: float = 0.05,
@@ -182,7 +182,7 @@ def clean_in_rounds(
         checked: The model; not changed.
         clean: The defender's images.
         found: The scan of it.
-        scan: Scans a model; the string names the round, "round-1" and so on.
+        scan: Scans a model.
         label: Clean this label only, whatever the scan says; all that stand out if None.
         rounds: At most, 1 or more.
         max_loss: Share of the images that cleaning may cost, in (0, 1].
@@ -215,7 +215,7 @@ def clean_in_rounds(
             )
             classes = len(cleaned.model(clean.images[:1])[0])
             again = check_model(cleaned.model, known_labels, num_classes=classes, stated=as_it_is)
-        found = scan(again, f"round-{number}")
+        found = scan(again)
         labels = tuple(sorted({label for label, _ in triggers}))
         yield Round(number, again, found, labels, cleaned.cost)
         left = [one for one in found.targets if label in (None, one)]

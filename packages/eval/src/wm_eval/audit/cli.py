@@ -282,7 +282,7 @@ def _clean(args: argparse.Namespace) -> int:
         checked,
         clean,
         before,
-        scan=lambda model, folder: _audit(args, settings, subject, model, budget, folder),
+        scan=lambda model: _audit(args, settings, subject, model, budget),
         label=args.label,
         rounds=settings.rounds,
         max_loss=settings.max_loss,
@@ -467,7 +467,6 @@ def _audit(
     subject: _Subject,
     checked: Checked,
     budget: Budget,
-    folder: str = "",
 ) -> Audit:
     from wm_eval.audit.scan import audit
 
@@ -480,7 +479,7 @@ def _audit(
         seed=settings.seed,
         own=subject.own,
         budget=budget,
-        state=None if args.state is None else args.state / folder,
+        state=args.state,
         device=None if subject.device.type == "cpu" else subject.device,  # None copies nothing
         say=_say,
     )

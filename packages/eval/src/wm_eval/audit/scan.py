@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from wm_eval.audit.settings import AUTO, check_detectors
 from wm_eval.detectors import DETECTORS, detector
 from wm_eval.titles import AUDIT, detector_title
 from wm_inject.core.errors import error_line
+from wm_inject.core.resume import fingerprint
 from wm_victim.reading import BATCH
 
 _MOST_PASSES = 100_000  # without a verdict: an hour at 224 pixels, which is as long as one may wait
@@ -94,15 +97,15 @@ def audit(
         alpha: In (0, 1).
         own: By detector: a calibration in place of the one that ships.
         budget: What is not finished by then is broken off; with ``state``, the same call goes on.
-        state: A folder where scans keep what they have.
+        state: A folder where scans keep what they have, each in a file of its own: of any models,
+            images and settings.
         say: Called with two lines for every detector: when it starts, and what it found.
 
     Raises:
         ValueError: As `check_detectors`.
     """
     scanners = build_detectors(detectors, preset, alpha)
-    if state is not None:
-        state.mkdir(parents=True, exist_ok=True)
+    files = _state_files(state, scanners, checked, clean, seed)
     reports: dict[str, ScanReport] = {}
     failures: dict[str, str] = {}
     budget = budget or Budget()
@@ -117,7 +120,7 @@ def audit(
                     seed=seed,
                     progress=progress,
                     device=device,
-                    checkpoint=None if state is None else state / f"{name}.safetensors",
+                    checkpoint=files.get(name),
                 )
                 reports[name] = judge_again(report, own[name]) if name in own else report
         except Exception as error:  # whatever stops one detector, the others still look
@@ -125,6 +128,27 @@ def audit(
         outcome = reports[name].verdict if name in reports else f"stopped: {failures[name]}"
         say(f"{detector_title(name)}: {outcome}")
     return conclude(reports, failures, alpha)
+
+
+def _state_files(
+    state: Path | None,
+    scanners: Mapping[str, Detector],
+    checked: Checked,
+    clean: CleanImages,
+    seed: int,
+) -> dict[str, Path]:
+    """By detector, the file of its scan of this model with these images; none without a folder."""
+    if state is None:
+        return {}
+    state.mkdir(parents=True, exist_ok=True)
+    labels = () if checked.labels is None else (checked.labels,)
+    scanned = fingerprint(*checked.module.state_dict().values(), clean.images, *labels)
+    files = {}
+    for name, scanner in scanners.items():
+        run = json.dumps([scanned, dict(scanner.settings), seed], sort_keys=True)
+        digest = hashlib.sha256(run.encode()).hexdigest()[:16]
+        files[name] = state / f"{name}-{digest}.safetensors"
+    return files
 
 
 def build_detectors(names: Sequence[str], preset: str, alpha: float) -> dict[str, Detector]:
