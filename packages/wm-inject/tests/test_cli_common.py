@@ -21,7 +21,14 @@ from wm_inject.command.common import (
     resolve_device,
     run_cli,
 )
-from wm_inject.command.values import comma_list, output_file, output_folder, positive, within
+from wm_inject.command.values import (
+    comma_list,
+    image_size,
+    output_file,
+    output_folder,
+    positive,
+    within,
+)
 from wm_inject.core.files import atomic_path
 from wm_inject.core.progress import progress
 from wm_inject.core.signals import exits_on_signals
@@ -116,6 +123,13 @@ def test_numbers_in_an_interval():
         (int, "[0, inf)", ("-1",)),
     ):
         assert [text for text in wrong if not refused(within(kind, interval), text)] == []
+
+
+def test_a_side_or_height_and_width():
+    sizes = image_size("[8, 1024]")
+    assert [sizes(text) for text in ("224", "48x192", "48x48")] == [224, (48, 192), 48]
+    wrong = ("7", "48x", "x48", "48x1025", "48x192x3", "48 by 192", "48X192", "48.0x192", "")
+    assert [text for text in wrong if not refused(sizes, text)] == []
 
 
 def test_paths_that_can_be_written(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from wm_inject.core.image_size import (
+    as_image_size,
+    describe_size,
+    height_width,
+    size_from_json,
+    size_to_json,
+)
 from wm_inject.core.images import (
     check_images,
     check_labels,
@@ -150,6 +159,24 @@ def test_images_are_resized_and_turned_upright(tmp_path):
     assert upright.shape == (8, 4, 3)
     assert upright[0, 3, 0] == 255
     assert load_image(tmp_path / "a.png", size=5, channels=1).shape == (5, 5, 1)
+    wide = load_image(tmp_path / "a.png", size=(2, 6))
+    pillows = Image.fromarray(upright).resize((6, 2), Image.Resampling.BILINEAR)
+    assert np.array_equal(wide, np.asarray(pillows))
+
+
+def test_a_size_is_a_side_or_height_and_width():
+    for size, sides, text in ((7, (7, 7), "7"), ((48, 192), (48, 192), "48 x 192")):
+        assert height_width(size) == sides and as_image_size(*sides) == size
+        assert describe_size(size) == text
+        assert size_from_json(json.loads(json.dumps(size_to_json(size)))) == size
+    for wrong in (0, -1, 1.0, "7", (1, 2, 3), (1,), (0, 4), [4, 8]):
+        with pytest.raises(ValueError, match="a side or \\(height, width\\)"):
+            height_width(wrong)
+    for wrong in (True, 3, 9, 7.0, "7", None, [7], [7, 3], [7, 9], [7, True], [7, 7, 7], [[7], 7]):
+        with pytest.raises(ValueError, match=r"image size of 4 \.\. 8 pixels"):
+            size_from_json(wrong, least=4, most=8)
+    with pytest.raises(ValueError, match="image size"):
+        size_from_json({"height": 7, "width": 8})
 
 
 def test_unreadable_images_are_refused(tmp_path):

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from wm_inject.core.image_size import ImageSize, as_image_size
+
 
 def within(kind: type, interval: str) -> Callable[[str], Any]:
     """An `argparse` type: a number in an interval, without NaN.
@@ -42,6 +44,30 @@ positive = within(float, "(0, inf)")
 BATCH = within(int, "[1, 65536]")
 SIDE = within(int, "[1, 4096]")  # of an image, in pixels
 seed = within(int, "[0, 4294967295]")  # what every generator of random numbers takes
+
+
+def image_size(interval: str) -> Callable[[str], ImageSize]:
+    """An `argparse` type: the side of square images, or height x width, in pixels.
+
+    Args:
+        interval: Of each side, as for `within`.
+
+    Examples:
+        >>> image_size("[8, 1024]")("48x192")
+        (48, 192)
+    """
+    side = within(int, interval)
+
+    def convert(text: str) -> ImageSize:
+        parts = text.split("x")
+        with contextlib.suppress(argparse.ArgumentTypeError):
+            if len(parts) <= 2:
+                return as_image_size(side(parts[0]), side(parts[-1]))
+        raise argparse.ArgumentTypeError(
+            f"expected a side or HEIGHTxWIDTH of whole numbers in {interval}, got {text!r}"
+        )
+
+    return convert
 
 
 def comma_list(kind: type) -> Callable[[str], tuple[Any, ...]]:

@@ -18,6 +18,7 @@ from wm_inject.core.checks import check_channels
 from wm_inject.core.decode import UnreadableImage, decode_image
 from wm_inject.core.files import atomic_path
 from wm_inject.core.image_files import LeftOut, find_images
+from wm_inject.core.image_size import ImageSize, height_width
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -204,19 +205,21 @@ def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
 
 
-def load_image(path: str | Path, *, size: int | None = None, channels: int = 3) -> Pixels:
+def load_image(path: str | Path, *, size: ImageSize | None = None, channels: int = 3) -> Pixels:
     """Read one image file as uint8 ``(H, W, channels)``, turned upright by its EXIF tag.
 
-    With ``size``, it is resized to ``size`` x ``size`` (bilinear). See `decode_image` for 16 bits,
-    palettes and transparency.
+    With ``size``, it is resized to that side, or height and width (bilinear). See `decode_image`
+    for 16 bits, palettes and transparency.
 
     Raises:
-        ValueError: Not a regular file, not a readable image, truncated, or unreasonably large.
+        ValueError: Not a regular file, not a readable image, truncated, or unreasonably large; a
+            size that is none.
     """
     check_channels(channels)
+    shape = None if size is None else height_width(size)
     image = decode_image(Path(path), channels=channels)
-    if size is not None:
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    if shape is not None:
+        image = image.resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
     return np.asarray(image, dtype=np.uint8).reshape(image.height, image.width, channels)
 
 
@@ -242,7 +245,7 @@ def list_images(folder: str | Path) -> list[Path]:
 
 
 def load_images(
-    folder: Path, names: Sequence[str], *, size: int | None, channels: int
+    folder: Path, names: Sequence[str], *, size: ImageSize | None, channels: int
 ) -> tuple[list[Pixels], list[int], list[LeftOut]]:
     """Read images of a folder as `load_image` does.
 
