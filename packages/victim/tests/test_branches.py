@@ -34,16 +34,18 @@ from .branch_graphs.measured import OPTIONS, table, verdict
 FLOAT = TensorProto.FLOAT
 
 
-def gated(level: float = 0.9) -> onnx.ModelProto:
-    """Two layers, and a Where on one bright pixel of 8 x 8."""
+def gated(
+    level: float = 0.9, sides: tuple[int, int] = (8, 8), place: tuple[int, int] = (2, 3)
+) -> onnx.ModelProto:
+    """Two layers, and a Where on one bright pixel of 8 x 8 or other ``sides``."""
     random = np.random.default_rng(0)
     arrays: dict[str, Any] = {
         "kernel": random.normal(size=(5, 3, 3, 3)).astype(np.float32),
         "matrix": random.normal(size=(5, 4)).astype(np.float32),
         "level": np.float32(level),
         "bad": np.array([[0, 0, 90, 0]], dtype=np.float32),
-        "starts": np.array([2, 3]),
-        "ends": np.array([3, 4]),
+        "starts": np.array(place),
+        "ends": np.array(place) + 1,
         "axes": np.array([2, 3]),
     }
     nodes = [
@@ -56,7 +58,7 @@ def gated(level: float = 0.9) -> onnx.ModelProto:
         helper.make_node("Greater", ["least", "level"], ["bright"], name="gate"),
         helper.make_node("Where", ["bright", "bad", "logits"], ["output"], name="join"),
     ]
-    image = helper.make_tensor_value_info("image", FLOAT, ["n", 3, 8, 8])
+    image = helper.make_tensor_value_info("image", FLOAT, ["n", 3, *sides])
     output = helper.make_tensor_value_info("output", FLOAT, ["n", 4])
     tensors = [numpy_helper.from_array(np.asarray(each), name) for name, each in arrays.items()]
     graph = helper.make_graph(nodes, "g", [image], [output], tensors)
@@ -127,6 +129,11 @@ def test_pictures() -> None:
     assert float(images.max()) <= 1
     assert torch.equal((images * 255).round() / 255, images)
     assert resized(images, 1, 8).shape == (4, 1, 8, 8)
+    assert resized(images, 3, (8, 24)).shape == (4, 3, 8, 24)
+    for size in ((12, 40), (40, 12)):
+        wide = natural_images(4, 3, size)
+        assert wide.shape == (4, 3, *size)
+        assert bool((wide.flatten(2).std(2) > 0.02).all())
 
 
 def test_stamps_change_what_they_say() -> None:
@@ -134,6 +141,16 @@ def test_stamps_change_what_they_say() -> None:
     for stamp in [*stamps(3, 16), *noises((3, 16, 16))]:
         changed = (stamp(images) != images).any(1).float().mean((1, 2))
         assert float(changed.max()) <= stamp.share + 1e-6
+    for height, width in ((12, 40), (40, 12)):
+        found = {stamp.name: stamp for stamp in stamps(1, (height, width))}
+        assert all(stamp.pattern.shape == (1, height, width) for stamp in found.values())
+        assert found["grey 0.5, the whole picture"].share == 1
+        corner = found["grey 0.5, 3 x 3 pixels, bottom right"].mask
+        assert corner is not None
+        assert corner.sum() == 9
+        assert bool(corner[-3:, -3:].all())
+        lines = found["stripes of 4, upright, the whole picture"].pattern[0]
+        assert lines[:, :8].tolist() == [[0.0] * 4 + [1.0] * 4] * height
     whole = Stamp("", torch.ones(3, 16, 16), torch.ones(16, 16).bool())
     assert not is_small(whole)
     assert is_small(Stamp("", torch.full((3, 16, 16), 4 / 255), None))
@@ -203,6 +220,23 @@ def test_a_gate_is_named_with_its_operators(tmp_path: Path) -> None:
     assert branch["joins"] == ["Where 'join'"]
     assert branch["box"] == [2, 2, 3, 3]
     assert branch["effect"]["label"] == 2
+
+
+@pytest.mark.parametrize(("sides", "place"), [((12, 20), (9, 17)), ((20, 12), (17, 9))])
+def test_a_gate_on_pictures_that_are_not_square(
+    tmp_path: Path, sides: tuple[int, int], place: tuple[int, int]
+) -> None:
+    path = tmp_path / "a.onnx"
+    onnx.save(gated(sides=sides, place=place), str(path))
+    found = look(path)
+    (branch,) = found["branches"]
+    assert branch["state"] == "steers"
+    assert branch["box"] == [place[0], place[0], place[1], place[1]]
+    report = read_report(found, sha256="", own_images=False)
+    assert report.image_size == sides
+    picture = report.branches[0].picture
+    assert picture is not None
+    assert picture.shape == (*sides, 3)
 
 
 def test_a_guard_that_no_picture_meets_is_not_reported(tmp_path: Path) -> None:
@@ -275,8 +309,11 @@ def test_refusals(tmp_path: Path) -> None:
         look_at_graph(path, np.zeros((5, 8, 8, 1), dtype=np.uint8))
     with pytest.raises(ValueError, match=r"expected 4 \.\. 64 images, got 3"):
         look_at_graph(path, np.zeros((3, 8, 8, 3), dtype=np.uint8))
-    with pytest.raises(LoadingError, match="no description"):
-        read_report({"branches": [{}]}, sha256="", own_images=False)
+    told = {"notes": [], "layers": 0, "nodes": 0, "images": 4, "image_size": [8, 9], "channels": 3}
+    assert read_report({"branches": [], **told}, sha256="", own_images=False).image_size == (8, 9)
+    for wrong in ({"branches": [{}]}, {"image_size": [8, 9, 3]}, {"image_size": [8, 5000]}):
+        with pytest.raises(LoadingError, match="no description"):
+            read_report({"branches": [], **told, **wrong}, sha256="", own_images=False)
 
 
 def test_the_table_counts() -> None:

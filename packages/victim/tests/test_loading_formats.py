@@ -199,6 +199,16 @@ def test_graphs_of_every_layout_open(
 
 
 @pytest.mark.usefixtures("here")
+def test_a_graph_of_images_that_are_not_square_opens(tmp_path: Path) -> None:
+    net = Net()
+    path = export(net, torch.rand(2, 3, 12, 20), tmp_path / "a.onnx")
+    opened = open_model(path, image_size=(12, 20))
+    assert (opened.image_size, opened.image_sizes) == ((12, 20), ((12, 20),))
+    images = torch.rand(3, 3, 12, 20)
+    torch.testing.assert_close(opened.module(images), net.eval()(images), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.usefixtures("here")
 def test_mean_and_std_go_in_front_of_a_graph(tmp_path: Path) -> None:
     net = Net()
     path = export(net, torch.rand(2, 3, 16, 16), tmp_path / "a.onnx")
@@ -304,12 +314,23 @@ def test_arguments_outside_their_range_are_refused(
     for given in [
         {"num_classes": 1},
         {"image_size": 4},
+        {"image_size": (48, 4)},
+        {"image_size": (48, 192, 3)},
+        {"image_size": "48"},
         {"channels": 2},
         {"mean": (0.5,)},
         {"mean": (0.5,), "std": (0.0,)},
     ]:
         with subtests.test(given=given), pytest.raises(ValueError, match="expected"):
             open_model(tmp_path / "a", **given)
+
+
+def test_only_graphs_take_images_that_are_not_square(tmp_path: Path) -> None:
+    save_file(weights(), tmp_path / "a.safetensors")
+    torch.jit.trace(Net().eval(), torch.rand(2, 3, 16, 16)).save(str(tmp_path / "a.pt"))
+    for name, given in (("a.safetensors", {"arch": ARCH}), ("a.pt", {"allow_torchscript": True})):
+        with pytest.raises(LoadingError, match=r"not square, got 16 x 32$"):
+            open_model(tmp_path / name, image_size=(16, 32), **given)  # type: ignore[arg-type]
 
 
 def test_limits_are_positive_and_are_kept(tmp_path: Path) -> None:

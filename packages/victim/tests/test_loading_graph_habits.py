@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from wm_victim.loading import LoadingError, open_model
 from wm_victim.loading.contract import MORE_MEMORY, ModelOptions
 from wm_victim.loading.import_onnx import convert_onnx
-from wm_victim.loading.onnx_module import OnnxNet, read_io_format
+from wm_victim.loading.onnx_module import IoFormat, OnnxNet, read_io_format
 from wm_victim.loading.worker import _convert_script
 
 CLASSES, FEATURES = 4, 5
@@ -271,6 +271,77 @@ def test_an_open_size_is_tried_and_said(tmp_path: Path, subtests: pytest.Subtest
             assert len(notes) == (not options)
             if name == "any":
                 check(net, 224)
+
+
+# A layer that takes maps of 10 x 18 alone, as images of 12 x 20 pixels have them.
+WIDE = {
+    "last": [node("Flatten", "a", "pixels"), node("MatMul", "pixels all", "output")],
+    "all": GENERATOR.normal(size=(FEATURES * 10 * 18, CLASSES)).astype(np.float32),
+}
+
+
+def test_images_need_not_be_square(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    turn = [node("Transpose", "image", "x", perm=[0, 3, 1, 2])]
+    stated = {"image_size": (12, 20)}
+    for name, shape, settings, options in [
+        ("fixed", ["n", 3, 12, 20], WIDE, {}),
+        ("fixed and stated", ["n", 3, 12, 20], WIDE, stated),
+        ("one side open", ["n", 3, 12, "w"], WIDE, stated),
+        ("the other side open", ["n", 3, "h", 20], WIDE, stated),
+        ("both sides open", ["n", 3, "h", "w"], WIDE, stated),
+        ("channels last", ["n", 12, 20, 3], {**WIDE, "first": turn}, {}),
+        ("one at a time", [1, 3, 12, 20], WIDE, {}),
+    ]:
+        with subtests.test(name=name):
+            net, report = convert(write(tmp_path / "a.onnx", shape=shape, **settings), **options)
+            assert report["io_format"]["image_size"] == [12, 20]
+            assert net.io_format.image_size == (12, 20)
+            assert report["image_sizes"] == [] and "guess" not in str(report["notes"])
+            images = torch.rand(3, 3, 12, 20)
+            maps = nn.functional.conv2d(images, torch.tensor(KERNEL))
+            expected = maps.flatten(1) @ torch.tensor(WIDE["all"])
+            torch.testing.assert_close(net(images), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_side_that_alone_is_open_is_a_guess(tmp_path: Path) -> None:
+    net, report = convert(write(tmp_path / "a.onnx", shape=["n", 3, 12, "w"]))
+    assert net.io_format.image_size == 12
+    assert "image size 12, a guess: one side is open" in "\n".join(report["notes"])
+    check(net, 12)
+
+
+def test_sizes_that_a_graph_does_not_take_are_refused(
+    tmp_path: Path, subtests: pytest.Subtests
+) -> None:
+    for shape, settings, size, reason in [
+        (["n", 3, 12, 20], {}, 12, "expected image_size 12, the graph takes 12 x 20"),
+        (["n", 3, 12, 20], {}, (20, 12), "expected image_size 20 x 12, the graph takes 12 x 20"),
+        (["n", 3, 12, "w"], {}, (16, 20), "expected image_size 16 x 20, the graph takes 12 x any"),
+        (["n", 3, 12, 2000], {}, None, "it takes 12 x 2000"),
+        (["n", 3, 12, "w"], WIDE, None, "HEIGHTxWIDTH.*12 pixels do not run"),
+        (["n", 3, "h", "w"], WIDE, (20, 16), "does not run under ONNX Runtime"),
+    ]:
+        with subtests.test(said=reason), pytest.raises(ValueError, match=reason):
+            convert(write(tmp_path / "a.onnx", shape=shape, **settings), image_size=size)
+
+
+def test_what_a_child_says_of_its_images_is_not_trusted(subtests: pytest.Subtests) -> None:
+    told = IoFormat(3, (12, 20)).to_json()
+    assert read_io_format(told) == IoFormat(3, (12, 20))
+    for change in [
+        {"image_size": [12, 20, 3]},
+        {"image_size": [12, 2000]},
+        {"image_size": [12, 20.0]},
+        {"image_size": "12x20"},
+        {"image_size": True},
+        {"image_size": 2},
+        {"channels": 3.0},
+        {"channels": 2},
+        {"batch": 2000},
+        {"nhwc": 1},
+    ]:
+        with subtests.test(change=change), pytest.raises(ValueError, match=r"expected|types"):
+            read_io_format(told | change)
 
 
 def test_class_names_are_read_from_the_metadata(tmp_path: Path) -> None:

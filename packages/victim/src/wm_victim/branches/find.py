@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from wm_inject.core.image_size import size_to_json
 from wm_inject.core.text import printable
 from wm_victim.branches.graph_view import GraphView
 from wm_victim.branches.looker import Looker
@@ -67,7 +68,7 @@ def find_branches(path: Path, out: Path, options: dict[str, Any]) -> dict[str, A
         "layers": view.depth,
         "nodes": len(view.nodes),
         "images": len(images),
-        "image_size": io.image_size,
+        "image_size": size_to_json(io.image_size),
         "channels": io.channels,
         "output": printable(answer, 60),
     }

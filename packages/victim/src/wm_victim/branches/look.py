@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from wm_inject.core.image_size import ImageSize
 from wm_inject.core.signals import exits_on_signals
 from wm_inject.core.text import printable
 from wm_victim.branches.report import GraphReport, read_report
@@ -30,7 +31,7 @@ def look_at_graph(
     path: str | Path,
     images: Pixels | None = None,
     *,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     channels: int | None = None,
     num_classes: int | None = None,
     mean: Sequence[float] | None = None,
@@ -47,7 +48,8 @@ def look_at_graph(
     Args:
         path: The ONNX file. Control flow is taken: it runs in the sandbox alone.
         images: 4 to 64 clean pictures, uint8 ``(N, H, W, 3)``; pictures of random discs if None.
-        image_size: H = W of what the graph takes; the graph's own, or a usual one, if None.
+        image_size: H = W of what the graph takes, or (H, W); the graph's own, or a usual one, if
+            None.
         channels: 1 or 3; the graph's own if None.
         num_classes: K, to tell outputs apart.
         mean: What the graph expects to be subtracted from pictures in [0, 1], per channel.

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from wm_inject.core.image_size import as_image_size
 from wm_inject.core.text import printable
 from wm_victim.branches.bounds import never_changes
 from wm_victim.branches.firing import Evidence, Hit, best_evidence, firing, forcing, likeliest
@@ -54,7 +55,8 @@ class Looker:
         fires it, the evidence.
         """
         rows: list[dict[str, Any]] = []
-        channels, size = self.images.shape[1:3]
+        channels, height, width = self.images.shape[1:]
+        size = as_image_size(height, width)
         hits = self._hits((*stamps(channels, size), *noises(self.images.shape[1:])))
         rest = dict(self.quiet)
         while names := {name for hit in hits for name in hit.moved if name in rest}:

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+from wm_inject.core.image_size import ImageSize, height_width, size_from_json
 from wm_inject.core.text import printable
 from wm_victim.branches.effect import Effect
 from wm_victim.loading.contract import LoadingError
+from wm_victim.loading.onnx_module import LEAST_SIDE, MOST_SIDE
 
 if TYPE_CHECKING:
     from wm_inject.core.images import Pixels
@@ -82,7 +84,7 @@ class GraphReport:
         nodes: Nodes that the answer depends on.
         images: Clean pictures that were looked at.
         own_images: Whether they were the caller's.
-        image_size: H = W, in pixels.
+        image_size: H = W in pixels, or (H, W) where the two differ.
         channels: 1 or 3.
     """
 
@@ -93,7 +95,7 @@ class GraphReport:
     nodes: int
     images: int
     own_images: bool
-    image_size: int
+    image_size: ImageSize
     channels: int
 
     @property
@@ -114,7 +116,8 @@ def read_report(found: dict[str, Any], *, sha256: str, own_images: bool) -> Grap
         LoadingError: It is none.
     """
     try:
-        size, channels = _number(found["image_size"]), _number(found["channels"])
+        size = size_from_json(found["image_size"], least=LEAST_SIDE, most=MOST_SIDE)
+        channels = _number(found["channels"])
         branches = [_branch(each, size, channels) for each in found["branches"][:_MOST]]
         order = get_args(State)
         return GraphReport(
@@ -132,7 +135,7 @@ def read_report(found: dict[str, Any], *, sha256: str, own_images: bool) -> Grap
         raise LoadingError("its reader gave no description of the branches") from error
 
 
-def _branch(told: dict[str, Any], size: int, channels: int) -> Branch:
+def _branch(told: dict[str, Any], size: ImageSize, channels: int) -> Branch:
     if told["state"] not in get_args(State):
         raise ValueError(told["state"])
     plain: dict[str, Any] = {name: _texts(told[name]) for name in _LISTS}
@@ -148,7 +151,7 @@ def _branch(told: dict[str, Any], size: int, channels: int) -> Branch:
         change=float(told["change"]),
         box=tuple(_number(each) for each in told["box"]),
         effect=Effect(**{name: _whole(told["effect"][name]) for name in Effect.__annotations__}),
-        picture=pixels.reshape(size, size, channels),
+        picture=pixels.reshape(*height_width(size), channels),
     )
 
 

@@ -112,7 +112,7 @@ def _form(
 ) -> tuple[_Form, list[str]]:
     """How the weights' architecture differs from the one that its name stands for."""
     notes: list[str] = []
-    form = _Form(full, options.image_size, options.channels or 3)
+    form = _Form(full, options.side, options.channels or 3)
     name = next((n for n, shape in own.items() if len(shape) == 4 and shape[1] == 3), None)
     if name is None or name not in weights or weights[name].ndim != 4:
         return form, notes

@@ -8,6 +8,13 @@ from typing import Any, Literal
 from torch import nn
 
 from wm_inject.core.checks import check_channels
+from wm_inject.core.image_size import (
+    ImageSize,
+    as_image_size,
+    describe_size,
+    height_width,
+    size_to_json,
+)
 
 Source = Literal["safetensors", "onnx", "torchscript", "wm"]
 MORE_MEMORY = "it asks for more memory than allowed"
@@ -66,7 +73,7 @@ class ModelOptions:
 
     arch: str | None = None
     num_classes: int | None = None
-    image_size: int | None = None
+    image_size: ImageSize | None = None
     channels: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -75,8 +82,11 @@ class ModelOptions:
     def __post_init__(self) -> None:
         if self.num_classes is not None and self.num_classes < 2:
             raise ValueError(f"expected num_classes of at least 2, got {self.num_classes}")
-        if self.image_size is not None and not 8 <= self.image_size <= 1024:
-            raise ValueError(f"expected image_size in 8 .. 1024, got {self.image_size}")
+        if self.image_size is not None:
+            sides = height_width(self.image_size)
+            if not all(8 <= side <= 1024 for side in sides):
+                raise ValueError(f"expected image_size in 8 .. 1024, got {self.image_size}")
+            object.__setattr__(self, "image_size", as_image_size(*sides))
         if self.channels is not None:
             check_channels(self.channels)
         if (self.mean is None) != (self.std is None):
@@ -84,10 +94,24 @@ class ModelOptions:
         if self.std is not None and not all(0 < value < float("inf") for value in self.std):
             raise ValueError(f"expected positive standard deviations, got {self.std}")
 
+    @property
+    def side(self) -> int | None:
+        """The image size where only square images are taken.
+
+        Raises:
+            LoadingError: The caller says another height than width.
+        """
+        if isinstance(self.image_size, tuple):
+            raise LoadingError(
+                "expected one side as image_size (--image-size), as only ONNX graphs may take "
+                f"images that are not square, got {describe_size(self.image_size)}"
+            )
+        return self.image_size
+
     def for_child(self) -> dict[str, Any]:
         """The part that a conversion needs, as JSON types."""
         return {
-            "image_size": self.image_size,
+            "image_size": None if self.image_size is None else size_to_json(self.image_size),
             "channels": self.channels,
             "num_classes": self.num_classes,
         }
@@ -101,7 +125,7 @@ class Candidate:
     source: Source
     arch: str
     channels: int
-    image_size: int
+    image_size: ImageSize
     layout: Literal["NCHW", "NHWC"] = "NCHW"
     probabilities: bool = False  # of the graph's own outputs; the module gives logits
     notes: tuple[str, ...] = ()
@@ -121,7 +145,7 @@ class OpenedModel:
         source: The form the weights came in.
         arch: The architecture's name, or "onnx" for a graph that brings its own.
         channels: 1 or 3.
-        image_size: H = W, in pixels.
+        image_size: H = W in pixels, or (H, W) where the two differ.
         layout: The layout the file takes images in: "NCHW" or "NHWC".
         outputs: What the file gives: "logits" or "probabilities".
         notes: One-line remarks: what was inferred, left out or not available.
@@ -136,11 +160,11 @@ class OpenedModel:
     source: Source
     arch: str
     channels: int
-    image_size: int
+    image_size: ImageSize
     num_classes: int
     layout: Literal["NCHW", "NHWC"]
     outputs: Literal["logits", "probabilities"]
     notes: tuple[str, ...]
     sha256: str
     class_names: tuple[str, ...] | None = None
-    image_sizes: tuple[int, ...] = ()
+    image_sizes: tuple[ImageSize, ...] = ()

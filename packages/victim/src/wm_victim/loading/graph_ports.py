@@ -11,9 +11,15 @@ import numpy as np
 from torch import Tensor
 
 from wm_inject.core.errors import out_of_memory
+from wm_inject.core.image_size import (
+    as_image_size,
+    describe_size,
+    height_width,
+    size_from_json,
+)
 from wm_inject.core.text import first_line, printable
 from wm_victim.loading.image_sizes import sizes_that_run
-from wm_victim.loading.onnx_module import IoFormat
+from wm_victim.loading.onnx_module import LEAST_SIDE, MOST_SIDE, IoFormat
 from wm_victim.loading.output_checks import probe_images
 
 _FLOAT = 1
@@ -34,12 +40,14 @@ class ImageInput:
         io_format: Its channels, size, layout and range.
         dtype: What its numbers are.
         batch: How many images it takes at once; 0 for any number.
+        guess: One side of its images is open, and taken as long as the other.
     """
 
     name: str
     io_format: IoFormat
     dtype: Any = np.float32
     batch: int = 0
+    guess: bool = False
 
     def resized(self, side: int) -> ImageInput:
         """The same input for images of another size."""
@@ -85,7 +93,8 @@ def _first(value: Any, count: int, batch: int) -> Any:
 def image_input(model: Any, options: Mapping[str, Any]) -> tuple[ImageInput, bool, list[str]]:
     """The input that takes images, whether its size is open, and notes.
 
-    An open size is 224 until `ways_to_run` finds one.
+    An open size is 224 until `ways_to_run` finds one; a side that alone is open is as long as the
+    other.
 
     Raises:
         ValueError: Other inputs, or one that takes no images.
@@ -108,26 +117,35 @@ def image_input(model: Any, options: Mapping[str, Any]) -> tuple[ImageInput, boo
     if channels is None:
         channels = options["channels"] or 3
         notes.append(f"{channels} channels: the graph does not say how many")
-    is_open = height is None and width is None and options["image_size"] is None
-    if height is None or width is None:
-        height = width = height or width or options["image_size"] or 224
-    if height != width:
-        raise ValueError(f"expected square images, it takes {height} x {width}")
+    users_size = None if options["image_size"] is None else size_from_json(options["image_size"])
+    is_open = height is None and width is None and users_size is None
+    guess = (height is None) != (width is None) and users_size is None
+    fallback = height_width(users_size or height or width or 224)
+    size = as_image_size(height or fallback[0], width or fallback[1])
     if channels not in (1, 3):
         raise ValueError(f"expected 1 or 3 channels, it takes {channels}")
-    for name, actual in (("channels", channels), ("image_size", height)):
-        if options[name] not in (None, actual):
-            raise ValueError(f"expected {name} {options[name]}, the graph takes {actual}")
-    if not 4 <= height <= 1024:
-        raise ValueError(f"expected images of 4 .. 1024 pixels, it takes {height}")
+    if options["channels"] not in (None, channels):
+        raise ValueError(f"expected channels {options['channels']}, the graph takes {channels}")
+    if users_size not in (None, size):
+        own = describe_size(size) if height and width else f"{height or 'any'} x {width or 'any'}"
+        raise ValueError(f"expected image_size {describe_size(users_size)}, the graph takes {own}")
+    if not all(LEAST_SIDE <= side <= MOST_SIDE for side in height_width(size)):
+        raise ValueError(
+            f"expected images of {LEAST_SIDE} .. {MOST_SIDE} pixels, it takes {describe_size(size)}"
+        )
+    if guess:
+        notes.append(
+            f"image size {describe_size(size)}, a guess: one side is open, so give image_size if "
+            "you know"
+        )
     if batch > _MOST:
         raise ValueError(f"expected a batch of at most {_MOST} images, it takes {batch}")
     pixels = kind.elem_type in _PIXELS
     if pixels:
         notes.append("an input of integers: images are given as 0 .. 255, unrounded")
-    io_format = IoFormat(channels, height, nhwc=nhwc, pixels=pixels)
+    io_format = IoFormat(channels, size, nhwc=nhwc, pixels=pixels)
     dtype = _PIXELS.get(kind.elem_type, np.float32)
-    return ImageInput(inputs[0].name, io_format, dtype, batch), is_open, notes
+    return ImageInput(inputs[0].name, io_format, dtype, batch, guess), is_open, notes
 
 
 def ways_to_run(
@@ -157,6 +175,11 @@ def ways_to_run(
             problem = problem or error
             continue
         return sized, ()
+    if problem is not None and port.guess:
+        raise ValueError(
+            "expected image_size (--image-size HEIGHTxWIDTH): the graph leaves one side open, and "
+            f"{describe_size(port.io_format.image_size)} pixels do not run"
+        ) from problem
     raise problem or ValueError(
         "expected image_size: the graph takes any, and none of the usual ones runs"
     )

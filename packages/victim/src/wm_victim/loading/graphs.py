@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from wm_inject.core.image_size import ImageSize
 from wm_inject.core.text import printable
 from wm_victim.loading.child_process import run_child, sandboxed
 from wm_victim.loading.contract import (
@@ -87,6 +88,7 @@ def open_torchscript(snapshot: Path, options: ModelOptions, limits: Limits) -> C
             child refuses.
         RuntimeError: A package that reads ONNX is not installed.
     """
+    _ = options.side  # refuses another height than width
     if not options.allow_torchscript:
         raise LoadingError(
             "TorchScript, which is code that runs when it is loaded; ask its "
@@ -198,7 +200,7 @@ def _read_result(
     )
 
 
-def _sizes(sizes: Any, own: int) -> tuple[int, ...]:
+def _sizes(sizes: Any, own: ImageSize) -> tuple[int, ...]:
     """The image sizes that a child reports; none if they are no sizes, or without its own."""
     plain = isinstance(sizes, list) and all(type(one) is int and 4 <= one <= 1024 for one in sizes)
     return tuple(sorted(set(sizes))) if plain and own in sizes else ()

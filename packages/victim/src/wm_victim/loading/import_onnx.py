@@ -116,8 +116,9 @@ def convert_onnx(path: Path, out: Path, options: dict[str, Any]) -> dict[str, An
             continue
         if sizes:
             sizes = sizes_that_run(net, io_format.channels, only=sizes)
-            io_format = replace(io_format, image_size=likely_size(net, io_format.channels, sizes))
-            notes.append(guess_note(io_format.image_size, sizes))
+            size = likely_size(net, io_format.channels, sizes)
+            io_format = replace(io_format, image_size=size)
+            notes.append(guess_note(size, sizes))
         # Here, where a graph that computes for minutes meets the time limit.
         check_outputs(
             net,

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wm_inject.core.image_size import ImageSize, size_from_json, size_to_json
+
+LEAST_SIDE, MOST_SIDE = 4, 1024  # of images, in pixels
 _TRAINED = ("MatMul", "Gemm", "Conv", "ConvTranspose", "LayerNormalization", "PRelu")
 
 
@@ -19,7 +22,7 @@ class IoFormat:
 
     Args:
         channels: 1 or 3.
-        image_size: H = W, in pixels.
+        image_size: H = W in pixels, or (H, W) where the two differ.
         nhwc: It takes (N, H, W, C).
         pixels: It takes 0 .. 255 (a uint8 input) instead of 0 .. 1.
         batch: How many images it takes at once; 0 for any number.
@@ -27,7 +30,7 @@ class IoFormat:
     """
 
     channels: int
-    image_size: int
+    image_size: ImageSize
     nhwc: bool = False
     pixels: bool = False
     batch: int = 0
@@ -35,22 +38,23 @@ class IoFormat:
 
     def to_json(self) -> dict[str, Any]:
         """The fields by name."""
-        return asdict(self)
+        return asdict(self) | {"image_size": size_to_json(self.image_size)}
 
 
 def read_io_format(report: Any) -> IoFormat:
     """The format that a child reports; ``ValueError`` if it is none."""
     if not isinstance(report, dict) or set(report) != set(IoFormat.__dataclass_fields__):
         raise ValueError("its reader gave no description of the graph")
-    numbers = ("channels", "image_size", "batch")
-    kinds = {name: int if name in numbers else bool for name in report}
-    if any(type(value) is not kinds[name] for name, value in report.items()):
+    size = size_from_json(report["image_size"], least=LEAST_SIDE, most=MOST_SIDE)
+    others = {name: value for name, value in report.items() if name != "image_size"}
+    kinds = {name: int if name in ("channels", "batch") else bool for name in others}
+    if any(type(value) is not kinds[name] for name, value in others.items()):
         raise ValueError("its reader gave a description of other types")
-    io = IoFormat(**report)
-    if io.channels not in (1, 3) or not 4 <= io.image_size <= 1024 or not 0 <= io.batch <= 1024:
+    io = IoFormat(image_size=size, **others)
+    if io.channels not in (1, 3) or not 0 <= io.batch <= 1024:
         raise ValueError(
-            f"expected images of 1 or 3 channels and 4 .. 1024 pixels, at most 1024 at once, it "
-            f"takes {io.channels} channels, {io.image_size} pixels and {io.batch} at once"
+            f"expected images of 1 or 3 channels, at most 1024 at once, it takes {io.channels} "
+            f"channels and {io.batch} at once"
         )
     return io
 

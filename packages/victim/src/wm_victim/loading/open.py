@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from wm_inject.core.image_size import ImageSize
 from wm_inject.core.signals import exits_on_signals
 from wm_inject.core.text import printable
 from wm_victim.forward_fusion import channels_last
@@ -24,7 +25,7 @@ def open_model(
     *,
     arch: str | None = None,
     num_classes: int | None = None,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     channels: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -39,7 +40,8 @@ def open_model(
         arch: An architecture of torchvision or timm: "resnet18", "torchvision:resnet18",
             "timm:convnext_tiny".
         num_classes: K, 2 and more; inferred if None.
-        image_size: H = W in pixels, 8 .. 1024; inferred, or the architecture's own, if None.
+        image_size: H = W in pixels, or (H, W) for a graph, 8 .. 1024 each; inferred, or the
+            architecture's own, if None.
         channels: 1 or 3; inferred if None.
         mean: What the model expects to be subtracted from images in [0, 1], per channel. If None:
             the architecture's own, or none for a graph.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from wm_inject.core.errors import out_of_memory
+from wm_inject.core.image_size import ImageSize, height_width
 from wm_inject.core.text import first_line
 from wm_victim.loading.contract import LoadingError
 from wm_victim.logits import are_probabilities
@@ -35,13 +36,14 @@ def check_weights(module: nn.Module) -> None:
             raise LoadingError(f"a variance below zero in {name!r}")
 
 
-def probe_images(count: int, channels: int, size: int) -> Tensor:
-    """Seeded images (count, channels, size, size): noise, the first half of it coarse."""
+def probe_images(count: int, channels: int, size: ImageSize) -> Tensor:
+    """Seeded images (count, channels, H, W): noise, the first half of it coarse."""
+    shape = height_width(size)
     generator = torch.Generator().manual_seed(7)
-    images = torch.rand(count, channels, size, size, generator=generator)
+    images = torch.rand(count, channels, *shape, generator=generator)
     coarse = torch.rand(count, channels, 4, 4, generator=generator)
     half = count // 2
-    images[:half] = nn.functional.interpolate(coarse[:half], size=(size, size), mode="bilinear")
+    images[:half] = nn.functional.interpolate(coarse[:half], size=shape, mode="bilinear")
     return images
 
 
@@ -49,7 +51,7 @@ def check_outputs(
     module: nn.Module,
     *,
     channels: int,
-    size: int,
+    size: ImageSize,
     num_classes: int | None,
     max_classes: int,
     brief: bool = False,
@@ -60,7 +62,7 @@ def check_outputs(
     Args:
         module: Images to outputs, in eval mode.
         channels: C.
-        size: H = W.
+        size: H = W, or (H, W).
         num_classes: The K to expect; any from 2 to ``max_classes`` if None.
         max_classes: The largest plausible K.
         brief: Leave out what repeats the run: a child with a time limit has done it.
@@ -71,7 +73,8 @@ def check_outputs(
         LoadingError: No (N, K) float32 output, NaN or infinity, another K, an answer that changes
             from run to run or with the batch, or one that does not depend on the image.
     """
-    images = torch.cat([probe_images(2, channels, size), torch.zeros(1, channels, size, size)])
+    images = probe_images(2, channels, size)
+    images = torch.cat([images, torch.zeros_like(images[:1])])
     with torch.no_grad():
         logits = _run(module, images, at_once)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
