@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,8 @@ def test_the_verdict_on_a_graph(branches: tuple[Branch, ...], verdict: str, code
     assert (str(found), found.exit_code) == (verdict, code)
     assert reason
     assert len(report_lines(report(*branches))) >= 1 + 6 * len(branches)
+    wide = replace(report(*branches), image_size=(48, 192))
+    assert "48 x 192 pixels, 3 channels" in report_lines(wide)[0]
     json.dumps(to_json(report(*branches)), allow_nan=False)
 
 

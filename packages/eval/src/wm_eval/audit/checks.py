@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from wm_eval.audit.gradients import LEAST, margin_rise
 from wm_eval.audit.images import CleanImages
+from wm_inject.core.image_size import ImageSize, describe_size
 from wm_victim.label_map import match_labels
 from wm_victim.reading import (
     BATCH,
@@ -155,7 +156,7 @@ def _follows(module: nn.Module, images: Tensor) -> Check:
 
 
 def choose_size(
-    opened: OpenedModel, read: Callable[[int, int | None], CleanImages], stated: Stated
+    opened: OpenedModel, read: Callable[[ImageSize, int | None], CleanImages], stated: Stated
 ) -> tuple[OpenedModel, CleanImages]:
     """The model and its images at the size that explains most labels, where it takes several.
 
@@ -169,7 +170,7 @@ def choose_size(
     """
     if len(opened.image_sizes) < 2:
         return opened, read(opened.image_size, None)
-    trials: dict[Trial, int] = {}
+    trials: dict[Trial, ImageSize] = {}
     for size in opened.image_sizes:
         clean = read(size, _TRIED)
         if clean.labels is None:
@@ -192,7 +193,8 @@ def choose_size(
         raise NotScanned(f"expected --image-size: the model runs on none of {opened.image_sizes}")
     best = best_trial(tuple(trials), prefer_first=False)
     size, accuracy = trials[best], best.label_map.accuracy
-    note = f"image size {size}, of those that it takes, explains most labels: {accuracy:.1%}"
+    said = f"image size {describe_size(size)}"
+    note = f"{said}, of those that it takes, explains most labels: {accuracy:.1%}"
     return replace(opened, image_size=size, notes=(*opened.notes, note)), read(size, None)
 
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from wm_eval.audit.images import CleanImages
     from wm_eval.audit.outputs import About
     from wm_eval.audit.scan import Audit
+    from wm_inject.core.image_size import ImageSize
     from wm_victim.loading import OpenedModel
 
 _SCAN_EPILOG = """\
@@ -413,7 +414,7 @@ def _open(
     _print(model_line(about), *(f"note: {note}" for note in opened.notes))
     stated = read_stated(args, opened)
 
-    def read(size: int, count: int | None) -> CleanImages:
+    def read(size: ImageSize, count: int | None) -> CleanImages:
         clean = read_clean(
             args.images,
             size=size,

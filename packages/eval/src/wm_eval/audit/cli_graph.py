@@ -13,6 +13,7 @@ from wm_eval.audit.open_options import add_graph_options, check_open_options
 from wm_inject.command.common import EXIT_NOT_SCANNED, CommandLine, add_json, write_results
 from wm_inject.command.values import output_file
 from wm_inject.core.errors import error_line
+from wm_inject.core.image_size import describe_size
 
 if TYPE_CHECKING:
     from defense_nc import Verdict
@@ -135,8 +136,9 @@ def report_lines(report: GraphReport) -> list[str]:
     """What was looked at, and every branch, for people."""
     source = "clean" if report.own_images else "made-up"
     lines = [
-        f"{report.layers} trained layers, {report.nodes} nodes, {report.image_size} pixels, "
-        f"{report.channels} channels; {report.images} {source} pictures",
+        f"{report.layers} trained layers, {report.nodes} nodes, "
+        f"{describe_size(report.image_size)} pixels, {report.channels} channels; "
+        f"{report.images} {source} pictures",
         *(f"note: {note}" for note in report.notes),
     ]
     for number, branch in enumerate(report.branches, 1):

@@ -14,6 +14,7 @@ from wm_eval.audit.settings import MIN_IMAGES
 from wm_inject import load_image, to_float
 from wm_inject.core.decode import UnreadableImage
 from wm_inject.core.image_files import LeftOut, describe
+from wm_inject.core.image_size import ImageSize
 from wm_inject.core.labelled_folder import LabelledFolder, listed, read_labelled_folder
 from wm_inject.core.text import escape
 
@@ -54,7 +55,7 @@ class CleanImages:
 def read_clean(
     folder: str | Path,
     *,
-    size: int,
+    size: ImageSize,
     channels: int,
     count: int = 500,
     labels: str | Path | None = None,
@@ -65,7 +66,7 @@ def read_clean(
     Args:
         folder: What `read_labelled_folder` takes. Of a part for testing, or else for validation,
             that has ``count`` images, only that part is used; else all of them.
-        size: Side they are resized to.
+        size: Side that they are resized to, or height and width.
         channels: 1 or 3.
         count: At most so many.
         labels: A table of files and labels; the folder's own ones if None.

@@ -6,7 +6,7 @@ import argparse
 import math
 from typing import Any
 
-from wm_inject.command.values import comma_list, within
+from wm_inject.command.values import comma_list, image_size, within
 
 
 def add_open_options(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,10 @@ def add_graph_options(parser: argparse.ArgumentParser) -> None:
 def _add_graph_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--classes", type=within(int, "[2, 100000]"), help="number of classes")
     group.add_argument(
-        "--image-size", type=within(int, "[8, 1024]"), help="side of its images, in pixels"
+        "--image-size",
+        type=image_size("[8, 1024]"),
+        metavar="SIDE|HxW",
+        help="side of its images, in pixels, or height and width as 48x192",
     )
     channels = group.add_mutually_exclusive_group()
     channels.add_argument("--channels", type=int, choices=(1, 3), help="of its images")

@@ -21,6 +21,7 @@ from wm_eval.detectors import DETECTORS
 from wm_eval.render import template
 from wm_eval.titles import detector_title
 from wm_inject.core.files import write_text
+from wm_inject.core.image_size import describe_size
 
 SARIF_SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 _LEVELS = {Verdict.BACKDOORED: "error", Verdict.INCONCLUSIVE: "warning", Verdict.CLEAN: "note"}
@@ -122,8 +123,12 @@ def write_html(path: Path, about: About, audit: Audit, images: Tensor | None) ->
     if images is not None:
         for label, trigger in reversed_triggers(audit).items():
             pictures[label] = _shown(trigger, images[:_PICTURES])
+    model = dict(about.model)
+    if "image_size" in model:
+        model["image_size"] = describe_size(model["image_size"])
     page = template("audit.html").render(
         about=about,
+        model=model,
         audit=audit,
         scans=scans,
         failures=failures,
@@ -158,7 +163,7 @@ def _data(image: Tensor) -> str:
 def model_line(about: About) -> str:
     """How the model was opened, for the terminal."""
     model = about.model
-    size = f"{model['image_size']} pixels, {model['channels']} channels"
+    size = f"{describe_size(model['image_size'])} pixels, {model['channels']} channels"
     text = f"{model['source']}, {model['arch']}, {size}, {model['num_classes']} classes"
     return f"{about.file}: {text}"
 
