@@ -106,6 +106,14 @@ def test_stealth_without_lpips_weights_says_why(monkeypatch: pytest.MonkeyPatch)
     assert found["psnr"]["mean"] == pytest.approx(float((-10 * mse.log10()).mean()), abs=1e-3)
 
 
+def test_stealth_says_what_all_changes_have_in_common() -> None:
+    images = torch.full((5, 1, 16, 16), 0.5)
+    same, one = images + 0.1, images.clone()
+    one[0] += 0.1
+    assert stealth_values(same, images)["common"] == pytest.approx(1)
+    assert stealth_values(one, images)["common"] is None
+
+
 def test_a_scan_is_kept_as_measured_with_both_rules() -> None:
     scores = torch.tensor([10.0, 50, 55, 60, 52, 58, 61, 57, 53, 200])
     report = judge("x", scores, torch.tensor([1.0] * 9 + [0.1]), floor=0.95)

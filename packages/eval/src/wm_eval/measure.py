@@ -14,6 +14,7 @@ from wm_eval.intervals import exact_lower, exact_upper
 from wm_eval.robustness import Metrics, constant_score, corrupt_alike, stream
 from wm_extract import Corruption, MarkDetector, UNetExtractor, balanced_bit_accuracy
 from wm_inject import Lpips, LpipsUnavailable, linf, psnr, ssim
+from wm_inject.stealth import COMPARED, comparable_changes, image_dependence
 
 BATCH = 256
 
@@ -21,12 +22,16 @@ BATCH = 256
 def stealth_values(poisoned: Tensor, images: Tensor) -> dict[str, Any]:
     """PSNR, SSIM, largest change and LPIPS, each with mean and 5th and 95th percentile.
 
-    LPIPS needs weights; where there are none it is absent, and the reason stands beside it.
+    "common" is the share of the change's energy that is the same in all images; None where fewer
+    than two changed. LPIPS needs weights; where there are none it is absent, and the reason stands
+    beside it.
     """
+    changes = comparable_changes(poisoned[:COMPARED], images[:COMPARED])
     values: dict[str, Any] = {
         "psnr": _spread(psnr(poisoned, images)),
         "ssim": _spread(ssim(poisoned, images)),
         "linf": _spread(linf(poisoned, images)),
+        "common": image_dependence(changes).universal if len(changes) > 1 else None,
     }
     try:
         metric = Lpips().to(images.device)

@@ -138,6 +138,7 @@ def _stealth(record: Record) -> Entries:
     for measure in ("psnr", "ssim", "lpips"):
         if (values := record.values["stealth"].get(measure)) is not None:
             yield measure, record.key, values["mean"]
+    yield "common", record.key, record.values["stealth"].get("common")
 
 
 def _victim(record: Record) -> Entries:

@@ -122,10 +122,13 @@ def table2(study: StudyRecords) -> Page:
 
     Source: Wang et al., "Spy-Watermark", Table 2 (CIFAR-10).
     """
-    measured = [n for n in numbers(study) if n.measure in STEALTH]
+    entries = numbers(study)
+    measured = [n for n in entries if n.measure in STEALTH]
+    common = [n for n in entries if n.measure == "common"]
     printed = paper.STEALTH if _data(study) == paper.STEALTH_DATA else {}
     every = (
         *measured,
+        *common,
         *(
             Number(measure, {"attack": attack}, getattr(row, measure), "paper")
             for attack, row in printed.items()
@@ -133,7 +136,8 @@ def table2(study: StudyRecords) -> Page:
         ),
     )
     attacks = [name for name in _attacks(study) if name != CLEAN]
-    headers = ("attack", *(c for t, _ in STEALTH.values() for c in (t, f"{t}, paper")), "seeds")
+    columns = tuple(c for title, _ in STEALTH.values() for c in (title, f"{title}, paper"))
+    headers = ("attack", *columns, *(("in common (%)",) if common else ()), "seeds")
     images = count_range(r.values["n"] for r in study.select(kind="stealth"))
     note = (
         f"Means over {images} test images, each clamped and rounded to 8 bits first, then over "
@@ -141,6 +145,11 @@ def table2(study: StudyRecords) -> Page:
         "a mark at the very edge less than the padded form does. The paper does not name LPIPS's "
         "network."
     )
+    if common:
+        note += (
+            " In common: the share of the change's energy that is the same in all images, which "
+            "averaging brings to light."
+        )
     rows = tuple(_stealth_row(attack, every) for attack in attacks)
     tables = [Table("table2-stealth", "Stealth", headers, rows, note)]
     seeds = _seeds(study, None)
@@ -290,6 +299,9 @@ def _stealth_row(attack: str, every: Sequence[Number]) -> tuple[str, ...]:
         cells.append(plus_minus(values, digits=digits))
         cells.append(f"{printed[0]:.{digits}f}" if printed else ABSENT)
         counts += [values.n] if values else []
+    if any(n.measure == "common" for n in every):  # earlier records have none
+        shares = spread(select(every, "common", attack=attack))
+        cells.append(plus_minus(shares, digits=1, factor=100))
     return (attack_title(attack), *cells, count_range(counts))
 
 

@@ -12,7 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from wm_inject.core.images import resized
+
 DIRECTIONS = 8
+COMPARED = 1000  # images suffice
+_SIDE = 64  # pixels at which changes of images of any size are compared
 
 
 class Dependence(NamedTuple):
@@ -61,3 +65,15 @@ def image_dependence(changes: Tensor) -> Dependence:
         cosine if n > 1 else float("nan"),
         count,
     )
+
+
+def comparable_changes(changed: Tensor, originals: Tensor) -> Tensor:
+    """The changes of those images that changed, float ``(M, 3, 64, 64)``, M at most N.
+
+    Args:
+        changed: float ``(N, C, H, W)``, C 1 or 3.
+        originals: The same shape.
+    """
+    changes = changed - originals
+    moved = changes[changes.flatten(1).any(1)]
+    return resized(moved, (_SIDE, _SIDE)).expand(-1, 3, -1, -1)

@@ -15,9 +15,14 @@ from torch.nn import functional as F
 
 from wm_inject.core.checks import check_choice
 from wm_inject.core.image_files import find_images
-from wm_inject.core.images import check_pair, load_image, resized, to_float
+from wm_inject.core.images import check_pair, load_image, to_float
 from wm_inject.runtime.folder_plan import png_name
-from wm_inject.stealth.dependence import Dependence, image_dependence
+from wm_inject.stealth.dependence import (
+    COMPARED,
+    Dependence,
+    comparable_changes,
+    image_dependence,
+)
 from wm_inject.stealth.perceptual import Lpips
 
 if TYPE_CHECKING:
@@ -27,7 +32,6 @@ Size = tuple[int, int]  # width and height, in pixels
 _CAP_MSE = 1e-10  # of the squared data range: 100 dB
 _CHUNK = 256
 _VALUES = 2**24  # of the images that are measured at once
-_COMPARED, _SIDE = 1000, 64  # changes that are compared with each other, and their side in pixels
 
 
 def psnr(images: Tensor, reference: Tensor, *, data_range: float = 1.0) -> Tensor:
@@ -128,9 +132,8 @@ def compare_folders(
             raise ValueError(f"expected an original of {file} under {originals}, found none")
         pair, size = _load_pair(changed / file, partner, at)
         sizes.append(size)
-        if len(changes) < _COMPARED and not torch.equal(*pair):
-            change = resized(pair[0] - pair[1], (_SIDE, _SIDE))
-            changes.append(change.expand(1, 3, _SIDE, _SIDE))
+        if sum(map(len, changes)) < COMPARED:
+            changes.append(comparable_changes(*pair))
         room = min(batch_size, max(1, _VALUES // pair[0].numel()))
         if batch and (batch[0][0].shape != pair[0].shape or len(batch) >= room):
             _measure(batch, lpips, values)
@@ -140,6 +143,7 @@ def compare_folders(
             _measure(batch, lpips, values)
     metrics = {name: torch.cat(parts) for name, parts in values.items() if parts}
     names = tuple(file.as_posix() for file in files)
+    compared = torch.cat(changes)
     return Stealth(
         names,
         metrics["psnr"],
@@ -147,7 +151,7 @@ def compare_folders(
         metrics["linf"],
         metrics.get("lpips"),
         tuple(sizes),
-        image_dependence(torch.cat(changes)) if len(changes) > 1 else None,
+        image_dependence(compared) if len(compared) > 1 else None,
     )
 
 
