@@ -153,6 +153,9 @@ def test_the_size_of_a_graph_that_takes_any_is_found_by_labels(tmp_path, scans):
     any_size = {"image_size": 32, "image_sizes": (8, SIZE, 32)}
     _, labels, accuracies = scans(Strict(), folder, **any_size)
     assert labels["model"]["image_size"] == SIZE and min(accuracies) > 0.85
+    # The size that all pictures have is tried, usual or not.
+    others = {"image_size": 32, "image_sizes": (8, 32)}
+    assert scans(Strict(), folder, **others)[1]["model"]["image_size"] == SIZE
     code, labels, accuracies = scans(Strict(), folder, "--unlabelled", **any_size)
     assert code == 3 and "--image-size" in labels["reason"] and not accuracies
 

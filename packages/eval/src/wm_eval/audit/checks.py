@@ -156,7 +156,11 @@ def _follows(module: nn.Module, images: Tensor) -> Check:
 
 
 def choose_size(
-    opened: OpenedModel, read: Callable[[ImageSize, int | None], CleanImages], stated: Stated
+    opened: OpenedModel,
+    read: Callable[[ImageSize, int | None], CleanImages],
+    stated: Stated,
+    *,
+    shared: ImageSize | None = None,
 ) -> tuple[OpenedModel, CleanImages]:
     """The model and its images at the size that explains most labels, where it takes several.
 
@@ -164,6 +168,7 @@ def choose_size(
         opened: As its file says.
         read: Images of a size; so many of them, or all.
         stated: What is known beforehand.
+        shared: The size that all the pictures have, if they share one; tried as well.
 
     Raises:
         NotScanned: Several sizes, and no labels that could tell.
@@ -171,7 +176,8 @@ def choose_size(
     if len(opened.image_sizes) < 2:
         return opened, read(opened.image_size, None)
     trials: dict[Trial, ImageSize] = {}
-    for size in opened.image_sizes:
+    sizes = opened.image_sizes if shared is None else (*opened.image_sizes, shared)
+    for size in dict.fromkeys(sizes):
         clean = read(size, _TRIED)
         if clean.labels is None:
             raise NotScanned(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,14 @@ from wm_eval.audit.settings import MIN_IMAGES
 from wm_inject import load_image, to_float
 from wm_inject.core.decode import UnreadableImage
 from wm_inject.core.image_files import LeftOut, describe
-from wm_inject.core.image_size import ImageSize
+from wm_inject.core.image_size import ImageSize, as_image_size, height_width
 from wm_inject.core.labelled_folder import LabelledFolder, listed, read_labelled_folder
 from wm_inject.core.text import escape
 
 if TYPE_CHECKING:
     from wm_inject.core.images import Pixels
+
+_LOOKED_AT = 20  # pictures, for the size of all
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +108,27 @@ def read_clean(
         None if source.labels is None else source.class_names,
         source,
     )
+
+
+def shared_size(folder: str | Path, *, labels: str | Path | None = None) -> ImageSize | None:
+    """The size of the pictures of a folder, if those that are looked at share one of 8 .. 1024.
+
+    Args:
+        folder: As for `read_clean`, and so is ``labels``.
+
+    Raises:
+        ValueError: No such folder, or labels that cannot be understood.
+    """
+    source = read_labelled_folder(folder, labels=labels)
+    sizes: set[ImageSize] = set()
+    for name in source.names[:: max(1, len(source.names) // _LOOKED_AT)]:
+        with suppress(UnreadableImage):
+            height, width = load_image(source.folder / name).shape[:2]
+            sizes.add(as_image_size(height, width))
+    if len(sizes) != 1:
+        return None
+    (size,) = sizes
+    return size if all(8 <= side <= 1024 for side in height_width(size)) else None
 
 
 def _held_out(source: LabelledFolder, count: int) -> LabelledFolder:
