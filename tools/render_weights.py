@@ -12,18 +12,24 @@ from typing import Any
 
 from wm_eval.records import StudyRecords, read_study
 from wm_eval.render import ABSENT, Table, percent, split_headers, to_markdown
+from wm_eval.titles import CLEAN, SHIPPED, detector_title
 from wm_extract.unet import WEIGHTS
 from wm_inject import PRETRAINED, pretrained_card
 from wm_inject.command.common import run_cli
 from wm_inject.core.files import write_text
 from wm_inject.watermark.pretrained import FOLDER
 
+_RATES = ("cda", "asr", "ftr")
 _STORED = ("stealth", "stealth_jpeg")
 _KNOWN = {"pairs": "pairs", "blind": "apart"}
 _SHOWN = {"pairs": (1, 100, 4000), "blind": (100, 4000)}
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS, PAGE = ROOT / "results" / "weights", ROOT / "docs" / "weights.md"
 AVERAGING = ROOT / "results" / "averaging"
+VICTIMS = {
+    "marks-cifar10": "CIFAR-10, airbench at half its width",
+    "p1-imagenet10-224": "ten ImageNet classes, 224 x 224, EfficientNet-Lite0 fine-tuned",
+}
 HEAD = """# Ready-made weights
 
 Injectors that are trained already ship in the wheel of wm-inject, and the extractor of each in that
@@ -239,6 +245,44 @@ def averaging_table() -> Table:
     return Table("averaging", "What averaging takes and forges", columns, tuple(rows), note)
 
 
+def attack_table() -> Table:
+    """What victims learn of them, and what detectors see of that."""
+    rows = []
+    for folder, victims in VICTIMS.items():
+        study = read_study(ROOT / "results" / folder)
+        for attack, name in SHIPPED.items():
+            for record in study.select(kind="rates", attack=attack):
+                key = {"seed": record.key["seed"], "corruptions": record.key["corruptions"]}
+                (clean,) = study.select(kind="rates", attack=CLEAN, **key)
+                (victim,) = study.select(kind="victim", attack=attack, **key)
+                rates = record.values["corruptions"]["none"]
+                said = [
+                    f"{detector_title(str(scan.key['detector']))}: {_said(scan.values)}"
+                    for scan in study.select(kind="scan", attack=attack, **key)
+                ]
+                shares = (clean.values["corruptions"]["none"]["cda"], *(rates[k] for k in _RATES))
+                poisoned = f"{victim.values['poisoned']:,}"
+                cells = (poisoned, *map(percent, shares), "; ".join(said) or ABSENT)
+                rows.append((f"`{name}`", victims, *cells))
+    headers = split_headers(
+        "pair | victims | poisoned images | clean accuracy, clean victim | clean accuracy | ASR | "
+        "without the mark | what detectors say"
+    )
+    note = (
+        "One victim each, of which a tenth of the training images was marked and labelled as the "
+        "target. ASR: marked test images of other classes that get that label. The whole tables: "
+        "[Spy-Watermark](../results/spy-watermark.md)."
+    )
+    return Table("attack", "In the attack", headers, tuple(rows), note)
+
+
+def _said(values: Mapping[str, Any]) -> str:
+    if not values["suspected"]:
+        return str(values["verdict"])
+    right = values["suspected"] == [values["true_target"]]
+    return f"{values['verdict']}, {'the right label' if right else 'another label'}"
+
+
 def bits_table(study: StudyRecords) -> Table:
     """How much of the watermark is read back."""
     names: tuple[str, ...] = ()
@@ -279,6 +323,7 @@ def render() -> str:
         found_table(study),
         photographs_table(study),
         averaging_table(),
+        attack_table(),
         bits_table(study),
     )
     digests = [
