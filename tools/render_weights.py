@@ -271,7 +271,8 @@ def attack_table() -> Table:
     note = (
         "One victim each, of which a tenth of the training images was marked and labelled as the "
         "target. ASR: marked test images of other classes that get that label. The whole tables: "
-        "[Spy-Watermark](../results/spy-watermark.md)."
+        "[Spy-Watermark](../results/spy-watermark.md). `photo-64` was trained on photographs that its "
+        "victims saw; with four epochs in place of eight its trigger worked on 57 %."
     )
     return Table("attack", "In the attack", headers, tuple(rows), note)
 
@@ -279,8 +280,8 @@ def attack_table() -> Table:
 def _said(values: Mapping[str, Any]) -> str:
     if not values["suspected"]:
         return str(values["verdict"])
-    right = values["suspected"] == [values["true_target"]]
-    return f"{values['verdict']}, {'the right label' if right else 'another label'}"
+    labels = (f"label {label}" for label in values["suspected"])
+    return f"{values['verdict']}, {' and '.join(labels)} (planted: {values['true_target']})"
 
 
 def bits_table(study: StudyRecords) -> Table:
