@@ -271,8 +271,8 @@ def attack_table() -> Table:
     note = (
         "One victim each, of which a tenth of the training images was marked and labelled as the "
         "target. ASR: marked test images of other classes that get that label. The whole tables: "
-        "[Spy-Watermark](../results/spy-watermark.md). `photo-64` was trained on photographs that its "
-        "victims saw; with four epochs in place of eight its trigger worked on 57 %."
+        "[Spy-Watermark](../results/spy-watermark.md). `photo-64` was trained on photographs that "
+        "its victims saw; with four epochs in place of eight its trigger worked on 57 %."
     )
     return Table("attack", "In the attack", headers, tuple(rows), note)
 

@@ -5,8 +5,9 @@ import torch
 
 from defense_nc import InvertedTrigger
 from defense_reverse import UniversalPicture
-from wm_eval.config import WatermarkConfig
-from wm_eval.trial import load_reversed, save_reversed
+from wm_eval.config import WatermarkConfig, load_study
+from wm_eval.titles import attack_title
+from wm_eval.trial import Trial, load_reversed, save_reversed
 from wm_eval.watermark_attacks import blend_watermark, fit_watermark
 from wm_inject import default_watermark, pretrained_card
 from wm_victim import ImageSet
@@ -31,8 +32,20 @@ def test_shipped_weights_stand_in_for_a_training(tmp_path: Path) -> None:
     with torch.no_grad():
         half, full = (one.trigger(batch) - batch for one in (weak, whole))
     assert 0 < float(half.abs().sum()) < float(full.abs().sum())
-    with pytest.raises(ValueError, match="tiny-32, got 3 and 40"):
-        fit_watermark(config, images(40), seed=0, checkpoint=mark, progress=False)
+    large = fit_watermark(config, images(40), seed=0, checkpoint=mark, progress=False)
+    assert large.trigger(images(40).images).shape == images(40).images.shape
+    with pytest.raises(ValueError, match="tiny-32, got 3 and 24"):
+        fit_watermark(config, images(24), seed=0, checkpoint=mark, progress=False)
+
+
+def test_weights_that_ship_are_attacks_by_their_name() -> None:
+    study = load_study("marks-cifar10")
+    trial = Trial(study, seed=0, attack="watermark-varied-32")
+    assert trial.watermark is not None and trial.watermark.pretrained == "varied-32"
+    assert trial.described["name"] == "watermark-varied-32"
+    assert trial.described["pretrained"] == "varied-32" and study.watermark.pretrained is None
+    assert Trial(study, seed=0).watermark is None
+    assert "varied-32" in attack_title(trial.attack)
 
 
 def test_equation_2_blends_the_watermark_by_its_weight() -> None:

@@ -69,7 +69,7 @@ def test_marked_images_move_the_threshold_to_the_middle_of_the_gap(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     answers = {0.25: torch.linspace(-6, -5, 60), 0.75: torch.linspace(3, 4, 60)}
-    monkeypatch.setattr("wm_extract.detect.extract", lambda _, x: x)
+    monkeypatch.setattr("wm_extract.detect.extract", lambda _, x, **__: x)
     monkeypatch.setattr("wm_extract.detect.mark_score", lambda x, _: answers[float(x.mean())])
     clean, marked = torch.full((60, 1, 16, 16), 0.25), torch.full((60, 1, 16, 16), 0.75)
     alone = MarkDetector.calibrate(extractor(), MARK, clean).threshold
