@@ -310,9 +310,9 @@ def _csv_pages(results: Path) -> Iterator[tuple[str, list[Page]]]:
     for name in (*ATTACKS, *recorded(results, FULL)):
         yield name, attack_pages(study(name))
     for name in recorded(results, FULL):
-        detectors = keys(study(name), "scan", "detector")
-        yield name, [index_page(study(name), detector) for detector in detectors]
-    yield "attacks-cifar10", [index_page(study("attacks-cifar10"), name) for name in INDICES]
+        if detectors := keys(study(name), "scan", "detector"):
+            yield name, [_indices(study(name), detectors)]
+    yield "attacks-cifar10", [_indices(study("attacks-cifar10"), INDICES)]
     for name in ("population", "population-strangers", "population-few-classes"):
         yield name, [calibration_page(study(name))]
     for name in recorded(results, DETECTIONS):
@@ -323,6 +323,13 @@ def _csv_pages(results: Path) -> Iterator[tuple[str, list[Page]]]:
         yield name, [detection_page(study(name))]
     for name in MITIGATIONS:
         yield name, [mitigation_page(study(name))]
+
+
+def _indices(study: StudyRecords, detectors: Iterable[str]) -> Page:
+    """The indices of all detectors, for one file."""
+    pages = [index_page(study, detector) for detector in detectors]
+    numbers = tuple(number for page in pages for number in page.numbers)
+    return Page("index", "Anomaly indices", pages[0].about, (), numbers)
 
 
 def _head(title: str, name: str) -> Iterator[str]:

@@ -261,8 +261,8 @@ def attack_table() -> Table:
                     for scan in study.select(kind="scan", attack=attack, **key)
                 ]
                 shares = (clean.values["corruptions"]["none"]["cda"], *(rates[k] for k in _RATES))
-                poisoned = f"{victim.values['poisoned']:,}"
-                cells = (poisoned, *map(percent, shares), "; ".join(said) or ABSENT)
+                count = f"{victim.values['poisoned']:,}"
+                cells = (count, *map(percent, shares), "; ".join(said) or ABSENT)
                 rows.append((f"`{name}`", victims, *cells))
     headers = split_headers(
         "pair | victims | poisoned images | clean accuracy, clean victim | clean accuracy | ASR | "
@@ -272,7 +272,7 @@ def attack_table() -> Table:
         "One victim each, of which a tenth of the training images was marked and labelled as the "
         "target. ASR: marked test images of other classes that get that label. The whole tables: "
         "[Spy-Watermark](../results/spy-watermark.md). `photo-64` was trained on photographs that "
-        "its victims saw; with four epochs in place of eight its trigger worked on 57 %."
+        "its victims saw."
     )
     return Table("attack", "In the attack", headers, tuple(rows), note)
 

@@ -113,8 +113,8 @@ def test_images_that_are_not_square_are_scanned(
     report = json.loads(outputs["json"].read_text())
     assert report["model"]["image_size"] == [12, 20]
     assert list(report["detectors"]) == ["sweep"] and not report["failures"]
-    (run,) = json.loads(outputs["sarif"].read_text())["runs"]
-    assert run["invocations"][0]["executionSuccessful"]
+    (log,) = json.loads(outputs["sarif"].read_text())["runs"]
+    assert log["invocations"][0]["executionSuccessful"]
     assert "image_size 12 x 20" in outputs["html"].read_text()
 
 
@@ -123,11 +123,11 @@ def test_a_model_of_images_that_are_not_square_is_cleaned(
     quarters: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, folder = quarters
-    cleaned = tmp_path / "cleaned.onnx"
-    command = ["clean", str(model), "--images", str(folder), "--out", str(cleaned)]
+    out = tmp_path / "cleaned.onnx"
+    command = ["clean", str(model), "--images", str(folder), "--out", str(out)]
     command += ["--detectors", "uap", "--label", "3", "--rounds", "1", "--device", "cpu"]
     assert main(command) in (0, 1, 2)
-    assert f"wrote {cleaned}: the original with new weights" in capsys.readouterr().out
+    assert f"wrote {out}: the original with new weights" in capsys.readouterr().out
 
 
 def test_detectors_take_images_that_are_not_square(quarters: tuple[Path, Path]) -> None:

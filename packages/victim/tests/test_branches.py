@@ -309,11 +309,18 @@ def test_refusals(tmp_path: Path) -> None:
         look_at_graph(path, np.zeros((5, 8, 8, 1), dtype=np.uint8))
     with pytest.raises(ValueError, match=r"expected 4 \.\. 64 images, got 3"):
         look_at_graph(path, np.zeros((3, 8, 8, 3), dtype=np.uint8))
-    told = {"notes": [], "layers": 0, "nodes": 0, "images": 4, "image_size": [8, 9], "channels": 3}
-    assert read_report({"branches": [], **told}, sha256="", own_images=False).image_size == (8, 9)
+    facts = {
+        "notes": [],
+        "layers": 0,
+        "nodes": 0,
+        "images": 4,
+        "image_size": [8, 9],
+        "channels": 3,
+    }
+    assert read_report({"branches": [], **facts}, sha256="", own_images=False).image_size == (8, 9)
     for wrong in ({"branches": [{}]}, {"image_size": [8, 9, 3]}, {"image_size": [8, 5000]}):
         with pytest.raises(LoadingError, match="no description"):
-            read_report({"branches": [], **told, **wrong}, sha256="", own_images=False)
+            read_report({"branches": [], **facts, **wrong}, sha256="", own_images=False)
 
 
 def test_the_table_counts() -> None:

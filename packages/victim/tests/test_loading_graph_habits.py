@@ -282,13 +282,13 @@ WIDE = {
 
 def test_images_need_not_be_square(tmp_path: Path, subtests: pytest.Subtests) -> None:
     turn = [node("Transpose", "image", "x", perm=[0, 3, 1, 2])]
-    stated = {"image_size": (12, 20)}
+    option = {"image_size": (12, 20)}
     for name, shape, settings, options in [
         ("fixed", ["n", 3, 12, 20], WIDE, {}),
-        ("fixed and stated", ["n", 3, 12, 20], WIDE, stated),
-        ("one side open", ["n", 3, 12, "w"], WIDE, stated),
-        ("the other side open", ["n", 3, "h", 20], WIDE, stated),
-        ("both sides open", ["n", 3, "h", "w"], WIDE, stated),
+        ("fixed and stated", ["n", 3, 12, 20], WIDE, option),
+        ("one side open", ["n", 3, 12, "w"], WIDE, option),
+        ("the other side open", ["n", 3, "h", 20], WIDE, option),
+        ("both sides open", ["n", 3, "h", "w"], WIDE, option),
         ("channels last", ["n", 12, 20, 3], {**WIDE, "first": turn}, {}),
         ("one at a time", [1, 3, 12, 20], WIDE, {}),
     ]:
@@ -326,8 +326,8 @@ def test_sizes_that_a_graph_does_not_take_are_refused(
 
 
 def test_what_a_child_says_of_its_images_is_not_trusted(subtests: pytest.Subtests) -> None:
-    told = IoFormat(3, (12, 20)).to_json()
-    assert read_io_format(told) == IoFormat(3, (12, 20))
+    report = IoFormat(3, (12, 20)).to_json()
+    assert read_io_format(report) == IoFormat(3, (12, 20))
     for change in [
         {"image_size": [12, 20, 3]},
         {"image_size": [12, 2000]},
@@ -341,7 +341,7 @@ def test_what_a_child_says_of_its_images_is_not_trusted(subtests: pytest.Subtest
         {"nhwc": 1},
     ]:
         with subtests.test(change=change), pytest.raises(ValueError, match=r"expected|types"):
-            read_io_format(told | change)
+            read_io_format(report | change)
 
 
 def test_class_names_are_read_from_the_metadata(tmp_path: Path) -> None:

@@ -319,9 +319,9 @@ def draw_tiles(trial: Trial, store: Store, _: Path) -> Result:
         both, (height, width) = torch.cat([poisoned, images]), images.shape[2:]
         # Read at the watermark's size, shown at the images'.
         maps = resized(extract(extractor, both, side=mark.shape[-1]), (height, width)).clamp(0, 1)
-        read, clean = maps.chunk(2)
-        kinds["extracted"] = (read, "watermark read from the poisoned image")
-        kinds["extracted-clean"] = (clean, "watermark read from the original")
+        marks, blanks = maps.chunk(2)
+        kinds["extracted"] = (marks, "watermark read from the poisoned image")
+        kinds["extracted-clean"] = (blanks, "watermark read from the original")
         values["watermark"] = save_picture(folder, f"{prefix}-watermark", mark, "the watermark")
     values["tiles"] = [
         {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -21,7 +22,7 @@ from defense_reverse.detectors.split import (
     split_at_last_map,
 )
 from defense_reverse.generator import UNetGenerator
-from wm_inject.core.resume import fingerprint
+from wm_inject.core.resume import ResumeFile, fingerprint
 
 
 class SplitInputs(NamedTuple):
@@ -86,10 +87,20 @@ def open_split(
         )
 
 
-def scan_run(inputs: ScanInputs, settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """What tells a scan from others, for a `wm_inject.core.resume.ResumeFile`."""
-    data = fingerprint(*inputs.model.state_dict().values(), inputs.images, inputs.labels)
-    return {"seed": seed, "data": data, "settings": dict(settings)}
+def resume_file(
+    checkpoint: Path | None,
+    inputs: ScanInputs,
+    *,
+    kind: str,
+    settings: Mapping[str, Any],
+    seed: int,
+) -> ResumeFile:
+    """The file of one scan of one model with these images; without a path it does nothing."""
+    identity: dict[str, Any] = {}
+    if checkpoint is not None:
+        data = fingerprint(*inputs.model.state_dict().values(), inputs.images, inputs.labels)
+        identity = {"seed": seed, "data": data, "settings": dict(settings)}
+    return ResumeFile(checkpoint, kind=kind, run=identity)
 
 
 def check_settings(config: object, counts: Sequence[str], positive: Sequence[str]) -> None:

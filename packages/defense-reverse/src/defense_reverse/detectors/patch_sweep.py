@@ -19,10 +19,9 @@ from defense_nc import InvertedTrigger
 from defense_nc.config import check_rule
 from defense_nc.scan_inputs import ScanInputs, open_scan
 from defense_nc.verdict import ScanReport, judge_scan
-from defense_reverse.detectors.common import check_settings, scan_run
+from defense_reverse.detectors.common import check_settings, resume_file
 from wm_inject.core.presets import preset_of
 from wm_inject.core.progress import progress as show_progress
-from wm_inject.core.resume import ResumeFile
 
 _LEAST = 3  # pixels a side of a square
 _CELLS = 3  # a side of a chequered one
@@ -173,7 +172,7 @@ class PatchSweep:
         Raises:
             ValueError: A checkpoint that is damaged or belongs to another scan.
         """
-        file = ResumeFile(checkpoint, kind=self.name, run=scan_run(inputs, self.settings, seed))
+        file = resume_file(checkpoint, inputs, kind=self.name, settings=self.settings, seed=seed)
         patches, state = list(self.patches(inputs.images.shape[1:])), file.load()
         if state is None:
             state = self._best(inputs, patches, seed=seed, progress=progress)

@@ -21,11 +21,10 @@ from defense_nc.config import check_rule
 from defense_nc.gradients import GradientCount, reached, vanished
 from defense_nc.scan_inputs import ScanInputs, open_scan
 from defense_nc.verdict import ScanReport, judge_scan
-from defense_reverse.detectors.common import batches_of, check_settings, scan_run
+from defense_reverse.detectors.common import batches_of, check_settings, resume_file
 from wm_inject.core.images import check_images
 from wm_inject.core.presets import preset_of
 from wm_inject.core.progress import progress as show_progress
-from wm_inject.core.resume import ResumeFile
 
 _GROWTH = 1.25  # of the size in a step, until a picture works for the first time
 # Times the size of the search: as far as a picture is enlarged until it works on other images.
@@ -169,19 +168,19 @@ class UniversalPerturbation:
             ValueError: A checkpoint that is damaged or belongs to another scan.
         """
         random = torch.Generator().manual_seed(seed)
-        file = ResumeFile(checkpoint, kind=self.name, run=scan_run(inputs, self.settings, seed))
+        file = resume_file(checkpoint, inputs, kind=self.name, settings=self.settings, seed=seed)
         state = file.load()
-        done: list[list[Any]] = [] if state is None else state[0]
+        rows: list[list[Any]] = [] if state is None else state[0]
         if state is not None:
             random.set_state(state[1])
-        labels = range(len(done), inputs.num_classes)
+        labels = range(len(rows), inputs.num_classes)
         for label in show_progress(labels, desc="perturbations", enabled=progress):
             picture, size, rate, starved = self._picture(inputs, label, random)
-            done.append([picture.cpu(), size, rate, starved])
-            file.save_sometimes(lambda: (done, random.get_state()))
+            rows.append([picture.cpu(), size, rate, starved])
+            file.save_sometimes(lambda: (rows, random.get_state()))
         if labels:
-            file.save((done, random.get_state()))
-        pictures, sizes, rates, starved_shares = zip(*done, strict=True)
+            file.save((rows, random.get_state()))
+        pictures, sizes, rates, starved_shares = zip(*rows, strict=True)
         return Universal(
             torch.stack(pictures).to(inputs.images.device),
             torch.tensor(sizes, dtype=torch.float64),

@@ -160,7 +160,7 @@ def choose_size(
     read: Callable[[ImageSize, int | None], CleanImages],
     stated: Stated,
     *,
-    shared: ImageSize | None = None,
+    own_size: ImageSize | None = None,
 ) -> tuple[OpenedModel, CleanImages]:
     """The model and its images at the size that explains most labels, where it takes several.
 
@@ -168,7 +168,7 @@ def choose_size(
         opened: As its file says.
         read: Images of a size; so many of them, or all.
         stated: What is known beforehand.
-        shared: The size that all the pictures have, if they share one; tried as well.
+        own_size: The size that the pictures have, if all have one; tried as well.
 
     Raises:
         NotScanned: Several sizes, and no labels that could tell.
@@ -176,7 +176,7 @@ def choose_size(
     if len(opened.image_sizes) < 2:
         return opened, read(opened.image_size, None)
     trials: dict[Trial, ImageSize] = {}
-    sizes = opened.image_sizes if shared is None else (*opened.image_sizes, shared)
+    sizes = opened.image_sizes if own_size is None else (*opened.image_sizes, own_size)
     for size in dict.fromkeys(sizes):
         clean = read(size, _TRIED)
         if clean.labels is None:

@@ -399,7 +399,7 @@ def _open(
             raise ValueError(f"expected a file or folder at {path}, found none")
     device = resolve_device(args.device)
     from wm_eval.audit.checks import check_model, choose_size
-    from wm_eval.audit.images import read_clean, shared_size
+    from wm_eval.audit.images import common_size, read_clean
     from wm_eval.audit.outputs import check_line, model_line
     from wm_eval.audit.own_calibration import load_own
     from wm_eval.audit.scan import choose_detectors
@@ -426,8 +426,8 @@ def _open(
         return replace(clean, labels=None) if args.unlabelled else clean
 
     is_open = len(opened.image_sizes) > 1
-    shared = shared_size(args.images, labels=args.labels) if is_open else None
-    opened, clean = choose_size(opened, read, stated, shared=shared)
+    own_size = common_size(args.images, labels=args.labels) if is_open else None
+    opened, clean = choose_size(opened, read, stated, own_size=own_size)
     _print(*(f"note: {note}" for note in opened.notes[len(about.notes) :]))
     about.notes, about.model["image_size"] = opened.notes, opened.image_size
     say(clean.lines())

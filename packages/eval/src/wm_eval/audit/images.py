@@ -110,7 +110,7 @@ def read_clean(
     )
 
 
-def shared_size(folder: str | Path, *, labels: str | Path | None = None) -> ImageSize | None:
+def common_size(folder: str | Path, *, labels: str | Path | None = None) -> ImageSize | None:
     """The size of the pictures of a folder, if those that are looked at share one of 8 .. 1024.
 
     Args:

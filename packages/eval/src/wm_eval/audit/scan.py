@@ -142,11 +142,11 @@ def _state_files(
         return {}
     state.mkdir(parents=True, exist_ok=True)
     labels = () if checked.labels is None else (checked.labels,)
-    scanned = fingerprint(*checked.module.state_dict().values(), clean.images, *labels)
+    data = fingerprint(*checked.module.state_dict().values(), clean.images, *labels)
     files = {}
     for name, scanner in scanners.items():
-        run = json.dumps([scanned, dict(scanner.settings), seed], sort_keys=True)
-        digest = hashlib.sha256(run.encode()).hexdigest()[:16]
+        scan = json.dumps([data, dict(scanner.settings), seed], sort_keys=True)
+        digest = hashlib.sha256(scan.encode()).hexdigest()[:16]
         files[name] = state / f"{name}-{digest}.safetensors"
     return files
 

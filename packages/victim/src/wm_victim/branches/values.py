@@ -96,9 +96,9 @@ class GraphRun:
             return self._sessions[key]
         model = self.view.model
         nodes = needed(model.graph.node, set(names), set(given))
-        names_read = {name for node in nodes for name in inputs_of(node)} | set(names)
+        inputs = {name for node in nodes for name in inputs_of(node)} | set(names)
         weights = [
-            tensor for name, tensor in self._tensors.items() if name in names_read - given.keys()
+            tensor for name, tensor in self._tensors.items() if name in inputs - given.keys()
         ]
         ports = [port for port in model.graph.input if port.name == self.port.name]
         for name, array in given.items():

@@ -75,5 +75,5 @@ def comparable_changes(changed: Tensor, originals: Tensor) -> Tensor:
         originals: The same shape.
     """
     changes = changed - originals
-    moved = changes[changes.flatten(1).any(1)]
-    return resized(moved, (_SIDE, _SIDE)).expand(-1, 3, -1, -1)
+    nonzero = changes[changes.flatten(1).any(1)]
+    return resized(nonzero, (_SIDE, _SIDE)).expand(-1, 3, -1, -1)

@@ -132,7 +132,7 @@ def compare_folders(
             raise ValueError(f"expected an original of {file} under {originals}, found none")
         pair, size = _load_pair(changed / file, partner, at)
         sizes.append(size)
-        if sum(map(len, changes)) < COMPARED:
+        if len(changes) < COMPARED and not torch.equal(*pair):
             changes.append(comparable_changes(*pair))
         room = min(batch_size, max(1, _VALUES // pair[0].numel()))
         if batch and (batch[0][0].shape != pair[0].shape or len(batch) >= room):
@@ -143,7 +143,6 @@ def compare_folders(
             _measure(batch, lpips, values)
     metrics = {name: torch.cat(parts) for name, parts in values.items() if parts}
     names = tuple(file.as_posix() for file in files)
-    compared = torch.cat(changes)
     return Stealth(
         names,
         metrics["psnr"],
@@ -151,7 +150,7 @@ def compare_folders(
         metrics["linf"],
         metrics.get("lpips"),
         tuple(sizes),
-        image_dependence(compared) if len(compared) > 1 else None,
+        image_dependence(torch.cat(changes)) if len(changes) > 1 else None,
     )
 
 
