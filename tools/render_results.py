@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -184,16 +185,21 @@ def _injector(results: Path) -> Iterator[str]:
     yield from _made_by(table, "ablate_injector.py", "ablation-injector")
 
 
+@cache  # both a page and a CSV are made of it
+def _population_page(folder: Path) -> Page:
+    return calibration_page(read_study(folder))
+
+
 def _calibration(results: Path) -> Iterator[str]:
-    page = calibration_page(read_study(results / "population"))
+    page = _population_page(results / "population")
     yield from _head(page.title, "population")
     yield "[What a verdict rests on](../docs/verdicts.md).\n"
     yield from (to_markdown(table) for table in page.tables)
-    strangers = calibration_page(read_study(results / "population-strangers"))
+    strangers = _population_page(results / "population-strangers")
     yield from _head("The same for kinds of network that were never seen", "population-strangers")
     yield "Every network is judged by what clean models of all *other* networks calibrate.\n"
     yield from (to_markdown(table) for table in strangers.tables[:-1])
-    few = calibration_page(read_study(results / "population-few-classes"))
+    few = _population_page(results / "population-few-classes")
     yield from _head("Two and three classes", "population-few-classes")
     yield (
         "Judged by each other in the same way. No verdict is given on so few classes: a clean "
@@ -314,7 +320,7 @@ def _csv_pages(results: Path) -> Iterator[tuple[str, list[Page]]]:
             yield name, [_indices(study(name), detectors)]
     yield "attacks-cifar10", [_indices(study("attacks-cifar10"), INDICES)]
     for name in ("population", "population-strangers", "population-few-classes"):
-        yield name, [calibration_page(study(name))]
+        yield name, [_population_page(results / name)]
     for name in recorded(results, DETECTIONS):
         yield name, [detection_page(study(name))]
         if study(name).select(kind="mitigation"):

@@ -26,6 +26,7 @@ from defense_nc.verdict.shrinkage import (
     moderated_p_values,
     prior_of,
     robust_scale,
+    spread_of,
 )
 from defense_nc.verdict.tail_fit import Tail, fit_tail, tail_p_values
 
@@ -99,7 +100,9 @@ def test_clean_labels_are_as_significant_as_stated(count):
     found = torch.cat([moderated_p_values(logs, truth) for logs in models])
     for level in (0.01, 0.05):
         assert float((found <= level).double().mean()) == pytest.approx(level, rel=0.3)
-    assert prior_of(list(models)).sigma == pytest.approx(truth.sigma, rel=0.1)
+    assert prior_of([spread_of(logs) for logs in models]).sigma == pytest.approx(
+        truth.sigma, rel=0.1
+    )
 
 
 def test_log_scores_of_zeros_are_finite():

@@ -127,14 +127,7 @@ def calibrate(scans: Sequence[Record]) -> Calibration:
     models = _clean_models(scans)
     if len(models) < MIN_MODELS:
         raise _too_few(len(models))
-    first = next(r for r in scans if _clean_of(r))
-    return fit_calibration(
-        models,
-        detector=first.values["detector"],
-        preset=first.values["preset"],
-        settings=first.settings["detector"],
-        versions=dict(first.versions),
-    )
+    return _fit(models.values(), next(r for r in scans if _clean_of(r)))
 
 
 def summarise(scans: Sequence[Record], *, floor: float = 0.9, alpha: float = 0.05) -> Population:
@@ -158,6 +151,7 @@ def summarise(scans: Sequence[Record], *, floor: float = 0.9, alpha: float = 0.0
     if not scans:
         raise ValueError("expected at least one scan of a population, got none")
     calibrations: dict[tuple[str, int], Calibration] = {}
+    groups: dict[str, list[_Group]] = {}
     judged: dict[str, tuple[Judged, ...]] = {}
     left_out: dict[tuple[str, int], int] = {}
     by_detector = {
@@ -170,11 +164,12 @@ def summarise(scans: Sequence[Record], *, floor: float = 0.9, alpha: float = 0.0
             else:
                 calibrations[detector, classes] = calibrate(same)
         if any(name == detector for name, _ in calibrations):
-            judged[detector] = tuple(_judge_all(every, alpha))
+            groups[detector] = list(_calibrated(every))
+            judged[detector] = tuple(_judge_all(groups[detector], alpha))
     if not judged:
         raise _too_few(max(left_out.values()))
     if pair := together(judged):
-        shared = [j for name in pair for j in _judge_all(by_detector[name], alpha / len(pair))]
+        shared = [j for name in pair for j in _judge_all(groups[name], alpha / len(pair))]
         first = {name: judged[name] for name in pair}
         judged = {**first, COMBINED: _combined(shared, len(pair)), **judged}
     rows = [
@@ -299,15 +294,26 @@ def _row(
     )
 
 
-def _clean_models(scans: Sequence[Record]) -> list[CleanModel]:
-    """What one detector can be calibrated on, from scans that were all made alike."""
+def _fit(models: Collection[CleanModel], like: Record) -> Calibration:
+    """The calibration of the detector that made a scan."""
+    return fit_calibration(
+        tuple(models),
+        detector=like.values["detector"],
+        preset=like.values["preset"],
+        settings=like.settings["detector"],
+        versions=dict(like.versions),
+    )
+
+
+def _clean_models(scans: Sequence[Record]) -> dict[str, CleanModel]:
+    """By record: what one detector can be calibrated on, from scans that were all made alike."""
     if any(r.settings["detector"] != scans[0].settings["detector"] for r in scans):
         raise ValueError("expected one set of detector settings in both splits, got more")
     images = sorted({r.settings["images"] for r in scans})
     if len(images) > 1:
         got = ", ".join(map(str, images))
         raise ValueError(f"expected one number of the defender's images in both splits, got {got}")
-    return [model for r in scans if _clean_of(r) and (model := _clean(r)) is not None]
+    return {r.id: model for r in scans if _clean_of(r) and (model := _clean(r)) is not None}
 
 
 def _clean(record: Record) -> CleanModel | None:
@@ -354,26 +360,38 @@ def _groups(scans: Sequence[Record]) -> dict[int, list[Record]]:
     return dict(sorted(groups.items()))
 
 
-def _judge_all(scans: Sequence[Record], alpha: float) -> Iterator[Judged]:
+class _Group(NamedTuple):
+    """Models that one calibration judges."""
+
+    models: list[Record]
+    calibration: Calibration
+
+
+def _calibrated(scans: Sequence[Record]) -> Iterator[_Group]:
     """One detector's models of the test and unseen splits; none where the clean ones are too few.
 
-    One of the unseen split is judged by the clean ones of the other kinds.
+    Those of the unseen split are judged, kind by kind, by the clean ones of the other kinds.
     """
     for classes, same in _groups(scans).items():
+        clean = _clean_models(same)
         if classes != ANY_CLASSES:
-            test = [r for r in same if r.key["split"] == "test"]
-            yield from _judge_by(test, same, alpha)
-            continue
-        for kind in sorted({_kind(r) for r in same}):
-            own = [r for r in same if _kind(r) == kind]
-            yield from _judge_by(own, [r for r in same if _kind(r) != kind], alpha)
+            parts = [([r for r in same if r.key["split"] == "test"], [*clean.values()])]
+        else:
+            of_kind = {r.id: _kind(r) for r in same}
+            parts = [
+                (
+                    [r for r in same if _kind(r) == kind],
+                    [model for name, model in clean.items() if of_kind[name] != kind],
+                )
+                for kind in sorted({*of_kind.values()})
+            ]
+        for models, reference in parts:
+            if len(reference) >= MIN_MODELS:
+                yield _Group(models, _fit(reference, same[0]))
 
 
-def _judge_by(
-    models: Sequence[Record], reference: Sequence[Record], alpha: float
-) -> Iterator[Judged]:
-    if len(_clean_models(reference)) >= MIN_MODELS:
-        calibration = calibrate(reference)
+def _judge_all(groups: Iterable[_Group], alpha: float) -> Iterator[Judged]:
+    for models, calibration in groups:
         yield from (_judge(r, calibration, alpha) for r in models)
 
 

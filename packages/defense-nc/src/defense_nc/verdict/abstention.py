@@ -120,7 +120,7 @@ def scores_shifted(logs: Tensor, peers: Sequence[CleanModel]) -> str | None:
             f"Every label is easy to reach: the median score is {share:.2f} of the lowest of "
             f"{len(peers)} clean models, as a backdoor with a trigger for each would make it."
         )
-    spread, widest = float(logs.std()), max(model.spread for model in peers)
+    spread, widest = float(logs.std()), max(model.deviation for model in peers)
     if spread > _WIDER * widest:
         return (
             f"The labels' log scores lie {spread:.2f} apart (standard deviation), and those of "

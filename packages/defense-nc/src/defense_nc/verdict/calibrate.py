@@ -62,12 +62,11 @@ def fit_calibration(
     logs = [torch.tensor(model.log_scores).double() for model in models]
     if min(len(values) for values in logs) < 2:
         raise ValueError("expected at least 2 log scores of every clean model")
-    prior = prior_of(logs)
+    prior = prior_of([model.spread for model in models])
     nominal = []
     for i, (model, values) in enumerate(zip(models, logs, strict=True)):
         others = alike([*models[:i], *models[i + 1 :]], model.subject)
-        prior_of_others = prior_of([torch.tensor(other.log_scores).double() for other in others])
-        nominal.append(moderated_p_values(values, prior_of_others))
+        nominal.append(moderated_p_values(values, prior_of([other.spread for other in others])))
     return Calibration(
         detector=detector,
         preset=preset,

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from defense_nc.verdict.model_info import ModelInfo
-from defense_nc.verdict.shrinkage import Prior, moderated_p_values, prior_of
+from defense_nc.verdict.shrinkage import Prior, Spread, moderated_p_values, prior_of, spread_of
 from defense_nc.verdict.tail_fit import Tail, tail_p_values
 from wm_inject.core.files import write_text
 
@@ -37,15 +37,25 @@ class CleanModel:
     arch: str
     name: str = ""  # of the scan's record
 
-    @property
+    # A model is judged beside hundreds of others, and they beside it: each number once.
+    @cached_property
     def level(self) -> float:
         """The median log score."""
-        return float(torch.quantile(torch.tensor(self.log_scores).double(), 0.5))
+        return float(torch.quantile(self._logs, 0.5))
+
+    @cached_property
+    def deviation(self) -> float:
+        """The ordinary standard deviation of the log scores."""
+        return float(self._logs.std())
+
+    @cached_property
+    def spread(self) -> Spread:
+        """The spread of the log scores that outliers do not widen."""
+        return spread_of(self._logs)
 
     @property
-    def spread(self) -> float:
-        """The ordinary standard deviation of the log scores."""
-        return float(torch.tensor(self.log_scores).double().std())
+    def _logs(self) -> Tensor:
+        return torch.tensor(self.log_scores).double()
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,7 @@ class Calibration:
         peers = self.peers(subject)
         if len(peers) == len(self.models):
             return Prior(self.sigma0, self.nu0)
-        return prior_of([torch.tensor(model.log_scores).double() for model in peers])
+        return prior_of([model.spread for model in peers])
 
     def covers(self, classes: int) -> bool:
         """Whether that many classes lie between those of the clean models."""

@@ -33,6 +33,13 @@ class Prior(NamedTuple):
     df: float  # how much that is worth, in degrees of freedom: large where models agree
 
 
+class Spread(NamedTuple):
+    """The spread of one clean model's log scores."""
+
+    scale: float  # their deviation, >= 0
+    df: float  # its degrees of freedom, > 0
+
+
 def log_scores(scores: Tensor) -> Tensor:
     """Natural logarithms of scores >= 0, float64; a zero counts as a millionth of the median."""
     values = scores.detach().double().cpu()
@@ -87,12 +94,17 @@ def fit_prior(scales: Sequence[float], dfs: Sequence[float]) -> Prior:
     )
 
 
-def prior_of(logs: Sequence[Tensor]) -> Prior:
-    """The prior of clean models' log scores, each ``(K,)``."""
+def spread_of(logs: Tensor) -> Spread:
+    """The spread of a clean model's log scores ``(K,)``."""
     # Of few labels the ordinary deviation, which is exact: clean models have no outliers.
-    spreads = (robust_scale(x) if len(x) >= _FEW else _ordinary_scale(x) for x in logs)
+    scale, df = robust_scale(logs) if len(logs) >= _FEW else _ordinary_scale(logs)
+    return Spread(float(scale), df)
+
+
+def prior_of(spreads: Sequence[Spread]) -> Prior:
+    """The prior of clean models' spreads; errors as for `fit_prior`."""
     scales, dfs = zip(*spreads, strict=True)
-    return fit_prior([float(scale) for scale in scales], dfs)
+    return fit_prior(scales, dfs)
 
 
 def moderated_p_values(logs: Tensor, prior: Prior) -> Tensor:
