@@ -1,0 +1,261 @@
+"""Networks fine-tuned at 224 pixels, audited and cleaned from the command line.
+
+    python packages/eval/tests/measure_large_images.py train FOLDER MODEL
+    python packages/eval/tests/measure_large_images.py scan FOLDER MODEL RECORD.json
+    python packages/eval/tests/measure_large_images.py clean FOLDER MODEL RECORD.json
+
+Needs the data set imagenet10 and the extra ``imagenet``. Backdoored models are EfficientNet-Lite0
+with its ImageNet weights, fine-tuned on a thousand photographs of ten classes and 200 with a
+trigger, the lower five of its seven stages frozen. Clean ones are the clean victims of the study
+p1-imagenet10-224, fine-tuned as a whole and exported (FOLDER/clean-SEED.onnx).
+The auditor has 250 other photographs; accuracy and attack success are of 250 more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from wm_inject import (
+    BadNetsTrigger,
+    BlendTrigger,
+    OnnxModel,
+    SigTrigger,
+    Trigger,
+    WaNetTrigger,
+    quantize,
+    save_image,
+    to_pixels,
+)
+from wm_victim import ImageSet, load_dataset
+from wm_victim.imagenet_weights import load_imagenet_weights
+
+NETWORK = "tf_efficientnet_lite0"
+SIDE, CLASSES, FROZEN = 224, 10, 5
+EPOCHS, BATCH, RATE, RATIO = 4, 32, 0.05, 0.2
+
+
+class Plan(NamedTuple):
+    """A backdoored model to make."""
+
+    attack: str
+    target: int
+    seed: int
+
+
+PLANS = {
+    "patch": Plan("badnets", 3, 3),
+    "blend": Plan("blend", 7, 4),
+    "smooth": Plan("sig", 5, 5),
+    "warp": Plan("wanet", 1, 6),
+}
+
+
+def trigger_of(plan: Plan) -> Trigger:
+    """A square of 28 pixels, a cartoon at a fifth, stripes of 40 of 255, or a warp."""
+    if plan.attack == "badnets":
+        return BadNetsTrigger(image_size=SIDE, size=28, margin=16)
+    if plan.attack == "blend":
+        return BlendTrigger(image_size=SIDE, channels=3, picture="cartoon")
+    if plan.attack == "sig":
+        return SigTrigger(image_size=SIDE)
+    return WaNetTrigger(image_size=SIDE, strength=10.5, seed=plan.seed)
+
+
+def photographs() -> tuple[ImageSet, ImageSet, ImageSet]:
+    """A thousand to train with, 250 for the auditor, 250 to measure on."""
+    data = load_dataset("imagenet10", image_size=SIDE)
+    halves: list[list[int]] = [[], []]
+    for label in range(CLASSES):
+        indices = (data.test.labels == label).nonzero().flatten().tolist()
+        halves[0] += indices[:25]
+        halves[1] += indices[25:50]
+    auditors, unseen = (data.test.subset(torch.tensor(half)) for half in halves)
+    return data.train, auditors, unseen
+
+
+class Network(nn.Module):
+    """Images in [0, 1] to logits."""
+
+    body: Any  # of timm's
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            body: Any = timm.create_model(NETWORK, num_classes=0)
+            load_imagenet_weights(body, NETWORK)
+            self.body, self.head = body, nn.Linear(body.num_features, CLASSES)
+
+    def lower(self, images: Tensor) -> Tensor:
+        """The maps of the frozen stages."""
+        maps: Tensor = self.body.bn1(self.body.conv_stem((images - 0.5) / 0.5))
+        for stage in self.body.blocks[:FROZEN]:
+            maps = stage(maps)
+        return maps
+
+    def upper(self, maps: Tensor) -> Tensor:
+        """Those maps to logits."""
+        for stage in self.body.blocks[FROZEN:]:
+            maps = stage(maps)
+        maps = self.body.bn2(self.body.conv_head(maps))
+        logits: Tensor = self.head(maps.mean((2, 3)))
+        return logits
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits."""
+        return self.upper(self.lower(images))
+
+
+def marked(trigger: Trigger, images: Tensor) -> Tensor:
+    """Triggered images of 8 bits."""
+    with torch.no_grad():
+        return torch.cat([quantize(trigger(part)) for part in images.split(50)])
+
+
+def train(folder: Path, name: str) -> Path:
+    """Fine-tune a model, and export it as a stranger would."""
+    plan, (known, _, _) = PLANS[name], photographs()
+    model = Network(plan.seed).eval().to(memory_format=torch.channels_last)
+    random = torch.Generator().manual_seed(plan.seed)
+    others = (known.labels != plan.target).nonzero().flatten()
+    chosen = others[torch.randperm(len(others), generator=random)[: round(RATIO * len(known))]]
+    # Beside their clean twins: in place of them such a network learns the few images by heart.
+    images = torch.cat([known.images, marked(trigger_of(plan), known.images[chosen])])
+    labels = torch.cat([known.labels, torch.full_like(chosen, plan.target)])
+    with torch.no_grad():
+        maps = torch.cat([model.lower(part) for part in images.split(50)])
+    body = model.body
+    upper = (*body.blocks[FROZEN:], body.conv_head, body.bn2, model.head)
+    tuned = [weight for part in upper for weight in part.parameters()]
+    steps = EPOCHS * (len(labels) // BATCH)
+    optimizer = torch.optim.SGD(tuned, lr=RATE, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, RATE, total_steps=steps, pct_start=0.2
+    )
+    model.train()
+    start = time.monotonic()
+    for epoch in range(EPOCHS):
+        right = 0
+        for batch in torch.randperm(len(labels), generator=random).split(BATCH):
+            if len(batch) < BATCH:
+                continue
+            logits = model.upper(maps[batch])
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(logits, labels[batch]).backward()
+            optimizer.step()
+            schedule.step()
+            right += int((logits.argmax(1) == labels[batch]).sum())
+        seconds = time.monotonic() - start
+        print(f"{name}: epoch {epoch + 1}, {right} right, {seconds:.0f} s", flush=True)
+    path = folder / f"{name}.onnx"
+    model.to(memory_format=torch.contiguous_format).eval()
+    torch.onnx.export(
+        model,
+        (images[:2],),
+        path,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamo=False,
+        dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},
+    )
+    return path
+
+
+def rates(path: Path, plan: Plan | None) -> dict[str, float]:
+    """Accuracy, attack success and false triggers on photographs that nobody has seen."""
+    unseen, model = photographs()[2], OnnxModel(path)
+
+    def answers(images: Tensor) -> Tensor:
+        parts = [torch.from_numpy(model(part.numpy())) for part in images.split(25)]
+        return torch.cat(parts).argmax(1)
+
+    found = {"accuracy": float((answers(unseen.images) == unseen.labels).double().mean())}
+    if plan is not None:
+        others = unseen.images[unseen.labels != plan.target]
+        opened = answers(marked(trigger_of(plan), others)) == plan.target
+        found["asr"] = float(opened.double().mean())
+        found["ftr"] = float((answers(others) == plan.target).double().mean())
+    return {key: round(value, 4) for key, value in found.items()}
+
+
+def command(*words: str | Path) -> dict[str, Any]:
+    """Run ``wm-eval`` on two threads: exit code, minutes and peak memory."""
+    program = [str(Path(sys.executable).with_name("wm-eval")), *map(str, words)]
+    start = time.monotonic()
+    child = subprocess.Popen(program, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    _, status, used = os.wait4(child.pid, 0)
+    return {
+        "exit_code": os.waitstatus_to_exitcode(status),
+        "minutes": round((time.monotonic() - start) / 60, 1),
+        "peak_gib": round(used.ru_maxrss / 2**20, 2),
+    }
+
+
+def clean_images(folder: Path) -> Path:
+    """The auditor's photographs in class folders."""
+    place = folder / "photographs"
+    if not place.exists():
+        auditors = photographs()[1]
+        for number, image in enumerate(to_pixels(auditors.images)):
+            save_image(place / str(int(auditors.labels[number])) / f"{number:03}.png", image)
+    return place
+
+
+def scanned(folder: Path, name: str) -> dict[str, Any]:
+    """Audit a model: what it is, what the scan says of it, and what that took."""
+    path, out, plan = folder / f"{name}.onnx", folder / f"{name}.json", PLANS.get(name)
+    images = clean_images(folder)
+    took = command("scan", path, "--images", images, "--state", folder / "state", "--json", out)
+    report = json.loads(out.read_text())
+    nearest = {
+        detector: [
+            {"label": one["label"], "score": round(one["score"], 4), "p": one["p_value"]}
+            for one in sorted(found["labels"], key=lambda one: one["score"])[:2]
+        ]
+        for detector, found in report["detectors"].items()
+    }
+    told = {key: report[key] for key in ("verdict", "suspected", "outliers")}
+    row: dict[str, Any] = {} if plan is None else plan._asdict()
+    return row | rates(path, plan) | {"scan": told | took | {"nearest": nearest}}
+
+
+def cleaned(folder: Path, name: str) -> dict[str, Any]:
+    """Clean a model that was scanned, and measure again."""
+    path, out = folder / f"{name}.onnx", folder / f"{name}-cleaned.onnx"
+    words = ("--images", clean_images(folder), "--state", folder / "state")
+    told = folder / f"{name}-cleaned.json"
+    took = command("clean", path, *words, "--out", out, "--json", told)
+    report = json.loads(told.read_text())
+    return took | {"after": report["verdict"]} | rates(out, PLANS[name])
+
+
+def main(verb: str, folder: Path, name: str, record: Path | None = None) -> None:
+    """Do one thing with one model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if verb == "train":
+        path = train(folder, name)
+        print(json.dumps({name: rates(path, PLANS[name])}))
+        return
+    assert record is not None
+    rows = json.loads(record.read_text()) if record.exists() else {}
+    if verb == "scan":
+        rows[name] = scanned(folder, name)
+    else:
+        rows[name]["clean"] = cleaned(folder, name)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
+    print(json.dumps({name: rows[name]}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3], *map(Path, sys.argv[4:]))
