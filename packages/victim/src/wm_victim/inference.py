@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from wm_inject.core.images import check_images
+
+# Of the images in a pass: eight of 224 pixels on a CPU. The maps of more are so large that the
+# system takes their memory back after every layer, and all passes take half as long again.
+_VALUES = 5 * 2**18
+_VALUES_ON_A_GPU = 2**25
 
 
 @contextmanager
@@ -41,8 +47,22 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
+def images_a_pass(images: Tensor, device: torch.device, *, most: int) -> int:
+    """How many images to give a model at once, so that memory is bounded at any size of image.
+
+    Args:
+        images: ``(N, C, H, W)``.
+        device: Of the model.
+        most: However small they are, >= 1.
+    """
+    room = _VALUES if device.type == "cpu" else _VALUES_ON_A_GPU
+    return max(1, min(most, room // max(1, math.prod(images.shape[1:]))))
+
+
 def predict(model: nn.Module, images: Tensor, *, batch_size: int = 512) -> Tensor:
     """Logits in eval mode, without gradients: float32 ``(N, K)`` on the images' device.
+
+    Of large images fewer are taken at once than ``batch_size`` (`images_a_pass`).
 
     Raises:
         ValueError: Bad images, a batch size below 1, or outputs that are not finite logits of at
@@ -52,11 +72,12 @@ def predict(model: nn.Module, images: Tensor, *, batch_size: int = 512) -> Tenso
     if batch_size < 1:
         raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
     device = device_of(model)
+    at_once = images_a_pass(images, device, most=batch_size)
     with frozen(model), torch.no_grad():
         parts = [
             # A copy, since some models normalise their images in place.
             _tensor(model(batch.to(device, memory_format=torch.channels_last, copy=True))).float()
-            for batch in images.split(batch_size)
+            for batch in images.split(at_once)
         ]
     logits = torch.cat(parts)
     if logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 2:

@@ -22,10 +22,10 @@ from defense_nc.verdict import ScanReport, judge_scan
 from defense_reverse.detectors.common import check_settings, resume_file
 from wm_inject.core.presets import preset_of
 from wm_inject.core.progress import progress as show_progress
+from wm_victim.inference import images_a_pass
 
 _LEAST = 3  # pixels a side of a square
 _CELLS = 3  # a side of a chequered one
-_VALUES = 2**23  # of the images in a pass, which bounds its memory
 
 
 class Patch(NamedTuple):
@@ -258,7 +258,7 @@ class _Trial(NamedTuple):
 
 def _gaps(model: nn.Module, images: Tensor) -> Tensor:
     """How far each label's logit is below the highest, float64 ``(N, K)``."""
-    at_once = max(1, min(256, _VALUES // images[0].numel()))
+    at_once = images_a_pass(images, images.device, most=256)
     logits = torch.cat([model(part) for part in images.split(at_once)]).double()
     return logits.amax(1, keepdim=True) - logits
 

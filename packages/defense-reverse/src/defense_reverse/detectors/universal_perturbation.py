@@ -25,6 +25,7 @@ from defense_reverse.detectors.common import batches_of, check_settings, resume_
 from wm_inject.core.images import check_images
 from wm_inject.core.presets import preset_of
 from wm_inject.core.progress import progress as show_progress
+from wm_victim.inference import images_a_pass
 
 _GROWTH = 1.25  # of the size in a step, until a picture works for the first time
 # Times the size of the search: as far as a picture is enlarged until it works on other images.
@@ -210,16 +211,19 @@ class UniversalPerturbation:
         best: tuple[Tensor, float] | None = None
         for step in range(self.steps):
             batch = images[next(batches).to(images.device)]
-            goals = torch.full((len(batch),), label, device=batch.device)
-            moved = (batch + picture).clamp(0, 1).requires_grad_()
-            with torch.enable_grad():
-                logits = model(moved)
-                # The second sum is there for models of thresholds, which depend on no pixel.
-                loss = F.cross_entropy(logits, goals, reduction="sum") + 0 * moved.sum()
-                (gradient,) = torch.autograd.grad(loss, moved)
-            there = reached(logits, goals)
-            gradients.add(int((~there).sum()), int(vanished(gradient, logits, goals).sum()))
-            works = step > 0 and float(there.float().mean()) >= self.floor
+            total, hits = torch.zeros_like(picture), 0
+            for part in batch.split(images_a_pass(batch, batch.device, most=len(batch))):
+                goals = torch.full((len(part),), label, device=part.device)
+                moved = (part + picture).clamp(0, 1).requires_grad_()
+                with torch.enable_grad():
+                    logits = model(moved)
+                    # The second sum is there for models of thresholds, which depend on no pixel.
+                    loss = F.cross_entropy(logits, goals, reduction="sum") + 0 * moved.sum()
+                    (gradient,) = torch.autograd.grad(loss, moved)
+                there = reached(logits, goals)
+                gradients.add(int((~there).sum()), int(vanished(gradient, logits, goals).sum()))
+                total, hits = total + gradient.sum(0), hits + int(there.sum())
+            works = step > 0 and hits / len(batch) >= self.floor
             if works and (best is None or size < best[1]):
                 best = picture, size
             left = 1 - step / self.steps  # both lengths fall with the steps
@@ -227,7 +231,7 @@ class UniversalPerturbation:
                 size = min(1.0, size * _GROWTH) if step > 0 else size
             else:
                 size *= 1 - 0.1 * left if works else 1 + 0.1 * left
-            move = unit(gradient.sum(0))
+            move = unit(total)
             picture = size * unit(picture - (0.1 + 0.4 * left) * size * move)
         picture, size = best or (picture, size)
         return unit(picture), size, gradients
@@ -241,7 +245,7 @@ class UniversalPerturbation:
         The widest, and its rate below the floor, if none does. Success need not grow with the size:
         a picture that is too large may lead to a third label.
         """
-        parts = images.split(self.batch_size)
+        parts = images.split(images_a_pass(images, images.device, most=self.batch_size))
 
         def rate(size: float, *, enough: float) -> float:
             """Success at a size; of the first batches alone, where it cannot be enough any more."""

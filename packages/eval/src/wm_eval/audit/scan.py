@@ -23,6 +23,7 @@ from wm_eval.detectors import DETECTORS, detector
 from wm_eval.titles import AUDIT, detector_title
 from wm_inject.core.errors import error_line
 from wm_inject.core.resume import fingerprint
+from wm_victim.inference import images_a_pass
 from wm_victim.reading import BATCH
 
 _MOST_PASSES = 100_000  # without a verdict: an hour at 224 pixels, which is as long as one may wait
@@ -263,7 +264,8 @@ def longest_minutes(
     What a search adds to the model's passes, as the generators, is not in them. Labels leave the
     searches of Neural Cleanse and of the generators early, so that most take a fraction.
     """
-    images = clean.images[: BATCH // 2].clone().requires_grad_()
+    most = images_a_pass(clean.images, clean.images.device, most=BATCH // 2)
+    images = clean.images[:most].clone().requires_grad_()
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
