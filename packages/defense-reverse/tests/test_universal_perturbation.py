@@ -133,3 +133,13 @@ def test_settings() -> None:
     for wrong in ({"steps": 0}, {"batch_size": 0}, {"tested": 0}, {"start": 0.0}, {"floor": 1.1}):
         with pytest.raises(ValueError, match="expected"):
             UniversalPerturbation(**wrong)  # type: ignore[arg-type]
+
+
+def test_images_in_several_passes_give_the_same_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    detector = UniversalPerturbation(steps=10)
+    whole = detector.scan(rows(), IMAGES, labels=LABELS, progress=False)
+    monkeypatch.setattr("wm_victim.inference._VALUES", 5 * SIDE * SIDE)  # five images a pass
+    parts = detector.scan(rows(), IMAGES, labels=LABELS, progress=False)
+    for one, other in zip(whole.labels, parts.labels, strict=True):
+        assert other.score == pytest.approx(one.score, rel=1e-3)
+        assert other.success_rate == one.success_rate

@@ -225,6 +225,7 @@ def scanned(folder: Path, name: str) -> dict[str, Any]:
         for detector, found in report["detectors"].items()
     }
     told = {key: report[key] for key in ("verdict", "suspected", "outliers")}
+    told["images"] = report["images"]["used"]
     row: dict[str, Any] = {} if plan is None else plan._asdict()
     return row | rates(path, plan) | {"scan": told | took | {"nearest": nearest}}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from wm_victim.inference import frozen, predict
+from wm_victim.inference import frozen, images_a_pass, predict
 
 IMAGES = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -29,6 +29,19 @@ def test_logits_are_of_two_classes_or_more() -> None:
     assert predict(linear(2), IMAGES).shape == (3, 2)
     with pytest.raises(ValueError, match="K >= 2"):
         predict(linear(1), IMAGES)
+
+
+@pytest.mark.parametrize(("side", "taken"), [(32, 64), (224, 8), (1024, 1)])
+def test_a_pass_takes_fewer_of_larger_images(side: int, taken: int) -> None:
+    images = torch.empty(1, 3, 1, 1).expand(100, 3, side, side)
+    assert images_a_pass(images, torch.device("cpu"), most=64) == taken
+
+
+def test_the_answers_do_not_depend_on_the_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = linear(4), torch.rand(7, 1, 8, 8)
+    whole = predict(model, images)
+    monkeypatch.setattr("wm_victim.inference._VALUES", 2 * 64)
+    torch.testing.assert_close(predict(model, images), whole)
 
 
 def test_a_model_that_changes_its_input_changes_a_copy() -> None:

@@ -20,6 +20,7 @@ BATCH = 64
 # are many classes.
 _TRIED = (64, 256)
 _LEVEL = 0.001  # of the sign test by which one of some fourteen ways is better than another
+_WORSE = 0.1  # of that by which a way is worse than the first, and will not be better than it
 _GOOD = 0.97  # accuracy above which no other way is tried
 # Classifiers are surer than they are right, by up to 0.17 in Guo et al. 2017, table 1. Twice that,
 # and the labels or the images are misread.
@@ -200,11 +201,19 @@ def try_ways(
         if not trials:
             shape = tuple(images.shape[1:])
             raise MisreadError(f"expected finite logits of images {shape}, got none")
-        best = max(trials, key=lambda one: one.label_map.accuracy).label_map.right
-        clearly = partial(clearly_fewer, other=best, level=_LEVEL)
-        trials = trials[:1] + [one for one in trials[1:] if not clearly(one.label_map.right)]
+        first = trials[0].label_map
+        best = max(trials, key=lambda one: one.label_map.accuracy).label_map
+        trials = trials[:1] + [one for one in trials[1:] if _may_win(one.label_map, first, best)]
         ways = [one.way for one in trials]
     return trials
+
+
+def _may_win(found: LabelMap, first: LabelMap, best: LabelMap) -> bool:
+    """Whether more images may show that a way is the best, or not clearly worse and plainer."""
+    as_plain = KINDS.index(first.kind) <= KINDS.index(found.kind)
+    if as_plain and clearly_fewer(found.right, first.right, _WORSE):
+        return False
+    return not clearly_fewer(found.right, best.right, _LEVEL)
 
 
 def _trials(

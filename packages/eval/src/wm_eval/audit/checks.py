@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from wm_eval.audit.gradients import LEAST, margin_rise
 from wm_eval.audit.images import CleanImages
 from wm_inject.core.image_size import ImageSize, describe_size
+from wm_victim.inference import images_a_pass
 from wm_victim.label_map import match_labels
 from wm_victim.reading import (
     BATCH,
@@ -227,8 +228,9 @@ def _remarks(reading: Reading, clean: CleanImages, stated: Stated) -> list[Check
 
 
 def _logits(module: nn.Module, images: Tensor, *, batch: int = BATCH) -> Tensor:
+    at_once = images_a_pass(images, images.device, most=batch)
     with torch.no_grad():
-        return torch.cat([module(part) for part in images.split(batch)])
+        return torch.cat([module(part) for part in images.split(at_once)])
 
 
 def _gradient(module: nn.Module, images: Tensor) -> Check:

@@ -19,6 +19,7 @@ from wm_eval.audit.scan import Audit, all_triggers
 from wm_eval.audit.unfold import fold, unfold
 from wm_inject.core.plan import Trigger
 from wm_victim.dataset_files import stratified_order
+from wm_victim.inference import images_a_pass
 from wm_victim.reading import Way
 
 
@@ -227,8 +228,9 @@ def clean_in_rounds(
 
 def _answers(module: nn.Module, images: Tensor) -> Tensor:
     """The label of every image; -1 where the logits are NaN or infinite."""
+    parts = images.split(images_a_pass(images, images.device, most=64))
     with torch.no_grad():
-        logits = torch.cat([module(part) for part in images.split(64)])
+        logits = torch.cat([module(part) for part in parts])
     return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
 
 
@@ -238,6 +240,5 @@ def success(module: nn.Module, triggers: Mapping[int, Trigger], images: Tensor) 
     with torch.no_grad():
         for label, trigger in triggers.items():
             marked = torch.cat([trigger(part) for part in images.split(64)])
-            answers = torch.cat([module(part).argmax(1) for part in marked.split(64)])
-            rates[label] = float((answers == label).double().mean())
+            rates[label] = float((_answers(module, marked) == label).double().mean())
     return rates

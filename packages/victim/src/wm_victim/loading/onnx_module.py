@@ -132,8 +132,16 @@ def _import(model: Any) -> nn.Module:
             del net._buffers[name]
             net.register_parameter(name, nn.Parameter(tensor))
     del net.onnx_model.graph.initializer[:]
+    net.needed_by = _Dependents(net.needed_by)
     module: nn.Module = net.eval()
     return module
+
+
+class _Dependents(dict[str, set[str]]):
+    """By value: the nodes that read it. The importer copies it deeply in every pass."""
+
+    def __deepcopy__(self, memo: object) -> _Dependents:
+        return _Dependents({value: set(nodes) for value, nodes in self.items()})
 
 
 class _Bounded(nn.Module):
