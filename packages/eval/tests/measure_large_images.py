@@ -1,8 +1,7 @@
-"""Networks fine-tuned at 224 pixels, audited and cleaned from the command line.
+"""Networks fine-tuned at 224 pixels, audited from the command line.
 
     python packages/eval/tests/measure_large_images.py train FOLDER MODEL
     python packages/eval/tests/measure_large_images.py scan FOLDER MODEL RECORD.json
-    python packages/eval/tests/measure_large_images.py clean FOLDER MODEL RECORD.json
 
 Needs the data set imagenet10 and the extra ``imagenet``. Backdoored models are EfficientNet-Lite0
 with its ImageNet weights, fine-tuned on a thousand photographs of ten classes and 200 with a
@@ -31,7 +30,6 @@ from wm_inject import (
     OnnxModel,
     SigTrigger,
     Trigger,
-    WaNetTrigger,
     quantize,
     save_image,
     to_pixels,
@@ -56,19 +54,16 @@ PLANS = {
     "patch": Plan("badnets", 3, 3),
     "blend": Plan("blend", 7, 4),
     "smooth": Plan("sig", 5, 5),
-    "warp": Plan("wanet", 1, 6),
 }
 
 
 def trigger_of(plan: Plan) -> Trigger:
-    """A square of 28 pixels, a cartoon at a fifth, stripes of 40 of 255, or a warp."""
+    """A square of 28 pixels, a cartoon at a fifth, or stripes of 40 of 255."""
     if plan.attack == "badnets":
         return BadNetsTrigger(image_size=SIDE, size=28, margin=16)
     if plan.attack == "blend":
         return BlendTrigger(image_size=SIDE, channels=3, picture="cartoon")
-    if plan.attack == "sig":
-        return SigTrigger(image_size=SIDE)
-    return WaNetTrigger(image_size=SIDE, strength=10.5, seed=plan.seed)
+    return SigTrigger(image_size=SIDE)
 
 
 def photographs() -> tuple[ImageSet, ImageSet, ImageSet]:
@@ -116,7 +111,7 @@ class Network(nn.Module):
         return self.upper(self.lower(images))
 
 
-def marked(trigger: Trigger, images: Tensor) -> Tensor:
+def with_trigger(trigger: Trigger, images: Tensor) -> Tensor:
     """Triggered images of 8 bits."""
     with torch.no_grad():
         return torch.cat([quantize(trigger(part)) for part in images.split(50)])
@@ -124,21 +119,21 @@ def marked(trigger: Trigger, images: Tensor) -> Tensor:
 
 def train(folder: Path, name: str) -> Path:
     """Fine-tune a model, and export it as a stranger would."""
-    plan, (known, _, _) = PLANS[name], photographs()
+    plan, (data, _, _) = PLANS[name], photographs()
     model = Network(plan.seed).eval().to(memory_format=torch.channels_last)
     random = torch.Generator().manual_seed(plan.seed)
-    others = (known.labels != plan.target).nonzero().flatten()
-    chosen = others[torch.randperm(len(others), generator=random)[: round(RATIO * len(known))]]
+    others = (data.labels != plan.target).nonzero().flatten()
+    poison = others[torch.randperm(len(others), generator=random)[: round(RATIO * len(data))]]
     # Beside their clean twins: in place of them such a network learns the few images by heart.
-    images = torch.cat([known.images, marked(trigger_of(plan), known.images[chosen])])
-    labels = torch.cat([known.labels, torch.full_like(chosen, plan.target)])
+    images = torch.cat([data.images, with_trigger(trigger_of(plan), data.images[poison])])
+    labels = torch.cat([data.labels, torch.full_like(poison, plan.target)])
     with torch.no_grad():
         maps = torch.cat([model.lower(part) for part in images.split(50)])
     body = model.body
     upper = (*body.blocks[FROZEN:], body.conv_head, body.bn2, model.head)
-    tuned = [weight for part in upper for weight in part.parameters()]
+    weights = [weight for part in upper for weight in part.parameters()]
     steps = EPOCHS * (len(labels) // BATCH)
-    optimizer = torch.optim.SGD(tuned, lr=RATE, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(weights, lr=RATE, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, RATE, total_steps=steps, pct_start=0.2
     )
@@ -179,13 +174,13 @@ def rates(path: Path, plan: Plan | None) -> dict[str, float]:
         parts = [torch.from_numpy(model(part.numpy())) for part in images.split(25)]
         return torch.cat(parts).argmax(1)
 
-    found = {"accuracy": float((answers(unseen.images) == unseen.labels).double().mean())}
+    shares = {"accuracy": float((answers(unseen.images) == unseen.labels).double().mean())}
     if plan is not None:
         others = unseen.images[unseen.labels != plan.target]
-        opened = answers(marked(trigger_of(plan), others)) == plan.target
-        found["asr"] = float(opened.double().mean())
-        found["ftr"] = float((answers(others) == plan.target).double().mean())
-    return {key: round(value, 4) for key, value in found.items()}
+        hits = answers(with_trigger(trigger_of(plan), others)) == plan.target
+        shares["asr"] = float(hits.double().mean())
+        shares["ftr"] = float((answers(others) == plan.target).double().mean())
+    return {key: round(value, 4) for key, value in shares.items()}
 
 
 def command(*words: str | Path) -> dict[str, Any]:
@@ -193,11 +188,11 @@ def command(*words: str | Path) -> dict[str, Any]:
     program = [str(Path(sys.executable).with_name("wm-eval")), *map(str, words)]
     start = time.monotonic()
     child = subprocess.Popen(program, env={**os.environ, "OMP_NUM_THREADS": "2"})
-    _, status, used = os.wait4(child.pid, 0)
+    _, status, usage = os.wait4(child.pid, 0)
     return {
         "exit_code": os.waitstatus_to_exitcode(status),
         "minutes": round((time.monotonic() - start) / 60, 1),
-        "peak_gib": round(used.ru_maxrss / 2**20, 2),
+        "peak_gib": round(usage.ru_maxrss / 2**20, 2),
     }
 
 
@@ -211,33 +206,23 @@ def clean_images(folder: Path) -> Path:
     return place
 
 
-def scanned(folder: Path, name: str) -> dict[str, Any]:
+def audit(folder: Path, name: str) -> dict[str, Any]:
     """Audit a model: what it is, what the scan says of it, and what that took."""
     path, out, plan = folder / f"{name}.onnx", folder / f"{name}.json", PLANS.get(name)
     images = clean_images(folder)
-    took = command("scan", path, "--images", images, "--state", folder / "state", "--json", out)
+    cost = command("scan", path, "--images", images, "--json", out)
     report = json.loads(out.read_text())
     nearest = {
         detector: [
             {"label": one["label"], "score": round(one["score"], 4), "p": one["p_value"]}
-            for one in sorted(found["labels"], key=lambda one: one["score"])[:2]
+            for one in sorted(scan["labels"], key=lambda one: one["score"])[:2]
         ]
-        for detector, found in report["detectors"].items()
+        for detector, scan in report["detectors"].items()
     }
-    told = {key: report[key] for key in ("verdict", "suspected", "outliers")}
-    told["images"] = report["images"]["used"]
+    outcome = {key: report[key] for key in ("verdict", "suspected", "outliers")}
+    outcome["images"] = report["images"]["used"]
     row: dict[str, Any] = {} if plan is None else plan._asdict()
-    return row | rates(path, plan) | {"scan": told | took | {"nearest": nearest}}
-
-
-def cleaned(folder: Path, name: str) -> dict[str, Any]:
-    """Clean a model that was scanned, and measure again."""
-    path, out = folder / f"{name}.onnx", folder / f"{name}-cleaned.onnx"
-    words = ("--images", clean_images(folder), "--state", folder / "state")
-    told = folder / f"{name}-cleaned.json"
-    took = command("clean", path, *words, "--out", out, "--json", told)
-    report = json.loads(told.read_text())
-    return took | {"after": report["verdict"]} | rates(out, PLANS[name])
+    return row | rates(path, plan) | {"scan": outcome | cost | {"nearest": nearest}}
 
 
 def main(verb: str, folder: Path, name: str, record: Path | None = None) -> None:
@@ -249,10 +234,7 @@ def main(verb: str, folder: Path, name: str, record: Path | None = None) -> None
         return
     assert record is not None
     rows = json.loads(record.read_text()) if record.exists() else {}
-    if verb == "scan":
-        rows[name] = scanned(folder, name)
-    else:
-        rows[name]["clean"] = cleaned(folder, name)
+    rows[name] = audit(folder, name)
     record.parent.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
     print(json.dumps({name: rows[name]}))

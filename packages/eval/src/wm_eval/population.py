@@ -380,7 +380,7 @@ def _calibrated(scans: Sequence[Record]) -> Iterator[_Group]:
             of_kind = {r.id: _kind(r) for r in same}
             parts = [
                 (
-                    [r for r in same if _kind(r) == kind],
+                    [r for r in same if of_kind[r.id] == kind],
                     [model for name, model in clean.items() if of_kind[name] != kind],
                 )
                 for kind in sorted({*of_kind.values()})

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from wm_inject.core.images import check_images
 
 # Of the images in a pass: eight of 224 pixels on a CPU. The maps of more are so large that the
-# system takes their memory back after every layer, and all passes take half as long again.
+# system takes their memory back after every layer, which slows every pass.
 _VALUES = 5 * 2**18
 _VALUES_ON_A_GPU = 2**25
 
