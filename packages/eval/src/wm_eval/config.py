@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from wm_eval.detectors import detector
 from wm_eval.methods import build_method, detector_of
-from wm_eval.titles import ATTACKS, CLEAN, METHODS, in_order
+from wm_eval.titles import ATTACKS, CLEAN, DETECTORS, METHODS, in_order
 from wm_extract import PAPER_CORRUPTIONS, JointConfig, named_corruption
 from wm_inject import pretrained_card
 from wm_inject.attacks import PROFILES, Profile
@@ -202,7 +202,8 @@ class Setting:
         test: Attack (or "clean") to the number of models that figures come from.
         unseen: Attack (or "clean") to the number of models that are judged by what the clean ones
             of all *other* networks calibrate: as a stranger's model is.
-        detectors: Names of those of the study that scan these models; all if there are none.
+        detectors: Names of detectors: those of the study among them scan these models. All of the
+            study's if there are none.
 
     Raises:
         ValueError: An unknown attack, or a count below zero or above 1,000 (seeds would meet).
@@ -322,7 +323,7 @@ class Study:
             if not _NAME.fullmatch(name) or name == "all":
                 raise ValueError(f"expected lower-case names of settings, got {name!r}")
         for setting in self.settings.values():
-            _known("detectors of a setting", setting.detectors, self.detectors)
+            _known("detectors of a setting", setting.detectors, DETECTORS)
         for name, changes in self.detectors.items():
             detector(name, **changes)
         for name, changes in self.mitigations.items():

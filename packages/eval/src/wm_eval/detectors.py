@@ -14,6 +14,7 @@ from defense_nc.verdict import LabelScore
 from defense_reverse import (
     BtiDbf,
     FeatureRE,
+    HeadWeights,
     MarginAscent,
     PatchSweep,
     ReverseGenerator,
@@ -83,6 +84,14 @@ DETECTORS: dict[str, Entry] = {
             / 3
         ),
         meaning=lambda label: f"its best square sends {label.success_rate:.0%} of the images there",
+    ),
+    "head": Entry(
+        HeadWeights.preset,
+        lambda s, labels: float(s["probes"]),
+        meaning=lambda label: (
+            f"its row of the last layer holds {1 / label.score:.2f} times the positive weight of "
+            "the middle one"
+        ),
     ),
     "mm-bd": Entry(MarginAscent.preset, lambda s, labels: float(s["steps"] * s["starts"] * labels)),
 }

@@ -88,7 +88,11 @@ def _population(study: Study, name: str) -> Iterator[Stage]:
         victim=setting.victim,
         train=setting.train,
         triggers={**study.triggers, **setting.triggers},
-        detectors={name: study.detectors[name] for name in setting.detectors or study.detectors},
+        detectors={
+            name: settings
+            for name, settings in study.detectors.items()
+            if not setting.detectors or name in setting.detectors
+        },
         settings={},
         attacks=(CLEAN,),
         parts=(),

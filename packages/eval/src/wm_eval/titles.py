@@ -25,6 +25,7 @@ DETECTORS = {
     "bti-dbf": "BTI-DBF",
     "uap": "Universal perturbations",
     "sweep": "Patch sweep",
+    "head": "Head weights",
     "mm-bd": "Maximum margins",
 }
 # First those that use a reversed trigger, with their control; then those that need no scan.

@@ -4,6 +4,7 @@ from defense_reverse.detectors.bti_dbf import BtiDbf
 from defense_reverse.detectors.bti_losses import BtiDbfConfig
 from defense_reverse.detectors.feature_losses import FeatureREConfig
 from defense_reverse.detectors.feature_re import FeatureRE, FeatureTrigger
+from defense_reverse.detectors.head_weights import HeadWeights
 from defense_reverse.detectors.margin_ascent import MarginAscent
 from defense_reverse.detectors.patch_sweep import PatchSweep
 from defense_reverse.detectors.universal_perturbation import UniversalPerturbation, UniversalPicture
@@ -14,6 +15,7 @@ __all__ = [
     "FeatureRE",
     "FeatureREConfig",
     "FeatureTrigger",
+    "HeadWeights",
     "MarginAscent",
     "PatchSweep",
     "UniversalPerturbation",
