@@ -87,10 +87,10 @@ DETECTORS: dict[str, Entry] = {
     ),
     "head": Entry(
         HeadWeights.preset,
-        lambda s, labels: float(s["probes"]),
+        lambda s, labels: float(s["most"] * labels),
         meaning=lambda label: (
-            f"its row of the last layer holds {1 / label.score:.2f} times the positive weight of "
-            "the middle one"
+            f"its row of the last layer holds {1 / label.score:.2f} times as much that its own "
+            "images do not explain as the middle one"
         ),
     ),
     "mm-bd": Entry(MarginAscent.preset, lambda s, labels: float(s["steps"] * s["starts"] * labels)),
