@@ -82,6 +82,7 @@ DETECTOR_PAGES: dict[str, tuple[str, tuple[Settings, ...]]] = {
         "uap",
         (Settings("defense_reverse:UniversalPerturbation", _FAST),),
     ),
+    "head-weights": ("head", (Settings("defense_reverse:HeadWeights", _FAST),)),
     "maximum-margins": ("mm-bd", (Settings("defense_reverse:MarginAscent", _FAST),)),
 }
 METHOD_PAGES = {

@@ -444,7 +444,7 @@ def full_disk(path, value):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_model_is_scanned_from_its_file(folder, tmp_path, monkeypatch, make_up_scans, capsys):
     """A classifier of ours from its checkpoint, with the search itself made up."""
-    low = {"uap": 45.0, "sweep": 45.0}
+    low = dict.fromkeys(("head", "uap", "sweep"), 45.0)
     make_up_scans(monkeypatch, lambda name, *args, **_: report(low[name]))
     model = build_classifier("resnet10", num_classes=3, channels=3, image_size=16, width=8).eval()
     images = read_clean(folder, size=16, channels=3).images
@@ -520,9 +520,10 @@ def test_the_detectors_of_an_audit_are_those_calibrated_for_the_model():
         return choose_detectors(SimpleNamespace(module=model), clean, classes, **more)
 
     # Smaller than any that was calibrated on: all look, the cheapest first.
-    assert chosen(32) == chosen(8) == ("sweep", "uap")
+    assert chosen(32) == chosen(8) == ("head", "sweep", "uap")
     assert chosen(8, wanted=("reverse", "nc")) == ("reverse", "nc")
-    assert chosen(32, classes=1000) == ("sweep",)  # a search for each would take hours
+    # A search for each would take hours.
+    assert chosen(32, classes=1000) == ("head", "sweep")
 
 
 def test_what_becomes_known_is_printed_before_the_long_work(

@@ -136,6 +136,12 @@ CASES: Mapping[str, Cases] = {
         "works": lambda _: dr.PatchSweep(works=1.1),
         "no sides": lambda _: dr.PatchSweep(sides=()),
     },
+    "HeadWeights": {
+        **{k: v for k, v in detector(dr.HeadWeights()).items() if k != "no features"},
+        "most": lambda _: dr.HeadWeights(most=0),
+        "least": lambda _: dr.HeadWeights(least=51),
+        "no head": lambda _: dr.HeadWeights().scan(torch.nn.Flatten(), IMAGES, labels=LABELS),
+    },
     "MarginAscent": {
         **{k: v for k, v in detector(dr.MarginAscent(steps=1)).items() if k != "no features"},
         "starts": lambda _: dr.MarginAscent(starts=0),

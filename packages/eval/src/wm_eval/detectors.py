@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from torch import Tensor, nn
+
 from defense_nc import Detector, NeuralCleanse
 from defense_nc.verdict import LabelScore
 from defense_reverse import (
@@ -20,6 +22,7 @@ from defense_reverse import (
     ReverseGenerator,
     UniversalPerturbation,
 )
+from defense_reverse.detectors.head_weights import no_head
 from wm_inject.core.checks import check_choice
 
 
@@ -27,8 +30,11 @@ class Entry(NamedTuple):
     """A detector in the table."""
 
     preset: Callable[..., Detector]  # a preset's name ("fast" by default) and changes -> detector
-    # Images through the model and back at most, from the settings and the number of labels.
-    passes: Callable[[Mapping[str, Any], int], float]
+    # Images through the model and back at most, from the settings and the number of labels and of
+    # clean images.
+    passes: Callable[[Mapping[str, Any], int, int], float]
+    # Why it cannot look at a model, from the model and a few images, or None.
+    refusal: Callable[[nn.Module, Tensor], str | None] = lambda model, images: None
     inverts: bool = False  # it reverses one image trigger a label, which can be kept and unlearned
     # What a label's score and rate mean, for people: the end of a sentence about the label.
     meaning: Callable[[LabelScore], str] = lambda label: (
@@ -43,14 +49,14 @@ def _with_lpips(preset: str = "fast", **changes: Any) -> ReverseGenerator:
     return replace(detector, config=replace(detector.config, lambdas=lambdas))
 
 
-def _batches(settings: Mapping[str, Any], labels: int) -> float:
+def _batches(settings: Mapping[str, Any], labels: int, images: int) -> float:
     return float(settings["steps"] * settings["batch_size"] * labels)
 
 
 DETECTORS: dict[str, Entry] = {
     "nc": Entry(
         NeuralCleanse.preset,
-        lambda s, labels: _batches(s, labels) * s["batches"] * len(s["starts"]),
+        lambda s, *counts: _batches(s, *counts) * s["batches"] * len(s["starts"]),
         inverts=True,
         meaning=lambda label: (
             f"{label.score:.1f} pixels replaced send {label.success_rate:.0%} of the images there"
@@ -60,13 +66,16 @@ DETECTORS: dict[str, Entry] = {
     "reverse-lpips": Entry(_with_lpips, _batches, inverts=True),
     "feature-re": Entry(
         FeatureRE.preset,
-        lambda s, labels: float((s["warmup_steps"] + s["steps"]) * s["batch_size"] * labels),
+        lambda s, labels, images: float(
+            (s["warmup_steps"] + s["steps"]) * s["batch_size"] * labels
+        ),
     ),
-    "bti-dbf": Entry(BtiDbf.preset, lambda s, labels: _batches(s, 1)),  # one search for all
+    # One search for all labels.
+    "bti-dbf": Entry(BtiDbf.preset, lambda s, labels, images: _batches(s, 1, images)),
     # The images that success is measured on go forwards only, a dozen times.
     "uap": Entry(
         UniversalPerturbation.preset,
-        lambda s, labels: _batches(s, labels) + 4 * s["tested"] * labels,
+        lambda s, labels, images: _batches(s, labels, images) + 4 * s["tested"] * labels,
         inverts=True,
         meaning=lambda label: (
             f"an added picture of {255 * label.score:.1f}/255 (root mean square) sends "
@@ -76,7 +85,7 @@ DETECTORS: dict[str, Entry] = {
     # Forwards only, which is a third; four pictures at every place.
     "sweep": Entry(
         PatchSweep.preset,
-        lambda s, labels: (
+        lambda s, labels, images: (
             (
                 4 * s["places"] ** 2 * len(s["sides"]) * s["searched"]
                 + min(labels, s["candidates"]) * s["tested"]
@@ -87,13 +96,17 @@ DETECTORS: dict[str, Entry] = {
     ),
     "head": Entry(
         HeadWeights.preset,
-        lambda s, labels: float(s["most"] * labels),
+        lambda s, labels, images: (images + min(images, s["most"] * labels)) / 3,
+        refusal=no_head,
         meaning=lambda label: (
-            f"its row of the last layer holds {1 / label.score:.2f} times as much that its own "
-            "images do not explain as the middle one"
+            f"its own images leave {1 / label.score:.2f} times as much of its weights unexplained "
+            "as the middle label's"
         ),
     ),
-    "mm-bd": Entry(MarginAscent.preset, lambda s, labels: float(s["steps"] * s["starts"] * labels)),
+    "mm-bd": Entry(
+        MarginAscent.preset,
+        lambda s, labels, images: float(s["steps"] * s["starts"] * labels),
+    ),
 }
 
 

@@ -209,8 +209,12 @@ def judge_shipped(study: StudyRecords, *, alpha: float = 0.05) -> dict[str, tupl
 
 
 def together(names: Collection[str]) -> tuple[str, ...]:
-    """The detectors that are judged as one: those of an audit, or else the papers', or none."""
-    return next((pair for pair in (AUDIT, PAPERS) if set(pair) <= set(names)), ())
+    """The detectors that are judged as one: of an audit's those at hand, else the papers', or none.
+
+    One alone is none.
+    """
+    every = (tuple(name for name in group if name in names) for group in (AUDIT, PAPERS))
+    return next((group for group in every if len(group) > 1), ())
 
 
 def detectors_in_order(scans: Iterable[Record]) -> list[str]:

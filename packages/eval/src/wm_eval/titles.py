@@ -15,7 +15,7 @@ SHIPPED = {f"watermark-{name}": name for name in PRETRAINED}  # attacks by their
 ATTACKS = (*list_attacks(), "watermark", *SHIPPED, "equation2", CLEAN)
 _OTHERS = {"equation2": "Plain blend, equation 2", CLEAN: "No attack (clean victim)"}
 PAPERS = ("nc", "reverse")  # the detectors of the two papers
-AUDIT = ("uap", "sweep")  # those of an audit, if none are named: cheap at any size
+AUDIT = ("head", "uap", "sweep")  # those of an audit, if none are named: cheap at any size
 CALIBRATED = (*PAPERS, *AUDIT)  # the detectors whose verdicts have a calibrated error rate
 DETECTORS = {
     "nc": "Neural Cleanse",
@@ -23,9 +23,9 @@ DETECTORS = {
     "reverse-lpips": "Reverse generators with LPIPS",
     "feature-re": "FeatureRE",
     "bti-dbf": "BTI-DBF",
+    "head": "Head weights",
     "uap": "Universal perturbations",
     "sweep": "Patch sweep",
-    "head": "Head weights",
     "mm-bd": "Maximum margins",
 }
 # First those that use a reversed trigger, with their control; then those that need no scan.

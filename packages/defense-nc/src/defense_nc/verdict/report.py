@@ -281,7 +281,7 @@ def _reason(
     if limit:
         return f"{limit[:-1]}; at face value, {outliers} would stand out." if outliers else limit
     if test.suspected:
-        return f"Much less than for the other labels is enough to reach {outliers}."
+        return f"Standing out from the other labels: {outliers}."
     low = int(torch.where(reached, test.ratio, math.inf).argmin())
     if verdict is Verdict.INCONCLUSIVE:
         return (
@@ -291,7 +291,7 @@ def _reason(
     missed = len(reached) - int(reached.sum())
     rest = f"; {missed} of {len(reached)} labels were never reached" if missed else ""
     return (
-        f"No label is unusually easy to reach: the nearest is label {low} "
+        f"No label stands out: the lowest score is that of label {low} "
         f"({_figures(test, low)}){rest}. {NOT_LOOKED_FOR}."
     )
 

@@ -26,6 +26,11 @@ from wm_victim.inference import images_a_pass, predict
 from wm_victim.logits import Logits
 
 _EXACT = 1e-3  # of a gradient's largest number: what rounding may leave where there is nothing
+_FEW = 8  # images that the layer is found with
+_NO_HEAD = (
+    "expected logits that a linear layer of the model's own weights gives, found none: the last "
+    "layer is constant, quantised or of another kind"
+)
 _SURE = 20.0  # distance of two logits; probabilities that lie further apart have no derivative left
 
 
@@ -90,12 +95,9 @@ class HeadWeights:
             ValueError: As `open_scan`, or no such layer: see `find_head`.
         """
         with open_scan(model, images, labels=labels, device=device) as inputs:
-            head = find_head(inputs.model, inputs.images[: self.most])
+            head = find_head(inputs.model, inputs.images[:_FEW])
             if not head:
-                raise ValueError(
-                    "expected logits that a linear layer of the model's own weights gives, found "
-                    "none: its last layer is constant, quantised or of another kind"
-                )
+                raise ValueError(_NO_HEAD)
             means, known = self._means(inputs, head, seed)
             weights = unexplained(torch.cat([part.rows for part in head], dim=1), means)
             notes = inputs.notes
@@ -185,6 +187,11 @@ def find_head(model: nn.Module, images: Tensor) -> list[HeadPart]:
     ]
 
 
+def no_head(model: nn.Module, images: Tensor) -> str | None:
+    """Why a model cannot be scanned, from a few images; None if it can."""
+    return None if find_head(model, images[:_FEW]) else _NO_HEAD
+
+
 def unexplained(rows: Tensor, means: Tensor) -> Tensor:
     """How much of each label's row its own images do not explain, float64 ``(K,)``.
 
@@ -205,9 +212,7 @@ def unexplained(rows: Tensor, means: Tensor) -> Tensor:
     return sums * (1 - correlations.nan_to_num(0.0))
 
 
-def _mean_read(
-    model: nn.Module, images: Tensor, label: int, head: Sequence[HeadPart]
-) -> Tensor:
+def _mean_read(model: nn.Module, images: Tensor, label: int, head: Sequence[HeadPart]) -> Tensor:
     """The mean of what the layer reads in images that are all called ``label``, ``(D,)``.
 
     Their distances to the second label have this derivative, times their number, in its row.

@@ -91,7 +91,7 @@ def to_sarif(about: About, audit: Audit) -> dict[str, Any]:
     rule = {
         "id": "backdoor",
         "name": "BackdooredClassifier",
-        "shortDescription": {"text": "A label of the classifier is unusually easy to reach."},
+        "shortDescription": {"text": "A label of the classifier stands out from the others."},
     }
     driver = {"name": "wm-eval", "version": __version__, "rules": [rule]}
     artifact: dict[str, Any] = {"location": {"uri": about.file}}

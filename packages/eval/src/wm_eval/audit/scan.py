@@ -190,8 +190,8 @@ def conclude(reports: Mapping[str, ScanReport], failures: Mapping[str, str], alp
         reason = " ".join(f"{detector_title(name)}: {why}" for name, why in said.items())
     else:
         verdict = Verdict.CLEAN
-        reason = "No detector found a label that is unusually easy to reach. Nothing found is not "
-        reason += "proof that nothing is there."
+        reason = "No detector found a label that stands out. Nothing found is not proof that "
+        reason += "nothing is there."
     return Audit(verdict, reason, dict(reports), dict(failures), alpha, suspected, outliers)
 
 
@@ -212,9 +212,9 @@ def choose_detectors(
     """The detectors of an audit: those that are wanted, or by default those that fit the model.
 
     The latter come cheapest first, so that what is broken off has answered as much as it can. They
-    are the cheap ones (or those of ``own``) that need not abstain on such a model. Where all
-    would, the labels that stand out are still worth knowing: it is all that take 100,000 passes at
-    most, or else the cheapest.
+    are the cheap ones (or those of ``own``) that can look at such a model and need not abstain.
+    Where all would, the labels that stand out are still worth knowing: it is all that take 100,000
+    passes at most, or else the cheapest.
 
     Raises:
         ValueError: A wanted detector that has no calibration in ``own``, if there is any.
@@ -224,9 +224,10 @@ def choose_detectors(
             listing = ", ".join(own)
             raise ValueError(f"expected a calibration of {missing[0]}, got those of {listing}")
         return tuple(wanted)
-    names = tuple(own or AUDIT)
+    offered = tuple(own or AUDIT)
+    names = tuple(n for n in offered if DETECTORS[n].refusal(checked.module, clean.images) is None)
     certain = foreseen(checked, clean, num_classes, detectors=names, preset=preset, own=own)
-    passes = {name: _passes(name, preset, num_classes) for name in names}
+    passes = {name: _passes(name, preset, num_classes, len(clean.images)) for name in names}
     names = tuple(sorted(names, key=passes.__getitem__))
     if answering := tuple(name for name in names if name not in certain):
         return answering
@@ -243,12 +244,12 @@ def foreseen(
     preset: str,
     own: Mapping[str, Calibration] = MappingProxyType({}),
 ) -> dict[str, str]:
-    """By detector: why it will abstain on this model, whatever it finds; if it will."""
+    """By detector: why it will give no verdict on this model, whatever it finds; if it will not."""
     subject = describe_model(checked.module, clean.images, classes=num_classes)
     reasons = {}
     for name in detectors:
         scanner = detector(name, preset)
-        reason = foreseen_abstention(
+        reason = DETECTORS[name].refusal(checked.module, clean.images) or foreseen_abstention(
             scanner.name, subject, settings=scanner.settings, calibration=own.get(name)
         )
         if reason is not None:
@@ -272,11 +273,12 @@ def longest_minutes(
         torch.autograd.grad(checked.module(images).logsumexp(1).sum(), images)
         seconds.append((time.perf_counter() - start) / len(images))
     minutes = min(seconds) / 60
-    return {name: minutes * _passes(name, preset, num_classes) for name in detectors}
+    count = len(clean.images)
+    return {name: minutes * _passes(name, preset, num_classes, count) for name in detectors}
 
 
-def _passes(name: str, preset: str, num_classes: int) -> float:
-    return DETECTORS[name].passes(detector(name, preset).settings, num_classes)
+def _passes(name: str, preset: str, num_classes: int, images: int) -> float:
+    return DETECTORS[name].passes(detector(name, preset).settings, num_classes, images)
 
 
 def reversed_triggers(audit: Audit, labels: Sequence[int] | None = None) -> dict[int, nn.Module]:

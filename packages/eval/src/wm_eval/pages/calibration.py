@@ -236,7 +236,7 @@ def _group_counts(population: Population, counts: Mapping[tuple[str, int], int])
 
 
 def _titles(population: Population) -> dict[str, str]:
-    """What detectors are called; "all detectors" are the two that are judged together."""
+    """What detectors are called; "all detectors" are those that are judged together."""
     names = (*population.judged, *(name for name, _ in population.left_out))
     titles = {name: detector_title(name) for name in names}
     pair = together(population.judged)
