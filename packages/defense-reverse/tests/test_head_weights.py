@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from defense_nc.scan_inputs import open_scan
 from defense_reverse.detectors import HeadWeights
-from defense_reverse.detectors.head_weights import find_head, no_head, unexplained
+from defense_reverse.detectors.head_weights import find_head, refusal, unexplained
 from wm_victim import build_classifier
 
 CLASSES, WIDTH = 6, 9
@@ -98,7 +98,7 @@ def test_the_networks_of_this_project_have_one(name: str) -> None:
 
 
 def test_a_model_without_such_a_layer_is_refused() -> None:
-    assert no_head(Net().eval(), IMAGES) is None and no_head(Net("constant").eval(), IMAGES)
+    assert refusal(Net().eval(), IMAGES) is None and refusal(Net("constant").eval(), IMAGES)
     with pytest.raises(ValueError, match="linear layer"):
         HeadWeights().scan(Net("constant"), IMAGES, labels=torch.arange(40) % CLASSES)
 
@@ -162,6 +162,14 @@ def test_labels_without_images_are_not_compared() -> None:
     report = HeadWeights().scan(Bars(target=4), few)
     assert [label.converged for label in report.labels] == [True] * 4 + [False, True]
     assert report.suspected == ()
+
+
+def test_too_few_labels_with_images_are_refused() -> None:
+    labels = torch.arange(60) % CLASSES
+    few = labels < 3
+    with pytest.raises(ValueError, match="at least 4 of its 6 labels"):
+        HeadWeights().scan(Bars(), BARS[few])
+    assert refusal(Bars(), BARS, labels) is None and refusal(Bars(), BARS[few], labels[few])
 
 
 def test_what_is_read_is_the_mean_of_the_labels_own_images() -> None:

@@ -503,7 +503,7 @@ def opened_bars(*notes):
 
 def test_an_abstention_that_is_certain_is_foreseen():
     certain = foreseen(
-        SimpleNamespace(module=Bars()),
+        SimpleNamespace(module=Bars(), labels=None),
         SimpleNamespace(images=bars(24).images),
         CLASSES,
         detectors=("nc", "reverse", "mm-bd"),
@@ -517,7 +517,7 @@ def test_the_detectors_of_an_audit_are_those_calibrated_for_the_model():
     def chosen(size: int, classes: int = 10, **more):
         model = nn.Sequential(nn.Conv2d(3, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         clean = SimpleNamespace(images=torch.rand(500, 3, size, size))
-        return choose_detectors(SimpleNamespace(module=model), clean, classes, **more)
+        return choose_detectors(SimpleNamespace(module=model, labels=None), clean, classes, **more)
 
     # Smaller than any that was calibrated on: all look, the cheapest first.
     assert chosen(32) == chosen(8) == ("head", "sweep", "uap")

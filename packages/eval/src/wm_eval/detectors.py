@@ -22,7 +22,7 @@ from defense_reverse import (
     ReverseGenerator,
     UniversalPerturbation,
 )
-from defense_reverse.detectors.head_weights import no_head
+from defense_reverse.detectors.head_weights import refusal
 from wm_inject.core.checks import check_choice
 
 
@@ -33,8 +33,8 @@ class Entry(NamedTuple):
     # Images through the model and back at most, from the settings and the number of labels and of
     # clean images.
     passes: Callable[[Mapping[str, Any], int, int], float]
-    # Why it cannot look at a model, from the model and a few images, or None.
-    refusal: Callable[[nn.Module, Tensor], str | None] = lambda model, images: None
+    # Why it cannot look at a model, from the model, images and their labels, or None.
+    refusal: Callable[[nn.Module, Tensor, Tensor | None], str | None] = lambda *_: None
     inverts: bool = False  # it reverses one image trigger a label, which can be kept and unlearned
     # What a label's score and rate mean, for people: the end of a sentence about the label.
     meaning: Callable[[LabelScore], str] = lambda label: (
@@ -97,7 +97,7 @@ DETECTORS: dict[str, Entry] = {
     "head": Entry(
         HeadWeights.preset,
         lambda s, labels, images: (images + min(images, s["most"] * labels)) / 3,
-        refusal=no_head,
+        refusal=refusal,
         meaning=lambda label: (
             f"its own images leave {1 / label.score:.2f} times as much of its weights unexplained "
             "as the middle label's"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from defense_nc.config import check_rule
 from defense_nc.scan_inputs import ScanInputs, open_scan
 from defense_nc.verdict import ScanReport, judge_scan
+from defense_nc.verdict.abstention import needed
 from defense_reverse.detectors.common import check_settings
 from wm_inject.core.presets import preset_of
 from wm_victim.inference import images_a_pass, predict
@@ -92,17 +93,19 @@ class HeadWeights:
             which are compared, and 0 for the others.
 
         Raises:
-            ValueError: As `open_scan`, or no such layer: see `find_head`.
+            ValueError: As `open_scan`, no such layer (see `find_head`), or too few labels with
+                images.
         """
         with open_scan(model, images, labels=labels, device=device) as inputs:
             head = find_head(inputs.model, inputs.images[:_FEW])
             if not head:
                 raise ValueError(_NO_HEAD)
             means, known = self._means(inputs, head, seed)
+            if reason := _too_few(known):
+                raise ValueError(reason)
             weights = unexplained(torch.cat([part.rows for part in head], dim=1), means)
             notes = inputs.notes
-        compared = weights[known] if bool(known.any()) else weights
-        middle = float(compared.quantile(0.5))
+        middle = float(weights[known].quantile(0.5))
         return judge_scan(
             self.name,
             # Equal rows, or rows that their images explain to the last digit: none stands out.
@@ -187,9 +190,30 @@ def find_head(model: nn.Module, images: Tensor) -> list[HeadPart]:
     ]
 
 
-def no_head(model: nn.Module, images: Tensor) -> str | None:
-    """Why a model cannot be scanned, from a few images; None if it can."""
-    return None if find_head(model, images[:_FEW]) else _NO_HEAD
+def refusal(model: nn.Module, images: Tensor, labels: Tensor | None = None) -> str | None:
+    """Why `HeadWeights.preset` would not scan a model, None if it would.
+
+    Args:
+        labels: Believed to be the answers to the images, which are not asked for here.
+    """
+    head = find_head(model, images[:_FEW])
+    if not head:
+        return _NO_HEAD
+    if labels is None:
+        return None
+    counts = labels.bincount(minlength=len(head[0].rows))
+    return _too_few(counts.cpu() >= HeadWeights.least)
+
+
+def _too_few(known: Tensor) -> str | None:
+    """Too few labels have images of their own to compare them."""
+    least = needed(len(known))
+    if int(known.sum()) >= least:
+        return None
+    return (
+        f"expected images that the model calls by at least {least} of its {len(known)} labels, "
+        f"got enough of {int(known.sum())}"
+    )
 
 
 def unexplained(rows: Tensor, means: Tensor) -> Tensor:

@@ -142,22 +142,22 @@ def triggers_to_unlearn(found: Audit, label: int | None = None) -> list[tuple[in
     """The reversed triggers of ``label``, or of all labels that stand out, and their labels.
 
     Raises:
-        ValueError: No label stands out, or no detector reaches the one that is named.
+        ValueError: No label stands out, or no detector reversed a trigger that reaches one.
     """
-    if label is not None:
-        if triggers := all_triggers(found, (label,)):
-            return triggers
-        rates = ", ".join(
-            f"{name} {report.labels[label].success_rate:.2f}"
-            for name, report in found.reports.items()
-        )
-        raise ValueError(
-            f"not cleaned: no detector reversed a trigger that reaches label {label} "
-            f"(success: {rates or 'no scan'})"
-        )
-    if triggers := all_triggers(found, found.targets):
+    labels = found.targets if label is None else (label,)
+    if not labels:
+        raise ValueError(f"not cleaned: no label stands out, the verdict is {found.verdict}")
+    if triggers := all_triggers(found, labels):
         return triggers
-    raise ValueError(f"not cleaned: no label stands out, the verdict is {found.verdict}")
+    rates = ", ".join(
+        f"{name} {report.labels[labels[0]].success_rate:.2f}"
+        for name, report in found.reports.items()
+        if report.triggers
+    )
+    raise ValueError(
+        f"not cleaned: no detector reversed a trigger that reaches label {labels[0]} "
+        f"(success: {rates or 'none'})"
+    )
 
 
 def clean_in_rounds(

@@ -225,7 +225,7 @@ def choose_detectors(
             raise ValueError(f"expected a calibration of {missing[0]}, got those of {listing}")
         return tuple(wanted)
     offered = tuple(own or AUDIT)
-    names = tuple(n for n in offered if DETECTORS[n].refusal(checked.module, clean.images) is None)
+    names = tuple(name for name in offered if _refusal(name, checked, clean) is None)
     certain = foreseen(checked, clean, num_classes, detectors=names, preset=preset, own=own)
     passes = {name: _passes(name, preset, num_classes, len(clean.images)) for name in names}
     names = tuple(sorted(names, key=passes.__getitem__))
@@ -249,7 +249,7 @@ def foreseen(
     reasons = {}
     for name in detectors:
         scanner = detector(name, preset)
-        reason = DETECTORS[name].refusal(checked.module, clean.images) or foreseen_abstention(
+        reason = _refusal(name, checked, clean) or foreseen_abstention(
             scanner.name, subject, settings=scanner.settings, calibration=own.get(name)
         )
         if reason is not None:
@@ -275,6 +275,10 @@ def longest_minutes(
     minutes = min(seconds) / 60
     count = len(clean.images)
     return {name: minutes * _passes(name, preset, num_classes, count) for name in detectors}
+
+
+def _refusal(name: str, checked: Checked, clean: CleanImages) -> str | None:
+    return DETECTORS[name].refusal(checked.module, clean.images, checked.labels)
 
 
 def _passes(name: str, preset: str, num_classes: int, images: int) -> float:
