@@ -199,6 +199,13 @@ def _calibration(results: Path) -> Iterator[str]:
     yield from _head("The same for kinds of network that were never seen", "population-strangers")
     yield "Every network is judged by what clean models of all *other* networks calibrate.\n"
     yield from (to_markdown(table) for table in strangers.tables[:-1])
+    joint = _population_page(results / "population-audit")
+    yield from _head("The detectors of an audit, on the same networks", "population-audit")
+    yield (
+        "Networks of the same kinds, trained anew, that all three have seen; judged in the same way. "
+        "The calibration of head weights that ships is fitted to these.\n"
+    )
+    yield from (to_markdown(table) for table in joint.tables[:-1])
     few = _population_page(results / "population-few-classes")
     yield from _head("Two and three classes", "population-few-classes")
     yield (
@@ -252,6 +259,7 @@ def _speed(results: Path) -> Iterator[str]:
     yield f"{commands} make it; [records](speed).\n"
 
 
+POPULATIONS = ("population", "population-strangers", "population-audit", "population-few-classes")
 QUESTIONS = (
     Question("demo.md", "Can a backdoor be planted, found and removed?", _demo),
     Question("attacks.md", "How well do the attacks work, and under corruption?", _attacks),
@@ -319,7 +327,7 @@ def _csv_pages(results: Path) -> Iterator[tuple[str, list[Page]]]:
         if detectors := keys(study(name), "scan", "detector"):
             yield name, [_indices(study(name), detectors)]
     yield "attacks-cifar10", [_indices(study("attacks-cifar10"), INDICES)]
-    for name in ("population", "population-strangers", "population-few-classes"):
+    for name in POPULATIONS:
         yield name, [_population_page(results / name)]
     for name in recorded(results, DETECTIONS):
         yield name, [detection_page(study(name))]
