@@ -75,6 +75,10 @@ def detector_tables(results: Path, name: str) -> list[Table]:
     for table in tables:
         note = table.note + (_SETTINGS if "setting" in table.headers else "")
         picked += pick([table._replace(note=note)], "detector", {title})
+    for table in population(results / "population-audit").tables:
+        named = table._replace(title=f"{table.title}, networks of many kinds")
+        if {"detector", "setting"} <= set(named.headers):
+            picked += pick(pick([named], "detector", {title}), "setting", {ALL_SETTINGS})
     for experiment in recorded(results, DETECTIONS):
         page = detection_page(study_of(results / experiment))
         picked += pick(page.tables, "detector", {title})

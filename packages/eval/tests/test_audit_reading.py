@@ -113,7 +113,7 @@ def test_the_scans_get_the_models_own_labels(
     if "first" in images:
         options = (*options, "--labels", str(folder.with_suffix(".csv")))
     _, labels, accuracies = scans(network(preprocessing=preprocessing), folder, *options)
-    assert len(accuracies) == 2 and min(accuracies) > 0.85
+    assert len(accuracies) == 3 and min(accuracies) > 0.85
     checks = {check["name"]: check["detail"] for check in labels["checks"] if not check["passed"]}
     assert set(checks) == set(assumed)
     assert all(text in checks[name] for name, text in assumed.items())
