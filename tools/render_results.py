@@ -202,8 +202,8 @@ def _calibration(results: Path) -> Iterator[str]:
     joint = _population_page(results / "population-audit")
     yield from _head("The detectors of an audit, on the same networks", "population-audit")
     yield (
-        "Networks of the same kinds, trained anew, that all three have seen; judged in the same way. "
-        "The calibration of head weights that ships is fitted to these.\n"
+        "Networks of the same kinds, trained anew, that all three have seen; judged in the same "
+        "way. The calibration of head weights that ships is fitted to these.\n"
     )
     yield from (to_markdown(table) for table in joint.tables[:-1])
     few = _population_page(results / "population-few-classes")
