@@ -328,8 +328,10 @@ def test_a_setting_may_leave_detectors_out() -> None:
         (True, False),
         (True, True),
     ]
+    scans = [name for name in planned(replace(study, detectors={"nc": {}})) if "scan " in name]
+    assert len(scans) == 1 and "setting=a" in scans[0]
     with pytest.raises(ValueError, match="detectors of a setting"):
-        replace(study, detectors={"nc": {}})
+        replace(study, settings={"b": replace(setting, detectors=("none",))})
 
 
 def test_a_target_that_is_no_class_is_refused() -> None:

@@ -23,9 +23,9 @@ DETECTORS = {
     "reverse-lpips": "Reverse generators with LPIPS",
     "feature-re": "FeatureRE",
     "bti-dbf": "BTI-DBF",
-    "head": "Head weights",
     "uap": "Universal perturbations",
     "sweep": "Patch sweep",
+    "head": "Head weights",
     "mm-bd": "Maximum margins",
 }
 # First those that use a reversed trigger, with their control; then those that need no scan.
