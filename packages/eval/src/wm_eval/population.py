@@ -3,8 +3,8 @@
 Nothing is scanned anew. A detector's null distribution is fitted to the clean models of the
 calibration split, one for each number of classes, and every model of the test split is judged by it
 from its recorded scores. Models of the unseen split are judged by the clean ones of that split that
-are of another kind of network, whatever their classes. Two detectors are also judged together, each
-at its share of the error rate.
+are of another kind of network, whatever their classes. Several detectors are also judged together,
+each at its share of the error rate.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def summarise(scans: Sequence[Record], *, floor: float = 0.9, alpha: float = 0.0
     """Judge the test split and count.
 
     Detectors need not have seen the same models. Scans for whose number of classes a detector
-    cannot be calibrated are left out. Those of `together` are judged on the models that both have
+    cannot be calibrated are left out. Those of `together` are judged on the models that all have
     seen.
 
     Args:
@@ -184,7 +184,7 @@ def summarise(scans: Sequence[Record], *, floor: float = 0.9, alpha: float = 0.0
 def judge_shipped(study: StudyRecords, *, alpha: float = 0.05) -> dict[str, tuple[Judged, ...]]:
     """A study's scans by detector, judged by the calibrations that ship for their settings.
 
-    `COMBINED` are the models that both detectors of `together` have seen. Scans whose settings have
+    `COMBINED` are the models that all detectors of `together` have seen. Scans whose settings have
     no calibration are left out, and so is the unseen split: it may be what was shipped.
     """
     by_detector: dict[str, list[tuple[Record, Calibration]]] = {}

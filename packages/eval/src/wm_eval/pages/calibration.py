@@ -92,8 +92,8 @@ def shipped_table(studies: Mapping[str, StudyRecords], *, floor: float = 0.9) ->
     )
     note = (
         "Recorded scans, judged anew by the calibrations that ship, at a false-positive rate of "
-        f"0.05; two detectors share it. Backdoored models with an attack success of {floor:.0%}"
-        " or more, of every attack of the study. Intervals are exact, 95 %."
+        "0.05; those that are judged together share it. Backdoored models with an attack success "
+        f"of {floor:.0%} or more, of every attack of the study. Intervals are exact, 95 %."
     )
     return Table("shipped", "Models of other studies", headers, tuple(rows), note)
 
