@@ -157,7 +157,7 @@ class HeadPart(NamedTuple):
 
     @property
     def rows(self) -> Tensor:
-        """It as float64 ``(K, D)``, of the model's own device no more."""
+        """It as float64 ``(K, D)``, on the CPU."""
         return _rows(self.tensor, self.axis)
 
 
@@ -191,7 +191,7 @@ def find_head(model: nn.Module, images: Tensor) -> list[HeadPart]:
 
 
 def refusal(model: nn.Module, images: Tensor, labels: Tensor | None = None) -> str | None:
-    """Why `HeadWeights.preset` would not scan a model, None if it would.
+    """Why `HeadWeights` cannot scan a model, None if it can.
 
     Args:
         labels: Believed to be the answers to the images, which are not asked for here.
