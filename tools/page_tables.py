@@ -30,7 +30,6 @@ _DATA = {
     "marks-cifar10": "CIFAR-10, all images, airbench at half its width",
 }
 _MEASURES = {"cda": "CDA, %", "asr": "ASR, %", "ftr": "false triggers, %"}
-_TUNED_ON = ("mitigation-cifar10-first",)  # studies of victims that settings were chosen on
 _SETTINGS = " Setting: the models' data and network, with residual connections or without."
 
 
@@ -97,7 +96,6 @@ def mitigation_tables(results: Path, titles: Collection[str]) -> Iterator[Table]
     for name, (title, _) in MITIGATIONS.items():
         study = study_of(results / name)
         data = about(study, keys(study, "mitigation", "seed")).partition(", ")[2]
-        data += " Settings were chosen on these victims." if name in _TUNED_ON else ""
         for table in mitigation_page(study).tables:
             if table.name in ("mitigation", "mitigation-clean"):
                 heading = f"{title}: {table.title.lower()}"

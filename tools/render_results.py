@@ -97,11 +97,6 @@ SEEDS = {
 }
 MITIGATIONS = {
     "mitigation-cifar10": ("Mitigation on CIFAR-10", "Victims that no setting was chosen on."),
-    "mitigation-cifar10-first": (
-        "Mitigation on CIFAR-10, 400 steps",
-        "The same with 400 steps on the victims of the table of attacks, which settings were "
-        "chosen on.",
-    ),
     "mitigation-gtsrb": ("Mitigation on GTSRB", ""),
 }
 

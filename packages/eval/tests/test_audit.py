@@ -522,6 +522,11 @@ def test_the_detectors_of_an_audit_are_those_calibrated_for_the_model():
     # Smaller than any that was calibrated on: all look, the cheapest first.
     assert chosen(32) == chosen(8) == ("head", "sweep", "uap")
     assert chosen(8, wanted=("reverse", "nc")) == ("reverse", "nc")
+    # A calibration of a detector that cannot look at the model.
+    with pytest.raises(ValueError, match="linear layer"):
+        clean = SimpleNamespace(images=torch.rand(8, 3, 32, 32))
+        model = SimpleNamespace(module=nn.Flatten(), labels=None)
+        choose_detectors(model, clean, 3072, own={"head": None})
     # A search for each would take hours.
     assert chosen(32, classes=1000) == ("head", "sweep")
 

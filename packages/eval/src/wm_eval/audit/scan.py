@@ -217,7 +217,8 @@ def choose_detectors(
     passes at most, or else the cheapest.
 
     Raises:
-        ValueError: A wanted detector that has no calibration in ``own``, if there is any.
+        ValueError: A wanted detector that has no calibration in ``own``, if there is any; or none
+            of ``own`` can look at the model.
     """
     if tuple(wanted) != AUTO:
         if missing := [name for name in wanted if own and name not in own]:
@@ -225,7 +226,10 @@ def choose_detectors(
             raise ValueError(f"expected a calibration of {missing[0]}, got those of {listing}")
         return tuple(wanted)
     offered = tuple(own or AUDIT)
-    names = tuple(name for name in offered if _refusal(name, checked, clean) is None)
+    refusals = {name: _refusal(name, checked, clean) for name in offered}
+    names = tuple(name for name in offered if refusals[name] is None)
+    if not names:
+        raise ValueError(next(filter(None, refusals.values())))
     certain = foreseen(checked, clean, num_classes, detectors=names, preset=preset, own=own)
     passes = {name: _passes(name, preset, num_classes, len(clean.images)) for name in names}
     names = tuple(sorted(names, key=passes.__getitem__))
