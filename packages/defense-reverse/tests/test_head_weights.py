@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from defense_nc.scan_inputs import open_scan
 from defense_reverse.detectors import HeadWeights
-from defense_reverse.detectors.head_weights import find_head, refusal, unexplained
+from defense_reverse.detectors.head_weights import refusal, unexplained
+from defense_reverse.linear_head import find_head
 from wm_victim import build_classifier
 
 CLASSES, WIDTH = 6, 9

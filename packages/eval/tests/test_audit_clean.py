@@ -22,12 +22,12 @@ from wm_eval.audit.cleaning import (
     Mixed,
     clean_in_rounds,
     clean_model,
+    labels_to_clean,
     success,
-    triggers_to_unlearn,
 )
 from wm_eval.audit.images import CleanImages
 from wm_eval.audit.onnx_weights import OnnxWeights, describe_graph
-from wm_eval.audit.scan import conclude
+from wm_eval.audit.scan import all_triggers, conclude
 from wm_eval.audit.unfold import fold, unfold
 from wm_eval.cli import main
 from wm_inject import OnnxModel, save_image
@@ -214,15 +214,28 @@ def test_several_triggers_take_turns():
 def test_labels_that_stand_out_or_are_named_are_cleaned():
     unsure = report(3, verdict=Verdict.INCONCLUSIVE)
     result = conclude({"nc": unsure, "reverse": report()}, {}, 0.05)
-    assert [label for label, _ in triggers_to_unlearn(result)] == [3, 3]
-    assert [label for label, _ in triggers_to_unlearn(result, 1)] == [1, 1]
-    without = report()
-    labels = tuple(replace(one, converged=False, success_rate=0.25) for one in without.labels)
-    without = conclude({"nc": replace(without, labels=labels)}, {}, 0.05)
-    with pytest.raises(ValueError, match=r"label 1 .*nc 0\.25"):
-        triggers_to_unlearn(without, 1)
+    assert labels_to_clean(result) == (3,) and labels_to_clean(result, 1) == (1,)
+    assert [label for label, _ in all_triggers(result, (3,))] == [3, 3]
     with pytest.raises(ValueError, match="no label stands out"):
-        triggers_to_unlearn(conclude({"nc": report()}, {}, 0.05))
+        labels_to_clean(conclude({"nc": report()}, {}, 0.05))
+
+
+def test_a_label_without_a_reversed_trigger_is_unlearned_in_the_last_layer():
+    """The label is named by its weights alone: a corner of the image adds 12 to its logit."""
+    model, clean = Flat(), bars()
+    marked = trigger()
+    assert success(model, {3: marked}, clean.images)[3] == 1
+    checked = check_model(model, clean, num_classes=CLASSES)
+    named = replace(report(3), triggers={})
+    answers = [conclude({"head": replace(report(), triggers={})}, {}, 0.05)]
+    (only,) = clean_in_rounds(
+        checked, clean, conclude({"head": named}, {}, 0.05), scan=lambda one: answers.pop(0)
+    )
+    cleaned = only.checked.module
+    assert only.labels == (3,) and only.cost.within(0.05)
+    assert success(cleaned, {3: marked}, clean.images[clean.labels != 3])[3] < 0.1
+    before, after = (dict(one.named_parameters())["net.weight"] for one in (model, cleaned))
+    assert torch.equal(before[:3], after[:3]) and not torch.equal(before[3], after[3])
 
 
 def test_rounds_go_on_until_nothing_stands_out(monkeypatch):

@@ -73,6 +73,13 @@ CASES: Mapping[str, Cases] = {
         "no convolutions": without_stages(dr.ChannelLipschitzPruning()),
     },
     "FeatureShiftTuning": refusals(dr.FeatureShiftTuning(), shift=-1.0),
+    "HeadUnlearning": {
+        **refusals(dr.HeadUnlearning(), reach=0.0, penalty=-1.0, most=1),
+        "no labels": lambda _: dr.HeadUnlearning().repair(MODEL, IMAGES, LABELS),
+        "unknown label": lambda _: dr.HeadUnlearning().repair(
+            MODEL, IMAGES, LABELS, triggers={99: TRIGGER}
+        ),
+    },
     "NAD": {
         **refusals(dr.NAD(), teacher_share=1.0, power=0.0, betas=(), layers=("head",)),
         "no maps": without_stages(dr.NAD()),

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from defense_reverse.mitigations.fine_pruning import FinePruning as FinePruning
     from defense_reverse.mitigations.fine_tuning import FineTuning as FineTuning
     from defense_reverse.mitigations.ft_sam import FTSAM as FTSAM
+    from defense_reverse.mitigations.head_unlearning import HeadUnlearning as HeadUnlearning
     from defense_reverse.mitigations.i_bau import IBAU as IBAU
     from defense_reverse.mitigations.nad import NAD as NAD
     from defense_reverse.reverse import pretrain as pretrain

@@ -18,6 +18,7 @@ _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "unlearning-reverse": _GENERATORS,
     "unlearning-uap": _GENERATORS,
     "unlearning-reverse-lpips": _GENERATORS,
+    "unlearning-head": ("defense_reverse.mitigations.head_unlearning:HeadUnlearning", {}),
     "neuron-pruning": ("defense_nc.mitigations.neuron_pruning:NeuronPruning", {}),
     "nad": ("defense_reverse.mitigations.nad:NAD", {}),
     "fine-pruning": ("defense_reverse.mitigations.fine_pruning:FinePruning", {}),
@@ -29,7 +30,7 @@ _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Fine-tuning by the settings of unlearning: what the triggers add is the difference.
 CONTROLS = {"control-nc": "unlearning-nc", "control": "unlearning-reverse"}
-_STEPLESS = ("neuron-pruning", "clp")  # they prune, and train nothing
+_STEPLESS = ("neuron-pruning", "clp", "unlearning-head")  # they run no optimiser on the network
 
 
 def build_method(name: str, *, steps: int, preset: str = "fast", **changes: Any) -> Mitigator:

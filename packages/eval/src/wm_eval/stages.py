@@ -503,7 +503,12 @@ def mitigate(
         return Result(values | same | {"steps": 0, "log": {}})
     triggers = None
     if detector is not None:
-        triggers = {label: trial.load_reversed(store, detector, label) for label in labels}
+        # Of a detector that reverses none the labels alone are known.
+        inverts = DETECTORS[detector].inverts
+        triggers = {
+            label: trial.load_reversed(store, detector, label) if inverts else NoTrigger()
+            for label in labels
+        }
     repaired = mitigator.repair(
         trial.load_victim(store),
         images.images,

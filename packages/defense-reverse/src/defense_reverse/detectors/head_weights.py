@@ -7,12 +7,10 @@ Nothing is searched: one pass of the images at any size, and seconds of work.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,17 +20,16 @@ from defense_nc.scan_inputs import ScanInputs, open_scan
 from defense_nc.verdict import ScanReport, judge_scan
 from defense_nc.verdict.abstention import needed
 from defense_reverse.detectors.common import check_settings
-from wm_inject.core.presets import preset_of
-from wm_victim.inference import images_a_pass, predict
-from wm_victim.logits import Logits
-
-_EXACT = 1e-3  # of a gradient's largest number: what rounding may leave where there is nothing
-_FEW = 8  # images that the layer is found with
-_NO_HEAD = (
-    "expected logits that a linear layer of the model's own weights gives, found none: the last "
-    "layer is constant, quantised or of another kind"
+from defense_reverse.linear_head import (
+    FEW,
+    NO_HEAD,
+    HeadPart,
+    find_head,
+    read_features,
+    readable,
 )
-_SURE = 20.0  # distance of two logits; probabilities that lie further apart have no derivative left
+from wm_inject.core.presets import preset_of
+from wm_victim.inference import predict
 
 
 @dataclass(frozen=True)
@@ -97,9 +94,9 @@ class HeadWeights:
                 images.
         """
         with open_scan(model, images, labels=labels, device=device) as inputs:
-            head = find_head(inputs.model, inputs.images[:_FEW])
+            head = find_head(inputs.model, inputs.images[:FEW])
             if not head:
-                raise ValueError(_NO_HEAD)
+                raise ValueError(NO_HEAD)
             means, known = self._means(inputs, head, seed)
             if reason := _too_few(known):
                 raise ValueError(reason)
@@ -126,68 +123,24 @@ class HeadWeights:
     ) -> tuple[Tensor, Tensor]:
         """What the layer reads in each label's images, on average, and which labels had enough."""
         logits = predict(inputs.model, inputs.images)
-        two = logits.topk(2)
-        usable = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-        if isinstance(inputs.model, Logits) and inputs.model.squash is not None:
-            usable = (two.values[:, 0] - two.values[:, 1]) < _SURE * inputs.model.factor
-        answers = torch.where(usable, two.indices[:, 0], -1)
+        answers = torch.where(readable(inputs.model, logits), logits.argmax(1), -1)
         order = torch.randperm(len(answers), generator=torch.Generator().manual_seed(seed))
         order = order.to(answers.device)
         own = [order[answers[order] == label] for label in range(inputs.num_classes)]
         known = torch.tensor([len(indices) >= self.least for indices in own])
         # A mean of fewer images is further from the truth: all are of equally many.
         count = min([self.most, *(len(i) for i in own if len(i) >= self.least)])
-        read = [
-            _mean_read(inputs.model, inputs.images[indices[:count]], label, head)
+        nothing = torch.full((sum(p.rows.shape[1] for p in head),), torch.nan, dtype=torch.float64)
+        means = [
+            read_features(inputs.model, inputs.images[indices[:count]], head).mean(0)
             if known[label]
-            else torch.zeros(sum(part.rows.shape[1] for part in head), dtype=torch.float64)
+            else nothing
             for label, indices in enumerate(own)
         ]
-        return torch.where(known[:, None], torch.stack(read), torch.nan), known
+        return torch.stack(means), known
 
 
 PRESETS: dict[str, dict[str, Any]] = {"fast": {}, "paper": {"most": 500}}
-
-
-class HeadPart(NamedTuple):
-    """A weight of the model that is a last linear layer, or one of several."""
-
-    tensor: Tensor
-    axis: int  # which of its axes are the labels
-
-    @property
-    def rows(self) -> Tensor:
-        """It as float64 ``(K, D)``, on the CPU."""
-        return _rows(self.tensor, self.axis)
-
-
-def find_head(model: nn.Module, images: Tensor) -> list[HeadPart]:
-    """The last linear layer of a classifier; empty if it has none.
-
-    It is known by what it does, not by its name, so that a graph from any file will do: the
-    derivative of the difference of two logits is +h in the row of the one, -h in that of the other
-    (h being what the layer reads), and zero in all others. Softmax changes nothing of this, nor
-    does a mean over places behind a 1 x 1 convolution. Where the logits of several classifiers are
-    added up it has several parts.
-
-    Args:
-        model: Images ``(N, C, H, W)`` in [0, 1] to logits ``(N, K)``, in eval mode.
-        images: Some, of which that with the two closest logits is taken.
-    """
-    logits = predict(model, images)
-    two, classes = logits.topk(2), logits.shape[1]
-    nearest = int((two.values[:, 0] - two.values[:, 1]).argmin())
-    first, second = two.indices[nearest].tolist()
-    named = itertools.chain(model.parameters(), model.buffers())
-    tensors = [t for t in named if t.is_floating_point() and t.ndim > 1 and classes in t.shape[:2]]
-    gradients = _slopes(model, images[nearest : nearest + 1], tensors)
-    return [
-        HeadPart(tensor, axis)
-        for tensor, gradient in zip(tensors, gradients, strict=True)
-        if gradient is not None
-        for axis in (0, 1)
-        if tensor.shape[axis] == classes and _tells_apart(_rows(gradient, axis), first, second)
-    ]
 
 
 def refusal(model: nn.Module, images: Tensor, labels: Tensor | None = None) -> str | None:
@@ -196,9 +149,9 @@ def refusal(model: nn.Module, images: Tensor, labels: Tensor | None = None) -> s
     Args:
         labels: Believed to be the answers to the images, which are not asked for here.
     """
-    head = find_head(model, images[:_FEW])
+    head = find_head(model, images[:FEW])
     if not head:
-        return _NO_HEAD
+        return NO_HEAD
     if labels is None:
         return None
     counts = labels.bincount(minlength=len(head[0].rows))
@@ -234,56 +187,3 @@ def unexplained(rows: Tensor, means: Tensor) -> Tensor:
     lengths = x.norm(dim=1) * y.norm(dim=1)
     correlations = (x * y).sum(1) / lengths.clamp(min=1e-30)
     return sums * (1 - correlations.nan_to_num(0.0))
-
-
-def _mean_read(model: nn.Module, images: Tensor, label: int, head: Sequence[HeadPart]) -> Tensor:
-    """The mean of what the layer reads in images that are all called ``label``, ``(D,)``.
-
-    Their distances to the second label have this derivative, times their number, in its row.
-    """
-    total: Tensor | None = None
-    for part in images.split(images_a_pass(images, images.device, most=64)):
-        slopes = _slopes(model, part, [weight.tensor for weight in head])
-        pairs = zip(head, slopes, strict=True)
-        rows = [_rows(slope, weight.axis)[label] for weight, slope in pairs if slope is not None]
-        total = torch.cat(rows) if total is None else total + torch.cat(rows)
-    assert total is not None
-    return total / len(images)
-
-
-def _slopes(model: nn.Module, images: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
-    """Derivatives of the summed distances of the two highest logits."""
-    if not tensors:
-        return []
-    with _differentiable(tensors), torch.enable_grad():
-        values = model(images).topk(2).values
-        distances = (values[:, 0] - values[:, 1]).sum()
-        if not distances.requires_grad:
-            return [None] * len(tensors)
-        return list(torch.autograd.grad(distances, tensors, allow_unused=True))
-
-
-@contextmanager
-def _differentiable(tensors: Sequence[Tensor]) -> Iterator[None]:
-    frozen = [tensor for tensor in tensors if not tensor.requires_grad]
-    try:
-        for tensor in frozen:
-            tensor.requires_grad_(True)
-        yield
-    finally:
-        for tensor in frozen:
-            tensor.requires_grad_(False)
-
-
-def _rows(tensor: Tensor, axis: int) -> Tensor:
-    return tensor.detach().movedim(axis, 0).flatten(1).double().cpu()
-
-
-def _tells_apart(gradient: Tensor, first: int, second: int) -> bool:
-    """Whether rows ``(K, D)`` are opposite for two labels, and zero for all others."""
-    largest = float(gradient.abs().max())
-    rest = gradient.clone()
-    rest[[first, second]] = 0
-    opposite = gradient[first] + gradient[second]
-    left = max(float(rest.abs().max()), float(opposite.abs().max()))
-    return largest > 0 and left <= _EXACT * largest

@@ -7,6 +7,7 @@ from defense_reverse.mitigations.feature_shift import FeatureShiftTuning
 from defense_reverse.mitigations.fine_pruning import FinePruning
 from defense_reverse.mitigations.fine_tuning import FineTuning
 from defense_reverse.mitigations.ft_sam import FTSAM
+from defense_reverse.mitigations.head_unlearning import HeadUnlearning
 from defense_reverse.mitigations.i_bau import IBAU
 from defense_reverse.mitigations.nad import NAD
 
@@ -20,4 +21,5 @@ __all__ = [
     "FeatureShiftTuning",
     "FinePruning",
     "FineTuning",
+    "HeadUnlearning",
 ]

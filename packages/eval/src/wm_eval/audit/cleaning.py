@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from defense_nc import Unlearning
 from defense_nc.mitigations import DivergedError, RepairCost, repair_cost
+from defense_reverse.mitigations import HeadUnlearning
 from wm_eval.audit.budget import Budget
 from wm_eval.audit.checks import Checked, Stated, check_model
 from wm_eval.audit.images import CleanImages
@@ -59,6 +60,7 @@ def clean_model(
     images: Tensor,
     labels: Tensor | None = None,
     *,
+    targets: Sequence[int] = (),
     max_loss: float = 0.05,
     seed: int = 0,
     progress: bool = False,
@@ -73,13 +75,15 @@ def clean_model(
         module: Images in [0, 1] to logits; not changed.
         triggers: Reversed ones; a fifth of the images carries each, half of them at most any.
         labels: int64 ``(N,)``; the model's own answers if None.
+        targets: Labels without a reversed trigger; the last layer unlearns them, and only this if
+            there are no triggers.
         max_loss: Share of the images that it may cost, in (0, 1].
 
     Raises:
-        ValueError: No triggers, a model that no learning rate leaves whole, or as
-            `defense_nc.Unlearning`.
+        ValueError: No triggers and no targets, a model that no learning rate leaves whole, or as
+            `defense_nc.Unlearning` and `defense_reverse.HeadUnlearning`.
     """
-    if not triggers:
+    if not triggers and not targets:
         raise ValueError("expected reversed triggers to unlearn, got none")
     answers = _answers(module, images)
     order = torch.from_numpy(stratified_order(answers.numpy(), seed=seed))
@@ -87,11 +91,28 @@ def clean_model(
     if labels is not None:
         rest = rest[torch.eq(answers, labels)[rest]]
     rest = rest[answers[rest] >= 0]
+    held_out_labels = None if labels is None else labels[held_out]
+    if targets:
+        suspected = {label: nn.Identity() for label in targets}
+        module = (
+            HeadUnlearning.preset()
+            .repair(module, images[rest], answers[rest], triggers=suspected, seed=seed)
+            .model
+        )
+        if not triggers:
+            after = _answers(module, images[held_out])
+            cost = repair_cost(answers[held_out], after, held_out_labels)
+            if cost.within(max_loss):
+                return Cleaned(module, cost)
+            raise ValueError(
+                "not cleaned: other weights of these labels in the last layer cost more than "
+                f"--max-loss {max_loss:g} ({cost})"
+            )
     share = min(0.5, len(triggers) * Unlearning.preset("nc").trigger_share)
     unlearning = Unlearning.preset("nc", trigger_share=share)
     mixed = {0: copy.deepcopy(Mixed(triggers)).to(device)}
     start, folded = unfold(module, images)
-    cost = None
+    last: RepairCost | None = None
     # Networks without normalisation of their own may still not stand a rate that is right for
     # others: the first that leaves the model what it knew is taken.
     for half_decades in range(5):
@@ -109,11 +130,11 @@ def clean_model(
             continue
         cleaned = fold(repaired.model.cpu(), folded)
         after = _answers(cleaned, images[held_out])
-        held_out_labels = None if labels is None else labels[held_out]
         cost = repair_cost(answers[held_out], after, held_out_labels)
         if cost.within(max_loss):
             return Cleaned(cleaned, cost)
-    why = "it diverges" if cost is None else f"{cost} at the lowest"
+        last = cost
+    why = "it diverges" if last is None else f"{last} at the lowest"
     raise ValueError(
         f"not cleaned: unlearning costs more than --max-loss {max_loss:g} at every learning rate "
         f"({why})"
@@ -127,7 +148,7 @@ class Round(NamedTuple):
         number: From 1.
         checked: The cleaned model, checked again.
         audit: What a scan says of it.
-        labels: Those whose triggers it has unlearned, sorted.
+        labels: Those that it has unlearned, sorted.
         cost: What it cost.
     """
 
@@ -138,26 +159,16 @@ class Round(NamedTuple):
     cost: RepairCost
 
 
-def triggers_to_unlearn(found: Audit, label: int | None = None) -> list[tuple[int, nn.Module]]:
-    """The reversed triggers of ``label``, or of all labels that stand out, and their labels.
+def labels_to_clean(found: Audit, label: int | None = None) -> tuple[int, ...]:
+    """The given label, or all that stand out.
 
     Raises:
-        ValueError: No label stands out, or no detector reversed a trigger that reaches one.
+        ValueError: No label stands out.
     """
     labels = found.targets if label is None else (label,)
     if not labels:
         raise ValueError(f"not cleaned: no label stands out, the verdict is {found.verdict}")
-    if triggers := all_triggers(found, labels):
-        return triggers
-    rates = ", ".join(
-        f"{name} {report.labels[labels[0]].success_rate:.2f}"
-        for name, report in found.reports.items()
-        if report.triggers
-    )
-    raise ValueError(
-        f"not cleaned: no detector reversed a trigger that reaches label {labels[0]} "
-        f"(success: {rates or 'none'})"
-    )
+    return labels
 
 
 def clean_in_rounds(
@@ -177,7 +188,8 @@ def clean_in_rounds(
     """Unlearn what a scan names, scan again, unlearn what that names as well, and so on.
 
     Every round starts from the given model and unlearns all triggers found so far, so that the
-    bound on the loss of accuracy holds for all of them together.
+    bound on the loss of accuracy holds for all of them together. A label whose trigger no detector
+    reversed is unlearned in the last layer.
 
     Args:
         checked: The model; not changed.
@@ -193,12 +205,13 @@ def clean_in_rounds(
         Each round; after the last one no label stands out, or nothing more can be done.
 
     Raises:
-        ValueError: No rounds, or as `triggers_to_unlearn` and `clean_model`.
+        ValueError: No rounds, or as `labels_to_clean` and `clean_model`.
     """
     if rounds < 1:
         raise ValueError(f"expected at least 1 round, got {rounds}")
     budget = budget or Budget()
-    triggers = triggers_to_unlearn(found, label)
+    labels = set(labels_to_clean(found, label))
+    triggers = all_triggers(found, sorted(labels))
     # Both are read by now.
     known_labels = replace(clean, labels=checked.labels, classes=None)
     as_it_is = Stated(ways=(Way(),))
@@ -209,6 +222,7 @@ def clean_in_rounds(
                 [trigger for _, trigger in triggers],
                 clean.images,
                 checked.labels,
+                targets=sorted(labels - {one for one, _ in triggers}),
                 max_loss=max_loss,
                 seed=seed,
                 progress=progress,
@@ -217,12 +231,12 @@ def clean_in_rounds(
             classes = len(cleaned.model(clean.images[:1])[0])
             again = check_model(cleaned.model, known_labels, num_classes=classes, stated=as_it_is)
         found = scan(again)
-        labels = tuple(sorted({label for label, _ in triggers}))
-        yield Round(number, again, found, labels, cleaned.cost)
+        yield Round(number, again, found, tuple(sorted(labels)), cleaned.cost)
         left = [one for one in found.targets if label in (None, one)]
         more = all_triggers(found, left)
-        if not more:
+        if not more and labels.issuperset(left):
             return
+        labels.update(left)
         triggers += more
 
 

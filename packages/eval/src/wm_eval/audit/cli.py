@@ -261,7 +261,7 @@ def _clean(args: argparse.Namespace) -> int:
     check_open_options(args)
     budget = Budget(args.minutes)
     from wm_eval.audit.cleaned_file import CleanedFile
-    from wm_eval.audit.cleaning import clean_in_rounds, success, triggers_to_unlearn
+    from wm_eval.audit.cleaning import clean_in_rounds, labels_to_clean, success
     from wm_eval.audit.outputs import About
     from wm_eval.audit.scan import reversed_triggers
 
@@ -277,7 +277,7 @@ def _clean(args: argparse.Namespace) -> int:
         _print(*(f"note: {note}" for note in file.notes))
     before = _audit(args, settings, subject, checked, budget)
     print(f"before: {before.verdict}. {before.reason}", flush=True)
-    triggers_to_unlearn(before, args.label)
+    labels_to_clean(before, args.label)
     last, rounds = None, []
     for last in clean_in_rounds(
         checked,
