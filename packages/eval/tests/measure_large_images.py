@@ -2,6 +2,7 @@
 
     python packages/eval/tests/measure_large_images.py train FOLDER MODEL
     python packages/eval/tests/measure_large_images.py scan FOLDER MODEL RECORD.json [DETECTORS]
+    python packages/eval/tests/measure_large_images.py clean FOLDER MODEL RECORD.json [DETECTORS]
 
 Needs the data set imagenet10 and the extra ``imagenet``. Models are EfficientNet-Lite0 with its
 ImageNet weights, fine-tuned on a thousand photographs of ten classes and, where they are
@@ -248,6 +249,15 @@ def audit(folder: Path, name: str, detectors: str) -> dict[str, Any]:
     return row | rates(path, plan) | {f"scan {detectors}": scan}
 
 
+def repair(folder: Path, name: str, detectors: str) -> dict[str, Any]:
+    """Clean a model of its target: what is left of the backdoor, and what that took."""
+    path, out, plan = folder / f"{name}.onnx", folder / f"cleaned-{name}.onnx", PLANS[name]
+    images = clean_images(folder)
+    options = ("--images", images, "--detectors", detectors, "--label", plan.target, "--out", out)
+    cost = command("clean", path, *map(str, options))
+    return plan._asdict() | rates(path, plan) | {f"clean {detectors}": cost | rates(out, plan)}
+
+
 def main(
     verb: str, folder: Path, name: str, record: Path | None = None, detectors: str = "auto"
 ) -> None:
@@ -259,7 +269,8 @@ def main(
         return
     assert record is not None
     rows = json.loads(record.read_text()) if record.exists() else {}
-    rows[name] = rows.get(name, {}) | audit(folder, name, detectors)
+    found = (repair if verb == "clean" else audit)(folder, name, detectors)
+    rows[name] = rows.get(name, {}) | found
     record.parent.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
     print(json.dumps({name: rows[name]}))
