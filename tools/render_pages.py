@@ -105,7 +105,7 @@ METHOD_PAGES = {
         ("fst",),
         Settings("defense_reverse:FeatureShiftTuning", (*_FAST, "fresh-head")),
     ),
-    "head-unlearning": (("unlearning-head",), Settings("defense_reverse:HeadUnlearning")),
+    "head-unlearning": (("head-unlearning",), Settings("defense_reverse:HeadUnlearning")),
 }
 IMAGE_PAGES = {
     "strip": Settings("defense_nc:Strip", _FAST),

@@ -138,7 +138,7 @@ def test_a_population_counts_its_models() -> None:
 def test_every_method_takes_the_same_steps(name: str) -> None:
     method = build_method(name, steps=7)
     assert method.name == ("unlearning" if name.startswith("unlearning-") else method.name)
-    assert f"{7}" in str(plain(method)) or name in ("neuron-pruning", "clp")
+    assert f"{7}" in str(plain(method)) or name in ("neuron-pruning", "clp", "head-unlearning")
 
 
 def test_the_control_of_unlearning_differs_in_nothing_but_the_triggers() -> None:

@@ -18,7 +18,7 @@ _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "unlearning-reverse": _GENERATORS,
     "unlearning-uap": _GENERATORS,
     "unlearning-reverse-lpips": _GENERATORS,
-    "unlearning-head": ("defense_reverse.mitigations.head_unlearning:HeadUnlearning", {}),
+    "head-unlearning": ("defense_reverse.mitigations.head_unlearning:HeadUnlearning", {}),
     "neuron-pruning": ("defense_nc.mitigations.neuron_pruning:NeuronPruning", {}),
     "nad": ("defense_reverse.mitigations.nad:NAD", {}),
     "fine-pruning": ("defense_reverse.mitigations.fine_pruning:FinePruning", {}),
@@ -28,9 +28,10 @@ _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "clp": ("defense_reverse.mitigations.channel_lipschitz:ChannelLipschitzPruning", {}),
     "fst": ("defense_reverse.mitigations.feature_shift:FeatureShiftTuning", {}),
 }
+_LABELS_FROM = {"neuron-pruning": "nc", "head-unlearning": "head"}
 # Fine-tuning by the settings of unlearning: what the triggers add is the difference.
 CONTROLS = {"control-nc": "unlearning-nc", "control": "unlearning-reverse"}
-_STEPLESS = ("neuron-pruning", "clp", "unlearning-head")  # they run no optimiser on the network
+_STEPLESS = ("neuron-pruning", "clp", "head-unlearning")  # they run no optimiser on the network
 
 
 def build_method(name: str, *, steps: int, preset: str = "fast", **changes: Any) -> Mitigator:
@@ -60,9 +61,9 @@ def build_method(name: str, *, steps: int, preset: str = "fast", **changes: Any)
 
 
 def detector_of(method: str) -> str | None:
-    """Whose reversed triggers a method works with; None for one that needs no scan."""
-    if method == "neuron-pruning":
-        return "nc"
+    """Whose labels and reversed triggers a method works with; None for one without need of them."""
+    if method in _LABELS_FROM:
+        return _LABELS_FROM[method]
     return method.removeprefix("unlearning-") if method.startswith("unlearning-") else None
 
 

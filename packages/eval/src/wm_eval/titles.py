@@ -36,7 +36,7 @@ METHODS = {
     "unlearning-reverse": "Unlearning, reverse generators",
     "unlearning-reverse-lpips": "Unlearning, reverse generators with LPIPS",
     "unlearning-uap": "Unlearning, universal perturbations",
-    "unlearning-head": "Unlearning in the last layer",
+    "head-unlearning": "Unlearning in the last layer",
     "neuron-pruning": "Neuron pruning, Neural Cleanse",
     "fine-tuning": "Fine-tuning",
     "nad": "NAD",
