@@ -12,8 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +20,15 @@ import torch
 from torch import nn
 
 from defense_reverse import HeadUnlearning
-from wm_eval.config import SPLITS, Study, load_study
+from wm_eval.config import load_study
 from wm_eval.engine import Store
+from wm_eval.study import population_trials
 from wm_eval.titles import CLEAN
-from wm_eval.trial import Trial, images_of
+from wm_eval.trial import Trial
 from wm_victim import predict
 from wm_victim.metrics import triggered_images
 
 TESTED = 500
-
-
-def trials(study: Study, folder: Path) -> Iterator[Trial]:
-    """The population's models that are there."""
-    for name, setting in study.settings.items():
-        classes = images_of(setting.data).num_classes
-        for split in SPLITS:
-            for attack, seed in setting.models(split):
-                own = {name: getattr(setting, name) for name in ("data", "victim", "train")}
-                triggers = {**study.triggers, **setting.triggers}
-                one = replace(study, **own, triggers=triggers, target=seed % classes)
-                trial = Trial(one, seed, attack=attack, setting=name, split=split)
-                if (folder / trial.victim_file).exists():
-                    yield trial
 
 
 def rates(trial: Trial, store: Store, model: nn.Module) -> dict[str, float]:
@@ -72,11 +58,14 @@ def row(trial: Trial, store: Store) -> dict[str, Any]:
 
 
 def main(study: str, folder: Path, record: Path) -> None:
-    """Measure all models; a record that is there keeps its other rows."""
+    """Measure all models that are there; a record that is there keeps its other rows."""
     torch.set_num_threads(1)
     rows = json.loads(record.read_text()) if record.exists() else {}
-    for trial in trials(load_study(study), folder):
-        rows[f"{trial.setting} {trial.attack} {trial.seed}"] = found = row(trial, Store(folder))
+    population, store = load_study(study), Store(folder)
+    for trial in chain(*(population_trials(population, name) for name in population.settings)):
+        if not store.path(trial.victim_file).exists():
+            continue
+        rows[f"{trial.setting} {trial.attack} {trial.seed}"] = found = row(trial, store)
         print(json.dumps(found), flush=True)
     record.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
 

@@ -232,10 +232,15 @@ def test_a_label_without_a_reversed_trigger_is_unlearned_in_the_last_layer():
         checked, clean, conclude({"head": named}, {}, 0.05), scan=lambda one: answers.pop(0)
     )
     cleaned = only.checked.module
-    assert only.labels == (3,) and only.cost.within(0.05)
+    assert only.labels == only.refitted == (3,) and only.cost.within(0.05)
     assert success(cleaned, {3: marked}, clean.images[clean.labels != 3])[3] < 0.1
     before, after = (dict(one.named_parameters())["net.weight"] for one in (model, cleaned))
     assert torch.equal(before[:3], after[:3]) and not torch.equal(before[3], after[3])
+    none_of_it = torch.where(clean.labels == 3, 2, clean.labels)
+    with pytest.raises(ValueError, match=r"not cleaned: .* trigger that reaches 3, .* label 3"):
+        clean_model(
+            model, [], clean.images[none_of_it < 2], none_of_it[none_of_it < 2], targets=[3]
+        )
 
 
 def test_rounds_go_on_until_nothing_stands_out(monkeypatch):

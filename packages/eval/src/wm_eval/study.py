@@ -80,9 +80,31 @@ def _trials(study: Study) -> Iterator[Stage]:
 
 def _population(study: Study, name: str) -> Iterator[Stage]:
     """Every model of a setting with its scans."""
-    setting = study.settings[name]
+    yield _images(Trial(_of_setting(study, name), 0, setting=name))
+    for trial in population_trials(study, name):
+        yield from _victim(trial)
+        for detector in trial.study.detectors:
+            yield _scan(trial, detector)
+
+
+def population_trials(study: Study, name: str) -> Iterator[Trial]:
+    """Every model of a population's setting, as one victim each.
+
+    Raises:
+        ValueError: Images that cannot be loaded.
+    """
+    setting, one = study.settings[name], _of_setting(study, name)
     classes = images_of(setting.data).num_classes
-    study = replace(
+    for split in SPLITS:
+        for attack, seed in setting.models(split):
+            target = replace(one, target=seed % classes)
+            yield Trial(target, seed, attack=attack, setting=name, split=split)
+
+
+def _of_setting(study: Study, name: str) -> Study:
+    """The study of one setting's models."""
+    setting = study.settings[name]
+    return replace(
         study,
         data=setting.data,
         victim=setting.victim,
@@ -97,14 +119,6 @@ def _population(study: Study, name: str) -> Iterator[Stage]:
         attacks=(CLEAN,),
         parts=(),
     )
-    yield _images(Trial(study, 0, setting=name))
-    for split in SPLITS:
-        for attack, seed in setting.models(split):
-            one = replace(study, target=seed % classes)
-            trial = Trial(one, seed, attack=attack, setting=name, split=split)
-            yield from _victim(trial)
-            for detector in study.detectors:
-                yield _scan(trial, detector)
 
 
 def _attack(trial: Trial, first: bool) -> Iterator[Stage]:

@@ -28,7 +28,7 @@ DETECTORS = {
     "head": "Head weights",
     "mm-bd": "Maximum margins",
 }
-# First those that use a reversed trigger, with their control; then those that need no scan.
+# First those that use what a scan found, with their control; then those that need no scan.
 METHODS = {
     "control": "Fine-tuning by unlearning's settings",
     "control-nc": "Fine-tuning by the settings of unlearning with Neural Cleanse",

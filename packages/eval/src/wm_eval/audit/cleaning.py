@@ -80,8 +80,8 @@ def clean_model(
         max_loss: Share of the images that it may cost, in (0, 1].
 
     Raises:
-        ValueError: No triggers and no targets, a model that no learning rate leaves whole, or as
-            `defense_nc.Unlearning` and `defense_reverse.HeadUnlearning`.
+        ValueError: No triggers and no targets, targets that the last layer cannot unlearn, a model
+            that is not left whole, or as `defense_nc.Unlearning`.
     """
     if not triggers and not targets:
         raise ValueError("expected reversed triggers to unlearn, got none")
@@ -93,21 +93,15 @@ def clean_model(
     rest = rest[answers[rest] >= 0]
     held_out_labels = None if labels is None else labels[held_out]
     if targets:
-        suspected = {label: nn.Identity() for label in targets}
-        module = (
-            HeadUnlearning.preset()
-            .repair(module, images[rest], answers[rest], triggers=suspected, seed=seed)
-            .model
+        module = _refitted(module, images[rest], answers[rest], targets, seed)
+    if not triggers:
+        cost = repair_cost(answers[held_out], _answers(module, images[held_out]), held_out_labels)
+        if cost.within(max_loss):
+            return Cleaned(module, cost)
+        raise ValueError(
+            f"not cleaned: new weights in the last layer cost more than --max-loss {max_loss:g} "
+            f"({cost})"
         )
-        if not triggers:
-            after = _answers(module, images[held_out])
-            cost = repair_cost(answers[held_out], after, held_out_labels)
-            if cost.within(max_loss):
-                return Cleaned(module, cost)
-            raise ValueError(
-                "not cleaned: other weights of these labels in the last layer cost more than "
-                f"--max-loss {max_loss:g} ({cost})"
-            )
     share = min(0.5, len(triggers) * Unlearning.preset("nc").trigger_share)
     unlearning = Unlearning.preset("nc", trigger_share=share)
     mixed = {0: copy.deepcopy(Mixed(triggers)).to(device)}
@@ -141,6 +135,21 @@ def clean_model(
     )
 
 
+def _refitted(
+    module: nn.Module, images: Tensor, labels: Tensor, targets: Sequence[int], seed: int
+) -> nn.Module:
+    """A copy whose last layer has unlearned labels that no trigger was reversed of."""
+    suspected = {label: nn.Identity() for label in targets}
+    try:
+        return HeadUnlearning().repair(module, images, labels, triggers=suspected, seed=seed).model
+    except ValueError as error:
+        numbers = ", ".join(map(str, targets))
+        raise ValueError(
+            f"not cleaned: no detector reversed a trigger that reaches {numbers}, and the last "
+            f"layer cannot unlearn it: {error}"
+        ) from error
+
+
 class Round(NamedTuple):
     """What one round of cleaning gave.
 
@@ -149,6 +158,7 @@ class Round(NamedTuple):
         checked: The cleaned model, checked again.
         audit: What a scan says of it.
         labels: Those that it has unlearned, sorted.
+        refitted: Those of them that it has unlearned in the last layer.
         cost: What it cost.
     """
 
@@ -156,6 +166,7 @@ class Round(NamedTuple):
     checked: Checked
     audit: Audit
     labels: tuple[int, ...]
+    refitted: tuple[int, ...]
     cost: RepairCost
 
 
@@ -216,13 +227,14 @@ def clean_in_rounds(
     known_labels = replace(clean, labels=checked.labels, classes=None)
     as_it_is = Stated(ways=(Way(),))
     for number in range(1, rounds + 1):
+        refitted = tuple(sorted(labels - {one for one, _ in triggers}))
         with budget.enforced():
             cleaned = clean_model(
                 checked.module,
                 [trigger for _, trigger in triggers],
                 clean.images,
                 checked.labels,
-                targets=sorted(labels - {one for one, _ in triggers}),
+                targets=refitted,
                 max_loss=max_loss,
                 seed=seed,
                 progress=progress,
@@ -231,7 +243,7 @@ def clean_in_rounds(
             classes = len(cleaned.model(clean.images[:1])[0])
             again = check_model(cleaned.model, known_labels, num_classes=classes, stated=as_it_is)
         found = scan(again)
-        yield Round(number, again, found, tuple(sorted(labels)), cleaned.cost)
+        yield Round(number, again, found, tuple(sorted(labels)), refitted, cleaned.cost)
         left = [one for one in found.targets if label in (None, one)]
         more = all_triggers(found, left)
         if not more and labels.issuperset(left):

@@ -300,6 +300,8 @@ def _clean(args: argparse.Namespace) -> int:
     for label in triggers:
         change = f"{rates[0][label]:.4f} -> {rates[1][label]:.4f}"
         print(f"reversed trigger of label {label}: success {change}")
+    for label in last.refitted:
+        print(f"label {label}: unlearned in the last layer, no trigger of it was reversed")
     print(last.cost)
     metadata = {
         "cleaned": list(last.labels),
@@ -310,6 +312,7 @@ def _clean(args: argparse.Namespace) -> int:
         "before": _verdict(before),
         "rounds": rounds,
         "success": {label: [rate[label] for rate in rates] for label in triggers},
+        "last_layer": list(last.refitted),
         "accuracy": last.cost.accuracy,
         "same_answers": last.cost.agreement,
         "held_out": last.cost.images,
