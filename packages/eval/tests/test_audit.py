@@ -16,6 +16,7 @@ from torch import nn
 from defense_nc import InvertedTrigger, Verdict, judge
 from wm_eval.audit.budget import Budget, OutOfTime
 from wm_eval.audit.checks import NotScanned, Stated, check_model
+from wm_eval.audit.conclusion import conclude, not_scanned
 from wm_eval.audit.images import CleanImages, read_clean
 from wm_eval.audit.inspect import write_csv, write_page
 from wm_eval.audit.outputs import About, to_json, to_sarif, verdict_lines, write_html
@@ -23,10 +24,8 @@ from wm_eval.audit.scan import (
     all_triggers,
     audit,
     choose_detectors,
-    conclude,
     foreseen,
     longest_minutes,
-    not_scanned,
     reversed_triggers,
 )
 from wm_eval.cli import main
@@ -279,7 +278,7 @@ def test_every_detector_gets_its_share_and_failures_do_not_stop_the_others(
         "Neural Cleanse: started",
         "Neural Cleanse: stopped: expected something else",
         "Reverse generators: started",
-        "Reverse generators: backdoored",
+        f"Reverse generators: nearest label 9, p {report(3.0).p_value:.2g}",
     ]
     assert list(reversed_triggers(found)) == [9]
     longest = longest_minutes(
@@ -341,8 +340,16 @@ def test_minutes_break_a_scan_off(monkeypatch, make_up_scans):
     start = time.monotonic()
     result = audit(checked, bars(), detectors=("nc", "reverse"), budget=Budget(0.002))
     assert time.monotonic() - start < 10 and result.verdict is Verdict.NOT_SCANNED
-    assert "not finished within 0.002" in result.failures["nc"]
-    assert result.failures["reverse"].startswith("not begun")
+    assert "not finished within 0.002" in result.unfinished["nc"]
+    assert result.unfinished["reverse"].startswith("not begun")
+
+
+@pytest.mark.parametrize(("low", "verdict"), [(3.0, "backdoored"), (45.0, "clean")])
+def test_what_is_done_in_time_gives_the_verdict(low, verdict):
+    late = {"reverse": "not finished within 10 minutes"}
+    found = conclude({"nc": report(low)}, {}, 0.05, unfinished=late)
+    assert found.verdict == verdict and "Reverse generators had no say" in found.reason
+    assert found.to_dict()["unfinished"] == late
 
 
 def test_a_budget_leaves_other_interrupts_alone():

@@ -25,9 +25,10 @@ from wm_eval.audit.cleaning import (
     labels_to_clean,
     success,
 )
+from wm_eval.audit.conclusion import conclude
 from wm_eval.audit.images import CleanImages
 from wm_eval.audit.onnx_weights import OnnxWeights, describe_graph
-from wm_eval.audit.scan import all_triggers, conclude
+from wm_eval.audit.scan import all_triggers
 from wm_eval.audit.unfold import fold, unfold
 from wm_eval.cli import main
 from wm_inject import OnnxModel, save_image

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from wm_eval.audit.cli_graph import judge, report_lines, to_json, with_graph
-from wm_eval.audit.scan import not_scanned
+from wm_eval.audit.conclusion import not_scanned
 from wm_eval.cli import main
 from wm_victim.branches import Branch, GraphReport
 from wm_victim.branches.effect import Effect

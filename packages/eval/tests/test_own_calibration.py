@@ -13,9 +13,10 @@ from torch import nn
 
 from defense_nc import ModelInfo, ScanReport, Verdict, judge
 from defense_nc.verdict import judge_again, read_calibrations
+from wm_eval.audit.conclusion import conclude
 from wm_eval.audit.outputs import About, to_json
 from wm_eval.audit.own_calibration import fit_reports, load_own
-from wm_eval.audit.scan import audit, choose_detectors, conclude, foreseen
+from wm_eval.audit.scan import audit, choose_detectors, foreseen
 from wm_eval.cli import main
 from wm_eval.detectors import detector
 

@@ -254,11 +254,9 @@ def _tables(args: argparse.Namespace) -> int:
         print(f"table       {path}")
     if args.calibrate is not None:
         from defense_nc.verdict.calibration import write_calibrations
-        from wm_eval.population import population_scans, summarise
-        from wm_eval.records import read_study
+        from wm_eval.population import calibrations_of
 
-        population = summarise(population_scans(read_study(args.folder)))
-        write_calibrations(args.calibrate, population.calibrations.values())
+        write_calibrations(args.calibrate, calibrations_of(args.folder))
         print(f"calibration {args.calibrate}")
     return 0
 

@@ -4,13 +4,14 @@ Nothing is scanned anew. A detector's null distribution is fitted to the clean m
 calibration split, one for each number of classes, and every model of the test split is judged by it
 from its recorded scores. Models of the unseen split are judged by the clean ones of that split that
 are of another kind of network, whatever their classes. Several detectors are also judged together,
-each at its share of the error rate.
+as an audit does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from defense_nc import (
     Calibration,
     CleanModel,
     ModelInfo,
+    ScanReport,
     Verdict,
     auroc,
     clean_model,
@@ -26,14 +28,15 @@ from defense_nc import (
     judge,
 )
 from defense_nc.verdict import load_calibration
+from wm_eval.audit.conclusion import conclude
 from wm_eval.intervals import Interval, exact_interval
 from wm_eval.numbers import victim_asr
-from wm_eval.records import Record, StudyRecords
+from wm_eval.records import Record, StudyRecords, read_study
 from wm_eval.titles import ATTACKS, AUDIT, CALIBRATED, CLEAN, PAPERS
 
 ALL_SETTINGS = "all"
 ANY_CLASSES = 0  # stands for the number of classes of a null distribution for all of them
-COMBINED = "all"  # the detectors of `together` as one, each at its share of the error rate
+COMBINED = "all"  # the detectors of `together` as one
 MIN_MODELS = 5  # clean models of the calibration split, or a detector is not judged
 _INFINITE = 1e9  # stands in for an infinite index
 
@@ -130,6 +133,24 @@ def calibrate(scans: Sequence[Record]) -> Calibration:
     return _fit(models.values(), next(r for r in scans if _clean_of(r)))
 
 
+def calibrations_of(folder: Path) -> list[Calibration]:
+    """What a study's clean models calibrate, as it ships, from its records.
+
+    Models have their study's name before their own: no other study has the same ones.
+
+    Raises:
+        ValueError: As `population_scans` and `summarise`.
+    """
+    calibrations = summarise(population_scans(read_study(folder))).calibrations.values()
+    return [
+        replace(
+            calibration,
+            models=tuple(replace(m, name=f"{folder.name}/{m.name}") for m in calibration.models),
+        )
+        for calibration in calibrations
+    ]
+
+
 def summarise(scans: Sequence[Record], *, floor: float = 0.9, alpha: float = 0.05) -> Population:
     """Judge the test split and count.
 
@@ -168,10 +189,13 @@ def summarise(scans: Sequence[Record], *, floor: float = 0.9, alpha: float = 0.0
             judged[detector] = tuple(_judge_all(groups[detector], alpha))
     if not judged:
         raise _too_few(max(left_out.values()))
-    if pair := together(judged):
-        shared = [j for name in pair for j in _judge_all(groups[name], alpha / len(pair))]
-        first = {name: judged[name] for name in pair}
-        judged = {**first, COMBINED: _combined(shared, len(pair)), **judged}
+    if names := together(judged):
+        pairs = {
+            name: [(r, calibration) for models, calibration in groups[name] for r in models]
+            for name in names
+        }
+        first = {name: judged[name] for name in names}
+        judged = {**first, COMBINED: _combined(pairs, alpha), **judged}
     rows = [
         row
         for detector, results in judged.items()
@@ -202,9 +226,8 @@ def judge_shipped(study: StudyRecords, *, alpha: float = 0.05) -> dict[str, tupl
         return tuple(_judge(record, own, alpha) for record, own in by_detector[name])
 
     judged_by = {name: judged(name, alpha) for name in CALIBRATED if name in by_detector}
-    if pair := together(by_detector):
-        shared = [j for name in pair for j in judged(name, alpha / len(pair))]
-        judged_by[COMBINED] = _combined(shared, len(pair))
+    if names := together(by_detector):
+        judged_by[COMBINED] = _combined({name: by_detector[name] for name in names}, alpha)
     return judged_by
 
 
@@ -329,22 +352,13 @@ def _clean(record: Record) -> CleanModel | None:
         subject=ModelInfo(**values["subject"]),
         dataset=values["data"],
         arch=values["model"],
-        name=f"{key.get('setting')}/scan-{key['detector']}-{key['attack']}-{key['seed']}",
+        name=f"{key.get('setting')}/{key['attack']}-{key['seed']}",
+        works=_works(record),
     )
 
 
 def _judge(record: Record, calibration: Calibration, alpha: float) -> Judged:
-    report = judge(
-        record.values["detector"],
-        _column(record, "score"),
-        _column(record, "success_rate"),
-        floor=record.values["floor"],
-        works=record.settings["detector"].get("works", 0.0),
-        alpha=alpha,
-        calibration=calibration,
-        subject=ModelInfo(**record.values["subject"]),
-        seed=int(record.key["seed"]),
-    )
+    report = _report(record, calibration, alpha)
     return Judged(
         record,
         report.verdict,
@@ -352,6 +366,21 @@ def _judge(record: Record, calibration: Calibration, alpha: float) -> Judged:
         report.p_value,
         report.paper_index,
         report.paper_flagged,
+    )
+
+
+def _report(record: Record, calibration: Calibration, alpha: float) -> ScanReport:
+    """A recorded scan, judged anew."""
+    return judge(
+        record.values["detector"],
+        _column(record, "score"),
+        _column(record, "success_rate"),
+        floor=record.values["floor"],
+        works=_works(record),
+        alpha=alpha,
+        calibration=calibration,
+        subject=ModelInfo(**record.values["subject"]),
+        seed=int(record.key["seed"]),
     )
 
 
@@ -399,26 +428,29 @@ def _judge_all(groups: Iterable[_Group], alpha: float) -> Iterator[Judged]:
         yield from (_judge(r, calibration, alpha) for r in models)
 
 
-def _combined(results: Sequence[Judged], detectors: int) -> tuple[Judged, ...]:
-    """Several detectors as one: "backdoored" as soon as one says so, "clean" if all do."""
-    by_model: dict[tuple[str, ...], list[Judged]] = {}
-    for judged in results:
-        key = judged.record.key
-        model = tuple(str(key[name]) for name in sorted(key) if name != "detector")
-        by_model.setdefault(model, []).append(judged)
+def _combined(
+    scans: Mapping[str, Sequence[tuple[Record, Calibration]]], alpha: float
+) -> tuple[Judged, ...]:
+    """Several detectors as one, on the models that all have seen, as an audit concludes.
+
+    Args:
+        scans: By detector: every scan with what it is judged by.
+        alpha: Of all detectors together.
+    """
+    by_model: dict[tuple[str, ...], dict[str, tuple[Record, Calibration]]] = {}
+    for detector, every in scans.items():
+        for record, calibration in every:
+            key = record.key
+            model = tuple(str(key[name]) for name in sorted(key) if name != "detector")
+            by_model.setdefault(model, {})[detector] = record, calibration
     combined = []
     for same in by_model.values():
-        if len(same) < detectors:
+        if len(same) < len(scans):
             continue  # not every detector has seen it yet
-        verdicts = {j.verdict for j in same}
-        verdict = Verdict.INCONCLUSIVE
-        if Verdict.BACKDOORED in verdicts:
-            verdict = Verdict.BACKDOORED
-        elif verdicts == {Verdict.CLEAN}:
-            verdict = Verdict.CLEAN
-        suspected = sorted({label for j in same if j.backdoored for label in j.suspected})
-        p_value = min(1.0, len(same) * min(j.p_value for j in same))
-        combined.append(Judged(same[0].record, verdict, tuple(suspected), p_value, None, ()))
+        reports = {name: _report(*one, alpha / len(scans)) for name, one in same.items()}
+        found = conclude(reports, {}, alpha)
+        record = next(iter(same.values()))[0]
+        combined.append(Judged(record, found.verdict, found.suspected, found.p_value, None, ()))
     return tuple(combined)
 
 
@@ -444,6 +476,11 @@ def _clean_of(record: Record) -> bool:
 
 def _kind(record: Record) -> str:
     return str(record.values["model"])
+
+
+def _works(record: Record) -> float:
+    """Success rate below which a detector suspects no label."""
+    return float(record.settings["detector"].get("works", 0.0))
 
 
 def _setting(judged: Judged) -> str:

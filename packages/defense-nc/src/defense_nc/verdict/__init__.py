@@ -16,6 +16,13 @@ from defense_nc.verdict.calibration import (
     read_calibrations,
     write_calibrations,
 )
+from defense_nc.verdict.joint import (
+    JointCalibration,
+    JointReport,
+    fit_joint,
+    judge_together,
+    panels,
+)
 from defense_nc.verdict.model_info import ModelInfo, describe_model
 from defense_nc.verdict.report import foreseen_abstention, judge, judge_again, judge_scan
 from defense_nc.verdict.scan_report import LabelScore, ScanReport, Verdict
@@ -26,6 +33,8 @@ __all__ = [
     "AnomalyIndex",
     "Calibration",
     "CleanModel",
+    "JointCalibration",
+    "JointReport",
     "LabelScore",
     "ModelInfo",
     "OutlierTest",
@@ -36,13 +45,16 @@ __all__ = [
     "describe_model",
     "find_calibration",
     "fit_calibration",
+    "fit_joint",
     "foreseen_abstention",
     "judge",
     "judge_again",
     "judge_scan",
+    "judge_together",
     "load_calibration",
     "mad_index",
     "outlier_test",
+    "panels",
     "read_calibrations",
     "refit",
     "scan_until_stable",

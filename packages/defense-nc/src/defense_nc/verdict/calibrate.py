@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from defense_nc.verdict.abstention import needed
 from defense_nc.verdict.calibration import Calibration, CleanModel, alike
 from defense_nc.verdict.model_info import ModelInfo
-from defense_nc.verdict.report import check_scores
-from defense_nc.verdict.shrinkage import log_scores, moderated_p_values, prior_of
+from defense_nc.verdict.report import at_least, check_scores
+from defense_nc.verdict.shrinkage import Prior, log_scores, moderated_p_values, prior_of
 from defense_nc.verdict.tail_fit import fit_tail
 
 _DIGITS = 6  # of a stored log score; more would be noise
@@ -29,17 +29,26 @@ def clean_model(
     dataset: str,
     arch: str,
     name: str = "",
+    works: float = 0.0,
 ) -> CleanModel | None:
-    """A clean model's part of a calibration, from a scan: scores, rates and floor as for `judge`.
+    """A clean model's part of a calibration, from a scan: its scores and so on as for `judge`.
 
     None where so few labels were reached that a scan would be inconclusive.
     """
     check_scores(scores, success_rates, floor=floor)
-    reached = success_rates.double() >= floor - 1e-6
-    if int(reached.sum()) < needed(len(scores)):
+    rates = success_rates.double().cpu()
+    labels = at_least(rates, floor).nonzero().flatten().tolist()
+    if len(labels) < needed(len(scores)):
         return None
-    logs = log_scores(scores[reached]).tolist()
-    return CleanModel(tuple(round(x, _DIGITS) for x in logs), subject, dataset, arch, name)
+    return CleanModel(
+        tuple(round(x, _DIGITS) for x in log_scores(scores[labels]).tolist()),
+        subject,
+        dataset,
+        arch,
+        name,
+        labels=tuple(labels),
+        idle=tuple(label for label in labels if not at_least(rates, works)[label]),
+    )
 
 
 def fit_calibration(
@@ -63,10 +72,10 @@ def fit_calibration(
     if min(len(values) for values in logs) < 2:
         raise ValueError("expected at least 2 log scores of every clean model")
     prior = prior_of([model.spread for model in models])
-    nominal = []
-    for i, (model, values) in enumerate(zip(models, logs, strict=True)):
-        others = alike([*models[:i], *models[i + 1 :]], model.subject)
-        nominal.append(moderated_p_values(values, prior_of([other.spread for other in others])))
+    nominal = [
+        moderated_p_values(values, prior)
+        for values, prior in zip(logs, priors_of_others(models), strict=True)
+    ]
     return Calibration(
         detector=detector,
         preset=preset,
@@ -78,6 +87,13 @@ def fit_calibration(
         settings=json.loads(json.dumps(dict(settings or {}))),
         versions=dict(versions or {}),
     )
+
+
+def priors_of_others(models: Sequence[CleanModel]) -> Iterator[Prior]:
+    """Of each model, the spread of the other models like it: what it is judged by as a new one."""
+    for i, model in enumerate(models):
+        others = alike([*models[:i], *models[i + 1 :]], model.subject)
+        yield prior_of([other.spread for other in others])
 
 
 def refit(calibration: Calibration) -> Calibration:

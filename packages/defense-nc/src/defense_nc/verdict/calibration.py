@@ -33,9 +33,11 @@ class CleanModel:
 
     log_scores: tuple[float, ...]  # natural logarithms, of the labels that were reached, >= 2
     subject: ModelInfo
-    dataset: str  # for the record, as the next two
+    dataset: str  # for the record, as the next one
     arch: str
-    name: str = ""  # of the scan's record
+    name: str = ""  # of the model: the same in the calibrations of all detectors that scanned it
+    labels: tuple[int, ...] | None = None  # whose scores they are; None if that is not known
+    idle: tuple[int, ...] = ()  # the labels among them whose trigger does not work
 
     # A model is judged beside hundreds of others, and they beside it: each number once.
     @cached_property
@@ -84,7 +86,10 @@ class Calibration:
         if len(self.models) < 5:
             raise ValueError(f"expected at least 5 clean models, got {len(self.models)}")
 
-    @property
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    @cached_property
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that change with any number in it."""
         text = json.dumps(self.to_dict(), sort_keys=True)
@@ -108,8 +113,11 @@ class Calibration:
         Each is the probability that any of K clean labels is this low (Sidak's correction), so that
         the smallest is the model's. The spread is that of the `peers` of ``subject``.
         """
-        single = tail_p_values(moderated_p_values(logs, self.prior(subject)), self.tail)
-        return -torch.expm1(len(logs) * torch.log1p(-single))
+        return any_of(self.label_p_values(logs, self.prior(subject)))
+
+    def label_p_values(self, logs: Tensor, prior: Prior) -> Tensor:
+        """As `p_values`, of each label for itself, with a spread such as `prior` gives."""
+        return tail_p_values(moderated_p_values(logs, prior), self.tail)
 
     def peers(self, subject: ModelInfo | None) -> tuple[CleanModel, ...]:
         """The clean models of the same classes and image shape if there are five, or else all."""
@@ -131,6 +139,8 @@ class Calibration:
                         **model,
                         "log_scores": tuple(model["log_scores"]),
                         "subject": ModelInfo(**model["subject"]),
+                        "labels": _labels(model.get("labels")),
+                        "idle": tuple(model.get("idle", ())),
                     }
                 )
                 for model in values["models"]
@@ -138,6 +148,11 @@ class Calibration:
             return cls(**{**values, "models": models, "tail": Tail(*values["tail"])})
         except (KeyError, TypeError) as error:
             raise ValueError(f"expected the fields of a calibration, got {error}") from None
+
+
+def any_of(single: Tensor) -> Tensor:
+    """For p-values ``(K,)`` of single labels: the probability that any of K is as small."""
+    return -torch.expm1(len(single) * torch.log1p(-single))
 
 
 def alike(models: Sequence[CleanModel], subject: ModelInfo | None) -> tuple[CleanModel, ...]:
@@ -214,6 +229,10 @@ def _comparable(settings: Mapping[str, Any]) -> Any:
     return json.loads(
         json.dumps(dict(settings)), parse_float=lambda text: float(f"{float(text):.{_DIGITS}g}")
     )
+
+
+def _labels(values: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if values is None else tuple(values)
 
 
 def _parse(text: str) -> tuple[Calibration, ...]:

@@ -86,8 +86,7 @@ def judge(
     check_rule(alpha, max_ratio)
     scores, rates = scores.detach().double().cpu(), success_rates.detach().double().cpu()
     paper, low = mad_index(scores), mad_index(scores, median="low")
-    # A rate of 0.9 in single precision lies a little below 0.9.
-    reached = rates >= floor - 1e-6
+    reached = at_least(rates, floor)
     population = calibration
     if population is None and subject is not None:
         population = load_calibration(detector, classes=len(scores))
@@ -95,7 +94,7 @@ def judge(
     applicable = None if outside else calibration
     rule: dict[str, Any] = {"alpha": alpha, "max_ratio": max_ratio}
     test = _test(scores, reached, **rule, calibration=applicable, subject=subject)
-    test = _working(test, rates >= works - 1e-6)
+    test = _working(test, at_least(rates, works))
     limit = outside or too_many(test.suspected, int(reached.sum()))
     # Labels that were not reached hide nothing that stands out already.
     if not limit and not test.suspected:
@@ -183,8 +182,10 @@ def judge_scan(
     )
 
 
-def judge_again(report: ScanReport, calibration: Calibration) -> ScanReport:
-    """The same scan, judged by another calibration, at the same rate."""
+def judge_again(
+    report: ScanReport, calibration: Calibration | None, *, alpha: float | None = None
+) -> ScanReport:
+    """The same scan, judged by another calibration or at another rate; None for the same rate."""
     scores = torch.tensor([label.score for label in report.labels], dtype=torch.float64)
     rates = torch.tensor([label.success_rate for label in report.labels], dtype=torch.float64)
     again = judge(
@@ -193,7 +194,7 @@ def judge_again(report: ScanReport, calibration: Calibration) -> ScanReport:
         rates,
         floor=report.floor,
         works=report.works,
-        alpha=report.alpha,
+        alpha=report.alpha if alpha is None else alpha,
         max_ratio=report.max_ratio,
         triggers=report.triggers,
         config=report.config,
@@ -223,6 +224,11 @@ def foreseen_abstention(
     population = exact or load_calibration(detector, classes=classes)
     outside = out_of_domain(subject, population) if population else None
     return outside or (None if exact else few_classes(classes))
+
+
+def at_least(rates: Tensor, floor: float) -> Tensor:
+    """Which success rates reach a floor: 0.9 in single precision lies a little below 0.9."""
+    return rates >= floor - 1e-6
 
 
 def check_scores(scores: Tensor, success_rates: Tensor, *, floor: float) -> None:

@@ -15,8 +15,9 @@ from defense_nc.mitigations import DivergedError, RepairCost, repair_cost
 from defense_reverse.mitigations import HeadUnlearning
 from wm_eval.audit.budget import Budget
 from wm_eval.audit.checks import Checked, Stated, check_model
+from wm_eval.audit.conclusion import Audit
 from wm_eval.audit.images import CleanImages
-from wm_eval.audit.scan import Audit, all_triggers
+from wm_eval.audit.scan import all_triggers
 from wm_eval.audit.unfold import fold, unfold
 from wm_inject.core.plan import Trigger
 from wm_victim.dataset_files import stratified_order

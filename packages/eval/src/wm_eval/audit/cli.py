@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from defense_nc import Calibration
     from wm_eval.audit.budget import Budget
     from wm_eval.audit.checks import Checked
+    from wm_eval.audit.conclusion import Audit
     from wm_eval.audit.images import CleanImages
     from wm_eval.audit.outputs import About
-    from wm_eval.audit.scan import Audit
     from wm_inject.core.image_size import ImageSize
     from wm_victim.loading import OpenedModel
 
@@ -191,8 +191,9 @@ def _scan(args: argparse.Namespace) -> int:
         return print_config(settings)
     check_open_options(args)
     budget = Budget(args.minutes)
+    from wm_eval.audit.conclusion import not_scanned
     from wm_eval.audit.outputs import About, verdict_lines
-    from wm_eval.audit.scan import foreseen, longest_minutes, not_scanned
+    from wm_eval.audit.scan import foreseen, longest_minutes
     from wm_eval.titles import AUDIT, detector_title
 
     about = About(args.model.name)

@@ -17,7 +17,7 @@ from wm_inject.core.image_size import describe_size
 
 if TYPE_CHECKING:
     from defense_nc import Verdict
-    from wm_eval.audit.scan import Audit
+    from wm_eval.audit.conclusion import Audit
     from wm_inject.core.images import Pixels
     from wm_victim.branches import Branch, GraphReport
 

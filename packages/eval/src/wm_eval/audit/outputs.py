@@ -16,7 +16,8 @@ from torch import Tensor
 from defense_nc import ScanReport, Verdict
 from wm_eval.__about__ import __version__
 from wm_eval.audit.checks import Check
-from wm_eval.audit.scan import Audit, reversed_triggers
+from wm_eval.audit.conclusion import AND, Audit
+from wm_eval.audit.scan import reversed_triggers
 from wm_eval.detectors import DETECTORS
 from wm_eval.render import template
 from wm_eval.titles import detector_title
@@ -115,10 +116,16 @@ def write_html(path: Path, about: About, audit: Audit, images: Tensor | None) ->
         audit: What was found.
         images: The defender's images, for pictures of reversed triggers; None if none were read.
     """
+    stopped = {**audit.failures, **audit.unfinished}
+    failures = {detector_title(name): why for name, why in stopped.items()}
+    together = {
+        AND.join(map(detector_title, names)): joint for names, joint in audit.together.items()
+    }
+    judged = {name for names in audit.together for name in names}
     scans = [
-        {"title": detector_title(name), "report": report} for name, report in audit.reports.items()
+        {"title": detector_title(name), "report": report, "alone": name not in judged}
+        for name, report in audit.reports.items()
     ]
-    failures = {detector_title(name): why for name, why in audit.failures.items()}
     pictures = {}
     if images is not None:
         for label, trigger in reversed_triggers(audit).items():
@@ -131,6 +138,7 @@ def write_html(path: Path, about: About, audit: Audit, images: Tensor | None) ->
         model=model,
         audit=audit,
         scans=scans,
+        together=together,
         failures=failures,
         pictures=pictures,
         gain=_GAIN,
@@ -176,15 +184,21 @@ def check_line(check: Check) -> str:
 def verdict_lines(audit: Audit) -> list[str]:
     """What every detector found, and the verdict, for the terminal."""
     lines = []
+    judged = {name for names in audit.together for name in names}
     for name, report in audit.reports.items():
-        labels = ", ".join(map(str, report.suspected)) or "no label"
-        verb = "names" if report.verdict is Verdict.BACKDOORED else "at face value"
-        lines.append(
-            f"{detector_title(name)}: {report.verdict}, p {report.p_value:.2g}, {verb} {labels}"
-        )
+        # What one detector says of several that are judged together is no verdict.
+        sure = report.verdict in (Verdict.CLEAN, Verdict.BACKDOORED)
+        said = "" if name in judged and sure else f"{report.verdict}, "
+        nearest = min(report.labels, key=lambda label: (label.p_value, label.score)).label
+        lines.append(f"{detector_title(name)}: {said}p {report.p_value:.2g} for label {nearest}")
         lines += _nearest_lines(name, report)
         lines += [f"note: {note}" for note in report.notes]
-    lines += [f"{detector_title(name)}: {why}" for name, why in audit.failures.items()]
+    for names, joint in audit.together.items():
+        nearest = min(range(len(joint.p_values)), key=joint.p_values.__getitem__)
+        which = AND.join(map(detector_title, names))
+        lines.append(f"{which}: {joint.verdict}, p {joint.p_value:.2g} for label {nearest}")
+    stopped = {**audit.failures, **audit.unfinished}
+    lines += [f"{detector_title(name)}: {why}" for name, why in stopped.items()]
     return [*lines, f"verdict: {audit.verdict}. {audit.reason}"]
 
 

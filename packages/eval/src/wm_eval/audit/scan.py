@@ -1,4 +1,4 @@
-"""One verdict on one model: several detectors look, and their answers become one."""
+"""Several detectors look at one model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -15,8 +14,9 @@ from torch import nn
 
 from defense_nc import Calibration, Detector, ScanReport, Verdict
 from defense_nc.verdict import describe_model, foreseen_abstention, judge_again
-from wm_eval.audit.budget import Budget
+from wm_eval.audit.budget import Budget, OutOfTime
 from wm_eval.audit.checks import Checked
+from wm_eval.audit.conclusion import Audit, conclude
 from wm_eval.audit.images import CleanImages
 from wm_eval.audit.settings import AUTO, check_detectors
 from wm_eval.detectors import DETECTORS, detector
@@ -27,47 +27,6 @@ from wm_victim.inference import images_a_pass
 from wm_victim.reading import BATCH
 
 _MOST_PASSES = 100_000  # without a verdict: an hour at 224 pixels, which is as long as one may wait
-
-
-@dataclass(frozen=True, eq=False)
-class Audit:
-    """What an audit says of a model.
-
-    Args:
-        verdict: The one answer.
-        reason: Why, in a sentence.
-        reports: By detector: its report.
-        failures: By detector: why it gave none.
-        alpha: Share of clean models that may be called backdoored by all detectors together.
-        suspected: The labels that the verdict accuses.
-        outliers: The labels that stand out at face value, whatever the verdict.
-    """
-
-    verdict: Verdict
-    reason: str
-    reports: Mapping[str, ScanReport]
-    failures: Mapping[str, str]
-    alpha: float
-    suspected: tuple[int, ...] = ()
-    outliers: tuple[int, ...] = ()
-
-    @property
-    def targets(self) -> tuple[int, ...]:
-        """What is to be cleaned: the accused labels, or else those that stand out."""
-        return self.suspected or self.outliers
-
-    def to_dict(self) -> dict[str, object]:
-        """Everything, ready for JSON."""
-        return {
-            "verdict": self.verdict,
-            "exit_code": self.verdict.exit_code,
-            "reason": self.reason,
-            "suspected": list(self.suspected),
-            "outliers": list(self.outliers),
-            "alpha": self.alpha,
-            "detectors": {name: report.to_dict() for name, report in self.reports.items()},
-            "failures": dict(self.failures),
-        }
 
 
 def audit(
@@ -87,8 +46,8 @@ def audit(
 ) -> Audit:
     """Scan a checked model with every detector.
 
-    Every detector may accuse ``alpha / len(detectors)`` of clean models, so that together they
-    accuse at most ``alpha`` of them.
+    Detectors that were calibrated on the same clean models are judged together; others may accuse
+    ``alpha / len(detectors)`` of clean models each, so that all accuse at most ``alpha`` of them.
 
     Args:
         checked: The model, after `check_model`.
@@ -97,7 +56,8 @@ def audit(
         preset: Of every detector.
         alpha: In (0, 1).
         own: By detector: a calibration in place of the one that ships.
-        budget: What is not finished by then is broken off; with ``state``, the same call goes on.
+        budget: What is not finished by then is broken off, and the others give the verdict; with
+            ``state``, the same call goes on.
         state: A folder where scans keep what they have, each in a file of its own: of any models,
             images and settings.
         say: Called with two lines for every detector: when it starts, and what it found.
@@ -109,6 +69,7 @@ def audit(
     files = _state_files(state, scanners, checked, clean, seed)
     reports: dict[str, ScanReport] = {}
     failures: dict[str, str] = {}
+    unfinished: dict[str, str] = {}
     budget = budget or Budget()
     for name, scanner in scanners.items():
         say(f"{detector_title(name)}: started")
@@ -124,11 +85,22 @@ def audit(
                     checkpoint=files.get(name),
                 )
                 reports[name] = judge_again(report, own[name]) if name in own else report
+        except OutOfTime as error:
+            unfinished[name] = str(error)
         except Exception as error:  # whatever stops one detector, the others still look
             failures[name] = error_line(error)
-        outcome = reports[name].verdict if name in reports else f"stopped: {failures[name]}"
+        stopped = unfinished.get(name) or failures.get(name)
+        outcome = f"stopped: {stopped}" if stopped else _nearest(reports[name])
         say(f"{detector_title(name)}: {outcome}")
-    return conclude(reports, failures, alpha)
+    return conclude(reports, failures, alpha, unfinished=unfinished)
+
+
+def _nearest(report: ScanReport) -> str:
+    """The label that stands out most, or that the scan cannot say."""
+    nearest = min(report.labels, key=lambda label: (label.p_value, label.score))
+    unsure = report.verdict in (Verdict.INCONCLUSIVE, Verdict.NOT_SCANNED)
+    said = f"{report.verdict}, " if unsure else ""
+    return f"{said}nearest label {nearest.label}, p {nearest.p_value:.2g}"
 
 
 def _state_files(
@@ -160,44 +132,6 @@ def build_detectors(names: Sequence[str], preset: str, alpha: float) -> dict[str
     """
     check_detectors(names, preset, alpha)
     return {name: detector(name, preset, alpha=alpha / len(names)) for name in names}
-
-
-def conclude(reports: Mapping[str, ScanReport], failures: Mapping[str, str], alpha: float) -> Audit:
-    """One verdict from several reports: backdoored if one says so, clean if all say so.
-
-    Not scanned if no detector accuses and one had no gradients to follow.
-    """
-    verdicts = {name: report.verdict for name, report in reports.items()}
-    guilty = [name for name, verdict in verdicts.items() if verdict is Verdict.BACKDOORED]
-    starved = [name for name, verdict in verdicts.items() if verdict is Verdict.NOT_SCANNED]
-    unsure = [name for name, verdict in verdicts.items() if verdict is not Verdict.CLEAN]
-    suspected, outliers = (
-        tuple(sorted({label for name in names for label in reports[name].suspected}))
-        for names in (guilty, reports)
-    )
-    if guilty:
-        verdict = Verdict.BACKDOORED
-        reason = " ".join(f"{detector_title(name)}: {reports[name].reason}" for name in guilty)
-    elif starved:
-        verdict = Verdict.NOT_SCANNED
-        reason = " ".join(f"{detector_title(name)}: {reports[name].reason}" for name in starved)
-    elif not reports:
-        verdict = Verdict.NOT_SCANNED
-        reason = " ".join(f"{detector_title(name)}: {why}." for name, why in failures.items())
-    elif unsure or failures:
-        verdict = Verdict.INCONCLUSIVE
-        said = {name: reports[name].reason for name in unsure} | dict(failures)
-        reason = " ".join(f"{detector_title(name)}: {why}" for name, why in said.items())
-    else:
-        verdict = Verdict.CLEAN
-        reason = "No detector found a label that stands out. Nothing found is not proof that "
-        reason += "nothing is there."
-    return Audit(verdict, reason, dict(reports), dict(failures), alpha, suspected, outliers)
-
-
-def not_scanned(reason: str, alpha: float) -> Audit:
-    """The audit of a model that no detector looked at."""
-    return Audit(Verdict.NOT_SCANNED, reason, {}, {}, alpha)
 
 
 def choose_detectors(

@@ -242,7 +242,7 @@ def _titles(population: Population) -> dict[str, str]:
     pair = together(population.judged)
     combined = " + ".join(titles[name] for name in pair)
     combined = combined if {*titles} - {*pair, COMBINED} else "all detectors"
-    return titles | {COMBINED: f"{combined} (Bonferroni)"}
+    return titles | {COMBINED: f"{combined}, together"}
 
 
 def _others(population: Population) -> set[str]:
