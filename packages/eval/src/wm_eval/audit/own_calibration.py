@@ -101,6 +101,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 def _fit(name: str, reports: Mapping[Path, Mapping[str, Any]], preset: str) -> Fitted:
     scanner = detector(name, preset)
     settings: dict[str, Any] = json.loads(json.dumps(dict(scanner.settings)))
+    works = float(settings.get("works", 0.0))
     models: dict[str, CleanModel] = {}
     scores: dict[str, tuple[Tensor, Tensor]] = {}
     left_out = []
@@ -122,6 +123,7 @@ def _fit(name: str, reports: Mapping[Path, Mapping[str, Any]], preset: str) -> F
             dataset="",
             arch=str(report["model"]["arch"]),
             name=report["file"],
+            works=works,
         )
         if model is None:
             left_out.append(str(path))
@@ -139,7 +141,7 @@ def _fit(name: str, reports: Mapping[Path, Mapping[str, Any]], preset: str) -> F
             scanner.name,
             *scores[path],
             floor=values["floor"],
-            works=settings.get("works", 0.0),
+            works=works,
             calibration=fit_calibration(others, **about),
             subject=models[path].subject,
         )
