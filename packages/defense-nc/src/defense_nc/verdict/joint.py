@@ -141,7 +141,11 @@ def judge_together(reports: Mapping[str, ScanReport], *, alpha: float) -> JointR
     values = joint.p_values(every)
     suspected = tuple((values <= alpha).nonzero().flatten().tolist())
     reached = torch.tensor([[label.converged for label in r.labels] for r in every]).any(0)
-    starved = next(filter(None, (starved_search(r.starved, suspected) for r in every)), None)
+    starved = [
+        f"{title}: {why}"
+        for title, report in reports.items()
+        if (why := starved_search(report.starved, suspected))
+    ]
     limit = too_many(suspected, int(reached.sum()))
     unsure = {
         title: report.reason
@@ -149,7 +153,7 @@ def judge_together(reports: Mapping[str, ScanReport], *, alpha: float) -> JointR
         if report.verdict in (Verdict.INCONCLUSIVE, Verdict.NOT_SCANNED)
     }
     if starved:
-        verdict, suspected, reason = Verdict.NOT_SCANNED, (), starved
+        verdict, suspected, reason = Verdict.NOT_SCANNED, (), " ".join(starved)
     elif limit:
         verdict, reason = Verdict.INCONCLUSIVE, limit
     elif suspected:

@@ -137,30 +137,32 @@ def _answer(
 ) -> tuple[Verdict, str]:
     """The verdict and why, from what was said, what failed and what was not finished, by title."""
 
-    def of(*verdicts: Verdict) -> dict[str, str]:
-        return {title: one.reason for title, one in said.items() if one.verdict in verdicts}
+    def of(*verdicts: Verdict) -> list[str]:
+        return [_reason(title, one) for title, one in said.items() if one.verdict in verdicts]
 
+    failed = [f"{title}: {why}." for title, why in failures.items()]
     if not said:
-        stopped = {**failures, **unfinished}
-        return Verdict.NOT_SCANNED, " ".join(f"{title}: {why}." for title, why in stopped.items())
+        late = [f"{title}: {why}." for title, why in unfinished.items()]
+        return Verdict.NOT_SCANNED, " ".join([*failed, *late])
     if guilty := of(Verdict.BACKDOORED):
-        verdict, reason = Verdict.BACKDOORED, _lines(guilty)
+        verdict, reasons = Verdict.BACKDOORED, guilty
     elif starved := of(Verdict.NOT_SCANNED):
-        verdict, reason = Verdict.NOT_SCANNED, _lines(starved)
-    elif unsure := {**of(Verdict.INCONCLUSIVE), **failures}:
-        verdict, reason = Verdict.INCONCLUSIVE, _lines(unsure)
+        verdict, reasons = Verdict.NOT_SCANNED, starved
+    elif unsure := [*of(Verdict.INCONCLUSIVE), *failed]:
+        verdict, reasons = Verdict.INCONCLUSIVE, unsure
     else:
         verdict = Verdict.CLEAN
-        reason = "No label stands out. Nothing found is not proof that nothing is there."
+        reasons = ["No label stands out. Nothing found is not proof that nothing is there."]
     if unfinished:
-        late = ", ".join(unfinished)
-        reason += f" {late} had no say: {next(iter(unfinished.values()))}."
-    return verdict, reason
+        why = next(iter(unfinished.values()))
+        reasons = [*reasons, f"{', '.join(unfinished)} had no say: {why}."]
+    return verdict, " ".join(reasons)
+
+
+def _reason(title: str, said: ScanReport | JointReport) -> str:
+    """Why; a joint report's reason names its detectors."""
+    return said.reason if isinstance(said, JointReport) else f"{title}: {said.reason}"
 
 
 def _by_title(reasons: Mapping[str, str]) -> dict[str, str]:
     return {detector_title(name): why for name, why in reasons.items()}
-
-
-def _lines(reasons: Mapping[str, str]) -> str:
-    return " ".join(f"{title}: {why}" for title, why in reasons.items())
