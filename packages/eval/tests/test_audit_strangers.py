@@ -197,7 +197,7 @@ def test_a_strangers_classifier_goes_through_the_whole_scan(folder, tmp_path, mo
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STRANGERS)
 def test_a_strangers_clean_classifier_is_not_accused(name, folder, tmp_path, record_property):
-    """Fails for "torchvision", which a white square leads to one label (docs/audit.md)."""
+    """On one processor "torchvision" was accused: a square led to one label (docs/audit.md)."""
     model = exported(name, tmp_path / "model.onnx")
     start = time.monotonic()
     code, found = scanned(model, folder, tmp_path / "a.json", "--html", str(tmp_path / "a.html"))
