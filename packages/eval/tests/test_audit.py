@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from defense_nc import InvertedTrigger, Verdict, judge
+from defense_nc import InvertedTrigger, Verdict, judge, load_calibration
 from wm_eval.audit.budget import Budget, OutOfTime
 from wm_eval.audit.checks import NotScanned, Stated, check_model
 from wm_eval.audit.conclusion import conclude, not_scanned
@@ -329,6 +329,38 @@ def test_a_label_stands_out_whatever_the_verdict():
     guilty = conclude({"nc": report(3.0), "reverse": report(45.0)}, {}, 0.05)
     assert (guilty.suspected, guilty.outliers) == ((9,), (9,))
     assert all_triggers(conclude({"nc": report(45.0)}, {}, 0.05)) == []
+
+
+def test_an_audits_detectors_are_judged_together(tmp_path):
+    """Each is unsure of label 9, together they are not; a third has no clean models."""
+    scores = torch.linspace(0.9, 1.1, 10).double()
+    scores[9] = 0.45
+    reports = {}
+    for name in ("head", "uap"):
+        calibration = load_calibration(name)
+        assert calibration is not None
+        reports[name] = judge(
+            name,
+            scores,
+            torch.ones(10),
+            floor=0.5,
+            alpha=0.05 / 3,
+            calibration=calibration,
+            subject=calibration.models[0].subject,
+        )
+    found = conclude({**reports, "nc": report(45.0)}, {}, 0.05)
+    (names,) = found.together
+    joint = found.together[names]
+    assert names == ("head", "uap") and found.suspected == joint.suspected == (9,)
+    assert found.p_value == pytest.approx(joint.p_value * 3 / 2)
+    assert joint.p_value < min(one.p_value for one in reports.values())
+    written = json.loads(json.dumps(to_json(CHECKED_ABOUT, found)))
+    assert written["together"][0]["detectors"] == ["head", "uap"]
+    lines = verdict_lines(found)
+    title = "Head weights + Universal perturbations"
+    assert any(line.startswith(f"{title}: backdoored") for line in lines)
+    write_html(tmp_path / "a.html", CHECKED_ABOUT, found, None)
+    assert f"{title}: backdoored" in (tmp_path / "a.html").read_text()
 
 
 def test_minutes_break_a_scan_off(monkeypatch, make_up_scans):
