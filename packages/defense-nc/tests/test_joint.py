@@ -39,7 +39,7 @@ def scores(drawn):
 def calibrations(scores, subject) -> dict[str, Calibration]:
     """Of three detectors on the same forty models, named alike."""
     generator = np.random.default_rng(0)
-    found = {}
+    nulls = {}
     for detector in DETECTORS:
         models = [
             clean_model(
@@ -53,9 +53,9 @@ def calibrations(scores, subject) -> dict[str, Calibration]:
             )
             for i in range(40)
         ]
-        known = [model for model in models if model is not None]
-        found[detector] = fit_calibration(known, detector=detector, preset="tiny")
-    return found
+        clean = [model for model in models if model is not None]
+        nulls[detector] = fit_calibration(clean, detector=detector, preset="tiny")
+    return nulls
 
 
 @pytest.fixture(scope="module")
@@ -82,18 +82,18 @@ def scan(scores, subject, calibrations):
 
 def test_products_are_fishers():
     p_values = torch.tensor([[0.1, 0.5], [0.02, 0.9], [0.3, 1.0]], dtype=torch.float64)
-    found = _nominal(list(-p_values.log()))
+    joint = _nominal(list(-p_values.log()))
     want = [combine_pvalues(column.numpy()).pvalue for column in p_values.T]
-    assert found.tolist() == pytest.approx(want)
-    assert float(found[0]) == pytest.approx(chi2.sf(-2 * float(p_values[:, 0].log().sum()), 6))
+    assert joint.tolist() == pytest.approx(want)
+    assert float(joint[0]) == pytest.approx(chi2.sf(-2 * float(p_values[:, 0].log().sum()), 6))
 
 
 def test_faint_signs_of_one_label_add_up(scan):
     generator, together, alone = np.random.default_rng(1), 0, 0
     for _ in range(20):
         reports = scan(generator, 3.0, 3.0, 3.0)
-        found = judge_together(reports, alpha=0.05)
-        together += found.suspected == (3,)
+        joint = judge_together(reports, alpha=0.05)
+        together += joint.suspected == (3,)
         alone += any(report.suspected == (3,) for report in reports.values())
     assert together >= 16 and alone < together
 
@@ -102,34 +102,34 @@ def test_a_single_loud_detector_is_enough(scan):
     generator = np.random.default_rng(2)
     for place in range(3):
         easier = [20.0 if i == place else 0.0 for i in range(3)]
-        found = judge_together(scan(generator, *easier), alpha=0.05)
-        assert found.verdict is Verdict.BACKDOORED and found.suspected == (3,)
-        assert "label 3" in found.reason and found.p_value == found.p_values[3]
+        joint = judge_together(scan(generator, *easier), alpha=0.05)
+        assert joint.verdict is Verdict.BACKDOORED and joint.suspected == (3,)
+        assert "label 3" in joint.reason and joint.p_value == joint.p_values[3]
 
 
 def test_clean_models_are_accused_at_the_rate(scan):
     generator, draws = np.random.default_rng(3), 400
-    found = [judge_together(scan(generator, 0.0, 0.0, 0.0), alpha=0.05) for _ in range(draws)]
-    accused = sum(one.verdict is Verdict.BACKDOORED for one in found) / draws
+    joint = [judge_together(scan(generator, 0.0, 0.0, 0.0), alpha=0.05) for _ in range(draws)]
+    alarms = sum(one.verdict is Verdict.BACKDOORED for one in joint) / draws
     # Five percent, give or take the draws and forty models' fit.
-    assert 0.01 <= accused <= 0.10
+    assert 0.01 <= alarms <= 0.10
 
 
 def test_detectors_that_always_agree_are_worth_one(scan, calibrations):
     """Their products are far smaller than independent ones'; the clean models show it."""
     one, generator, draws = calibrations["one"], np.random.default_rng(8), 400
-    accused = 0
+    alarms = 0
     for _ in range(draws):
         report = replace(scan(generator, 0.0, 0.0, 0.0)["one"], calibration=one)
         same = {name: report for name in DETECTORS}
-        accused += judge_together(same, alpha=0.05).verdict is Verdict.BACKDOORED
-    assert 0.01 <= accused / draws <= 0.10
+        alarms += judge_together(same, alpha=0.05).verdict is Verdict.BACKDOORED
+    assert 0.01 <= alarms / draws <= 0.10
 
 
 def test_triggers_that_do_not_work_are_no_evidence(scan):
     reports = scan(np.random.default_rng(4), 8.0, 8.0, 8.0, works=0.75, rate=0.6)
-    found = judge_together(reports, alpha=0.05)
-    assert not found.suspected and set(found.p_values) == {1.0}
+    joint = judge_together(reports, alpha=0.05)
+    assert not joint.suspected and set(joint.p_values) == {1.0}
 
 
 def test_an_abstention_stands_where_nothing_is_accused(scan):
@@ -137,9 +137,9 @@ def test_an_abstention_stands_where_nothing_is_accused(scan):
     for easier, verdict in ((0.0, Verdict.INCONCLUSIVE), (20.0, Verdict.BACKDOORED)):
         reports = scan(generator, easier, 0.0, 0.0)
         unsure = replace(reports["two"], verdict=Verdict.INCONCLUSIVE, reason="I cannot say.")
-        found = judge_together({**reports, "two": unsure}, alpha=0.01)
-        assert found.verdict is verdict
-        assert ("I cannot say." in found.reason) == (verdict is Verdict.INCONCLUSIVE)
+        joint = judge_together({**reports, "two": unsure}, alpha=0.01)
+        assert joint.verdict is verdict
+        assert ("I cannot say." in joint.reason) == (verdict is Verdict.INCONCLUSIVE)
 
 
 def test_too_many_labels_give_no_reference(scores, subject, calibrations):
@@ -186,7 +186,7 @@ def test_models_whose_labels_are_not_known_count_for_nothing(calibrations):
 
 
 def test_those_of_an_audit_ship_with_the_same_models():
-    shipped = [load_calibration(name, "fast") for name in ("head", "uap", "sweep")]
-    found = fit_joint(*(c for c in shipped if c is not None))
-    assert found is not None and len(found.calibrations) == 3
-    assert found.tail.exponent == 1.0  # no heavier than independent detectors'
+    of_audit = [load_calibration(name, "fast") for name in ("head", "uap", "sweep")]
+    joint = fit_joint(*(c for c in of_audit if c is not None))
+    assert joint is not None and len(joint.calibrations) == 3
+    assert joint.tail.exponent == 1.0  # no heavier than independent detectors'

@@ -354,8 +354,8 @@ def test_an_audits_detectors_are_judged_together(tmp_path):
     assert names == ("head", "uap") and found.suspected == joint.suspected == (9,)
     assert found.p_value == pytest.approx(joint.p_value * 3 / 2)
     assert joint.p_value < min(one.p_value for one in reports.values())
-    written = json.loads(json.dumps(to_json(CHECKED_ABOUT, found)))
-    assert written["together"][0]["detectors"] == ["head", "uap"]
+    values = json.loads(json.dumps(to_json(CHECKED_ABOUT, found)))
+    assert values["together"][0]["detectors"] == ["head", "uap"]
     lines = verdict_lines(found)
     title = "Head weights + Universal perturbations"
     assert any(line.startswith(f"{title}: backdoored") for line in lines)
@@ -372,16 +372,16 @@ def test_minutes_break_a_scan_off(monkeypatch, make_up_scans):
     start = time.monotonic()
     result = audit(checked, bars(), detectors=("nc", "reverse"), budget=Budget(0.002))
     assert time.monotonic() - start < 10 and result.verdict is Verdict.NOT_SCANNED
-    assert "not finished within 0.002" in result.unfinished["nc"]
-    assert result.unfinished["reverse"].startswith("not begun")
+    assert "not finished within 0.002" in result.out_of_time["nc"]
+    assert result.out_of_time["reverse"].startswith("not begun")
 
 
 @pytest.mark.parametrize(("low", "verdict"), [(3.0, "backdoored"), (45.0, "clean")])
 def test_what_is_done_in_time_gives_the_verdict(low, verdict):
     late = {"reverse": "not finished within 10 minutes"}
-    found = conclude({"nc": report(low)}, {}, 0.05, unfinished=late)
+    found = conclude({"nc": report(low)}, {}, 0.05, out_of_time=late)
     assert found.verdict == verdict and "Reverse generators had no say" in found.reason
-    assert found.to_dict()["unfinished"] == late
+    assert found.to_dict()["out_of_time"] == late
 
 
 def test_a_budget_leaves_other_interrupts_alone():

@@ -72,6 +72,12 @@ CASES: Mapping[str, Cases] = {
         "models": calibration(models=MODELS[:4]),
         "fields": lambda _: nc.Calibration.from_dict({"sigma0": 1.0}),
     },
+    "CleanModel": {
+        "labels missing": lambda _: replace(MODELS[0], labels=(0, 1)),
+        "label range": lambda _: replace(MODELS[0], labels=(0, 1, 2, 3, 5)),
+        "labels twice": lambda _: replace(MODELS[0], labels=(0, 1, 2, 3, 3)),
+        "idle": lambda _: replace(MODELS[0], labels=(0, 1, 2, 3, 4), idle=(5,)),
+    },
     "clean_model": {
         **vectors(lambda bad: clean(bad, torch.ones(5)), SCORES),
         "rates shape": lambda _: clean(rates=torch.ones(4)),
@@ -109,7 +115,6 @@ CASES: Mapping[str, Cases] = {
     },
 }
 NOTHING = {
-    "CleanModel": "a result of clean_model; fit_calibration refuses scores that cannot be",
     "load_calibration": "looks one up by name and settings, and gives None where none is shipped",
     "refit": "takes a calibration, and that has checked itself",
 }

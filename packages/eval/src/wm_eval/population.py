@@ -448,9 +448,9 @@ def _combined(
         if len(same) < len(scans):
             continue  # not every detector has seen it yet
         reports = {name: _report(*one, alpha / len(scans)) for name, one in same.items()}
-        found = conclude(reports, {}, alpha)
+        audit = conclude(reports, {}, alpha)
         record = next(iter(same.values()))[0]
-        combined.append(Judged(record, found.verdict, found.suspected, found.p_value, None, ()))
+        combined.append(Judged(record, audit.verdict, audit.suspected, audit.p_value, None, ()))
     return tuple(combined)
 
 

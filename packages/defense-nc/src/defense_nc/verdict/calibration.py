@@ -39,6 +39,15 @@ class CleanModel:
     labels: tuple[int, ...] | None = None  # whose scores they are; None if that is not known
     idle: tuple[int, ...] = ()  # the labels among them whose trigger does not work
 
+    def __post_init__(self) -> None:
+        if self.labels is None:
+            return
+        numbers, count = set(self.labels), len(self.log_scores)
+        if len(self.labels) != count or not numbers <= set(range(self.subject.classes)):
+            raise ValueError(f"expected a label of the model for each of {count} log scores")
+        if len(numbers) < count or not set(self.idle) <= numbers:
+            raise ValueError("expected every label once, and idle ones among them")
+
     # A model is judged beside hundreds of others, and they beside it: each number once.
     @cached_property
     def level(self) -> float:

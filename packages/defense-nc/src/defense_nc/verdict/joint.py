@@ -15,17 +15,17 @@ import torch
 from scipy.special import gammaincc
 from torch import Tensor
 
+from defense_nc.config import check_rule
 from defense_nc.verdict.abstention import NOT_LOOKED_FOR, starved_search, too_many
 from defense_nc.verdict.calibrate import priors_of_others
 from defense_nc.verdict.calibration import Calibration, CleanModel, any_of
 from defense_nc.verdict.report import at_least
 from defense_nc.verdict.scan_report import ScanReport, Verdict
 from defense_nc.verdict.shrinkage import Prior, log_scores
-from defense_nc.verdict.tail_fit import Tail, fit_tail, tail_p_values
+from defense_nc.verdict.tail_fit import SMALLEST, Tail, fit_tail, tail_p_values
 
 # What a joint null takes at least: clean models, and labels of them.
 _MODELS, _LABELS = 5, 20
-_SMALLEST = 1e-300  # a p-value of zero has no logarithm
 
 
 class JointCalibration(NamedTuple):
@@ -54,7 +54,12 @@ class JointReport(NamedTuple):
     @property
     def p_value(self) -> float:
         """The smallest of the labels."""
-        return min(self.p_values)
+        return self.p_values[self.nearest]
+
+    @property
+    def nearest(self) -> int:
+        """The label that stands out most."""
+        return min(range(len(self.p_values)), key=self.p_values.__getitem__)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
@@ -128,8 +133,10 @@ def judge_together(reports: Mapping[str, ScanReport], *, alpha: float) -> JointR
         clean: none of these.
 
     Raises:
-        ValueError: Fewer reports, one without a calibration, or too few clean models in all.
+        ValueError: Fewer reports, one without a calibration, too few clean models in all, or alpha
+            out of range.
     """
+    check_rule(alpha)
     every = list(reports.values())
     calibrations = [r.calibration for r in every if r.calibrated and r.calibration is not None]
     if len(every) < 2 or len(calibrations) < len(every):
@@ -139,31 +146,31 @@ def judge_together(reports: Mapping[str, ScanReport], *, alpha: float) -> JointR
     if joint is None:
         raise ValueError("expected detectors that were calibrated on the same clean models")
     values = joint.p_values(every)
-    suspected = tuple((values <= alpha).nonzero().flatten().tolist())
-    reached = torch.tensor([[label.converged for label in r.labels] for r in every]).any(0)
-    starved = [
+    suspects: tuple[int, ...] = tuple((values <= alpha).nonzero().flatten().tolist())
+    comparable = torch.tensor([[label.converged for label in r.labels] for r in every]).any(0)
+    starvation = [
         f"{title}: {why}"
         for title, report in reports.items()
-        if (why := starved_search(report.starved, suspected))
+        if (why := starved_search(report.starved, suspects))
     ]
-    limit = too_many(suspected, int(reached.sum()))
+    limit = too_many(suspects, int(comparable.sum()))
     unsure = {
         title: report.reason
         for title, report in reports.items()
         if report.verdict in (Verdict.INCONCLUSIVE, Verdict.NOT_SCANNED)
     }
-    if starved:
-        verdict, suspected, reason = Verdict.NOT_SCANNED, (), " ".join(starved)
+    if starvation:
+        verdict, suspects, reason = Verdict.NOT_SCANNED, (), " ".join(starvation)
     elif limit:
         verdict, reason = Verdict.INCONCLUSIVE, limit
-    elif suspected:
-        verdict, reason = Verdict.BACKDOORED, _accusation(suspected, values, reports)
+    elif suspects:
+        verdict, reason = Verdict.BACKDOORED, _accusation(suspects, values, reports)
     elif unsure:
         verdict = Verdict.INCONCLUSIVE
         reason = " ".join(f"{title}: {why}" for title, why in unsure.items())
     else:
         verdict, reason = Verdict.CLEAN, _nothing(values, reports)
-    return JointReport(verdict, tuple(values.tolist()), suspected, reason)
+    return JointReport(verdict, tuple(values.tolist()), suspects, reason)
 
 
 def _with_priors(calibration: Calibration) -> list[tuple[CleanModel, Prior]]:
@@ -182,14 +189,14 @@ def _of_model(model: CleanModel, prior: Prior, calibration: Calibration) -> Tens
 def _of_report(report: ScanReport, calibration: Calibration) -> Tensor:
     """A scan's evidence for its labels ``(K,)``."""
     rates = torch.tensor([label.success_rate for label in report.labels], dtype=torch.float64)
-    reached = [label.label for label in report.labels if label.converged]
+    comparable = [label.label for label in report.labels if label.converged]
     idle = (~at_least(rates, report.works)).nonzero().flatten().tolist()
-    if len(reached) < 2:
+    if len(comparable) < 2:
         return torch.zeros_like(rates)
-    scores = torch.tensor([report.labels[k].score for k in reached], dtype=torch.float64)
+    scores = torch.tensor([report.labels[k].score for k in comparable], dtype=torch.float64)
     prior = calibration.prior(report.subject)
     p_values = calibration.label_p_values(log_scores(scores), prior)
-    return _spread(p_values, reached, idle, len(rates))
+    return _spread(p_values, comparable, idle, len(rates))
 
 
 def _spread(p_values: Tensor, labels: Sequence[int], idle: Sequence[int], count: int) -> Tensor:
@@ -199,7 +206,7 @@ def _spread(p_values: Tensor, labels: Sequence[int], idle: Sequence[int], count:
     that do say something accuses more clean models.
     """
     evidence = torch.zeros(count, dtype=torch.float64)
-    evidence[list(labels)] = -p_values.clamp(min=_SMALLEST).log()
+    evidence[list(labels)] = -p_values.clamp(min=SMALLEST).log()
     evidence[list(idle)] = 0.0
     return evidence
 
@@ -210,9 +217,9 @@ def _nominal(evidence: Sequence[Tensor]) -> Tensor:
     return torch.from_numpy(gammaincc(len(evidence), total.numpy()))
 
 
-def _accusation(suspected: Sequence[int], values: Tensor, reports: Mapping[str, ScanReport]) -> str:
+def _accusation(suspects: Sequence[int], values: Tensor, reports: Mapping[str, ScanReport]) -> str:
     """Why these labels are suspected."""
-    parts = (f"label {k} ({_figures(k, values, reports)})" for k in suspected)
+    parts = (f"label {k} ({_figures(k, values, reports)})" for k in suspects)
     return f"Standing out from the other labels: {' and '.join(parts)}."
 
 

@@ -73,6 +73,11 @@ class ScanReport:
     starved: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()  # what was done to the model's outputs, one line each
 
+    @property
+    def nearest(self) -> int:
+        """The label that stands out most: of equal p-values, that with the smallest score."""
+        return min(self.labels, key=lambda label: (label.p_value, label.score)).label
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but the triggers, ready for JSON; an infinite index is written as None."""
         names = "detector paper_index paper_index_low p_value alpha max_ratio reason seed"

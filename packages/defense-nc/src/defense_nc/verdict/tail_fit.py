@@ -14,7 +14,7 @@ from torch import Tensor
 
 _SHARE = 0.1  # of the clean labels make up the tail at most
 _PEAKS = 2.0  # times the root of their number suffice: the further out, the better the fit
-_SMALLEST = 1e-300  # a p-value of zero has no logarithm
+SMALLEST = 1e-300  # a p-value of zero has no logarithm
 
 
 class Tail(NamedTuple):
@@ -39,7 +39,7 @@ def fit_tail(p_values: Tensor) -> Tail:
     """
     if p_values.ndim != 1 or len(p_values) < 20:
         raise ValueError(f"expected p-values of shape (n,), n >= 20, got {tuple(p_values.shape)}")
-    surprise = -p_values.double().clamp(_SMALLEST, 1).log()
+    surprise = -p_values.double().clamp(SMALLEST, 1).log()
     share = min(_SHARE, _PEAKS / len(surprise) ** 0.5)
     threshold = float(torch.quantile(surprise, 1 - share, interpolation="lower"))
     peaks = surprise[surprise > threshold] - threshold
@@ -59,7 +59,7 @@ def tail_p_values(nominal: Tensor, tail: Tail) -> Tensor:
     >>> [round(x, 4) for x in tail_p_values(p, Tail(0.1, 0.1, 1.0, 20)).tolist()]
     [0.5, 0.1, 0.0016]
     """
-    surprise, edge = -nominal.clamp(_SMALLEST, 1).log(), -math.log(tail.threshold)
+    surprise, edge = -nominal.clamp(SMALLEST, 1).log(), -math.log(tail.threshold)
     beyond = (surprise - edge).clamp(min=0)
     below = math.log(tail.share) - tail.peaks * torch.log1p(tail.exponent * beyond / tail.peaks)
     above = math.log(tail.share) / edge * surprise

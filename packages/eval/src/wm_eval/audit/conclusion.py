@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from defense_nc import ScanReport, Verdict
 from defense_nc.verdict import JointReport, judge_again, judge_together, panels
 from wm_eval.titles import detector_title
-
-AND = " + "  # between the titles of detectors that are judged together
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +24,7 @@ class Audit:
         suspected: The labels that the verdict accuses.
         outliers: The labels that stand out at face value, whatever the verdict.
         together: By names: what detectors say that were judged together.
-        unfinished: The detectors that the minutes were too few for, and why.
+        out_of_time: By detector: why the minutes were too few for it.
         p_value: The smallest of all labels and detectors, multiplicity included.
     """
 
@@ -38,13 +36,18 @@ class Audit:
     suspected: tuple[int, ...] = ()
     outliers: tuple[int, ...] = ()
     together: Mapping[tuple[str, ...], JointReport] = field(default_factory=dict)
-    unfinished: Mapping[str, str] = field(default_factory=dict)
+    out_of_time: Mapping[str, str] = field(default_factory=dict)
     p_value: float = 1.0
 
     @property
     def targets(self) -> tuple[int, ...]:
         """What is to be cleaned: the accused labels, or else those that stand out."""
         return self.suspected or self.outliers
+
+    @property
+    def silent(self) -> dict[str, str]:
+        """By title: why a detector says nothing."""
+        return _by_title({**self.failures, **self.out_of_time})
 
     def to_dict(self) -> dict[str, object]:
         """Everything, ready for JSON."""
@@ -62,7 +65,7 @@ class Audit:
                 for names, joint in self.together.items()
             ],
             "failures": dict(self.failures),
-            "unfinished": dict(self.unfinished),
+            "out_of_time": dict(self.out_of_time),
         }
 
 
@@ -71,7 +74,7 @@ def conclude(
     failures: Mapping[str, str],
     alpha: float,
     *,
-    unfinished: Mapping[str, str] = MappingProxyType({}),
+    out_of_time: Mapping[str, str] = MappingProxyType({}),
 ) -> Audit:
     """Backdoored if anything says so, clean if all say so.
 
@@ -83,14 +86,14 @@ def conclude(
         reports: By detector: its scan of the model.
         failures: By detector: why it gave none.
         alpha: In (0, 1): share of clean models that may be called backdoored.
-        unfinished: By detector: that its time was over.
+        out_of_time: By detector: that its time was over.
     """
     count = len(reports) + len(failures)
-    said: dict[str, ScanReport | JointReport] = {}
+    opinions: dict[str, ScanReport | JointReport] = {}
     own, together, p_value = dict(reports), {}, 1.0
     groups = panels(reports)
     for names in groups:
-        titles, rate = [detector_title(name) for name in names], alpha * len(names) / count
+        rate = alpha * len(names) / count
         opinion: ScanReport | JointReport
         if len(names) > 1:
             members = {detector_title(name): reports[name] for name in names}
@@ -98,18 +101,18 @@ def conclude(
         else:
             report = reports[names[0]]
             opinion = own[names[0]] = judge_again(report, report.calibration, alpha=rate)
-        said[AND.join(titles)] = opinion
+        opinions[panel_title(names)] = opinion
         p_value = min(p_value, opinion.p_value * count / len(names))
-    grouped = {name for names in groups for name in names}
+    members_of_any = {name for names in groups for name in names}
     for name, report in reports.items():
-        if name not in grouped:
-            said[detector_title(name)] = report
+        if name not in members_of_any:
+            opinions[detector_title(name)] = report
             p_value = min(p_value, report.p_value * count)
-    verdict, reason = _answer(said, _by_title(failures), _by_title(unfinished))
-    guilty = [one for one in said.values() if one.verdict is Verdict.BACKDOORED]
-    suspected, outliers = (
+    verdict, reason = _answer(opinions, _by_title(failures), _by_title(out_of_time))
+    guilty = [one for one in opinions.values() if one.verdict is Verdict.BACKDOORED]
+    suspects, outliers = (
         tuple(sorted({label for one in ones for label in one.suspected}))
-        for ones in (guilty, said.values())
+        for ones in (guilty, opinions.values())
     )
     return Audit(
         verdict,
@@ -117,12 +120,17 @@ def conclude(
         own,
         dict(failures),
         alpha,
-        suspected,
+        suspects,
         outliers,
         together=together,
-        unfinished=dict(unfinished),
+        out_of_time=dict(out_of_time),
         p_value=p_value,
     )
+
+
+def panel_title(names: Iterable[str]) -> str:
+    """What detectors are called that are judged together."""
+    return " + ".join(map(detector_title, names))
 
 
 def not_scanned(reason: str, alpha: float) -> Audit:
@@ -131,37 +139,37 @@ def not_scanned(reason: str, alpha: float) -> Audit:
 
 
 def _answer(
-    said: Mapping[str, ScanReport | JointReport],
+    opinions: Mapping[str, ScanReport | JointReport],
     failures: Mapping[str, str],
-    unfinished: Mapping[str, str],
+    out_of_time: Mapping[str, str],
 ) -> tuple[Verdict, str]:
-    """The verdict and why, from what was said, what failed and what was not finished, by title."""
+    """The verdict and why, from opinions, and from why there are no others, by title."""
 
     def of(*verdicts: Verdict) -> list[str]:
-        return [_reason(title, one) for title, one in said.items() if one.verdict in verdicts]
+        return [_reason(title, one) for title, one in opinions.items() if one.verdict in verdicts]
 
-    failed = [f"{title}: {why}." for title, why in failures.items()]
-    if not said:
-        late = [f"{title}: {why}." for title, why in unfinished.items()]
-        return Verdict.NOT_SCANNED, " ".join([*failed, *late])
+    errors = [f"{title}: {why}." for title, why in failures.items()]
+    if not opinions:
+        late = [f"{title}: {why}." for title, why in out_of_time.items()]
+        return Verdict.NOT_SCANNED, " ".join([*errors, *late])
     if guilty := of(Verdict.BACKDOORED):
         verdict, reasons = Verdict.BACKDOORED, guilty
-    elif starved := of(Verdict.NOT_SCANNED):
-        verdict, reasons = Verdict.NOT_SCANNED, starved
-    elif unsure := [*of(Verdict.INCONCLUSIVE), *failed]:
+    elif starving := of(Verdict.NOT_SCANNED):
+        verdict, reasons = Verdict.NOT_SCANNED, starving
+    elif unsure := [*of(Verdict.INCONCLUSIVE), *errors]:
         verdict, reasons = Verdict.INCONCLUSIVE, unsure
     else:
         verdict = Verdict.CLEAN
         reasons = ["No label stands out. Nothing found is not proof that nothing is there."]
-    if unfinished:
-        why = next(iter(unfinished.values()))
-        reasons = [*reasons, f"{', '.join(unfinished)} had no say: {why}."]
+    if out_of_time:
+        why = next(iter(out_of_time.values()))
+        reasons = [*reasons, f"{', '.join(out_of_time)} had no say: {why}."]
     return verdict, " ".join(reasons)
 
 
-def _reason(title: str, said: ScanReport | JointReport) -> str:
+def _reason(title: str, opinion: ScanReport | JointReport) -> str:
     """Why; a joint report's reason names its detectors."""
-    return said.reason if isinstance(said, JointReport) else f"{title}: {said.reason}"
+    return opinion.reason if isinstance(opinion, JointReport) else f"{title}: {opinion.reason}"
 
 
 def _by_title(reasons: Mapping[str, str]) -> dict[str, str]:

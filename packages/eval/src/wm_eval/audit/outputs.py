@@ -16,7 +16,7 @@ from torch import Tensor
 from defense_nc import ScanReport, Verdict
 from wm_eval.__about__ import __version__
 from wm_eval.audit.checks import Check
-from wm_eval.audit.conclusion import AND, Audit
+from wm_eval.audit.conclusion import Audit, panel_title
 from wm_eval.audit.scan import reversed_triggers
 from wm_eval.detectors import DETECTORS
 from wm_eval.render import template
@@ -116,14 +116,10 @@ def write_html(path: Path, about: About, audit: Audit, images: Tensor | None) ->
         audit: What was found.
         images: The defender's images, for pictures of reversed triggers; None if none were read.
     """
-    stopped = {**audit.failures, **audit.unfinished}
-    failures = {detector_title(name): why for name, why in stopped.items()}
-    together = {
-        AND.join(map(detector_title, names)): joint for names, joint in audit.together.items()
-    }
-    judged = {name for names in audit.together for name in names}
+    together = {panel_title(names): joint for names, joint in audit.together.items()}
+    in_panels = {name for names in audit.together for name in names}
     scans = [
-        {"title": detector_title(name), "report": report, "alone": name not in judged}
+        {"title": detector_title(name), "report": report, "alone": name not in in_panels}
         for name, report in audit.reports.items()
     ]
     pictures = {}
@@ -139,7 +135,7 @@ def write_html(path: Path, about: About, audit: Audit, images: Tensor | None) ->
         audit=audit,
         scans=scans,
         together=together,
-        failures=failures,
+        silent=audit.silent,
         pictures=pictures,
         gain=_GAIN,
         version=__version__,
@@ -184,21 +180,19 @@ def check_line(check: Check) -> str:
 def verdict_lines(audit: Audit) -> list[str]:
     """What every detector found, and the verdict, for the terminal."""
     lines = []
-    judged = {name for names in audit.together for name in names}
+    in_panels = {name for names in audit.together for name in names}
     for name, report in audit.reports.items():
         # What one detector says of several that are judged together is no verdict.
         sure = report.verdict in (Verdict.CLEAN, Verdict.BACKDOORED)
-        said = "" if name in judged and sure else f"{report.verdict}, "
-        nearest = min(report.labels, key=lambda label: (label.p_value, label.score)).label
-        lines.append(f"{detector_title(name)}: {said}p {report.p_value:.2g} for label {nearest}")
+        verdict = "" if name in in_panels and sure else f"{report.verdict}, "
+        figures = f"p {report.p_value:.2g} for label {report.nearest}"
+        lines.append(f"{detector_title(name)}: {verdict}{figures}")
         lines += _nearest_lines(name, report)
         lines += [f"note: {note}" for note in report.notes]
     for names, joint in audit.together.items():
-        nearest = min(range(len(joint.p_values)), key=joint.p_values.__getitem__)
-        which = AND.join(map(detector_title, names))
-        lines.append(f"{which}: {joint.verdict}, p {joint.p_value:.2g} for label {nearest}")
-    stopped = {**audit.failures, **audit.unfinished}
-    lines += [f"{detector_title(name)}: {why}" for name, why in stopped.items()]
+        figures = f"p {joint.p_value:.2g} for label {joint.nearest}"
+        lines.append(f"{panel_title(names)}: {joint.verdict}, {figures}")
+    lines += [f"{title}: {why}" for title, why in audit.silent.items()]
     return [*lines, f"verdict: {audit.verdict}. {audit.reason}"]
 
 

@@ -69,7 +69,7 @@ def audit(
     files = _state_files(state, scanners, checked, clean, seed)
     reports: dict[str, ScanReport] = {}
     failures: dict[str, str] = {}
-    unfinished: dict[str, str] = {}
+    out_of_time: dict[str, str] = {}
     budget = budget or Budget()
     for name, scanner in scanners.items():
         say(f"{detector_title(name)}: started")
@@ -86,21 +86,20 @@ def audit(
                 )
                 reports[name] = judge_again(report, own[name]) if name in own else report
         except OutOfTime as error:
-            unfinished[name] = str(error)
+            out_of_time[name] = str(error)
         except Exception as error:  # whatever stops one detector, the others still look
             failures[name] = error_line(error)
-        stopped = unfinished.get(name) or failures.get(name)
-        outcome = f"stopped: {stopped}" if stopped else _nearest(reports[name])
+        why = out_of_time.get(name) or failures.get(name)
+        outcome = f"stopped: {why}" if why else _outcome(reports[name])
         say(f"{detector_title(name)}: {outcome}")
-    return conclude(reports, failures, alpha, unfinished=unfinished)
+    return conclude(reports, failures, alpha, out_of_time=out_of_time)
 
 
-def _nearest(report: ScanReport) -> str:
-    """The label that stands out most, or that the scan cannot say."""
-    nearest = min(report.labels, key=lambda label: (label.p_value, label.score))
-    unsure = report.verdict in (Verdict.INCONCLUSIVE, Verdict.NOT_SCANNED)
-    said = f"{report.verdict}, " if unsure else ""
-    return f"{said}nearest label {nearest.label}, p {nearest.p_value:.2g}"
+def _outcome(report: ScanReport) -> str:
+    """The label that stands out most, and whether the scan abstains."""
+    abstains = report.verdict in (Verdict.INCONCLUSIVE, Verdict.NOT_SCANNED)
+    verdict = f"{report.verdict}, " if abstains else ""
+    return f"{verdict}nearest label {report.nearest}, p {report.p_value:.2g}"
 
 
 def _state_files(
