@@ -204,11 +204,19 @@ def _calibration(results: Path) -> Iterator[str]:
     few = _population_page(results / "population-few-classes")
     yield from _head("Two and three classes", "population-few-classes")
     yield (
-        "Judged by each other in the same way. No verdict is given on so few classes: a clean "
-        "network may prefer one of them by far, and a plain square may lead from one to the "
-        "other.\n"
+        "Judged in the same way, by each other alone: a clean network may prefer one of so few "
+        "classes by far. The calibrations that ship for two and three classes are fitted to "
+        "these.\n"
     )
     yield from (to_markdown(table) for table in few.tables[:-1])
+    many = _population_page(results / "population-many-classes")
+    yield from _head("44 classes and more", "population-many-classes")
+    yield (
+        "Judged in the same way, by the patch sweep alone. Its calibration that ships for more "
+        "than 43 classes is fitted to these. Classes are combinations of real digits, signs and "
+        "objects that stand side by side.\n"
+    )
+    yield from (to_markdown(table) for table in many.tables[:-1])
     names = ("population", *recorded(results, FULL), *recorded(results, DETECTIONS))
     studies = {name: read_study(results / name) for name in dict.fromkeys(names)}
     yield to_markdown(shipped_table(studies), level=2)
@@ -254,7 +262,10 @@ def _speed(results: Path) -> Iterator[str]:
     yield f"{commands} make it; [records](speed).\n"
 
 
-POPULATIONS = ("population", "population-strangers", "population-audit", "population-few-classes")
+POPULATIONS = (
+    "population",
+    *(f"population-{name}" for name in ("strangers", "audit", "few-classes", "many-classes")),
+)
 QUESTIONS = (
     Question("demo.md", "Can a backdoor be planted, found and removed?", _demo),
     Question("attacks.md", "How well do the attacks work, and under corruption?", _attacks),

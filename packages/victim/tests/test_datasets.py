@@ -223,6 +223,34 @@ def test_a_named_set_in_the_root_comes_first_grey_without_a_channel(tmp_path: Pa
     assert (data.classes, data.channels) == (("shirt", "shoe"), 1)
 
 
+def test_pictures_side_by_side_are_of_every_combination_of_classes(tmp_path: Path) -> None:
+    signs = np.random.default_rng(0).integers(0, 256, (90, 8, 8, 3), np.uint8)
+    labels = np.arange(90) % 3
+    np.savez(tmp_path / "gtsrb.npz", x_train=signs, y_train=labels, x_test=signs, y_test=labels)
+    data = load_dataset("gtsrb+digits", root=tmp_path, image_size=32)
+    digits = load_dataset("digits")
+    assert data.name == "gtsrb+digits" and data.num_classes == 30
+    assert data.classes[:2] == ("0 0", "0 1") and data.classes[-1] == "2 9"
+    assert len(data.train) == 1200 and len(data.test) == 597 and data.channels == 3
+    # Every digit once; every sign about equally often.
+    assert torch.equal((data.train.labels % 10).bincount(), digits.train.labels.bincount())
+    assert (data.train.labels // 10).bincount().min() >= 390
+    again = load_dataset("gtsrb+digits", root=tmp_path, image_size=32)
+    assert again.fingerprint == data.fingerprint
+
+
+def test_pictures_side_by_side_are_those_of_their_labels(tmp_path: Path) -> None:
+    shades = np.repeat(np.arange(4, dtype=np.uint8), 6) * 60  # a class's pictures are of one shade
+    pixels, labels = np.broadcast_to(shades[:, None, None], (24, 8, 8)), shades // 60
+    for name in ("mnist", "cifar10"):
+        np.savez(
+            tmp_path / f"{name}.npz", x_train=pixels, y_train=labels, x_test=pixels, y_test=labels
+        )
+    train = load_dataset("mnist+cifar10", root=tmp_path, image_size=16).train
+    middle = (train.images[:, 0, 8] * 255).round().long() // 60
+    assert torch.equal(middle[:, 2] * 4 + middle[:, -3], train.labels)
+
+
 def test_a_bad_npz_is_refused(tmp_path: Path, subtests: pytest.Subtests) -> None:
     for changes, message in [
         ({"x_train": np.zeros((12, 6, 6, 3), np.float32)}, "uint8"),

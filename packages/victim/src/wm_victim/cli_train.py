@@ -204,7 +204,7 @@ def _recipe(args: argparse.Namespace, settings: TrainSettings, data: Dataset) ->
     config = replace(settings.training, seed=settings.seed)
     unmirrored: dict[str, Augment] = {"crop-flip": "crop", "alternating": "shift"}
     mode = unmirrored.get(config.augment)
-    if mode is not None and data.name in MIRROR_CHANGES_LABEL:
+    if mode is not None and MIRROR_CHANGES_LABEL & {*data.name.split("+")}:
         if getattr(args, "training.augment") is not None:
             raise ValueError(
                 f"a mirrored image of {data.name} is of no class: use --augment {mode}"

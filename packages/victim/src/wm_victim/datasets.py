@@ -117,10 +117,11 @@ def load_dataset(
     Args:
         name_or_path: "digits" (scikit-learn's bundled 1,797 real scans, enlarged from 8 x 8 to
             32 x 32, split 1200 / 597), "mnist", "fashion-mnist", "cifar10", "gtsrb", "imagenet10"
-            (ten classes of ImageNet, those of Imagenette); or a folder as `read_labelled_folder`
-            takes it (class folders, or a table of files and labels; with ``train/`` and ``test/``,
-            or split 80 / 20 here); or an .npz with x_train, y_train, x_test, y_test (uint8
-            ``(N, H, W)`` or ``(N, H, W, C)`` and integers).
+            (ten classes of ImageNet, those of Imagenette), or several of these as in "gtsrb+mnist",
+            whose pictures stand side by side and whose classes are all combinations; or a folder
+            as `read_labelled_folder` takes it (class folders, or a table of files and labels; with
+            ``train/`` and ``test/``, or split 80 / 20 here); or an .npz with x_train, y_train,
+            x_test, y_test (uint8 ``(N, H, W)`` or ``(N, H, W, C)`` and integers).
         root: Folder of named sets: NAME.npz, NAME.tar (lossless strips; JPEG files for imagenet10)
             or torchvision's files. The environment variable WM_DATA if None, else
             ~/.cache/wm/data.

@@ -55,7 +55,7 @@ def load_imagenet_weights(body: nn.Module, name: str) -> None:
     """Set a body of timm's to weights trained on ImageNet.
 
     Args:
-        body: ``timm.create_model(name, num_classes=0)``: without its head.
+        body: ``timm.create_model(name)``, with ``num_classes=0`` if it is without its head.
         name: A key of `IMAGENET_WEIGHTS`.
 
     Raises:
@@ -75,6 +75,7 @@ def load_imagenet_weights(body: nn.Module, name: str) -> None:
     own = body.state_dict()
     names = [key for key in own if "num_batches_tracked" not in key]
     pairs = dict(zip(names, values, strict=False))
-    if len(values) != len(names) + 2 or any(own[key].shape != x.shape for key, x in pairs.items()):
-        raise ValueError(f"expected timm's {name} without a head, got another body")
+    left = len(values) - len(names)
+    if left not in (0, 2) or any(own[key].shape != x.shape for key, x in pairs.items()):
+        raise ValueError(f"expected timm's {name}, got another body")
     body.load_state_dict(own | pairs)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +66,9 @@ def read_dataset(
     """
     if name == "digits":
         return _digits()
+    if len(parts := name.split("+")) > 1 and all(part in _NAMES for part in parts):
+        read = partial(read_dataset, root=root, size=None, download=download, strict=strict)
+        return side_by_side([read(part) for part in parts])
     named = name in (*_TORCHVISION, "imagenet10")
     if named and (root / f"{name}.npz").is_file():
         return read_npz(root / f"{name}.npz", name)
@@ -79,8 +84,48 @@ def read_dataset(
         return read_folder(path, size, labels=labels, skip_unreadable=skip_unreadable)
     if path.suffix == ".npz" and path.is_file():
         return read_npz(path, path.stem)
-    known = ", ".join(("digits", *_TORCHVISION, "imagenet10"))
+    known = ", ".join(_NAMES)
     raise ValueError(f"expected a data set ({known}), a folder or an .npz file, got {name!r}")
+
+
+def side_by_side(sets: Sequence[RawDataset]) -> RawDataset:
+    """Pictures of several sets side by side; every combination of their classes is a class.
+
+    There are as many as the largest set has, those of a smaller one used about equally often, and
+    drawn with fixed seeds. The class counts up fastest in the last set's.
+    """
+    side = max(data.default_size or data.train.pixels.shape[1] for data in sets)
+    names = (" ".join(names) for names in product(*(data.classes for data in sets)))
+    train, test = (
+        _side_by_side(splits, [len(data.classes) for data in sets], side, seed)
+        for seed, splits in enumerate(zip(*((d.train, d.test) for d in sets), strict=True))
+    )
+    name = "+".join(data.name for data in sets)
+    return RawDataset(name, train, test, tuple(names), np.arange(len(train.labels)))
+
+
+def _side_by_side(
+    splits: Sequence[RawData], classes: Sequence[int], side: int, seed: int
+) -> RawData:
+    count = max(len(split.labels) for split in splits)
+    channels = max(split.pixels.shape[3] for split in splits)
+    pixels = np.empty((count, side, len(splits) * side, channels), np.uint8)
+    labels = np.zeros(count, np.int64)
+    for place, split in enumerate(splits):
+        random, own = np.random.default_rng([seed, place]), len(split.labels)
+        rounds = [random.permutation(own) for _ in range(-(-count // own))]
+        drawn = np.concatenate(rounds)[:count]
+        resized = np.stack([_square(picture, side) for picture in split.pixels])
+        pixels[:, :, place * side : (place + 1) * side] = resized[drawn]
+        labels = labels * classes[place] + split.labels[drawn]
+    return RawData(pixels, labels)
+
+
+def _square(picture: Pixels, side: int) -> Pixels:
+    """A picture ``(H, W, C)`` as ``(side, side, C)``."""
+    grey = picture.shape[2] == 1
+    resized = _resized(Image.fromarray(picture[..., 0] if grey else picture), side)
+    return resized[..., None] if grey else resized
 
 
 @contextmanager
@@ -149,6 +194,9 @@ _TORCHVISION: dict[str, Callable[[Path, bool, bool], RawDataset]] = {
     "cifar10": _cifar10,
     "gtsrb": _gtsrb,
 }
+
+
+_NAMES = ("digits", *_TORCHVISION, "imagenet10")
 
 
 def _imagenet10(root: Path, size: int, *, download: bool) -> RawDataset:

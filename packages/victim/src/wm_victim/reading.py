@@ -299,14 +299,14 @@ def _check_promise(
 
 def _check_spread(module: nn.Module, images: Tensor, ways: Sequence[Way]) -> None:
     """Without labels: refuse a way by which nearly all images get one answer, and others do not."""
-    few = images[torch.linspace(0, len(images) - 1, min(len(images), _TRIED[-1])).long()]
+    few = images[torch.linspace(0, len(images) - 1, min(len(images), _TRIED[0])).long()]
     spreads: dict[Way, float] = {}
     for way in ways:
         model = way.applied_to(module, images.shape[1])
         logits, logits_of_shift = _logits(model, few), _logits(model, few.roll(1, 3))
         if logits is not None and logits_of_shift is not None:
             spreads[way] = _spread(logits.argmax(1), logits_of_shift.argmax(1))
-            if spreads.get(ways[0], 0) >= logits.shape[1] / 2:
+            if spreads.get(ways[0], 0) >= min(logits.shape[1], len(few)) / 2:
                 return
     first, best = spreads.get(ways[0], 0), max(spreads, key=lambda way: spreads[way])
     if spreads[best] > 2 * first:
