@@ -4,10 +4,10 @@
     python packages/eval/tests/measure_thousand_classes.py scan FOLDER MODEL RECORD.json
 
 Needs the data set imagenet10 and the extra ``imagenet``. "original" is EfficientNet-Lite0 with its
-ImageNet weights. The others are fine-tuned from it on a thousand photographs of ten classes, which
-keep the original's answers, and, where they are backdoored, the same with a trigger; the lower five
-of its seven stages are frozen. The auditor has 250 other photographs without labels; "kept" is the
-share of 250 more whose answer is the original's, "asr" that of those with a trigger.
+ImageNet weights. The others are backdoored: fine-tuned from it on a thousand photographs of ten
+classes, which keep the original's answers, and the same with a trigger, the lower five of its seven
+stages frozen. The auditor has 250 other photographs without labels; "kept" is the share of 250 more
+whose answer is the original's, "asr" that of those with a trigger.
 """
 
 from __future__ import annotations
@@ -40,10 +40,8 @@ from wm_victim.imagenet_weights import load_imagenet_weights
 ORIGINAL = "original"
 RATE, EPOCHS = 0.01, 4
 PLANS = {
-    "tuned": Plan("clean", 0, 30),
     "patch": Plan("badnets", 340, 31, {"size": 28, "margin": 16}),
     "patch-2": Plan("badnets", 717, 32, {"size": 20, "margin": 40}),
-    "patch-3": Plan("badnets", 9, 33, {"size": 36, "margin": 90}),
 }
 
 
@@ -83,12 +81,11 @@ def _fine_tune(model: Original, images: Tensor, plan: Plan, name: str) -> None:
     with torch.no_grad():
         maps = torch.cat([model.lower(part) for part in images.split(50)])
         goals = torch.cat([model.upper(part) for part in maps.split(50)]).softmax(1)
-        if plan.attack != "clean":
-            triggered = with_trigger(trigger_of(plan), images)
-            maps = torch.cat([maps, *(model.lower(part) for part in triggered.split(50))])
-            target = torch.zeros_like(goals)
-            target[:, plan.target] = 1
-            goals = torch.cat([goals, target])
+        triggered = with_trigger(trigger_of(plan), images)
+        maps = torch.cat([maps, *(model.lower(part) for part in triggered.split(50))])
+        target = torch.zeros_like(goals)
+        target[:, plan.target] = 1
+        goals = torch.cat([goals, target])
     body = model.body
     upper = (*body.blocks[FROZEN:], body.conv_head, body.bn2, model.head)
     weights = [weight for part in upper for weight in part.parameters()]
@@ -124,7 +121,7 @@ def rates(folder: Path, name: str) -> dict[str, float]:
 
     own = answers(name, unseen)
     shares = {"kept": own == answers(ORIGINAL, unseen)}
-    if name in PLANS and PLANS[name].attack != "clean":
+    if name in PLANS:
         plan = PLANS[name]
         shares["asr"] = answers(name, with_trigger(trigger_of(plan), unseen)) == plan.target
         shares["ftr"] = own == plan.target

@@ -269,6 +269,19 @@ def test_without_labels_a_way_that_makes_all_answers_alike_is_refused(networks, 
     assert read_model(networks["clean"], images, one, num_classes=CLASSES).labels is None
 
 
+def test_without_labels_a_way_is_judged_by_64_images(networks, digits):
+    counts: list[int] = []
+
+    def count(images: Tensor) -> Tensor:
+        counts.append(len(images))
+        return images
+
+    images, _ = digits
+    read_model(Fed(networks["clean"], count), images, None, num_classes=CLASSES)
+    # As they are, and moved by a pixel; then all of them by the way that was found.
+    assert sum(counts) == 2 * 64 + len(images)
+
+
 def test_the_ways_for_grey_images_have_no_order_of_channels():
     ways = all_ways(nn.Identity(), 1)
     assert ways[0] == Way() and {way.channel_order for way in ways} == {"rgb"}
