@@ -244,6 +244,19 @@ def test_a_label_without_a_reversed_trigger_is_unlearned_in_the_last_layer():
         )
 
 
+def test_a_label_that_cannot_be_unlearned_is_kept_and_the_others_are_cleaned():
+    model, every = Flat(), bars()
+    own = every.labels == 2
+    clean = replace(every, images=every.images[~own], labels=every.labels[~own], files=())
+    checked = check_model(model, clean, num_classes=CLASSES)
+    found = conclude({"head": replace(report(2, 3), triggers={})}, {}, 0.05)
+    (only,) = clean_in_rounds(checked, clean, found, scan=lambda one: found)
+    assert only.labels == only.refitted == (3,) and [*only.kept] == [2]
+    assert success(only.checked.module, {3: trigger()}, every.images[own])[3] < 0.1
+    with pytest.raises(ValueError, match=r"not cleaned: label 2: .* got 0 of 45"):
+        next(clean_in_rounds(checked, clean, found, scan=lambda one: found, label=2))
+
+
 def test_rounds_go_on_until_nothing_stands_out(monkeypatch):
     checked, clean = check_model(Bars(), bars(), num_classes=CLASSES), bars()
     cleaned_labels: list[int] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from defense_nc import Unlearning
 from defense_nc.mitigations import DivergedError, RepairCost, repair_cost
+from defense_reverse.linear_head import FEW, NO_HEAD, find_head
 from defense_reverse.mitigations import HeadUnlearning
 from wm_eval.audit.budget import Budget
 from wm_eval.audit.checks import Checked, Stated, check_model
@@ -160,6 +161,7 @@ class Round(NamedTuple):
         audit: What a scan says of it.
         labels: Those that it has unlearned, sorted.
         refitted: Those of them that it has unlearned in the last layer.
+        kept: Others that stand out, and why they were not unlearned.
         cost: What it cost.
     """
 
@@ -168,6 +170,7 @@ class Round(NamedTuple):
     audit: Audit
     labels: tuple[int, ...]
     refitted: tuple[int, ...]
+    kept: Mapping[int, str]
     cost: RepairCost
 
 
@@ -201,7 +204,7 @@ def clean_in_rounds(
 
     Every round starts from the given model and unlearns all triggers found so far, so that the
     bound on the loss of accuracy holds for all of them together. A label whose trigger no detector
-    reversed is unlearned in the last layer.
+    reversed is unlearned in the last layer, or kept where that cannot be.
 
     Args:
         checked: The model; not changed.
@@ -217,7 +220,8 @@ def clean_in_rounds(
         Each round; after the last one no label stands out, or nothing more can be done.
 
     Raises:
-        ValueError: No rounds, or as `labels_to_clean` and `clean_model`.
+        ValueError: No rounds, or as `labels_to_clean` and `clean_model`; no label that can be
+            unlearned.
     """
     if rounds < 1:
         raise ValueError(f"expected at least 1 round, got {rounds}")
@@ -228,8 +232,13 @@ def clean_in_rounds(
     known_labels = replace(clean, labels=checked.labels, classes=None)
     as_it_is = Stated(ways=(Way(),))
     for number in range(1, rounds + 1):
-        refitted = tuple(sorted(labels - {one for one, _ in triggers}))
         with budget.enforced():
+            kept = _not_refittable(checked, clean, labels - {one for one, _ in triggers})
+            unlearned = tuple(sorted(labels - {*kept}))
+            refitted = tuple(sorted({*unlearned} - {one for one, _ in triggers}))
+            if not unlearned:
+                reasons = (f"label {label}: {why}" for label, why in kept.items())
+                raise ValueError(f"not cleaned: {'; '.join(reasons)}")
             cleaned = clean_model(
                 checked.module,
                 [trigger for _, trigger in triggers],
@@ -244,13 +253,33 @@ def clean_in_rounds(
             classes = len(cleaned.model(clean.images[:1])[0])
             again = check_model(cleaned.model, known_labels, num_classes=classes, stated=as_it_is)
         found = scan(again)
-        yield Round(number, again, found, tuple(sorted(labels)), refitted, cleaned.cost)
+        yield Round(number, again, found, unlearned, refitted, kept, cleaned.cost)
         left = [one for one in found.targets if label in (None, one)]
         more = all_triggers(found, left)
         if not more and labels.issuperset(left):
             return
         labels.update(left)
         triggers += more
+
+
+def _not_refittable(checked: Checked, clean: CleanImages, labels: Iterable[int]) -> dict[int, str]:
+    """By label without a reversed trigger: why the last layer cannot unlearn it, if it cannot."""
+    wanted = sorted(labels)
+    if not wanted:
+        return {}
+    nothing = "no detector reversed a trigger of it; "
+    if not find_head(checked.module, clean.images[:FEW]):
+        return dict.fromkeys(wanted, nothing + NO_HEAD)
+    answers = _answers(checked.module, clean.images)
+    known = answers if checked.labels is None else answers[answers == checked.labels]
+    counts = {label: int((known == label).sum()) for label in wanted}
+    # A fifth of them is held out.
+    return {
+        label: f"{nothing}expected two images of it or more, and of others, got {count} of "
+        f"{len(known)}"
+        for label, count in counts.items()
+        if count < 2 or count == len(known)
+    }
 
 
 def _answers(module: nn.Module, images: Tensor) -> Tensor:
