@@ -6,8 +6,8 @@
 Needs the data set imagenet10 and the extra ``imagenet``. "original" is EfficientNet-Lite0 with its
 ImageNet weights. The others are backdoored: fine-tuned from it on a thousand photographs of ten
 classes, which keep the original's answers, and the same with a trigger, the lower five of its seven
-stages frozen. The auditor has 250 other photographs without labels; "kept" is the share of 250 more
-whose answer is the original's, "asr" that of those with a trigger.
+stages frozen. The auditor has 250 other photographs, in folders that are named by the class's index;
+"kept" is the share of 250 more whose answer is the original's, "asr" that of those with a trigger.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from measure_large_images import (
     NETWORK,
     Network,
     Plan,
-    clean_images,
     command,
     photographs,
     trigger_of,
@@ -34,11 +33,12 @@ from measure_large_images import (
 )
 from torch import Tensor, nn
 
-from wm_inject import OnnxModel
+from wm_inject import OnnxModel, save_image, to_pixels
 from wm_victim.imagenet_weights import load_imagenet_weights
 
 ORIGINAL = "original"
 RATE, EPOCHS = 0.01, 4
+INDICES = (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)  # of the ten classes among a thousand
 PLANS = {
     "patch": Plan("badnets", 340, 31, {"size": 28, "margin": 16}),
     "patch-2": Plan("badnets", 717, 32, {"size": 20, "margin": 40}),
@@ -128,10 +128,19 @@ def rates(folder: Path, name: str) -> dict[str, float]:
     return {key: round(float(share.double().mean()), 4) for key, share in shares.items()}
 
 
+def clean_images(folder: Path) -> Path:
+    """The auditor's photographs in class folders."""
+    place, auditors = folder / "photographs", photographs()[1]
+    for number, image in enumerate(to_pixels(auditors.images)):
+        index = INDICES[int(auditors.labels[number])]
+        save_image(place / str(index) / f"{number:03}.png", image)
+    return place
+
+
 def audit(folder: Path, name: str) -> dict[str, Any]:
     """Audit a model: what it is, what the scan says of it, and what that took."""
     out, plan = folder / f"{name}.json", PLANS.get(name)
-    options = ("--images", clean_images(folder), "--unlabelled", "--json", out)
+    options = ("--images", clean_images(folder), "--json", out)
     cost = command("scan", folder / f"{name}.onnx", *options)
     report = json.loads(out.read_text())
     outcome = {key: report[key] for key in ("verdict", "suspected", "outliers", "p_value")}
