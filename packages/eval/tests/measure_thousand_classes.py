@@ -6,7 +6,7 @@
 Needs the data set imagenet10 and the extra ``imagenet``. "original" is EfficientNet-Lite0 with its
 ImageNet weights. The others are backdoored: fine-tuned from it on a thousand photographs of ten
 classes, which keep the original's answers, and the same with a trigger, the lower five of its seven
-stages frozen. The auditor has 250 other photographs, in folders that are named by the class's index;
+stages frozen. The auditor has 250 other photographs, in folders named by the index of the class;
 "kept" is the share of 250 more whose answer is the original's, "asr" that of those with a trigger.
 """
 
