@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from defense_nc import Calibration, ModelInfo, Verdict, judge
+from defense_nc.verdict import refit
 from wm_eval.intervals import exact_interval
 from wm_eval.measure import scan_values
 from wm_eval.pages import study_pages
@@ -21,6 +23,7 @@ from wm_eval.population import (
     Row,
     auroc_interval,
     calibrate,
+    calibrations_of,
     judge_shipped,
     summarise,
 )
@@ -100,6 +103,23 @@ def only(population: Population, detector: str, attack: str, setting: str = "one
         if (r.detector, r.attack, r.setting) == (detector, attack, setting)
     ]
     return row
+
+
+def test_the_clean_models_of_several_studies_join_where_they_were_scanned_alike(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    studies = {
+        "one": StudyRecords(tuple([*null(), *null(detector="other")])),
+        "two": StudyRecords(tuple(null(6))),
+        "three": StudyRecords(tuple(null(6, settings={"steps": 7}))),
+    }
+    monkeypatch.setattr("wm_eval.population.read_study", lambda folder: studies[folder.name])
+    alone = {c.detector: c for c in calibrations_of(Path("one"))}
+    joined = {c.detector: c for c in calibrations_of(*map(Path, studies))}
+    assert joined["long-other"] == alone["long-other"]
+    own, models = alone["long-nc"], joined["long-nc"].models
+    assert models[:12] == own.models and {m.name.split("/")[0] for m in models[12:]} == {"two"}
+    assert len(models) == 18 and refit(joined["long-nc"]) == joined["long-nc"]
 
 
 def test_clean_models_are_counted() -> None:

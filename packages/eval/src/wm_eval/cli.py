@@ -95,6 +95,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="FILE",
         help="write the null distributions of a population here, as JSON",
     )
+    tables.add_argument(
+        "--beside",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="another population, whose clean models join those of --calibrate; may be repeated",
+    )
     page = line.add("page", _page, "draw the figures and the page of a study", epilog=_PAGE_EPILOG)
     page.add_argument("folder", type=Path, metavar="FOLDER", help="the study's folder")
     page.add_argument(
@@ -256,7 +264,7 @@ def _tables(args: argparse.Namespace) -> int:
         from defense_nc.verdict.calibration import write_calibrations
         from wm_eval.population import calibrations_of
 
-        write_calibrations(args.calibrate, calibrations_of(args.folder))
+        write_calibrations(args.calibrate, calibrations_of(args.folder, *args.beside))
         print(f"calibration {args.calibrate}")
     return 0
 

@@ -133,14 +133,25 @@ def calibrate(scans: Sequence[Record]) -> Calibration:
     return _fit(models.values(), next(r for r in scans if _clean_of(r)))
 
 
-def calibrations_of(folder: Path) -> list[Calibration]:
+def calibrations_of(folder: Path, *others: Path) -> list[Calibration]:
     """What a study's clean models calibrate, as it ships, from its records.
 
     Models have their study's name before their own: no other study has the same ones.
 
+    Args:
+        others: Studies whose clean models join those of the same detector and settings.
+
     Raises:
         ValueError: As `population_scans` and `summarise`.
     """
+    own = _calibrations_of(folder)
+    if not others:
+        return own
+    more = [calibration for other in others for calibration in _calibrations_of(other)]
+    return [_joined(c, [m for m in more if _made_alike(m, c)]) for c in own]
+
+
+def _calibrations_of(folder: Path) -> list[Calibration]:
     calibrations = summarise(population_scans(read_study(folder))).calibrations.values()
     return [
         replace(
@@ -149,6 +160,23 @@ def calibrations_of(folder: Path) -> list[Calibration]:
         )
         for calibration in calibrations
     ]
+
+
+def _made_alike(one: Calibration, other: Calibration) -> bool:
+    return (one.detector, one.settings) == (other.detector, other.settings)
+
+
+def _joined(own: Calibration, more: Sequence[Calibration]) -> Calibration:
+    """The null distribution of the clean models of all."""
+    if not more:
+        return own
+    return fit_calibration(
+        [model for calibration in (own, *more) for model in calibration.models],
+        detector=own.detector,
+        preset=own.preset,
+        settings=own.settings,
+        versions=own.versions,
+    )
 
 
 def summarise(scans: Sequence[Record], *, floor: float = 0.9, alpha: float = 0.05) -> Population:
