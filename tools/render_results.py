@@ -182,7 +182,10 @@ def _injector(results: Path) -> Iterator[str]:
 
 @cache  # both a page and a CSV are made of it
 def _population_page(folder: Path) -> Page:
-    return calibration_page(read_study(folder))
+    beside = BESIDE.get(folder.name)
+    return calibration_page(
+        read_study(folder), beside=read_study(folder.with_name(beside)) if beside else None
+    )
 
 
 def _calibration(results: Path) -> Iterator[str]:
@@ -212,9 +215,10 @@ def _calibration(results: Path) -> Iterator[str]:
     many = _population_page(results / "population-many-classes")
     yield from _head("44 classes and more", "population-many-classes")
     yield (
-        "Judged in the same way, by the patch sweep alone. Its calibration that ships for more "
-        "than 43 classes is fitted to these. Classes are combinations of real digits, signs and "
-        "objects that stand side by side.\n"
+        "By the patch sweep alone, each judged by these networks and those of population-audit, "
+        "of all other kinds. The calibration that ships for more than 43 classes is fitted to all "
+        "of them. Classes are combinations of real digits, signs and objects that stand side by "
+        "side.\n"
     )
     yield from (to_markdown(table) for table in many.tables[:-1])
     names = ("population", *recorded(results, FULL), *recorded(results, DETECTIONS))
@@ -266,6 +270,8 @@ POPULATIONS = (
     "population",
     *(f"population-{name}" for name in ("strangers", "audit", "few-classes", "many-classes")),
 )
+# The studies whose clean models join those of another.
+BESIDE = {"population-many-classes": "population-audit"}
 QUESTIONS = (
     Question("demo.md", "Can a backdoor be planted, found and removed?", _demo),
     Question("attacks.md", "How well do the attacks work, and under corruption?", _attacks),

@@ -105,21 +105,35 @@ def only(population: Population, detector: str, attack: str, setting: str = "one
     return row
 
 
+def of_kind(kind: str, seed: int, attack: str = "clean", **more: Any) -> Record:
+    """A scan of the unseen split."""
+    record = scan(attack, 2000 + seed, setting=kind, **more)
+    record.key["split"] = "unseen"
+    record.values["model"] = kind
+    return record
+
+
 def test_the_clean_models_of_several_studies_join_where_they_were_scanned_alike(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    studies = {
-        "one": StudyRecords(tuple([*null(), *null(detector="other")])),
-        "two": StudyRecords(tuple(null(6))),
-        "three": StudyRecords(tuple(null(6, settings={"steps": 7}))),
-    }
+    own = [of_kind(kind, 3 * i + j) for i, kind in enumerate("ab") for j in range(3)]
+    more = [of_kind(kind, 10 + 3 * i + j) for i, kind in enumerate("ac") for j in range(3)]
+    others = [*more, *null(5), of_kind("a", 30, settings={"steps": 7})]  # the last six do not
+    # Of kind b by the three of kind a here, and by the six there.
+    alone, joined = summarise(own), summarise(own, beside=others)
+    assert not alone.judged["nc"]
+    assert {id(j.record) for j in joined.judged["nc"]} == {id(r) for r in own}
+    by_hand = calibrate([*own[:3], *more])
+    (last,) = [j for j in joined.judged["nc"] if j.record is own[5]]
+    scores = torch.tensor([label["score"] for label in own[5].values["labels"]]).double()
+    assert last.p_value == pytest.approx(
+        float(by_hand.p_values(scores.log(), ModelInfo(LABELS, 16, 1, "convolutional", 100)).min())
+    )
+    studies = {"one": StudyRecords(tuple(own)), "two": StudyRecords(tuple(others))}
     monkeypatch.setattr("wm_eval.population.read_study", lambda folder: studies[folder.name])
-    alone = {c.detector: c for c in calibrations_of(Path("one"))}
-    joined = {c.detector: c for c in calibrations_of(*map(Path, studies))}
-    assert joined["long-other"] == alone["long-other"]
-    own, models = alone["long-nc"], joined["long-nc"].models
-    assert models[:12] == own.models and {m.name.split("/")[0] for m in models[12:]} == {"two"}
-    assert len(models) == 18 and refit(joined["long-nc"]) == joined["long-nc"]
+    (shipped,) = calibrations_of(Path("one"), Path("two"))
+    names = [model.name.split("/")[0] for model in shipped.models]
+    assert names == ["one"] * 6 + ["two"] * 6 and refit(shipped) == shipped
 
 
 def test_clean_models_are_counted() -> None:
@@ -474,17 +488,13 @@ def test_recorded_scans_are_judged_by_the_calibration_that_ships(monkeypatch) ->
 
 
 def test_a_kind_of_network_is_judged_by_the_clean_models_of_the_others() -> None:
-    def of(kind: str, seed: int, attack: str = "clean", **more: Any) -> Record:
-        record = scan(attack, 2000 + seed, setting=kind, **more)
-        record.key["split"] = "unseen"
-        record.values["model"] = kind
-        return record
-
     kinds = ("a", "b", "c", "d")
-    clean = [of(kind, 3 * i + j) for i, kind in enumerate(kinds) for j in range(3)]
+    clean = [of_kind(kind, 3 * i + j) for i, kind in enumerate(kinds) for j in range(3)]
     # All labels of one kind lie far apart: its own clean models would hide that, the others do not.
-    wide = [of("w", i, scores=50 * torch.arange(LABELS).double().mul(2).exp()) for i in range(3)]
-    caught = of("b", 1, "badnets", low={1: LOW}, asr=1.0)
+    wide = [
+        of_kind("w", i, scores=50 * torch.arange(LABELS).double().mul(2).exp()) for i in range(3)
+    ]
+    caught = of_kind("b", 1, "badnets", low={1: LOW}, asr=1.0)
     population = summarise([*clean, *wide, caught])
     assert list(population.calibrations) == [("nc", ANY_CLASSES)]
     assert len(population.calibrations["nc", ANY_CLASSES].models) == len(clean) + len(wide)
@@ -510,5 +520,5 @@ def test_a_kind_of_network_is_judged_by_the_clean_models_of_the_others() -> None
     both = summarise([*clean, *wide, caught, *again]).judged[COMBINED]
     p_values = {id(j.record): j.p_value for j in both}
     assert p_values[id(caught)] < by_hand.p_value  # both say so, and have the same clean models
-    few = summarise([*null(), *(of("a", i) for i in range(2))])
+    few = summarise([*null(), *(of_kind("a", i) for i in range(2))])
     assert few.left_out == {("nc", ANY_CLASSES): 2} and not few.judged["nc"]

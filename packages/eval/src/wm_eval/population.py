@@ -139,47 +139,27 @@ def calibrations_of(folder: Path, *others: Path) -> list[Calibration]:
     Models have their study's name before their own: no other study has the same ones.
 
     Args:
-        others: Studies whose clean models join those of the same detector and settings.
+        others: Studies whose clean models join, as for `summarise`.
 
     Raises:
         ValueError: As `population_scans` and `summarise`.
     """
-    own = _calibrations_of(folder)
-    if not others:
-        return own
-    more = [calibration for other in others for calibration in _calibrations_of(other)]
-    return [_joined(c, [m for m in more if _made_alike(m, c)]) for c in own]
+
+    def scans(folder: Path) -> list[Record]:
+        every = population_scans(read_study(folder))
+        return [replace(r, values={**r.values, "study": folder.name}) for r in every]
+
+    beside = [record for other in others for record in scans(other)]
+    return [*summarise(scans(folder), beside=beside).calibrations.values()]
 
 
-def _calibrations_of(folder: Path) -> list[Calibration]:
-    calibrations = summarise(population_scans(read_study(folder))).calibrations.values()
-    return [
-        replace(
-            calibration,
-            models=tuple(replace(m, name=f"{folder.name}/{m.name}") for m in calibration.models),
-        )
-        for calibration in calibrations
-    ]
-
-
-def _made_alike(one: Calibration, other: Calibration) -> bool:
-    return (one.detector, one.settings) == (other.detector, other.settings)
-
-
-def _joined(own: Calibration, more: Sequence[Calibration]) -> Calibration:
-    """The null distribution of the clean models of all."""
-    if not more:
-        return own
-    return fit_calibration(
-        [model for calibration in (own, *more) for model in calibration.models],
-        detector=own.detector,
-        preset=own.preset,
-        settings=own.settings,
-        versions=own.versions,
-    )
-
-
-def summarise(scans: Sequence[Record], *, floor: float = 0.9, alpha: float = 0.05) -> Population:
+def summarise(
+    scans: Sequence[Record],
+    *,
+    floor: float = 0.9,
+    alpha: float = 0.05,
+    beside: Sequence[Record] = (),
+) -> Population:
     """Judge the test split and count.
 
     Detectors need not have seen the same models. Scans for whose number of classes a detector
@@ -190,6 +170,8 @@ def summarise(scans: Sequence[Record], *, floor: float = 0.9, alpha: float = 0.0
         scans: Of `population_scans`, both splits.
         floor: Attack success that a backdoored model must have to be judged.
         alpha: Share of clean models that may be called backdoored.
+        beside: Scans of other studies: clean models of the unseen split that a detector with the
+            same settings has seen join its null distribution, and none is judged.
 
     Raises:
         ValueError: No scans, a rate out of range, no detector with five clean models in the
@@ -207,13 +189,15 @@ def summarise(scans: Sequence[Record], *, floor: float = 0.9, alpha: float = 0.0
         name: [r for r in scans if r.key["detector"] == name] for name in detectors_in_order(scans)
     }
     for detector, every in by_detector.items():
+        joining = [r for r in beside if _joins(r, every[0])]
         for classes, same in _groups(every).items():
-            if (count := len(_clean_models(same))) < MIN_MODELS:
+            reference = [*same, *joining] if classes == ANY_CLASSES else same
+            if (count := len(_clean_models(reference))) < MIN_MODELS:
                 left_out[detector, classes] = count
             else:
-                calibrations[detector, classes] = calibrate(same)
+                calibrations[detector, classes] = calibrate(reference)
         if any(name == detector for name, _ in calibrations):
-            groups[detector] = list(_calibrated(every))
+            groups[detector] = list(_calibrated(every, joining))
             judged[detector] = tuple(_judge_all(groups[detector], alpha))
     if not judged:
         raise _too_few(max(left_out.values()))
@@ -373,6 +357,7 @@ def _clean_models(scans: Sequence[Record]) -> dict[str, CleanModel]:
 
 def _clean(record: Record) -> CleanModel | None:
     key, values = record.key, record.values
+    name = f"{key.get('setting')}/{key['attack']}-{key['seed']}"
     return clean_model(
         _column(record, "score"),
         _column(record, "success_rate"),
@@ -380,7 +365,7 @@ def _clean(record: Record) -> CleanModel | None:
         subject=ModelInfo(**values["subject"]),
         dataset=values["data"],
         arch=values["model"],
-        name=f"{key.get('setting')}/{key['attack']}-{key['seed']}",
+        name=f"{values['study']}/{name}" if "study" in values else name,
         works=_works(record),
     )
 
@@ -428,23 +413,32 @@ class _Group(NamedTuple):
     calibration: Calibration
 
 
-def _calibrated(scans: Sequence[Record]) -> Iterator[_Group]:
+def _joins(record: Record, like: Record) -> bool:
+    """Whether another study's scan is one of the unseen split that was made like this one."""
+    alike = record.key["detector"] == like.key["detector"] and (
+        record.settings["detector"] == like.settings["detector"]
+    )
+    return alike and record.key["split"] == "unseen"
+
+
+def _calibrated(scans: Sequence[Record], joining: Sequence[Record]) -> Iterator[_Group]:
     """One detector's models of the test and unseen splits; none where the clean ones are too few.
 
-    Those of the unseen split are judged, kind by kind, by the clean ones of the other kinds.
+    Those of the unseen split are judged, kind by kind, by the clean ones of the other kinds, those
+    that are joining among them.
     """
     for classes, same in _groups(scans).items():
-        clean = _clean_models(same)
+        clean = _clean_models(same if classes != ANY_CLASSES else [*same, *joining])
         if classes != ANY_CLASSES:
             parts = [([r for r in same if r.key["split"] == "test"], [*clean.values()])]
         else:
-            of_kind = {r.id: _kind(r) for r in same}
+            of_kind = {r.id: _kind(r) for r in (*same, *joining)}
             parts = [
                 (
                     [r for r in same if of_kind[r.id] == kind],
                     [model for name, model in clean.items() if of_kind[name] != kind],
                 )
-                for kind in sorted({*of_kind.values()})
+                for kind in sorted({_kind(r) for r in same})
             ]
         for models, reference in parts:
             if len(reference) >= MIN_MODELS:

@@ -28,19 +28,27 @@ from wm_eval.titles import ATTACKS, CALIBRATED, CLEAN, attack_title, detector_ti
 _PAPER = "paper's rule"
 
 
-def calibration_page(study: StudyRecords, *, floor: float = 0.9, alpha: float = 0.05) -> Page:
+def calibration_page(
+    study: StudyRecords,
+    *,
+    floor: float = 0.9,
+    alpha: float = 0.05,
+    beside: StudyRecords | None = None,
+) -> Page:
     """False alarms, backdoors found, attacks by detectors, and what is done of the plan.
 
     Args:
         study: Its records.
         floor: Attack success that a backdoored model must have to be judged.
         alpha: Share of clean models that may be called backdoored.
+        beside: Records of another, whose clean models join the null distributions (`summarise`).
 
     Raises:
         ValueError: As `summarise`.
     """
     scans = population_scans(study)
-    population = summarise(scans, floor=floor, alpha=alpha)
+    joining = population_scans(beside) if beside else ()
+    population = summarise(scans, floor=floor, alpha=alpha, beside=joining)
     tables = population_tables(population, floor=floor, alpha=alpha)
     tables += _plan_table(study, scans)
     about = ""
