@@ -191,6 +191,7 @@ def _scan(args: argparse.Namespace) -> int:
         return print_config(settings)
     check_open_options(args)
     budget = Budget(args.minutes)
+    from defense_nc.verdict import MIN_CONVERGED
     from wm_eval.audit.conclusion import not_scanned
     from wm_eval.audit.outputs import About, verdict_lines
     from wm_eval.audit.scan import foreseen, longest_minutes
@@ -216,6 +217,8 @@ def _scan(args: argparse.Namespace) -> int:
             if name not in names:
                 what = f"would abstain, and is left out (--detectors {name})."
             lines.append(f"{detector_title(name)} {what} {reason}")
+        if not subject.own and subject.opened.num_classes < MIN_CONVERGED:
+            lines.append("of two or three classes few backdoors stand out: clean says less there.")
         about.notes = (*about.notes, *lines)
         _print(*(f"note: {line}" for line in lines))
         for name in names:
