@@ -65,6 +65,7 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ["run", str(bad)],
         ["run", "no-such-study"],
         ["tables", str(tmp_path)],
+        ["tables", str(tmp_path), "--beside", str(tmp_path)],
         ["page", str(tmp_path)],
     ):
         assert code(argv) == 1, argv

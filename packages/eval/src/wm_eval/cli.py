@@ -59,6 +59,7 @@ _TABLES_EPILOG = """\
 examples:
   wm-eval tables runs/attacks-cifar10 --formats md,csv,tex
   wm-eval tables runs/population --calibrate calibration.json
+  wm-eval tables runs/mine --calibrate calibration.json --beside runs/population-audit
 """
 _PAGE_EPILOG = """\
 examples:
@@ -258,6 +259,8 @@ def formats(text: str) -> tuple[str, ...]:
 def _tables(args: argparse.Namespace) -> int:
     from wm_eval.pages import write_tables
 
+    if args.beside and args.calibrate is None:
+        raise ValueError("expected --beside together with --calibrate")
     for path in write_tables(args.folder, args.formats):
         print(f"table       {path}")
     if args.calibrate is not None:

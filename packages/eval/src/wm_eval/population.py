@@ -428,11 +428,12 @@ def _calibrated(scans: Sequence[Record], joining: Sequence[Record]) -> Iterator[
     that are joining among them.
     """
     for classes, same in _groups(scans).items():
-        clean = _clean_models(same if classes != ANY_CLASSES else [*same, *joining])
+        every = [*same, *joining] if classes == ANY_CLASSES else same
+        clean = _clean_models(every)
         if classes != ANY_CLASSES:
             parts = [([r for r in same if r.key["split"] == "test"], [*clean.values()])]
         else:
-            of_kind = {r.id: _kind(r) for r in (*same, *joining)}
+            of_kind = {r.id: _kind(r) for r in every}
             parts = [
                 (
                     [r for r in same if of_kind[r.id] == kind],
