@@ -251,7 +251,7 @@ def test_a_label_that_cannot_be_unlearned_is_kept_and_the_others_are_cleaned():
     checked = check_model(model, clean, num_classes=CLASSES)
     found = conclude({"head": replace(report(2, 3), triggers={})}, {}, 0.05)
     (only,) = clean_in_rounds(checked, clean, found, scan=lambda one: found)
-    assert only.labels == only.refitted == (3,) and [*only.kept] == [2]
+    assert only.labels == only.refitted == (3,) and [*only.obstacles] == [2]
     assert success(only.checked.module, {3: trigger()}, every.images[own])[3] < 0.1
     with pytest.raises(ValueError, match=r"not cleaned: label 2: .* got 0 of 45"):
         next(clean_in_rounds(checked, clean, found, scan=lambda one: found, label=2))

@@ -75,7 +75,7 @@ def load_imagenet_weights(body: nn.Module, name: str) -> None:
     own = body.state_dict()
     names = [key for key in own if "num_batches_tracked" not in key]
     pairs = dict(zip(names, values, strict=False))
-    left = len(values) - len(names)
-    if left not in (0, 2) or any(own[key].shape != x.shape for key, x in pairs.items()):
+    surplus = len(values) - len(names)  # of a head that the body lacks
+    if surplus not in (0, 2) or any(own[key].shape != x.shape for key, x in pairs.items()):
         raise ValueError(f"expected timm's {name}, got another body")
     body.load_state_dict(own | pairs)

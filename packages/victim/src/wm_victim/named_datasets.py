@@ -67,8 +67,8 @@ def read_dataset(
     if name == "digits":
         return _digits()
     if len(parts := name.split("+")) > 1 and all(part in _NAMES for part in parts):
-        read = partial(read_dataset, root=root, size=None, download=download, strict=strict)
-        return side_by_side([read(part) for part in parts])
+        reader = partial(read_dataset, root=root, size=None, download=download, strict=strict)
+        return side_by_side([reader(part) for part in parts])
     named = name in (*_TORCHVISION, "imagenet10")
     if named and (root / f"{name}.npz").is_file():
         return read_npz(root / f"{name}.npz", name)
@@ -114,10 +114,10 @@ def _side_by_side(
     for place, split in enumerate(splits):
         random, own = np.random.default_rng([seed, place]), len(split.labels)
         rounds = [random.permutation(own) for _ in range(-(-count // own))]
-        drawn = np.concatenate(rounds)[:count]
-        resized = np.stack([_square(picture, side) for picture in split.pixels])
-        pixels[:, :, place * side : (place + 1) * side] = resized[drawn]
-        labels = labels * classes[place] + split.labels[drawn]
+        indices = np.concatenate(rounds)[:count]
+        squares = np.stack([_square(picture, side) for picture in split.pixels])
+        pixels[:, :, place * side : (place + 1) * side] = squares[indices]
+        labels = labels * classes[place] + split.labels[indices]
     return RawData(pixels, labels)
 
 

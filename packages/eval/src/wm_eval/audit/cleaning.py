@@ -161,7 +161,7 @@ class Round(NamedTuple):
         audit: What a scan says of it.
         labels: Those that it has unlearned, sorted.
         refitted: Those of them that it has unlearned in the last layer.
-        kept: Others that stand out, and why they were not unlearned.
+        obstacles: By other labels that stand out: why they were not unlearned.
         cost: What it cost.
     """
 
@@ -170,7 +170,7 @@ class Round(NamedTuple):
     audit: Audit
     labels: tuple[int, ...]
     refitted: tuple[int, ...]
-    kept: Mapping[int, str]
+    obstacles: Mapping[int, str]
     cost: RepairCost
 
 
@@ -233,11 +233,12 @@ def clean_in_rounds(
     as_it_is = Stated(ways=(Way(),))
     for number in range(1, rounds + 1):
         with budget.enforced():
-            kept = _not_refittable(checked, clean, labels - {one for one, _ in triggers})
-            unlearned = tuple(sorted(labels - {*kept}))
-            refitted = tuple(sorted({*unlearned} - {one for one, _ in triggers}))
-            if not unlearned:
-                reasons = (f"label {label}: {why}" for label, why in kept.items())
+            without_trigger = labels - {one for one, _ in triggers}
+            obstacles = _obstacles(checked, clean, without_trigger)
+            targets = tuple(sorted(labels - {*obstacles}))
+            refitted = tuple(sorted(without_trigger - {*obstacles}))
+            if not targets:
+                reasons = (f"label {label}: {why}" for label, why in obstacles.items())
                 raise ValueError(f"not cleaned: {'; '.join(reasons)}")
             cleaned = clean_model(
                 checked.module,
@@ -253,7 +254,7 @@ def clean_in_rounds(
             classes = len(cleaned.model(clean.images[:1])[0])
             again = check_model(cleaned.model, known_labels, num_classes=classes, stated=as_it_is)
         found = scan(again)
-        yield Round(number, again, found, unlearned, refitted, kept, cleaned.cost)
+        yield Round(number, again, found, targets, refitted, obstacles, cleaned.cost)
         left = [one for one in found.targets if label in (None, one)]
         more = all_triggers(found, left)
         if not more and labels.issuperset(left):
@@ -262,23 +263,24 @@ def clean_in_rounds(
         triggers += more
 
 
-def _not_refittable(checked: Checked, clean: CleanImages, labels: Iterable[int]) -> dict[int, str]:
+def _obstacles(checked: Checked, clean: CleanImages, labels: Iterable[int]) -> dict[int, str]:
     """By label without a reversed trigger: why the last layer cannot unlearn it, if it cannot."""
-    wanted = sorted(labels)
-    if not wanted:
+    targets = sorted(labels)
+    if not targets:
         return {}
     nothing = "no detector reversed a trigger of it; "
     if not find_head(checked.module, clean.images[:FEW]):
-        return dict.fromkeys(wanted, nothing + NO_HEAD)
+        return dict.fromkeys(targets, nothing + NO_HEAD)
     answers = _answers(checked.module, clean.images)
-    known = answers if checked.labels is None else answers[answers == checked.labels]
-    counts = {label: int((known == label).sum()) for label in wanted}
+    if checked.labels is not None:
+        answers = answers[answers == checked.labels]
+    counts = {label: int((answers == label).sum()) for label in targets}
     # A fifth of them is held out.
     return {
         label: f"{nothing}expected two images of it or more, and of others, got {count} of "
-        f"{len(known)}"
+        f"{len(answers)}"
         for label, count in counts.items()
-        if count < 2 or count == len(known)
+        if count < 2 or count == len(answers)
     }
 
 

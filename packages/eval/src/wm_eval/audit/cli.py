@@ -306,7 +306,7 @@ def _clean(args: argparse.Namespace) -> int:
         print(f"reversed trigger of label {label}: success {change}")
     for label in last.refitted:
         print(f"label {label}: unlearned in the last layer, no trigger of it was reversed")
-    for label, why in last.kept.items():
+    for label, why in last.obstacles.items():
         print(f"label {label}: not unlearned: {why}")
     print(last.cost)
     metadata = {
@@ -319,7 +319,7 @@ def _clean(args: argparse.Namespace) -> int:
         "rounds": rounds,
         "success": {label: [rate[label] for rate in rates] for label in triggers},
         "last_layer": list(last.refitted),
-        "kept": dict(last.kept),
+        "obstacles": dict(last.obstacles),
         "accuracy": last.cost.accuracy,
         "same_answers": last.cost.agreement,
         "held_out": last.cost.images,
