@@ -176,11 +176,15 @@ def train(folder: Path, name: str) -> Path:
             right += int((logits.argmax(1) == labels[batch]).sum())
         seconds = time.monotonic() - start
         print(f"{name}: epoch {epoch + 1}, {right} right, {seconds:.0f} s", flush=True)
-    path = folder / f"{name}.onnx"
+    return export(model, images[:2], folder / f"{name}.onnx")
+
+
+def export(model: nn.Module, images: Tensor, path: Path) -> Path:
+    """Write a model as a stranger would; ``images`` ``(N, C, H, W)`` say what it takes."""
     model.to(memory_format=torch.contiguous_format).eval()
     torch.onnx.export(
         model,
-        (images[:2],),
+        (images,),
         path,
         input_names=["images"],
         output_names=["logits"],

@@ -27,6 +27,7 @@ from measure_large_images import (
     Network,
     Plan,
     command,
+    export,
     photographs,
     trigger_of,
     with_trigger,
@@ -62,18 +63,7 @@ def train(folder: Path, name: str) -> Path:
     model = Original().to(memory_format=torch.channels_last)
     if name != ORIGINAL:
         _fine_tune(model, data.images, PLANS[name], name)
-    path = folder / f"{name}.onnx"
-    model.to(memory_format=torch.contiguous_format).eval()
-    torch.onnx.export(
-        model,
-        (data.images[:2],),
-        path,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamo=False,
-        dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},
-    )
-    return path
+    return export(model, data.images[:2], folder / f"{name}.onnx")
 
 
 def _fine_tune(model: Original, images: Tensor, plan: Plan, name: str) -> None:
