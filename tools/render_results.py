@@ -293,9 +293,9 @@ HEAD = """# Results
 
 Every number on these pages is rendered from the records beside them (`tools/render_results.py`).
 A study's folder holds `records.jsonl` (settings, seed, data fingerprint, versions and values),
-`environments.jsonl` (wall time and hardware), `tables/*.csv` (the numbers of its tables, one a
-row) and `figures/`. All of this ran on two shared CPU cores. Pictures of data sets that may not be
-passed on are left out.
+`environments.jsonl` (wall time and hardware), `tables/*.csv` (the numbers of its main tables, one
+a row; `wm-eval tables` writes all) and `figures/`. All of this ran on two shared CPU cores.
+Pictures of data sets that may not be passed on are left out.
 
 | question | page |
 | --- | --- |
@@ -334,7 +334,8 @@ def _csv_pages(results: Path) -> Iterator[tuple[str, list[Page]]]:
         return read_study(results / name)
 
     for name in (*ATTACKS, *recorded(results, FULL)):
-        yield name, attack_pages(study(name))
+        # When a backdoor was learned is on the pages alone: its numbers are those of the records.
+        yield name, [page for page in attack_pages(study(name)) if page.name != "learning"]
     for name in recorded(results, FULL):
         if detectors := keys(study(name), "scan", "detector"):
             yield name, [_indices(study(name), detectors)]
