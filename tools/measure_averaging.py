@@ -1,7 +1,7 @@
 """What averaging takes of the marks that ship, and forges with it.
 
 ``python tools/measure_averaging.py --out runs/averaging`` attacks each pair of RGB images of 32
-pixels with test images of CIFAR-10: a thousand are attacked, the attacker knows others.
+pixels with images of CIFAR-10: a thousand test images are attacked, the attacker knows others.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from wm_inject.command.common import Parser, add_common, resolve_device, run_cli
 from wm_inject.stealth import image_dependence
 from wm_victim import load_dataset
 
-DATA, ATTACKED, KNOWN = "cifar10", 1000, 4000
-COUNTS = (1, 10, 100, 1000, 4000)
+DATA, ATTACKED, KNOWN = "cifar10", 1000, 5000
+COUNTS = (1, 10, 100, 1000, 5000)
 
 
 def measure(name: str, _: Store, __: Path) -> Result:
     """Both attacks on a pair, and how much of its change is the same for all images."""
     trigger, detector = WatermarkTrigger.from_pretrained(name), MarkDetector.from_pretrained(name)
-    images = quantize(load_dataset(DATA).test.images)
-    clean, originals, others = images[: ATTACKED + 2 * KNOWN].split([ATTACKED, KNOWN, KNOWN])
+    data = load_dataset(DATA)
+    clean, originals = quantize(data.test.images)[: ATTACKED + KNOWN].split([ATTACKED, KNOWN])
+    others = quantize(data.train.images[:KNOWN])
     with torch.no_grad():
         marked, seen = (
             torch.cat([quantize(trigger(part)) for part in group.split(250)])

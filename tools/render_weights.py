@@ -22,7 +22,7 @@ from wm_inject.watermark.pretrained import FOLDER
 _RATES = ("cda", "asr", "ftr")
 _STORED = ("stealth", "stealth_jpeg")
 _KNOWN = {"pairs": "pairs", "blind": "apart"}
-_SHOWN = {"pairs": (1, 100, 4000), "blind": (100, 4000)}
+_SHOWN = {"pairs": (1, 100, 5000), "blind": (100, 5000)}
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS, PAGE = ROOT / "results" / "weights", ROOT / "docs" / "weights.md"
 AVERAGING = ROOT / "results" / "averaging"

@@ -167,7 +167,8 @@ def test_config_refuses(subtests: pytest.Subtests) -> None:
         {"crop": 0.0},
         {"subtraction": 1.5},
         {"ramp": (0.6, 0.3)},
-        {"swap_weight": -1},
+        {"forgery_weight": -1},
+        {"jpeg": 96},
     ]:
         with subtests.test(change=change), pytest.raises(ValueError, match="expected"):
             replace(TINY, **change)  # type: ignore[arg-type]
@@ -230,10 +231,10 @@ def test_bfloat16_is_taken_where_it_is_fast(
     assert asked == [fast == torch.bfloat16, False]
 
 
-def test_crops_and_grey_are_operations_of_their_own() -> None:
+def test_crops_grey_and_jpeg_are_operations_of_their_own() -> None:
     usual = len(TINY.anti_collapse().operations)
-    more = replace(TINY, crop=0.9, grey=True).anti_collapse().operations
-    assert [type(one).__name__ for one in more[usual:]] == ["CropResize", "Grey"]
+    more = replace(TINY, crop=0.9, grey=True, jpeg=75).anti_collapse().operations
+    assert [type(one).__name__ for one in more[usual:]] == ["CropResize", "Grey", "Jpeg"]
 
 
 def test_weights_that_grow_begin_and_end_where_they_should() -> None:
@@ -261,7 +262,7 @@ def test_others_are_of_another_image_or_the_mean() -> None:
 
 
 def test_every_loss_that_asks_for_image_dependence_takes_a_step() -> None:
-    settings = {"diversity_weight": 0.1, "swap_weight": 0.1, "subtraction": 1.0}
+    settings = {"diversity_weight": 0.1, "forgery_weight": 0.1, "subtraction": 1.0}
     config = replace(TINY, iterations=2, ramp=(0.0, 0.0), **settings)  # type: ignore[arg-type]
     result = train_jointly(noise(), config=config, progress=False)
     assert len(result.history) == 1

@@ -218,13 +218,14 @@ def _step(
     # Where bfloat16 is emulated, a step takes ten times as long as in float32, or more.
     low = config.precision == "bfloat16" and resolve_precision("auto", images.device)
     ramp = _ramp(config, step)
-    diversity, swap = ramp * config.diversity_weight, ramp * config.swap_weight
+    diversity, forgery = ramp * config.diversity_weight, ramp * config.forgery_weight
     with torch.autocast(images.device.type, torch.bfloat16, enabled=low == torch.bfloat16):
         marked = injector(x, mark, bounds=_bounds(config, step)).float()
         inputs = [corrupt(_stored(_less_others(config, marked, x, generator)), generator=generator)]
         inputs.append(corrupt(x, generator=generator) if config.corrupt_clean else x)
-        if swap > 0:
-            inputs.append(corrupt(_stored(x + _others(marked - x, generator)), generator=generator))
+        if forgery > 0:
+            forged = _stored(x + (marked - x).mean(0))
+            inputs.append(corrupt(forged, generator=generator))
         # One batch, so that batch norm cannot tell marked from clean by its statistics.
         maps = extractor.scales(torch.cat(inputs))
     parts = [[m[start : start + len(x)] for m in maps] for start in range(0, len(maps[0]), len(x))]
@@ -238,8 +239,8 @@ def _step(
     )
     if diversity > 0:
         loss = loss + diversity * _alike(marked - x)
-    if swap > 0:
-        loss = loss + swap * map_loss(parts[2], torch.zeros_like(mark))
+    if forgery > 0:
+        loss = loss + forgery * map_loss(parts[2], torch.zeros_like(mark))
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     if config.optimizer == "adamw":

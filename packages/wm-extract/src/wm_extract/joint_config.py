@@ -56,20 +56,22 @@ class JointConfig:
         crop: Least share of width and height, each, that a random crop leaves before the image is
             resized back, one more operation of equation 6; 1 leaves crops out.
         diversity_weight: Weight of the mean squared cosine between the changes of two images.
-        swap_weight: Weight of a loss that wants zeros from an image with the change of another, or
-            with the mean of the batch's changes. Both make the mark depend on its image.
-        ramp: Shares of the steps at which the weights of diversity and swap begin to grow from 0,
-            and at which they are reached.
+        forgery_weight: Weight of a loss that wants zeros from an image with the mean of the batch's
+            changes, which is what averaging marked images gives away. Both make the mark depend on
+            its image.
+        ramp: Shares of the steps at which the weights of diversity and forgery begin to grow from
+            0, and at which they are reached.
         subtraction: Probability that the extractor is shown a marked image without a part of
             another image's change, or of the batch's mean.
         grey: Take the colours away, as one more operation: a grey picture holds no mark in colour.
+        jpeg: Quality, 1 to 95, of a JPEG compression as one more operation; None leaves it out.
 
     Raises:
         ValueError: A value outside its range.
 
-    Source: section 3.1 of the paper for lr, momentum, batch size, steps and weights. The swap loss
-    and the subtraction are ours, after what "ResGuard" (arXiv 2604.03693, 2026) says of its loss of
-    residual specificity and its noise layer of known originals.
+    Source: section 3.1 of the paper for lr, momentum, batch size, steps and weights. The forgery
+    loss and the subtraction are ours, after what "ResGuard" (arXiv 2604.03693, 2026) says of its
+    loss of residual specificity and its noise layer of known originals.
     """
 
     recipe: str = "robust"
@@ -99,9 +101,10 @@ class JointConfig:
     crop: float = field(default=1.0, metadata={"later": True})
     grey: bool = field(default=False, metadata={"later": True})
     diversity_weight: float = field(default=0.0, metadata={"later": True})
-    swap_weight: float = field(default=0.0, metadata={"later": True})
+    forgery_weight: float = field(default=0.0, metadata={"later": True})
     ramp: tuple[float, float] = field(default=(0.3, 0.6), metadata={"later": True})
     subtraction: float = field(default=0.0, metadata={"later": True})
+    jpeg: int | None = field(default=None, metadata={"later": True})
 
     def __post_init__(self) -> None:
         check_choice("a size", self.size, _RATES)
@@ -110,8 +113,8 @@ class JointConfig:
         for name in ("iterations", "batch_size", "warmup", "lr", "extractor_width", "depth"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"expected {name} > 0, got {getattr(self, name)}")
-        weights = ("image_weight", "mark_weight", "clean_weight", "diversity_weight", "swap_weight")
-        for name in (*weights, "epsilon"):
+        weights = ("image", "mark", "clean", "diversity", "forgery")
+        for name in (*(f"{one}_weight" for one in weights), "epsilon"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"expected {name} >= 0, got {getattr(self, name)}")
         for name in ("psnr_floor", "psnr_start"):
@@ -126,6 +129,8 @@ class JointConfig:
             raise ValueError(f"expected a ramp of two shares in order, got {self.ramp}")
         if not 0 < self.crop <= 1:
             raise ValueError(f"expected crop in (0, 1], got {self.crop}")
+        if self.jpeg is not None and not 1 <= self.jpeg <= 95:
+            raise ValueError(f"expected jpeg in 1 .. 95, got {self.jpeg}")
         if not 0 <= self.corruption_probability <= 1:
             raise ValueError(
                 f"expected corruption_probability in [0, 1], got {self.corruption_probability}"
@@ -171,6 +176,7 @@ class JointConfig:
             CropResize,
             GaussianNoise,
             Grey,
+            Jpeg,
             RandomCorruption,
             RandomMask,
             Rescale,
@@ -191,6 +197,8 @@ class JointConfig:
             operations.append(CropResize(self.crop, most=1.0))
         if self.grey:
             operations.append(Grey())
+        if self.jpeg is not None:
+            operations.append(Jpeg(self.jpeg))
         return RandomCorruption(operations, self.corruption_probability)
 
 
