@@ -109,6 +109,12 @@ class Study:
         key: dict[str, Any] = {"method": "unlearning-reverse", "detector": "reverse"}
         self.add("rescan", values, fraction=0.05, attack="wanet", seed=0, **key)
 
+    def reactivation(self, method: str, *rates: float) -> None:
+        poisoned = zip((1, 20), rates, strict=True)
+        values = {"steps": 40, "rows": [{"poisoned": n, "asr": asr} for n, asr in poisoned]}
+        key: dict[str, Any] = {"attack": "wanet", "seed": 0, "corruptions": "plain"}
+        self.add("reactivation", values, method=method, fraction=0.05, **key)
+
     @property
     def records(self) -> StudyRecords:
         return StudyRecords(tuple(self.entries), tuple(self.failures))
@@ -296,6 +302,15 @@ def test_scans_before_and_after(study: Study) -> None:
     (again,) = rows(table(page, "mitigation-rescans"))
     assert list(again.values())[4:] == ["backdoored (0)", "clean (–)", "yes"]
     assert "a \\| b" in markdown(page)
+
+
+def test_what_few_poisoned_images_bring_back(study: Study) -> None:
+    study.mitigation("nad", after=(0.95, 0.02))
+    study.reactivation("nad", 0.4, 0.9)
+    study.reactivation("clean-victim", 0.0, 0.3)
+    fresh, repaired = table(mitigation_page(study.records), "mitigation-reactivation").rows
+    assert fresh[3:] == ("–", "0.0", "30.0", "40", "0")
+    assert repaired[1:] == ("NAD", "5 %", "2.0", "40.0", "90.0", "40", "0")
 
 
 def test_what_is_missing_has_a_reason(study: Study) -> None:

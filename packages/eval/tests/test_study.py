@@ -28,7 +28,7 @@ from wm_eval.records import StudyRecords, read_study
 from wm_eval.study import study_stages
 from wm_eval.trial import Trial, images_of
 from wm_extract import PAPER_CORRUPTIONS, JointConfig
-from wm_inject import PoisonPlan, default_watermark, load_checkpoint
+from wm_inject import PoisonPlan, default_watermark, load_checkpoint, quantize
 from wm_victim import TrainConfig, load_classifier, load_dataset, predict
 
 # Sixteen pixels, one epoch, a narrow net: a victim takes about a second.
@@ -429,6 +429,36 @@ def test_mitigation_of_a_backdoored_and_a_clean_victim(
     assert unlearned["after"]["cda"] == pytest.approx(share)
     rows = load_checkpoint(out / "models" / "outcomes-badnets-plain-0.safetensors", kind="outcomes")
     assert {len(column) for column in rows.state.values()} == {100}
+
+
+def test_reactivation_trains_what_was_repaired_and_the_clean_victim(out: Path) -> None:
+    defender = DefenderConfig(images=40, fractions=(0.2,), steps=2, reactivation=(1, 5))
+    study = replace(
+        TINY, attacks=("badnets",), mitigations={"fine-tuning": {}, "clp": {}}, defender=defender
+    )
+    outcome, _ = go(study, out)
+    assert outcome.complete
+    for method in ("fine-tuning", "clp", "clean-victim"):
+        again = values(read_study(out), "reactivation", method=method, attack="badnets")
+        assert (again["n_images"], again["steps"]) == (40, 2)
+        assert [row["poisoned"] for row in again["rows"]] == [1, 5]
+        assert all(row["n_attack"] > 80 for row in again["rows"])
+    many = replace(study, defender=replace(defender, reactivation=(1, 500)))
+    outcome, _ = go(many, out)
+    reasons = {failure.reason for failure in outcome.failures.values()}
+    assert len(reasons) == 1 and "images, got 500" in reasons.pop()
+
+
+def test_poisoned_images_to_train_with_are_the_attackers(out: Path) -> None:
+    trial = Trial(replace(TINY, attacks=("badnets",)), seed=0, attack="badnets")
+    go(trial.study, out)
+    images, labels = stages._poisoned(trial, Store(out, "cpu"), 5)
+    train = trial.data.train
+    changed = (images[:, None] != quantize(train.images)[None]).flatten(2).sum(2)
+    least, source = changed.min(1)
+    assert labels.tolist() == [0] * 5 and len(set(source.tolist())) == 5
+    assert bool((least <= 4).all()), "a patch of two by two pixels"
+    assert bool((train.labels[source] != 0).all())
 
 
 @pytest.mark.parametrize("named", [(), (3,), (0, 3)])

@@ -160,6 +160,8 @@ class DefenderConfig:
         clean_victims: Mitigate the clean victims, too: what a mitigation costs.
         oracle_labels: Where the scan did not name the true label, mitigate with it as well.
         rescan: Scan again what unlearning has repaired.
+        reactivation: Train what was repaired, and the clean victim, further with so many poisoned
+            images among the clean ones of the fraction, and measure the attack success again.
 
     Raises:
         ValueError: A value outside its range.
@@ -174,6 +176,7 @@ class DefenderConfig:
     clean_victims: bool = False
     oracle_labels: bool = False
     rescan: bool = False
+    reactivation: tuple[int, ...] = field(default=(), metadata={"later": True})
 
     def __post_init__(self) -> None:
         if self.images < 2 or self.steps < 1:
@@ -185,6 +188,9 @@ class DefenderConfig:
             if not 0 < share <= 1:
                 raise ValueError(f"expected fractions in (0, 1], got {share}")
         _different("fractions", self.fractions)
+        if any(count < 1 for count in self.reactivation):
+            raise ValueError(f"expected reactivation >= 1 image, got {self.reactivation}")
+        _different("reactivation", self.reactivation)
         if not 0 < self.alpha < 1:
             raise ValueError(f"expected alpha in (0, 1), got {self.alpha}")
 

@@ -19,6 +19,7 @@ from defense_nc import ScanReport, Verdict
 from defense_nc.protocols import Mitigator
 from defense_reverse import detection_case
 from defense_reverse.closeness import compare_images
+from defense_reverse.mitigations import FineTuning
 from wm_eval.detectors import DETECTORS
 from wm_eval.effectiveness import mitigation_values
 from wm_eval.engine import Result, Store
@@ -29,7 +30,7 @@ from wm_eval.measure import (
     scan_values,
     stealth_values,
 )
-from wm_eval.methods import detector_of, rescanned
+from wm_eval.methods import detector_of
 from wm_eval.numbers import named
 from wm_eval.pictures import amplified, residual_gain, reversed_picture, save_picture
 from wm_eval.records import Key
@@ -487,7 +488,13 @@ def _draw_closeness(
 
 
 def mitigate(
-    trial: Trial, mitigator: Mitigator, key: Key, control: Key | None, store: Store, _: Path
+    trial: Trial,
+    mitigator: Mitigator,
+    key: Key,
+    control: Key | None,
+    keep: bool,
+    store: Store,
+    _: Path,
 ) -> Result:
     """Repair a victim, or say why not, and measure what is left on the same images as before."""
     method, fraction = str(key["method"]), float(key["fraction"])
@@ -518,7 +525,7 @@ def mitigate(
         progress=store.progress,
     )
     files = []
-    if rescanned(method):
+    if keep:
         files.append(file_name("repaired", key))
         save_classifier(repaired.model.cpu(), store.path(files[0]), {"seed": trial.seed})
     after = _outcomes(trial, store, repaired.model.to(store.device), only_none=True)["none"]
@@ -564,6 +571,57 @@ def rescan(trial: Trial, detector: str, mitigation: Key, store: Store, checkpoin
         "agrees": values["verdict"] == Verdict.CLEAN.value,
     }
     return Result(values)
+
+
+def reactivate(
+    trial: Trial, mitigation: Key | None, fraction: float, store: Store, _: Path
+) -> Result:
+    """Is a backdoor that was removed soon back? Fine-tune with a few poisoned images and measure.
+
+    What was repaired, or the clean victim where there is no ``mitigation``: what a network learns
+    that never had the backdoor. The poisoned images are of those that the victim was trained on.
+    """
+    counts, steps = trial.study.defender.reactivation, trial.steps(fraction)
+    clean = trial.defender_images(store, fraction)
+    poisoned, labels = _poisoned(trial, store, max(counts))
+    file = trial.clean.victim_file if mitigation is None else file_name("repaired", mitigation)
+    rows = []
+    for count in counts:
+        tuned = FineTuning.preset(steps=steps).repair(
+            load_classifier(store.path(file)).to(store.device).eval(),
+            torch.cat([clean.images, poisoned[:count]]),
+            torch.cat([clean.labels, labels[:count]]),
+            seed=trial.seed,
+            progress=store.progress,
+        )
+        after = _outcomes(trial, store, tuned.model, only_none=True)["none"]
+        rows.append({"poisoned": count, **metrics_values(summarize(after))})
+    return Result({"n_images": len(clean), "steps": steps, "rows": rows})
+
+
+def _poisoned(trial: Trial, store: Store, count: int) -> tuple[Tensor, Tensor]:
+    """So many of the victim's poisoned training images, and the labels that they got.
+
+    Raises:
+        ValueError: It had fewer, but for those of the target class, which teach nothing.
+    """
+    train = trial.train_images(store)
+    plan = trial.definition.plan(
+        trial.data.train.labels, target=trial.study.target, ratio=trial.ratio, seed=trial.seed
+    )
+    relabelled = plan.relabel(train.labels, trial.data.num_classes)
+    mask = plan.choose(train.labels)
+    if plan.label_map != "clean-label":
+        mask &= relabelled != train.labels
+    chosen = mask.nonzero().flatten().cpu()
+    if len(chosen) < count:
+        raise ValueError(f"expected reactivation of at most {len(chosen)} images, got {count}")
+    order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(trial.seed))
+    rows = chosen[order[:count]]
+    images = triggered_images(
+        trial.load_trigger(store), train.subset(rows), target=trial.study.target
+    )
+    return images, relabelled[rows.to(relabelled.device)]
 
 
 def export_models(trial: Trial, store: Store, _: Path) -> Result:

@@ -12,8 +12,8 @@ from wm_eval.config import SPLITS, Part, Study, plain
 from wm_eval.detectors import DETECTORS
 from wm_eval.engine import Result, Stage, file_digest
 from wm_eval.methods import CONTROLS, build_method, detector_of, rescanned
-from wm_eval.records import Record
-from wm_eval.titles import CLEAN
+from wm_eval.records import Key, Record
+from wm_eval.titles import CLEAN, NOT_REPAIRED
 from wm_eval.trial import Trial, images_of
 from wm_inject import pretrained_card
 
@@ -234,13 +234,18 @@ def _scanner(trial: Trial, detector: str) -> dict[str, Any]:
 
 def _mitigations(trial: Trial) -> Iterator[Stage]:
     """Every method with every fraction of the images."""
-    if trial.attack == CLEAN and not trial.study.defender.clean_victims:
+    study = trial.study
+    if trial.attack == CLEAN and not study.defender.clean_victims:
         return
-    if trial.study.methods:
+    if study.methods:
         yield from _rates(trial)
-    for method in trial.study.methods:
-        for fraction in trial.study.defender.fractions:
+    for method in study.methods:
+        for fraction in study.defender.fractions:
             yield _mitigation(trial, method, fraction)
+    if trial.attack != CLEAN and study.methods and study.defender.reactivation:
+        yield from _victim(trial.clean)
+        for fraction in study.defender.fractions:
+            yield _reactivation(trial, fraction, None)
 
 
 def _with_oracle_label(trial: Trial, detector: str, scan: Record) -> Iterator[Stage]:
@@ -270,10 +275,13 @@ def _mitigation(
     mitigator = build_method(method, **{**steps, **study.mitigations[method], **lr})
     key = {**trial.victim_key, "method": method, "fraction": fraction, **lr}
     key["oracle_label"] = oracle_label
-    settings = {
+    settings: dict[str, Any] = {
         "method": {"name": mitigator.name, **plain(mitigator)},
         "target": study.target,
     }
+    followed = not oracle_label and rate is None
+    if followed and _reactivated(trial):
+        settings["kept"] = True
     inputs = [("victim", trial.victim_key), ("rates", trial.victim_key)]
     if detector is not None:
         inputs.append(("scan", {**trial.victim_key, "detector": detector}))
@@ -281,25 +289,50 @@ def _mitigation(
     control = {**key, "method": controls[0], "oracle_label": False} if controls else None
     if control is not None:
         inputs.append(("mitigation", control))
-    work = partial(do.mitigate, trial, mitigator, key, control)
+    keep = "kept" in settings or rescanned(method)
+    work = partial(do.mitigate, trial, mitigator, key, control, keep)
     stage = trial.stage("mitigation", key, work, settings, inputs)
-    if study.defender.rescan and rescanned(method) and not oracle_label and rate is None:
-        stage = replace(stage, then=partial(_rescan, trial))
-    return stage
+    return replace(stage, then=partial(_follow_up, trial)) if followed else stage
 
 
-def _rescan(trial: Trial, mitigation: Record) -> Iterator[Stage]:
+def _follow_up(trial: Trial, mitigation: Record) -> Iterator[Stage]:
+    """What is done with a repaired victim."""
+    if not mitigation.values["done"]:
+        return
+    method = str(mitigation.key["method"])
+    if trial.study.defender.rescan and rescanned(method):
+        yield _rescan(trial, method, mitigation)
+    if _reactivated(trial):
+        yield _reactivation(trial, float(mitigation.key["fraction"]), mitigation)
+
+
+def _rescan(trial: Trial, method: str, mitigation: Record) -> Stage:
     """Scan what was repaired as the victim was scanned."""
-    if mitigation.values["done"]:
-        detector = str(detector_of(str(mitigation.key["method"])))
-        key = {name: mitigation.key[name] for name in (*trial.victim_key, "method", "fraction")}
-        inputs = [
-            ("mitigation", mitigation.key),
-            ("scan", {**trial.victim_key, "detector": detector}),
-        ]
-        work = partial(do.rescan, trial, detector, mitigation.key)
-        key["detector"] = detector
-        yield trial.stage("rescan", key, work, _scanner(trial, detector), inputs)
+    detector = str(detector_of(method))
+    key = {name: mitigation.key[name] for name in (*trial.victim_key, "method", "fraction")}
+    inputs = [("mitigation", mitigation.key), ("scan", {**trial.victim_key, "detector": detector})]
+    work = partial(do.rescan, trial, detector, mitigation.key)
+    key["detector"] = detector
+    return trial.stage("rescan", key, work, _scanner(trial, detector), inputs)
+
+
+def _reactivated(trial: Trial) -> bool:
+    return trial.attack != CLEAN and bool(trial.study.defender.reactivation)
+
+
+def _reactivation(trial: Trial, fraction: float, mitigation: Record | None) -> Stage:
+    """Train what was repaired, or the clean victim, with a few poisoned images."""
+    study = trial.study
+    counts, steps = study.defender.reactivation, trial.steps(fraction)
+    method = NOT_REPAIRED if mitigation is None else mitigation.key["method"]
+    key = {**trial.victim_key, "method": method, "fraction": fraction}
+    made: tuple[str, Key] = ("victim", trial.clean.victim_key)
+    if mitigation is not None:
+        made = ("mitigation", mitigation.key)
+    repaired = None if mitigation is None else mitigation.key
+    work = partial(do.reactivate, trial, repaired, fraction)
+    settings = {"counts": list(counts), "steps": steps, "target": study.target}
+    return trial.stage("reactivation", key, work, settings, [("victim", trial.victim_key), made])
 
 
 def _extras(trial: Trial) -> Iterator[Stage]:

@@ -10,6 +10,7 @@ from wm_inject.attacks import ATTACKS as definitions
 from wm_inject.attacks import list_attacks
 
 CLEAN = "clean"  # the attack of a clean victim
+NOT_REPAIRED = "clean-victim"  # in the place of a mitigation: a victim without the backdoor
 SHIPPED = {f"watermark-{name}": name for name in PRETRAINED}  # attacks by their weights
 # In the order of the tables.
 ATTACKS = (*list_attacks(), "watermark", *SHIPPED, "equation2", CLEAN)

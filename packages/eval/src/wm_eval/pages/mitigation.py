@@ -33,6 +33,7 @@ from wm_eval.titles import (
     ATTACKS,
     CLEAN,
     METHODS,
+    NOT_REPAIRED,
     attack_title,
     detector_title,
     in_order,
@@ -53,6 +54,12 @@ _CLEAN_NOTE = (
     "wait for a verdict leave a model alone that their scan finds clean; rows with the "
     '"oracle label" unlearn the trigger of the label that stood out most.'
 )
+_NEVER = "the clean victim, which never had the backdoor"
+_AGAIN = (
+    "After fine-tuning of the cleaned network on the defender's clean images and so many poisoned "
+    "training images with the label that the attack gives them. What never had the backdoor says "
+    "what so few images teach anew: a backdoor that comes back with fewer was hidden, not removed."
+)
 _PAPER_NOTE = (
     "After cleaning with a fraction of the training images: unlearning the reversed triggers of "
     "the labels that the scan named, and as many steps of fine-tuning on the clean images alone. "
@@ -63,8 +70,8 @@ _PAPER_NOTE = (
 
 def mitigation_page(study: StudyRecords) -> Page:
     """Attacks by methods, the cost on clean models, and every mitigation one by one."""
-    tables = [_overview(study), _costs(study), _scans(study), _rescans(study)]
-    tables += [_details(study), _missing(study)]
+    tables = [_overview(study), _costs(study), _reactivations(study), _scans(study)]
+    tables += [_rescans(study), _details(study), _missing(study)]
     title = "What mitigations leave of a backdoor, and what they cost"
     seeds = sorted({*planned(study, "seeds"), *keys(study, "mitigation", "seed")})
     every = tuple(n for n in numbers(study) if n.measure in _MEASURES and "method" in n.key)
@@ -217,6 +224,33 @@ def _rescans(study: StudyRecords) -> Table:
         "clean by the scan that had named a label in them."
     )
     return Table("mitigation-rescans", "Scanned again after cleaning", headers, rows, note)
+
+
+def _reactivations(study: StudyRecords) -> Table:
+    """How few poisoned images bring a backdoor back that was removed."""
+    records = study.select(kind="reactivation")
+    counts = sorted({row["poisoned"] for r in records for row in r.values["rows"]})
+    attacks, methods = _names(study, "attack", ATTACKS), [NOT_REPAIRED, *METHODS]
+
+    def place(record: Record) -> tuple[int, int, float, int]:
+        attack, method = (str(record.key[name]) for name in ("attack", "method"))
+        fraction, seed = float(record.key["fraction"]), int(record.key["seed"])
+        return attacks.index(attack), methods.index(method), fraction, seed
+
+    rows = []
+    for r in sorted(records, key=place):
+        method, fraction = str(r.key["method"]), float(r.key["fraction"])
+        cells = [attack_title(str(r.key["attack"])), _NEVER, f"{100 * fraction:g} %", ABSENT]
+        if method != NOT_REPAIRED:
+            key = {k: r.key[k] for k in ("attack", "seed", "corruptions", "fraction", "method")}
+            (repaired,) = study.select(kind="mitigation", oracle_label=False, **key)
+            cells[1], cells[3] = method_title(method), _percent([repaired.values["after"]["asr"]])
+        after = {row["poisoned"]: row["asr"] for row in r.values["rows"]}
+        cells += [_percent([after[count]] if count in after else []) for count in counts]
+        rows.append((*cells, str(r.values["steps"]), str(r.key["seed"])))
+    headers = ("attack", "cleaned by", "clean data", "ASR", *(f"ASR, {n:,}" for n in counts))
+    title = "How few poisoned images bring it back"
+    return Table("mitigation-reactivation", title, (*headers, "steps", "seed"), tuple(rows), _AGAIN)
 
 
 def _details(study: StudyRecords) -> Table:
