@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,8 +26,13 @@ COUNTS = (1, 10, 100, 1000, 5000)
 
 
 def measure(name: str, _: Store, __: Path) -> Result:
-    """Both attacks on a pair, and how much of its change is the same for all images."""
+    """Of a pair that ships."""
     trigger, detector = WatermarkTrigger.from_pretrained(name), MarkDetector.from_pretrained(name)
+    return Result(averaging_values(trigger, detector))
+
+
+def averaging_values(trigger: WatermarkTrigger, detector: MarkDetector) -> dict[str, Any]:
+    """Both attacks on a pair, and how much of its change is the same for all images."""
     data = load_dataset(DATA)
     clean, originals = quantize(data.test.images)[: ATTACKED + KNOWN].split([ATTACKED, KNOWN])
     others = quantize(data.train.images[:KNOWN])
@@ -36,16 +42,14 @@ def measure(name: str, _: Store, __: Path) -> Result:
             for group in (clean, originals)
         )
     attack = partial(attack_by_averaging, detector, marked, clean, seen_marked=seen, counts=COUNTS)
-    return Result(
-        {
-            "n": ATTACKED,
-            "found": float(detector.detect(marked).marked.float().mean()),
-            "taken": float(detector.detect(clean).marked.float().mean()),
-            "dependence": image_dependence(marked - clean)._asdict(),
-            "blind": [row._asdict() for row in attack(seen_clean=others)],
-            "pairs": [row._asdict() for row in attack(seen_clean=originals)],
-        }
-    )
+    return {
+        "n": ATTACKED,
+        "found": float(detector.detect(marked).marked.float().mean()),
+        "taken": float(detector.detect(clean).marked.float().mean()),
+        "dependence": image_dependence(marked - clean)._asdict(),
+        "blind": [row._asdict() for row in attack(seen_clean=others)],
+        "pairs": [row._asdict() for row in attack(seen_clean=originals)],
+    }
 
 
 def stages() -> Iterator[Stage]:

@@ -270,7 +270,21 @@ def measure_on(
     test = data.test.subset(torch.arange(min(MEASURED, len(data.test))))
     images, n = quantize(test.images), len(test)
     poisoned = triggered_images(trigger, test)
-    rows = {}
+    change = poisoned - images
+    return {
+        "n": n,
+        "stealth": stealth_values(poisoned, images),
+        # 1: every image gets the very same change; 0, too, where none is changed.
+        "common": float(change.mean(0).square().mean() / change.square().mean().clamp(min=1e-12)),
+        "corruptions": found(detector, images, poisoned, seed),
+    }
+
+
+def found(
+    detector: MarkDetector, images: Tensor, poisoned: Tensor, seed: int
+) -> dict[str, dict[str, Any]]:
+    """How surely marked images are told from the same without the mark, after each corruption."""
+    n, rows = len(images), {}
     for corruption in (*PAPER_CORRUPTIONS, *EXTRA_CORRUPTIONS):
         generator = torch.Generator().manual_seed(stream(seed, corruption))
         plain_, marked = corrupt_alike(named_corruption(corruption), generator, images, poisoned)
@@ -283,14 +297,7 @@ def measure_on(
             "false_positives": false,
             "fpr_upper": exact_upper(false, n),
         }
-    change = poisoned - images
-    return {
-        "n": n,
-        "stealth": stealth_values(poisoned, images),
-        # 1: every image gets the very same change; 0, too, where none is changed.
-        "common": float(change.mean(0).square().mean() / change.square().mean().clamp(min=1e-12)),
-        "corruptions": rows,
-    }
+    return rows
 
 
 def measure_whole(name: str, test: str, seed: int, store: Store, _: Path) -> Result:
