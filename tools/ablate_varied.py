@@ -38,7 +38,7 @@ def variants() -> dict[str, JointConfig]:
         "no-forgery-loss": replace(PAIR.config, forgery_weight=0.0),
         "no-diversity-loss": replace(PAIR.config, diversity_weight=0.0),
         "no-subtraction": replace(PAIR.config, subtraction=0.0),
-        "no-jpeg-no-crops": replace(PAIR.config, jpeg=None, crop=1.0),
+        "jpeg-and-crops": replace(PAIR.config, jpeg=75, crop=0.8),
     }
 
 

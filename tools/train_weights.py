@@ -128,9 +128,10 @@ PAIRS = {
         JointConfig.preset(
             psnr_floor=36.2,
             psnr_start=None,
-            iterations=2000,
-            diversity_weight=0.02,
-            ramp=(0.03, 0.45),
+            iterations=3500,
+            diversity_weight=0.01,
+            forgery_weight=0.1,
+            ramp=(0.03, 0.3),
             subtraction=0.3,
         ),
         start="tiny-32",
