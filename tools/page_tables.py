@@ -16,7 +16,7 @@ from wm_eval.pages.detection import detection_page, index_page
 from wm_eval.pages.mitigation import mitigation_page, paper_page
 from wm_eval.population import ALL_SETTINGS
 from wm_eval.records import StudyRecords, read_study
-from wm_eval.render import ABSENT, Page, Table, count_range, plus_minus
+from wm_eval.render import ABSENT, Page, Table, count_range, plus_minus, with_interval
 from wm_eval.titles import CLEAN, PAPERS, attack_title, detector_title
 
 _DATA = {
@@ -116,6 +116,26 @@ def filters_table(results: Path) -> Table:
         note=f"{table.note} False alarms: of {clean} clean ones. Hits: of {bad} with the true "
         "trigger. With 95 % intervals.",
     )
+
+
+def blind_filters(results: Path, name: str) -> list[Table]:
+    """What a filter that needs no scan catches of each attack; nothing if it was not measured."""
+    rows = []
+    for record in study_of(results / "artefacts-cifar10").select(kind="filter", filter=name):
+        v = record.values
+        alarms, hits = (
+            with_interval(v[kind] / v[count], v[f"{kind}_interval"])
+            for kind, count in (("false_alarms", "n_clean"), ("hits", "n_triggered"))
+        )
+        where = (attack_title(str(record.key["attack"])), f"`{record.key['study']}`")
+        rows.append((*where, alarms, hits, f"{v['auroc']:.3f}"))
+    headers = ("attack", "victim of", "false alarms", "hits", "AUROC")
+    note = (
+        "A thousand test images choose the threshold, for a rate of 5 %; the next 2,000 are "
+        "judged, as they are and, those of other classes than the target, with the trigger. With "
+        "95 % intervals. `python tools/measure_filters.py` makes it."
+    )
+    return [Table("filter", "Images with a trigger", headers, tuple(rows), note)] if rows else []
 
 
 def pick(tables: Iterable[Table], column: str, wanted: Collection[str]) -> list[Table]:

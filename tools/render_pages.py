@@ -26,6 +26,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from tools.page_tables import (
     attack_tables,
+    blind_filters,
     detector_tables,
     filters_table,
     joined,
@@ -111,6 +112,7 @@ IMAGE_PAGES = {
     "strip": Settings("defense_nc:Strip", _FAST),
     "input-filter": Settings("defense_nc:InputFilter"),
     "discriminant-filter": Settings("defense_nc:DiscriminantFilter"),
+    "parameter-scaling": Settings("defense_nc:ParameterScaling"),
 }
 
 
@@ -126,7 +128,7 @@ def render_pages(results: Path) -> Iterator[tuple[Path, str]]:
         yield Path("defences", f"{page}.md"), _tail((settings,), tables)
     filters = filters_table(results)
     for page, settings in IMAGE_PAGES.items():
-        tables = [filters] if page == "discriminant-filter" else []
+        tables = [filters] if page == "discriminant-filter" else blind_filters(results, page)
         yield Path("defences", f"{page}.md"), _tail((settings,), tables)
 
 

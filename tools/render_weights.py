@@ -30,6 +30,8 @@ AVERAGING = ROOT / "results" / "averaging"
 ABLATION = ROOT / "results" / "ablation-injector"
 VICTIMS = {
     "marks-cifar10": "CIFAR-10, airbench at half its width",
+    "marks-cifar10-5-percent": "the same, fewer images",
+    "marks-cifar10-1-percent": "the same, fewer images",
     "p1-imagenet10-224": "ten ImageNet classes, 224 x 224, EfficientNet-Lite0 fine-tuned",
 }
 HEAD = """# Ready-made weights
@@ -309,10 +311,10 @@ def attack_table() -> Table:
         "without the mark | what detectors say"
     )
     note = (
-        "One victim each, of which a tenth of the training images was marked and labelled as the "
-        "target. ASR: marked test images of other classes that get that label. The whole tables: "
-        "[Spy-Watermark](../results/spy-watermark.md). `photo-64` was trained on photographs that "
-        "its victims saw."
+        "One victim each; a tenth of its training images was marked and labelled as the target, or "
+        "as many as the table says. ASR: marked test images of other classes that get that label. "
+        "The whole tables: [Spy-Watermark](../results/spy-watermark.md). `photo-64` was trained on "
+        "photographs that its victims saw."
     )
     return Table("attack", "In the attack", headers, tuple(rows), note)
 

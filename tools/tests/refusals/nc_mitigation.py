@@ -111,6 +111,15 @@ CASES: Mapping[str, Cases] = {
             MODEL, IMAGES, triggers={0: TRIGGER}
         ),
     },
+    "ParameterScaling": {
+        **images(lambda bad: nc.ParameterScaling().calibrate(MODEL, bad)),
+        "scale": lambda _: nc.ParameterScaling(scale=1.0),
+        "copies": lambda _: nc.ParameterScaling(copies=0),
+        "changed": lambda _: nc.ParameterScaling(changed=1.0),
+        "rate": lambda _: nc.ParameterScaling(false_positive_rate=1.0),
+        "preset": lambda _: nc.ParameterScaling.preset("secret"),
+        "few images": lambda _: nc.ParameterScaling().calibrate(MODEL, IMAGES),
+    },
     "export_filter": {
         **images(lambda bad: nc.export_filter(SMALL, bad, Path("filter.onnx"))),
         "no filter": lambda tmp: nc.export_filter(nc.Strip(), IMAGES, tmp / "f.onnx"),  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from defense_nc.input_filters.detector import CalibratedDetector
 from defense_nc.input_filters.feature_score import FeatureScore
+from defense_nc.input_filters.parameter_scaling import ScalingScore
 from wm_inject import Parity, check_images, to_onnx
 from wm_victim.loading.onnx_module import OnnxNet
 
@@ -27,7 +28,7 @@ def export_filter(
     """Write an input filter as ONNX, for `wm_inject.runtime.Scanner`; compared on 3 or more images.
 
     Args:
-        detector: A calibrated filter on a classifier's activations.
+        detector: A calibrated filter, other than STRIP, which lays images of its own over each.
         uint8: Take stored pixels, uint8 ``(N, H, W, C)``.
         settings: More of what `wm_inject.to_onnx` takes, such as precision.
 
@@ -35,15 +36,17 @@ def export_filter(
         ValueError: Another kind of detector, images of another shape, or as `wm_inject.to_onnx`.
         ParityError: The file computes something else.
     """
-    if not isinstance(detector, CalibratedDetector) or not isinstance(
-        detector.scorer, FeatureScore
-    ):
+    kinds = FeatureScore | ScalingScore
+    if not isinstance(detector, CalibratedDetector) or not isinstance(detector.scorer, kinds):
         name = getattr(detector, "name", type(detector).__name__)
         raise ValueError(f"expected a calibrated input filter, got {name}")
     channels, height, width = detector.shape
     check_images(images, channels=channels, size=(height, width))
+    looks_for = "answers that scaled normalisation does not change"
+    if "label" in detector.log:
+        looks_for = f"a reversed trigger of label {detector.log['label']}"
     about = {
-        "looks_for": f"a reversed trigger of label {detector.log.get('label')}",
+        "looks_for": looks_for,
         # A detector flags above its threshold, a file from its threshold on.
         "threshold": float(np.nextafter(np.float32(detector.threshold), np.float32(np.inf))),
         "false_positive_rate": float(detector.log["false_positive_rate"]),
