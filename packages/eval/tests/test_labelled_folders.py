@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 sys.path.append(str(Path(__file__).parent))
 from folder_layouts import LAYOUTS, SIDE, Layout
@@ -146,3 +147,11 @@ def test_every_command_reads_a_folder_alike(name, tmp_path):
     unused = {file for file, _ in files.left_out}
     there = {name for name in layout.left_out if (folder / name).exists()}
     assert unused >= there - images_of(layout)
+
+
+def test_numbers_without_images_are_counted_and_not_listed(tmp_path):
+    for name in ("0", "180"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / name / "a.png")
+    (line,) = read_labelled_folder(tmp_path).lines()
+    assert line.endswith("2 images of 2 classes (0 1, 180 1; 179 of the numbers between have none)")

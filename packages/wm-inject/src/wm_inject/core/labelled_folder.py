@@ -56,12 +56,15 @@ class LabelledFolder:
         """What was understood and what was left out, for people: one line or two."""
         text = f"{escape(self.folder)}: {self.layout}, {len(self.names)} images"
         counts = self._counts()
-        if 0 < len(counts) <= _LISTED_CLASSES:
-            class_counts = ", ".join(f"{escape(name)} {count}" for name, count in counts)
-            text += f" of {len(counts)} classes ({class_counts})"
+        filled = [(name, count) for name, count in counts if count]
+        if 0 < len(filled) <= _LISTED_CLASSES:
+            class_counts = ", ".join(f"{escape(name)} {count}" for name, count in filled)
+            missing = len(counts) - len(filled)
+            between = f"; {missing} of the numbers between have none" if missing else ""
+            text += f" of {len(filled)} classes ({class_counts}{between})"
         elif counts:
-            filled = [count for _, count in counts if count]
-            text += f" of {len(counts)} classes ({min(filled)} to {max(filled)} each"
+            images = [count for _, count in filled]
+            text += f" of {len(counts)} classes ({min(images)} to {max(images)} each"
             empty = [escape(name) for name, count in counts if not count]
             more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
             text += f", none of {', '.join(empty[:5])}{more})" if empty else ")"
