@@ -32,7 +32,6 @@ ABLATION = ROOT / "results" / "ablation-injector"
 VICTIMS = {
     "marks-cifar10": "CIFAR-10, airbench at half its width",
     "marks-cifar10-5-percent": "the same, fewer images",
-    "marks-cifar10-1-percent": "the same, fewer images",
     "p1-imagenet10-224": "ten ImageNet classes, 224 x 224, EfficientNet-Lite0 fine-tuned",
 }
 HEAD = """# Ready-made weights
