@@ -97,7 +97,7 @@ def mitigation_tables(results: Path, titles: Collection[str]) -> Iterator[Table]
         study = study_of(results / name)
         data = about(study, keys(study, "mitigation", "seed")).partition(", ")[2]
         for table in mitigation_page(study).tables:
-            if table.name in ("mitigation", "mitigation-clean"):
+            if table.name in ("mitigation", "mitigation-clean", "mitigation-reactivation"):
                 heading = f"{title}: {table.title.lower()}"
                 named = table._replace(title=heading, note=f"{data}\n\n{table.note}")
                 yield from pick([named], "method", titles)

@@ -98,6 +98,7 @@ SEEDS = {
 MITIGATIONS = {
     "mitigation-cifar10": ("Mitigation on CIFAR-10", "Victims that no setting was chosen on."),
     "mitigation-gtsrb": ("Mitigation on GTSRB", ""),
+    "cleaning-marks-cifar10": ("The image-dependent mark, CIFAR-10", ""),
 }
 
 

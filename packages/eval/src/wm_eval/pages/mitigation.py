@@ -54,11 +54,12 @@ _CLEAN_NOTE = (
     "wait for a verdict leave a model alone that their scan finds clean; rows with the "
     '"oracle label" unlearn the trigger of the label that stood out most.'
 )
-_NEVER = "the clean victim, which never had the backdoor"
+_NEVER = "none: the clean victim"
 _AGAIN = (
     "After fine-tuning of the cleaned network on the defender's clean images and so many poisoned "
-    "training images with the label that the attack gives them. What never had the backdoor says "
-    "what so few images teach anew: a backdoor that comes back with fewer was hidden, not removed."
+    "training images with the label that the attack gives them. The clean victim, which never "
+    "had the backdoor, says what so few images teach anew: a backdoor that comes back with fewer "
+    "was hidden, not removed."
 )
 _PAPER_NOTE = (
     "After cleaning with a fraction of the training images: unlearning the reversed triggers of "
@@ -248,7 +249,7 @@ def _reactivations(study: StudyRecords) -> Table:
         after = {row["poisoned"]: row["asr"] for row in r.values["rows"]}
         cells += [_percent([after[count]] if count in after else []) for count in counts]
         rows.append((*cells, str(r.values["steps"]), str(r.key["seed"])))
-    headers = ("attack", "cleaned by", "clean data", "ASR", *(f"ASR, {n:,}" for n in counts))
+    headers = ("attack", "method", "clean data", "ASR", *(f"ASR, {n:,}" for n in counts))
     title = "How few poisoned images bring it back"
     return Table("mitigation-reactivation", title, (*headers, "steps", "seed"), tuple(rows), _AGAIN)
 
