@@ -60,7 +60,7 @@ def test_triggered_images_keep_their_label_and_clean_ones_do_not():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_the_score_is_the_mean_share_of_the_own_label():
+def test_the_score_is_that_of_the_mean_share_of_the_own_label():
     model, images = Planted(), pictures(40)
     detector = ParameterScaling(scale=1.2, changed=0.01, copies=2).calibrate(model, images)
     level = images[:, 0, 1:, 1:].mean((1, 2)).double()
@@ -71,7 +71,10 @@ def test_the_score_is_the_mean_share_of_the_own_label():
         logits = torch.stack([0 * scaled, 20 * (scaled - 1.5), 100 * (scaled - 1.8)], dim=1)
         shares.append(logits.softmax(1).gather(1, own[:, None])[:, 0])
     assert detector.log["layers"] == [2, 1, 2]
-    assert torch.allclose(detector.score(images), torch.stack(shares).mean(0), atol=1e-3)
+    want = 1 - torch.stack(shares).mean(0)
+    assert torch.allclose((-detector.score(images)).exp(), want, atol=1e-3)
+    certain = -detector.score(pictures(4, corner=True))
+    assert (certain < -60).all(), "no other label has a share that a probability could show"
 
 
 def test_where_no_scaling_changes_answers_all_layers_are_scaled():
@@ -88,6 +91,6 @@ def test_the_file_decides_as_the_filter_does(tmp_path):
     path = tmp_path / "filter.onnx"
     assert export_filter(detector, images[:4], path).max_rel < 1e-4
     scan, want = Scanner(path)(to_pixels(images)), detector.score(images).numpy()
-    assert np.abs(scan.scores["filter"] - want).max() < 1e-4
-    sure = np.abs(want - detector.threshold) > 1e-3
+    assert np.abs(scan.scores["filter"] - want).max() < 1e-4 * np.abs(want).max()
+    sure = np.abs(want - detector.threshold) > 1e-3 * np.abs(want).max()
     assert (scan.flagged == detector.decide(images).numpy())[sure].all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from wm_inject.core.plan import Trigger
 from wm_inject.core.presets import preset_of
 from wm_victim.inference import device_of, frozen, images_a_pass, predict
 
+_NOTHING = -1e9  # logarithm of a probability that is left out
 MIN_IMAGES = 40  # twenty choose the layers, twenty the threshold
 
 
@@ -66,8 +68,8 @@ class ParameterScaling:
     ) -> CalibratedDetector:
         """Choose the layers on one half of the images, and the threshold on the other.
 
-        The score is the mean probability, over the copies, of the label that the classifier itself
-        gives: in (0, 1].
+        The score is ``-log(1 - p)``, >= 0, of the mean probability p, over the copies, of the label
+        that the classifier itself gives: as p it rises, and it tells apart what is almost 1.
 
         Args:
             images: At least 40, of all classes; best such that the model was not trained on.
@@ -120,16 +122,22 @@ class ScalingScore:
 
 
 class _Agreement(nn.Module):
-    """Images to the mean probability that the copies give to the model's own label."""
+    """Images to ``-log(1 - p)``, p the mean probability of the model's own label in the copies."""
 
     def __init__(self, model: nn.Module, copies: list[nn.Module]) -> None:
         super().__init__()
         self.model, self.copies = model, nn.ModuleList(copies)
 
     def forward(self, images: Tensor) -> Tensor:
-        label = self.model(images).argmax(1, keepdim=True)
-        shares = [each(images).softmax(1).gather(1, label) for each in self.copies]
-        return torch.cat(shares, dim=1).mean(1)
+        logits = self.model(images)
+        label = logits.argmax(1, keepdim=True)
+        own = torch.arange(logits.shape[1], device=logits.device) == label
+        # Logarithms of what the other labels have: scaled logits lie so far apart that it is 0.
+        others = [
+            each(images).log_softmax(1).masked_fill(own, _NOTHING).logsumexp(1)
+            for each in self.copies
+        ]
+        return math.log(len(others)) - torch.stack(others).logsumexp(0)
 
 
 def _normalisations(model: nn.Module, image: Tensor) -> list[str]:
