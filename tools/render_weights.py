@@ -112,8 +112,8 @@ corruptions or a change in luminance alone had not learned within 400 steps, and
 `varied-32` goes on from `tiny-32` with a loss on the squared cosine between the changes of two
 images, and one that wants nothing read from an image with the mean of the others' changes. A loss
 that wants nothing read with a single other one's change ended the mark within 750 steps, without
-the first of the two. Weights, steps and corruptions were chosen by four trainings, three of them
-judged on training images that were kept back and the first on test images.
+the first of the two. Weights, steps and corruptions were chosen after four other trainings, two of
+them judged on test images and two on training images that were kept back.
 
 Every figure is of test images that neither training nor threshold saw (the first 2,000 of a set,
 or all), with the weights as they ship. "Found" is the share of marked images that the detector with
