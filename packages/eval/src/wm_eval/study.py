@@ -242,7 +242,7 @@ def _mitigations(trial: Trial) -> Iterator[Stage]:
     for method in study.methods:
         for fraction in study.defender.fractions:
             yield _mitigation(trial, method, fraction)
-    if trial.attack != CLEAN and study.methods and study.defender.reactivation:
+    if study.methods and _reactivated(trial):
         yield from _victim(trial.clean)
         for fraction in study.defender.fractions:
             yield _reactivation(trial, fraction, None)

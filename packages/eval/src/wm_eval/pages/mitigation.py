@@ -240,15 +240,16 @@ def _reactivations(study: StudyRecords) -> Table:
 
     rows = []
     for r in sorted(records, key=place):
-        method, fraction = str(r.key["method"]), float(r.key["fraction"])
-        cells = [attack_title(str(r.key["attack"])), _NEVER, f"{100 * fraction:g} %", ABSENT]
+        attack, method = str(r.key["attack"]), str(r.key["method"])
+        fraction, seed = float(r.key["fraction"]), r.key["seed"]
+        cells = [attack_title(attack), _NEVER, f"{100 * fraction:g} %", ABSENT]
         if method != NOT_REPAIRED:
-            key = {k: r.key[k] for k in ("attack", "seed", "corruptions", "fraction", "method")}
-            (repaired,) = study.select(kind="mitigation", oracle_label=False, **key)
-            cells[1], cells[3] = method_title(method), _percent([repaired.values["after"]["asr"]])
+            repaired = _of(study, attack, method, False, fraction)
+            before = [one.values["after"]["asr"] for one in repaired if one.key["seed"] == seed]
+            cells[1], cells[3] = method_title(method), _percent(before)
         after = {row["poisoned"]: row["asr"] for row in r.values["rows"]}
         cells += [_percent([after[count]] if count in after else []) for count in counts]
-        rows.append((*cells, str(r.values["steps"]), str(r.key["seed"])))
+        rows.append((*cells, str(r.values["steps"]), str(seed)))
     headers = ("attack", "method", "clean data", "ASR", *(f"ASR, {n:,}" for n in counts))
     title = "How few poisoned images bring it back"
     return Table("mitigation-reactivation", title, (*headers, "steps", "seed"), tuple(rows), _AGAIN)
