@@ -90,7 +90,7 @@ class ParameterScaling:
             if float((answers != own).double().mean()) > self.changed:
                 depth = count
                 break
-        depths = range(min(depth, len(layers)), min(depth + self.copies, len(layers) + 1))
+        depths = range(depth, min(depth + self.copies, len(layers) + 1))
         scaled = [_scaled(model, layers[-count:], self.scale) for count in depths]
         score = ScalingScore(model, scaled)
         log = {
