@@ -268,6 +268,27 @@ def test_every_loss_that_asks_for_image_dependence_takes_a_step() -> None:
     assert len(result.history) == 1
 
 
+def test_the_forgery_loss_is_of_images_with_the_mean_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown: list[Tensor] = []
+    scales = joint.UNetExtractor.scales
+
+    def record(extractor: joint.UNetExtractor, images: Tensor) -> list[Tensor]:
+        shown.append(images.detach())
+        return scales(extractor, images)
+
+    monkeypatch.setattr(joint.UNetExtractor, "scales", record)
+    settings = {"forgery_weight": 0.1, "ramp": (0.0, 0.0), "corruption_probability": 0.0}
+    config = replace(TINY, iterations=30, batch_size=4, **settings)  # type: ignore[arg-type]
+    train_jointly(0.2 + 0.6 * noise(8), config=config, progress=False)
+    marked, clean, forged = shown[-1].chunk(3)
+    change = marked - clean
+    assert float(change.abs().max()) > 1 / 255, "there is a change to forge with"
+    # Two roundings to 8 bits, of half a step each at most.
+    assert float((forged - clean - change.mean(0)).abs().max()) < 1.1 / 255
+
+
 def test_the_encoder_can_start_from_weights_at_hand() -> None:
     config = replace(TINY, iterations=1)
     donor = config.injector(image_size=16, channels=1)

@@ -19,7 +19,6 @@ from defense_nc import ScanReport, Verdict
 from defense_nc.protocols import Mitigator
 from defense_reverse import detection_case
 from defense_reverse.closeness import compare_images
-from defense_reverse.mitigations import FineTuning
 from wm_eval.detectors import DETECTORS
 from wm_eval.effectiveness import mitigation_values
 from wm_eval.engine import Result, Store
@@ -574,20 +573,25 @@ def rescan(trial: Trial, detector: str, mitigation: Key, store: Store, checkpoin
 
 
 def reactivate(
-    trial: Trial, mitigation: Key | None, fraction: float, store: Store, _: Path
+    trial: Trial,
+    tuning: Mitigator,
+    mitigation: Key | None,
+    fraction: float,
+    store: Store,
+    _: Path,
 ) -> Result:
     """Is a backdoor that was removed soon back? Fine-tune with a few poisoned images and measure.
 
     What was repaired, or the clean victim where there is no ``mitigation``: what a network learns
     that never had the backdoor. The poisoned images are of those that the victim was trained on.
     """
-    counts, steps = trial.study.defender.reactivation, trial.steps(fraction)
+    counts = trial.study.defender.reactivation
     clean = trial.defender_images(store, fraction)
     poisoned, labels = _poisoned(trial, store, max(counts))
     file = trial.clean.victim_file if mitigation is None else file_name("repaired", mitigation)
     rows = []
     for count in counts:
-        tuned = FineTuning.preset(steps=steps).repair(
+        tuned = tuning.repair(
             load_classifier(store.path(file)).to(store.device).eval(),
             torch.cat([clean.images, poisoned[:count]]),
             torch.cat([clean.labels, labels[:count]]),
@@ -596,7 +600,7 @@ def reactivate(
         )
         after = _outcomes(trial, store, tuned.model, only_none=True)["none"]
         rows.append({"poisoned": count, **metrics_values(summarize(after))})
-    return Result({"n_images": len(clean), "steps": steps, "rows": rows})
+    return Result({"n_images": len(clean), "steps": trial.steps(fraction), "rows": rows})
 
 
 def _poisoned(trial: Trial, store: Store, count: int) -> tuple[Tensor, Tensor]:

@@ -322,16 +322,19 @@ def _reactivated(trial: Trial) -> bool:
 
 def _reactivation(trial: Trial, fraction: float, mitigation: Record | None) -> Stage:
     """Train what was repaired, or the clean victim, with a few poisoned images."""
-    study = trial.study
-    counts, steps = study.defender.reactivation, trial.steps(fraction)
-    method = NOT_REPAIRED if mitigation is None else mitigation.key["method"]
-    key = {**trial.victim_key, "method": method, "fraction": fraction}
+    tuning = build_method("fine-tuning", steps=trial.steps(fraction))
+    method, repaired = NOT_REPAIRED, None
     made: tuple[str, Key] = ("victim", trial.clean.victim_key)
     if mitigation is not None:
-        made = ("mitigation", mitigation.key)
-    repaired = None if mitigation is None else mitigation.key
-    work = partial(do.reactivate, trial, repaired, fraction)
-    settings = {"counts": list(counts), "steps": steps, "target": study.target}
+        method, repaired = str(mitigation.key["method"]), mitigation.key
+        made = ("mitigation", repaired)
+    key = {**trial.victim_key, "method": method, "fraction": fraction}
+    settings = {
+        "counts": list(trial.study.defender.reactivation),
+        "method": {"name": tuning.name, **plain(tuning)},
+        "target": trial.study.target,
+    }
+    work = partial(do.reactivate, trial, tuning, repaired, fraction)
     return trial.stage("reactivation", key, work, settings, [("victim", trial.victim_key), made])
 
 
