@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from defense_nc.verdict import AnomalyIndex as AnomalyIndex
     from defense_nc.verdict import Calibration as Calibration
     from defense_nc.verdict import CleanModel as CleanModel
+    from defense_nc.verdict import Finding as Finding
     from defense_nc.verdict import LabelScore as LabelScore
     from defense_nc.verdict import ModelInfo as ModelInfo
     from defense_nc.verdict import OutlierTest as OutlierTest

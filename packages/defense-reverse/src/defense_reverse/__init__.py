@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from defense_reverse.detectors.feature_re import FeatureTrigger as FeatureTrigger
     from defense_reverse.detectors.head_weights import HeadWeights as HeadWeights
     from defense_reverse.detectors.margin_ascent import MarginAscent as MarginAscent
+    from defense_reverse.detectors.pair_perturbation import PairPerturbation as PairPerturbation
     from defense_reverse.detectors.patch_sweep import PatchSweep as PatchSweep
     from defense_reverse.detectors.universal_perturbation import (
         UniversalPerturbation as UniversalPerturbation,

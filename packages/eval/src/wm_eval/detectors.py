@@ -18,12 +18,15 @@ from defense_reverse import (
     FeatureRE,
     HeadWeights,
     MarginAscent,
+    PairPerturbation,
     PatchSweep,
     ReverseGenerator,
     UniversalPerturbation,
 )
 from defense_reverse.detectors.head_weights import refusal
+from defense_reverse.detectors.pair_perturbation import too_few_classes
 from wm_inject.core.checks import check_choice
+from wm_victim import predict
 
 
 class Entry(NamedTuple):
@@ -101,6 +104,22 @@ DETECTORS: dict[str, Entry] = {
         meaning=lambda label: (
             f"its own images leave {1 / label.score:.2f} times as much of its weights unexplained "
             "as the middle label's"
+        ),
+    ),
+    # Every image of a step stands for one pair; the map is a search for one label more.
+    "pairs": Entry(
+        PairPerturbation.preset,
+        lambda s, labels, images: (
+            _batches(s, labels * (labels - 1), images)
+            + 4 * s["tested"] * labels * (labels - 1)
+            + (s["rounds"] * s["steps"] + s["map_steps"]) * s["map_batch_size"]
+        ),
+        refusal=lambda model, images, labels: too_few_classes(
+            predict(model, images).argmax(1) if labels is None else labels
+        ),
+        inverts=True,
+        meaning=lambda label: (
+            f"{1 / label.score:.1f} times as near to class {label.source} as the classes let expect"
         ),
     ),
     "mm-bd": Entry(

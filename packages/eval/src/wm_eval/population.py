@@ -19,6 +19,7 @@ import torch
 from defense_nc import (
     Calibration,
     CleanModel,
+    Finding,
     ModelInfo,
     ScanReport,
     Verdict,
@@ -50,6 +51,7 @@ class Judged(NamedTuple):
     p_value: float
     paper_index: float | None  # None for several detectors combined
     paper_flagged: tuple[int, ...]
+    pairs: tuple[tuple[int, int], ...] = ()  # of the suspected labels, each with its source
 
     @property
     def backdoored(self) -> bool:
@@ -58,8 +60,11 @@ class Judged(NamedTuple):
 
     @property
     def correct(self) -> bool:
-        """Whether it does and names the true target."""
-        return self.backdoored and self.record.values["true_target"] in self.suspected
+        """Whether it does and names the true target, or each class with its own."""
+        values = self.record.values
+        if pairs := values.get("true_pairs"):
+            return self.backdoored and {tuple(pair) for pair in pairs} <= set(self.pairs)
+        return self.backdoored and values["true_target"] in self.suspected
 
 
 class Rate(NamedTuple):
@@ -379,11 +384,18 @@ def _judge(record: Record, calibration: Calibration, alpha: float) -> Judged:
         report.p_value,
         report.paper_index,
         report.paper_flagged,
+        _pairs(report),
     )
+
+
+def _pairs(report: ScanReport) -> tuple[tuple[int, int], ...]:
+    sources = ((label, report.labels[label].source) for label in report.suspected)
+    return tuple((source, label) for label, source in sources if source is not None)
 
 
 def _report(record: Record, calibration: Calibration, alpha: float) -> ScanReport:
     """A recorded scan, judged anew."""
+    found = record.values.get("finding")
     return judge(
         record.values["detector"],
         _column(record, "score"),
@@ -394,6 +406,8 @@ def _report(record: Record, calibration: Calibration, alpha: float) -> ScanRepor
         calibration=calibration,
         subject=ModelInfo(**record.values["subject"]),
         seed=int(record.key["seed"]),
+        sources=[label.get("source") for label in record.values["labels"]],
+        finding=found and Finding(tuple(found["labels"]), found["reason"]),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from wm_eval.intervals import Difference, Interval, paired_difference, wilson
 from wm_extract import Corruption, balanced_bit_accuracy
 from wm_inject import Trigger, check_labels, quantize
+from wm_inject.attacks import source_of
 from wm_inject.watermark.picture import check_watermark
 from wm_victim import ImageSet
 
-LabelMap = Literal["all-to-one", "all-to-all", "clean-label"]
-LABEL_MAPS = ("all-to-one", "all-to-all", "clean-label")
+LabelMap = Literal["all-to-one", "all-to-all", "source-specific", "clean-label"]
+LABEL_MAPS = get_args(LabelMap)
 
 
 class Outcomes(NamedTuple):
@@ -66,7 +67,8 @@ def evaluate(
         test: Images the classifier was not trained on.
         target: The label the attack asks for (not used by "all-to-all").
         corruptions: By name; each name seeds its own stream of randomness.
-        label_map: "all-to-all" asks for label + 1 and counts all images; the others ask for
+        label_map: "all-to-all" asks for label + 1 and counts all images; "source-specific" counts
+            those of the class after the target (`wm_inject.attacks.source_of`); the others ask for
             ``target`` and leave out images that are of that class anyway.
         batch_size: Images at once. Part of what fixes the draw of a corruption.
 
@@ -123,7 +125,7 @@ def outcomes(
             raise ValueError(f"expected a target label below {num_classes} classes, got {target}")
         for index in torch.arange(len(images), device=images.device).split(batch_size):
             batch, ids = images[index].to(device), test.ids[index].to(device)
-            targets = _targets(labels[index].to(device), target, label_map, num_classes)
+            targets = asked_of(labels[index].to(device), target, label_map, num_classes).targets
             plain, marked = quantize(batch), quantize(trigger(batch, ids=ids, target=targets))
             for name, corruption in corruptions.items():
                 both = corrupt_alike(corruption, streams[name], plain, marked)
@@ -230,11 +232,21 @@ def corrupt_alike(
     return first, corruption(marked, generator=generator)
 
 
-def _targets(labels: Tensor, target: int, label_map: str, num_classes: int) -> Tensor:
-    """The label that the attack asks for, image by image."""
+class Asked(NamedTuple):
+    """What an attack asks of images."""
+
+    targets: Tensor  # int64 (N,): the label of each
+    counted: Tensor  # bool (N,): it works on this class, whose own label is another
+
+
+def asked_of(labels: Tensor, target: int, label_map: str, num_classes: int) -> Asked:
+    """What an attack asks of images of these classes ``(N,)``; the settings are `evaluate`'s."""
     if label_map == "all-to-all":
-        return (labels + 1) % num_classes
-    return torch.full_like(labels, target)
+        return Asked((labels + 1) % num_classes, torch.ones_like(labels, dtype=torch.bool))
+    targets = torch.full_like(labels, target)
+    if label_map == "source-specific":
+        return Asked(targets, labels == source_of(target, num_classes))
+    return Asked(targets, labels != target)
 
 
 def _outcomes(
@@ -245,6 +257,5 @@ def _outcomes(
     num_classes: int,
 ) -> Outcomes:
     clean, triggered = (torch.cat(column) for column in zip(*parts, strict=True))
-    targets = _targets(labels, target, label_map, num_classes)
-    # Under "all-to-all" no image is of its target class already, so all of them count.
-    return Outcomes(clean == labels, labels != targets, triggered == targets, clean == targets)
+    targets, counted = asked_of(labels, target, label_map, num_classes)
+    return Outcomes(clean == labels, counted, triggered == targets, clean == targets)

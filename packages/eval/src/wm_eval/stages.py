@@ -33,8 +33,8 @@ from wm_eval.methods import detector_of
 from wm_eval.numbers import named
 from wm_eval.pictures import amplified, residual_gain, reversed_picture, save_picture
 from wm_eval.records import Key
-from wm_eval.robustness import Outcomes, compare, outcomes, summarize
-from wm_eval.titles import CLEAN
+from wm_eval.robustness import Asked, Outcomes, asked_of, compare, outcomes, summarize
+from wm_eval.titles import CLEAN, MAPPED
 from wm_eval.trial import BLENDED, Trial, batch_sizes, file_name, save_reversed
 from wm_eval.watermark_attacks import blend_watermark, fit_watermark
 from wm_extract import Corruption, UNetExtractor, extract
@@ -52,7 +52,7 @@ from wm_inject import (
 from wm_inject.core.images import resized
 from wm_victim import ImageSet, load_classifier, predict, save_classifier, train_classifier
 from wm_victim.attack_setup import AttackSetup, fit_attack, remove_parts
-from wm_victim.metrics import attack_logits, triggered_images
+from wm_victim.metrics import triggered_images
 
 LEARNED = 0.9  # a backdoor counts as learned from this attack success on held-out images on
 TOLERANCE = 1e-4  # of exports: absolute on images in [0, 1]; relative to the largest logit
@@ -138,6 +138,7 @@ def train_victim(trial: Trial, store: Store, checkpoint: Path) -> Result:
     """Train a victim, and watch the backdoor being learned."""
     setup, model, study = trial.attack_setup(store), trial.fresh(), trial.study
     watched = trial.test_images(store, study.measure.watched)
+    asked = asked_of(watched.labels, study.target, trial.label_map, trial.data.num_classes)
     history = train_classifier(
         model,
         trial.train_images(store),
@@ -146,7 +147,7 @@ def train_victim(trial: Trial, store: Store, checkpoint: Path) -> Result:
         device=torch.device(store.device),
         progress=store.progress,
         corrupt=trial.train_corruptions,
-        watch=partial(_watch, setup, watched, study.target),
+        watch=partial(_watch, setup, watched, asked),
         deadline=store.deadline,
         **setup.arguments,
     )
@@ -162,7 +163,7 @@ def train_victim(trial: Trial, store: Store, checkpoint: Path) -> Result:
 
 @torch.no_grad()
 def _watch(
-    setup: AttackSetup, test: ImageSet, target: int, epoch: int, model: nn.Module
+    setup: AttackSetup, test: ImageSet, asked: Asked, epoch: int, model: nn.Module
 ) -> dict[str, float]:
     """Clean accuracy, attack success, and the loss on poisoned images alone, all held out."""
     rates = {"cda": float((predict(model, test.images).argmax(1) == test.labels).float().mean())}
@@ -170,11 +171,13 @@ def _watch(
     if trigger is None:
         return rates
     training = [module for module in trigger.modules() if module.training]
-    logits = attack_logits(model, test, trigger.eval(), target=target)
+    # Where the label depends on the image, the trigger does not: these are static attacks.
+    target, wanted = int(asked.targets[0]), asked.targets[asked.counted]
+    images = triggered_images(trigger.eval(), test.subset(asked.counted), target=target)
+    logits = predict(model, images)
     for module in training:
         module.training = True
-    wanted = torch.full((len(logits),), target, device=logits.device)
-    success = float((logits.argmax(1) == target).float().mean())
+    success = float((logits.argmax(1) == wanted).float().mean())
     return rates | {"asr": success, "poison_loss": float(F.cross_entropy(logits, wanted))}
 
 
@@ -348,6 +351,10 @@ def scan_victim(trial: Trial, detector: str, store: Store, checkpoint: Path) -> 
         "oracle_label": _oracle_label(values) if target is None else target,
         "n_images": len(trial.defender_images(store)),
     }
+    if trial.attack in MAPPED:
+        classes = torch.arange(trial.data.num_classes)
+        targets, works = asked_of(classes, trial.study.target, trial.label_map, len(classes))
+        values["true_pairs"] = [[int(k), int(targets[k])] for k in works.nonzero()]
     if target is not None:
         values["case"] = detection_case(names, target)
         values["paper_case"] = detection_case(report.paper_flagged, target)

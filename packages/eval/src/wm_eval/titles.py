@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from wm_eval import paper
 from wm_inject import PRETRAINED
 from wm_inject.attacks import ATTACKS as definitions
 from wm_inject.attacks import list_attacks
 
+if TYPE_CHECKING:
+    from wm_inject.core.plan import LabelMap
+
 CLEAN = "clean"  # the attack of a clean victim
 NOT_REPAIRED = "clean-victim"  # in the place of a mitigation: a victim without the backdoor
 SHIPPED = {f"watermark-{name}": name for name in PRETRAINED}  # attacks by their weights
+# Attacks by trigger and label map, where that is not the trigger's own.
+MAPPED: dict[str, tuple[str, LabelMap]] = {
+    f"{trigger}-{label_map}": (trigger, label_map)
+    for label_map in ("all-to-all", "source-specific")
+    for trigger in ("badnets", "blend")
+}
 # In the order of the tables.
-ATTACKS = (*list_attacks(), "watermark", *SHIPPED, "equation2", CLEAN)
+ATTACKS = (*list_attacks(), "watermark", *SHIPPED, "equation2", *MAPPED, CLEAN)
 _OTHERS = {"equation2": "Plain blend, equation 2", CLEAN: "No attack (clean victim)"}
 PAPERS = ("nc", "reverse")  # the detectors of the two papers
 AUDIT = ("head", "uap", "sweep")  # those of an audit, if none are named: cheap at any size
@@ -27,6 +37,7 @@ DETECTORS = {
     "uap": "Universal perturbations",
     "sweep": "Patch sweep",
     "head": "Head weights",
+    "pairs": "Pair perturbations",
     "mm-bd": "Maximum margins",
 }
 # First those that use what a scan found, with their control; then those that need no scan.
@@ -64,6 +75,9 @@ def attack_title(name: str) -> str:
     """What tables call an attack, and whether the attack paper has it."""
     if name in SHIPPED:
         return f"Watermark, weights {SHIPPED[name]} (not in the paper)"
+    if name in MAPPED:
+        trigger, label_map = MAPPED[name]
+        return f"{definitions[trigger].title} {label_map} (not in the paper)"
     if name not in (*definitions, *_OTHERS):
         return name
     title = _OTHERS[name] if name in _OTHERS else definitions[name].title

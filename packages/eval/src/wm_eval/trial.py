@@ -15,7 +15,7 @@ from wm_eval.config import Corruptions, DataConfig, Study, WatermarkConfig, plai
 from wm_eval.detectors import detector
 from wm_eval.engine import Stage
 from wm_eval.records import Key, stage_id
-from wm_eval.titles import CLEAN, SHIPPED
+from wm_eval.titles import CLEAN, MAPPED, SHIPPED
 from wm_extract import (
     PAPER_CORRUPTIONS,
     Corruption,
@@ -210,8 +210,22 @@ class Trial:
         study, name = self.study, self.attack
         if name in (MARK, BLENDED, *SHIPPED):
             return replace(ATTACKS[MARK], name=name)
-        own = {key: x for key, x in study.triggers.get(name, {}).items() if key != "ratio"}
-        return attack(name, **{"profile": study.profile, **own})
+        trigger, label_map = MAPPED.get(name, (name, None))
+        own = {key: x for key, x in self._trigger_settings.items() if key != "ratio"}
+        made = attack(trigger, **{"profile": study.profile, **own})
+        if label_map is None:
+            return made
+        # A fifth of all images, which every class's way takes, or half of the source's.
+        ratio = {"all-to-all": 0.2, "source-specific": 0.5}[label_map]
+        return replace(made, label_map=label_map, ratio=ratio)
+
+    @property
+    def _trigger_settings(self) -> dict[str, Any]:
+        """Those of the study for the attack, over those for its trigger."""
+        triggers, name = self.study.triggers, MAPPED.get(self.attack, (self.attack,))[0]
+        of_trigger = {key: x for key, x in triggers.get(name, {}).items() if key != "ratio"}
+        base = of_trigger if name != self.attack else {}
+        return {**base, **triggers.get(self.attack, {})}
 
     @property
     def watermark(self) -> WatermarkConfig | None:
@@ -224,7 +238,8 @@ class Trial:
     @property
     def ratio(self) -> float:
         """The fraction of images that is poisoned; of the target class, for a clean label."""
-        own = self.study.triggers.get(self.attack, {}).get("ratio", self.study.ratio)
+        usual = None if self.attack in MAPPED else self.study.ratio
+        own = self._trigger_settings.get("ratio", usual)
         return float(self.definition.ratio if own is None else own)
 
     @property

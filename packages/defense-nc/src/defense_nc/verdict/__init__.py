@@ -25,7 +25,7 @@ from defense_nc.verdict.joint import (
 )
 from defense_nc.verdict.model_info import ModelInfo, describe_model
 from defense_nc.verdict.report import foreseen_abstention, judge, judge_again, judge_scan
-from defense_nc.verdict.scan_report import LabelScore, ScanReport, Verdict
+from defense_nc.verdict.scan_report import Finding, LabelScore, ScanReport, Verdict
 from defense_nc.verdict.seed_stability import combine, scan_until_stable
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "AnomalyIndex",
     "Calibration",
     "CleanModel",
+    "Finding",
     "JointCalibration",
     "JointReport",
     "LabelScore",

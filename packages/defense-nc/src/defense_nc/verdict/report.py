@@ -32,7 +32,7 @@ from defense_nc.verdict.anomaly import (
 )
 from defense_nc.verdict.calibration import Calibration, load_calibration
 from defense_nc.verdict.model_info import ModelInfo, describe_model
-from defense_nc.verdict.scan_report import LabelScore, ScanReport, Verdict
+from defense_nc.verdict.scan_report import Finding, LabelScore, ScanReport, Verdict
 from defense_nc.verdict.shrinkage import log_scores
 
 
@@ -52,6 +52,8 @@ def judge(
     subject: ModelInfo | None = None,
     starved: Sequence[float] = (),
     notes: Sequence[str] = (),
+    sources: Sequence[int | None] = (),
+    finding: Finding | None = None,
 ) -> ScanReport:
     """Judge K scores of a classifier.
 
@@ -72,6 +74,8 @@ def judge(
             calibration they are compared with those of the one that ships for other settings,
             so that such a scan is no bolder than a calibrated one.
         starved: As `ScanReport.starved`, (K,) or empty; so is ``notes``.
+        sources: As `LabelScore.source`, (K,) or empty.
+        finding: Makes the verdict "backdoored", with its labels and its reason.
 
     Returns:
         backdoored: some label is suspected. inconclusive: a reason to abstain holds
@@ -107,8 +111,15 @@ def judge(
     else:
         verdict = Verdict.BACKDOORED if test.suspected else Verdict.CLEAN
     hungry = starved_search(starved, test.suspected)
-    if hungry:
-        verdict, test = Verdict.NOT_SCANNED, test._replace(suspected=())
+    of_label = [*sources] or [None] * len(scores)
+    if finding:
+        hungry, verdict, reason = None, Verdict.BACKDOORED, finding.reason
+        test = test._replace(suspected=finding.labels)
+    elif hungry:
+        verdict, reason = Verdict.NOT_SCANNED, hungry
+        test = test._replace(suspected=())
+    else:
+        reason = _reason(verdict, test, reached, of_label, limit=limit, max_ratio=max_ratio)
     labels = tuple(
         LabelScore(
             label=label,
@@ -118,6 +129,7 @@ def judge(
             paper_index=float(paper.per_label[label]),
             ratio=float(test.ratio[label]),
             converged=bool(reached[label]),
+            source=of_label[label],
         )
         for label in range(len(scores))
     )
@@ -132,7 +144,7 @@ def judge(
         suspected=test.suspected,
         alpha=alpha,
         max_ratio=max_ratio,
-        reason=hungry or _reason(verdict, test, reached, limit=limit, max_ratio=max_ratio),
+        reason=reason,
         triggers=dict(triggers or {}),
         config=dict(config or {}),
         seed=seed,
@@ -143,6 +155,7 @@ def judge(
         subject=subject,
         starved=tuple(starved),
         notes=tuple(notes),
+        finding=finding,
     )
 
 
@@ -162,6 +175,8 @@ def judge_scan(
     seed: int = 0,
     starved: Sequence[float] = (),
     notes: Sequence[str] = (),
+    sources: Sequence[int | None] = (),
+    finding: Finding | None = None,
 ) -> ScanReport:
     """`judge` with the calibration shipped for this detector and its ``settings``, if any."""
     return judge(
@@ -179,6 +194,8 @@ def judge_scan(
         subject=describe_model(model, images, classes=len(scores)),
         starved=starved,
         notes=notes,
+        sources=sources,
+        finding=finding,
     )
 
 
@@ -203,6 +220,8 @@ def judge_again(
         subject=report.subject,
         starved=report.starved,
         notes=report.notes,
+        sources=[label.source for label in report.labels],
+        finding=report.finding,
     )
     return replace(again, log=report.log, model_score=report.model_score, repeats=report.repeats)
 
@@ -280,10 +299,16 @@ def _test(
 
 
 def _reason(
-    verdict: Verdict, test: OutlierTest, reached: Tensor, *, limit: str | None, max_ratio: float
+    verdict: Verdict,
+    test: OutlierTest,
+    reached: Tensor,
+    sources: Sequence[int | None],
+    *,
+    limit: str | None,
+    max_ratio: float,
 ) -> str:
     """One sentence with the figures that decided; after a limit, what stands out in spite of it."""
-    outliers = " and ".join(f"label {i} ({_figures(test, i)})" for i in test.suspected)
+    outliers = " and ".join(f"{_name(i, sources)} ({_figures(test, i)})" for i in test.suspected)
     if limit:
         return f"{limit[:-1]}; at face value, {outliers} would stand out." if outliers else limit
     if test.suspected:
@@ -291,15 +316,22 @@ def _reason(
     low = int(torch.where(reached, test.ratio, math.inf).argmin())
     if verdict is Verdict.INCONCLUSIVE:
         return (
-            f"Label {low} stands out ({_figures(test, low)}), "
+            f"{_name(low, sources).capitalize()} stands out ({_figures(test, low)}), "
             f"but not below {max_ratio:g} of the median."
         )
     missed = len(reached) - int(reached.sum())
     rest = f"; {missed} of {len(reached)} labels were never reached" if missed else ""
+    unseen = f" {NOT_LOOKED_FOR}." if sources[low] is None else ""
     return (
-        f"No label stands out: the lowest score is that of label {low} "
-        f"({_figures(test, low)}){rest}. {NOT_LOOKED_FOR}."
+        f"No label stands out: the lowest score is that of {_name(low, sources)} "
+        f"({_figures(test, low)}){rest}.{unseen}"
     )
+
+
+def _name(label: int, sources: Sequence[int | None]) -> str:
+    """The label, and the class whose images its score is of."""
+    source = sources[label]
+    return f"label {label}" if source is None else f"label {label} from class {source}"
 
 
 def _figures(test: OutlierTest, label: int) -> str:

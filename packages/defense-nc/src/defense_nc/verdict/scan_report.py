@@ -6,7 +6,7 @@ import enum
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -42,6 +42,13 @@ class LabelScore:
     source: int | None = None  # the score is of this class's images only; None: of all others'
 
 
+class Finding(NamedTuple):
+    """What a detector found by a rule of its own, beside the comparison of labels."""
+
+    labels: tuple[int, ...]  # what it accuses; at least one
+    reason: str  # a sentence
+
+
 @dataclass(frozen=True)
 class ScanReport:
     """Scores, both rules and the verdict of one scan of one classifier."""
@@ -72,6 +79,7 @@ class ScanReport:
     # search that was starved so and failed leaves the model not scanned.
     starved: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()  # what was done to the model's outputs, one line each
+    finding: Finding | None = None  # it decides, whatever the scores are
 
     @property
     def nearest(self) -> int:
@@ -94,6 +102,8 @@ class ScanReport:
             for label in self.labels
         ]
         out["starved"], out["notes"] = list(self.starved), list(self.notes)
+        if self.finding is not None:
+            out["finding"] = {**self.finding._asdict(), "labels": list(self.finding.labels)}
         if self.model_score is not None:
             out["model_score"] = _finite(self.model_score)
         return out

@@ -62,7 +62,8 @@ def combine(reports: Sequence[ScanReport]) -> ScanReport:
     """One report on several scans of the same model, judged by each label's median log score.
 
     A label counts as reached if half of the scans reached it; score and success rate are the
-    medians of those, and the trigger is that of the scan whose score is nearest.
+    medians of those, and the trigger is that of the scan whose score is nearest. A finding counts
+    if half of the scans have one.
 
     Raises:
         ValueError: No reports, or reports that differ in more than seed and scores.
@@ -84,11 +85,13 @@ def combine(reports: Sequence[ScanReport]) -> ScanReport:
     rates = torch.tensor([[label.success_rate for label in r.labels] for r in reports]).double()
     reached = torch.tensor([[label.converged for label in r.labels] for r in reports])
     medians = [_medians(*column) for column in zip(scores.T, rates.T, reached.T, strict=True)]
-    triggers = {}
+    triggers, sources = {}, []
     for label, (score, _) in enumerate(medians):
         nearest = reports[int((scores[:, label] - score).abs().argmin())]
+        sources.append(nearest.labels[label].source)
         if label in nearest.triggers:
             triggers[label] = nearest.triggers[label]
+    findings = [report.finding for report in reports if report.finding is not None]
     joint = judge(
         first.detector,
         torch.tensor([score for score, _ in medians]).double(),
@@ -104,6 +107,8 @@ def combine(reports: Sequence[ScanReport]) -> ScanReport:
         subject=first.subject,
         starved=torch.tensor([report.starved for report in reports]).mean(0).tolist(),
         notes=first.notes,
+        sources=sources,
+        finding=findings[0] if 2 * len(findings) >= len(reports) else None,
     )
     return replace(joint, repeats=sum(report.repeats for report in reports))
 
@@ -120,8 +125,12 @@ def _medians(scores: Tensor, rates: Tensor, reached: Tensor) -> tuple[float, flo
 def _settled(report: ScanReport, margin: float) -> bool:
     """Whether another scan is not worth its time."""
     far = report.p_value <= report.alpha / margin or report.p_value >= report.alpha * margin
-    # A model outside the calibrated range stays outside.
-    return far or (report.calibration is not None and not report.calibrated)
+    # A model outside the calibrated range stays outside, and what was found needs no second scan.
+    return (
+        far
+        or report.finding is not None
+        or (report.calibration is not None and not report.calibrated)
+    )
 
 
 def _answer(report: ScanReport) -> tuple[Verdict, tuple[int, ...]]:

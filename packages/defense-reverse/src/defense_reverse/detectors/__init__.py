@@ -6,6 +6,7 @@ from defense_reverse.detectors.feature_losses import FeatureREConfig
 from defense_reverse.detectors.feature_re import FeatureRE, FeatureTrigger
 from defense_reverse.detectors.head_weights import HeadWeights
 from defense_reverse.detectors.margin_ascent import MarginAscent
+from defense_reverse.detectors.pair_perturbation import PairPerturbation
 from defense_reverse.detectors.patch_sweep import PatchSweep
 from defense_reverse.detectors.universal_perturbation import UniversalPerturbation, UniversalPicture
 
@@ -17,6 +18,7 @@ __all__ = [
     "FeatureTrigger",
     "HeadWeights",
     "MarginAscent",
+    "PairPerturbation",
     "PatchSweep",
     "UniversalPerturbation",
     "UniversalPicture",

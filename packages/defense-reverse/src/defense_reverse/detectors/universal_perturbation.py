@@ -7,30 +7,27 @@ a label at any size of image.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from defense_nc.config import check_rule
-from defense_nc.gradients import GradientCount, reached, vanished
 from defense_nc.scan_inputs import ScanInputs, open_scan
 from defense_nc.verdict import ScanReport, judge_scan
-from defense_reverse.detectors.common import batches_of, check_settings, resume_file
+from defense_reverse.detectors.common import check_settings, resume_file
+from defense_reverse.detectors.picture_search import (
+    Found,
+    SearchSettings,
+    smallest_pictures,
+    split_group,
+)
 from wm_inject.core.images import check_images
 from wm_inject.core.presets import preset_of
 from wm_inject.core.progress import progress as show_progress
-from wm_victim.inference import images_a_pass
-
-_GROWTH = 1.25  # of the size in a step, until a picture works for the first time
-# Times the size of the search: as far as a picture is enlarged until it works on other images.
-_FACTORS = (0.25, 0.35, 0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)
-_HALVINGS = 3  # of the range between two of them, which ends 5 % wide
 
 
 class UniversalPicture(nn.Module):
@@ -176,8 +173,8 @@ class UniversalPerturbation:
             random.set_state(state[1])
         labels = range(len(rows), inputs.num_classes)
         for label in show_progress(labels, desc="perturbations", enabled=progress):
-            picture, size, rate, starved = self._picture(inputs, label, random)
-            rows.append([picture.cpu(), size, rate, starved])
+            found = self._picture(inputs, label, random)
+            rows.append([found.picture.cpu(), found.size, found.rate, found.starved])
             file.save_sometimes(lambda: (rows, random.get_state()))
         if labels:
             file.save((rows, random.get_state()))
@@ -189,100 +186,16 @@ class UniversalPerturbation:
             starved_shares,
         )
 
-    def _picture(
-        self, inputs: ScanInputs, label: int, random: torch.Generator
-    ) -> tuple[Tensor, float, float, float]:
-        """A label's picture, its size and rate, and the share of gradients that had vanished."""
+    def _picture(self, inputs: ScanInputs, label: int, random: torch.Generator) -> Found:
+        """A label's picture."""
         others = inputs.images[inputs.labels != label]
-        order = torch.randperm(len(others), generator=random).to(others.device)
-        kept = min(self.tested, (len(others) + 1) // 2)
-        tested, searched = others[order[:kept]], others[order[kept:]]
-        searched = searched if len(searched) else tested
-        direction, size, gradients = self._direction(inputs.model, searched, label, random)
-        size, rate = self._size(inputs.model, tested, label, direction, size)
-        return size * direction, size, rate, gradients.share
-
-    def _direction(
-        self, model: nn.Module, images: Tensor, label: int, random: torch.Generator
-    ) -> tuple[Tensor, float, GradientCount]:
-        """The direction of the smallest picture that worked on its batch, or the last one."""
-        batches, gradients = batches_of(images, self.batch_size, random), GradientCount()
-        picture, size = torch.zeros_like(images[0]), self.start
-        best: tuple[Tensor, float] | None = None
-        for step in range(self.steps):
-            batch = images[next(batches).to(images.device)]
-            total, hits = torch.zeros_like(picture), 0
-            for part in batch.split(images_a_pass(batch, batch.device, most=len(batch))):
-                goals = torch.full((len(part),), label, device=part.device)
-                moved = (part + picture).clamp(0, 1).requires_grad_()
-                with torch.enable_grad():
-                    logits = model(moved)
-                    # The second sum is there for models of thresholds, which depend on no pixel.
-                    loss = F.cross_entropy(logits, goals, reduction="sum") + 0 * moved.sum()
-                    (gradient,) = torch.autograd.grad(loss, moved)
-                there = reached(logits, goals)
-                gradients.add(int((~there).sum()), int(vanished(gradient, logits, goals).sum()))
-                total, hits = total + gradient.sum(0), hits + int(there.sum())
-            works = step > 0 and hits / len(batch) >= self.floor
-            if works and (best is None or size < best[1]):
-                best = picture, size
-            left = 1 - step / self.steps  # both lengths fall with the steps
-            if best is None:
-                size = min(1.0, size * _GROWTH) if step > 0 else size
-            else:
-                size *= 1 - 0.1 * left if works else 1 + 0.1 * left
-            move = unit(total)
-            picture = size * unit(picture - (0.1 + 0.4 * left) * size * move)
-        picture, size = best or (picture, size)
-        return unit(picture), size, gradients
-
-    @torch.no_grad()
-    def _size(
-        self, model: nn.Module, images: Tensor, label: int, direction: Tensor, size: float
-    ) -> tuple[float, float]:
-        """The least size that succeeds on these images, between a fourth and four times, its rate.
-
-        The widest, and its rate below the floor, if none does. Success need not grow with the size:
-        a picture that is too large may lead to a third label.
-        """
-        parts = images.split(images_a_pass(images, images.device, most=self.batch_size))
-
-        def rate(size: float, *, enough: float) -> float:
-            """Success at a size; of the first batches alone, where it cannot be enough any more."""
-            hits, left = 0, len(images)
-            for part in parts:
-                answers = model((part + size * direction).clamp(0, 1)).argmax(1)
-                hits, left = hits + int((answers == label).sum()), left - len(part)
-                if (hits + left) / len(images) < enough:
-                    break
-            return hits / (len(images) - left)
-
-        low, high, found = 0.0, 0.0, 0.0
-        for factor in _FACTORS:
-            low, high = high, min(1.0, factor * size)
-            last = factor == _FACTORS[-1]  # its rate is reported, whatever it is
-            found = rate(high, enough=0.0 if last else self.floor)
-            if found >= self.floor:
-                break
-        else:
-            return high, found
-        low = max(low, high / 2)
-        for _ in range(_HALVINGS):
-            middle = math.sqrt(low * high)
-            tried = rate(middle, enough=self.floor)
-            if tried >= self.floor:
-                high, found = middle, tried
-            else:
-                low = middle
-        return high, found
+        goals = torch.full((len(others),), label, device=others.device)
+        group = split_group(others, goals, self.tested, random)
+        settings = SearchSettings(self.steps, self.batch_size, self.start, self.floor)
+        return smallest_pictures(inputs.model, [group], settings, random)[0]
 
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {},
     "paper": {"steps": 200, "batch_size": 64, "tested": 200, "floor": 0.9},
 }
-
-
-def unit(picture: Tensor) -> Tensor:
-    """A picture whose root mean square is 1; zeros stay zeros."""
-    return picture / picture.square().mean().sqrt().clamp(min=1e-12)

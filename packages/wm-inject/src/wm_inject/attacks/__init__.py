@@ -15,6 +15,7 @@ from wm_inject.attacks.definition import (
     Length,
     Needs,
     Profile,
+    source_of,
 )
 from wm_inject.core.checks import check_choice
 
@@ -83,4 +84,5 @@ __all__ = [
     "Profile",
     "attack",
     "list_attacks",
+    "source_of",
 ]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from wm_inject.core.checks import check_choice
 from wm_inject.core.images import check_images, check_labels
-from wm_inject.core.plan import CoTraining, PoisonPlan
+from wm_inject.core.plan import CoTraining, LabelMap, PoisonPlan
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -102,7 +102,7 @@ class Attack:
     trigger: type[nn.Module]
     needs: Needs = "nothing"
     mode: Literal["static", "per_batch"] = "static"
-    label_map: Literal["all-to-one", "clean-label"] = "all-to-one"
+    label_map: LabelMap = "all-to-one"
     ratio: float = 0.1
     config: type | None = None
     fitter: Callable[[Attack, FitContext], Fitted] | None = None
@@ -164,18 +164,24 @@ class Attack:
             labels: The training labels; a clean-label plan counts them.
             ratio: Share of the training set or of a batch; the attack's own if None. For a
                 clean-label attack, the share of the *target class*: SIG's published 0.1 of all
-                images could not be drawn from a small class.
+                images could not be drawn from a small class. For a source-specific one, the share
+                of the source, which is the class after the target.
         """
         ratio = self.ratio if ratio is None else ratio
-        if self.label_map == "all-to-one":
-            return PoisonPlan(ratio=ratio, target=target, mode=self.mode, seed=seed)
+        common: dict[str, Any] = {"target": target, "label_map": self.label_map, "seed": seed}
+        if self.label_map in ("all-to-one", "all-to-all"):
+            return PoisonPlan(ratio=ratio, mode=self.mode, **common)
         check_labels(labels, len(labels))
-        share = float((labels == target).float().mean())
+        chosen, name = target, "target"
+        if self.label_map == "clean-label":
+            common["pool"] = "target"
+        else:
+            chosen, name = source_of(target, int(labels.max()) + 1), "source"
+            common["source"] = chosen
+        share = float((labels == chosen).float().mean())
         if share == 0:
-            raise ValueError(f"expected images of the target class {target}, got none")
-        return PoisonPlan(
-            ratio=ratio * share, target=target, label_map="clean-label", pool="target", seed=seed
-        )
+            raise ValueError(f"expected images of the {name} class {chosen}, got none")
+        return PoisonPlan(ratio=ratio * share, **common)
 
     def hook(
         self,
@@ -203,3 +209,8 @@ class Attack:
         """What tells this attack from the same one with other settings (JSON values)."""
         names = ("name", "profile", "ratio", "label_map", "mode")
         return {**{name: getattr(self, name) for name in names}, "settings": dict(self.settings)}
+
+
+def source_of(target: int, num_classes: int) -> int:
+    """The source of a source-specific attack on a target: the class after it."""
+    return (target + 1) % num_classes

@@ -55,8 +55,11 @@ def add_poison(parser: Parser) -> None:
     plan.add_argument(
         "--target", type=within(int, "[0, inf)"), default=0, help="label asked for (default: 0)"
     )
-    maps = ("all-to-one", "all-to-all", "clean-label")
+    maps = ("all-to-one", "all-to-all", "source-specific", "clean-label")
     plan.add_argument("--label-map", choices=maps, default="all-to-one", help=f"default: {maps[0]}")
+    plan.add_argument(
+        "--source", type=within(int, "[0, inf)"), help="class that it works on (source-specific)"
+    )
     plan.add_argument(
         "--pool",
         choices=("all", "non_target", "target"),
@@ -111,6 +114,7 @@ def _plan(args: argparse.Namespace) -> PoisonPlan:
         label_map=args.label_map,
         pool=args.pool or default,
         seed=args.seed,
+        source=args.source,
     )
 
 

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 Labels = np.ndarray[Any, np.dtype[np.int64]]
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
-LabelMap = Literal["all-to-one", "all-to-all", "clean-label"]
+LabelMap = Literal["all-to-one", "all-to-all", "source-specific", "clean-label"]
 Pool = Literal["all", "non_target", "target"]
 Mode = Literal["static", "per_batch"]
 _CHOICES = {
-    "label_map": ("all-to-one", "all-to-all", "clean-label"),
+    "label_map": ("all-to-one", "all-to-all", "source-specific", "clean-label"),
     "pool": ("all", "non_target", "target"),
     "mode": ("static", "per_batch"),
 }
@@ -82,13 +82,18 @@ class PoisonPlan:
             the pool itself ("non_target", as FTrojan and ANP do). Per-batch plans count it against
             the batch.
         target: The class that the attack asks for.
-        label_map: "all-to-one" (y -> target), "all-to-all" (y -> y + 1 mod K), or "clean-label"
-            (labels stay; only images of the target class are poisoned).
+        label_map: "all-to-one" (y -> target), "all-to-all" (y -> y + 1 mod K), "source-specific"
+            (``source`` -> target; as many images of the other classes carry the trigger too and
+            keep their labels), or "clean-label" (labels stay; only images of the target class are
+            poisoned).
         pool: Where poisoned images are drawn from: "all", "non_target" or "target".
         mode: "static" (chosen once) or "per_batch" (drawn anew from every batch, as WaNet does).
+        source: The class whose images get the target label, of a source-specific plan; ``ratio`` is
+            the share of all images that do.
 
     Raises:
-        ValueError: A value out of range, or a clean-label plan with another pool than "target".
+        ValueError: A value out of range, a clean-label plan with another pool than "target", or a
+            source-specific one without a source, with another pool than "all", or per batch.
     """
 
     ratio: float | None = 0.1
@@ -97,6 +102,7 @@ class PoisonPlan:
     pool: Pool = "all"
     mode: Mode = "static"
     seed: int = 0
+    source: int | None = None
 
     def __post_init__(self) -> None:
         if self.ratio is not None and not 0 < self.ratio <= 1:
@@ -109,6 +115,21 @@ class PoisonPlan:
             raise ValueError(
                 "a clean-label plan poisons the target class: label_map 'clean-label' and "
                 f"pool 'target' go together, got {self.label_map!r} and {self.pool!r}"
+            )
+        specific = self.label_map == "source-specific"
+        if specific != (self.source is not None):
+            raise ValueError(
+                "a source and label_map 'source-specific' go together, "
+                f"got {self.source} and {self.label_map!r}"
+            )
+        if specific and (self.pool != "all" or self.mode != "static"):
+            raise ValueError(
+                "a source-specific plan is static and draws from all classes, "
+                f"got {self.mode!r} and pool {self.pool!r}"
+            )
+        if self.source is not None and (self.source < 0 or self.source == self.target):
+            raise ValueError(
+                f"expected a source >= 0 other than the target {self.target}, got {self.source}"
             )
         if self.seed < 0:
             raise ValueError(f"expected a seed >= 0, got {self.seed}")
@@ -125,8 +146,9 @@ class PoisonPlan:
         """Choose the images to poison: bool ``(N,)``, of the kind of the labels, tensor or array.
 
         Exactly ``round(ratio * base)`` are set for a static plan and ``int(ratio * N)`` for a
-        per-batch one (WaNet's rule). A tensor and an array of the same labels have the same choice.
-        The draw comes from ``generator``, on the CPU, or from the plan's own seed.
+        per-batch one (WaNet's rule); a source-specific plan sets as many again of other classes, or
+        all of them where there are fewer. A tensor and an array of the same labels have the same
+        choice. The draw comes from ``generator``, on the CPU, or from the plan's own seed.
 
         Raises:
             ValueError: The pool holds fewer images than the ratio asks for, or none is asked for
@@ -157,10 +179,15 @@ class PoisonPlan:
             )
         if self.label_map == "all-to-one":
             return labels * 0 + self.target
+        if self.source is not None:
+            return labels + (labels == self.source) * (self.target - labels)
         return labels if self.label_map == "clean-label" else (labels + 1) % num_classes
 
     def _choose(self, labels: Labels, generator: torch.Generator | None) -> Mask:
-        pool = np.flatnonzero(self.eligible(labels))
+        if self.source is not None:
+            pool = np.flatnonzero(labels == self.source)
+        else:
+            pool = np.flatnonzero(self.eligible(labels))
         base = len(pool) if self.pool == "non_target" else len(labels)
         if self.ratio is None:
             count = len(pool)
@@ -171,11 +198,21 @@ class PoisonPlan:
         if self.mode == "static" and not 0 < count <= len(pool):
             raise ValueError(
                 f"a ratio of {self.ratio or 1} asks for {count} of {len(labels)} images, "
-                f"but the pool {self.pool!r} of label {self.target} holds {len(pool)}"
+                f"but {self._pool_name} holds {len(pool)}"
             )
         mask = np.zeros(len(labels), dtype=np.bool_)
         mask[pool[_draw(len(pool), count, self.seed, generator)]] = True
+        if self.source is not None:
+            others = np.flatnonzero(labels != self.source)
+            covered = min(count, len(others))
+            mask[others[_draw(len(others), covered, self.seed + 1, generator)]] = True
         return mask
+
+    @property
+    def _pool_name(self) -> str:
+        if self.source is not None:
+            return f"class {self.source}"
+        return f"the pool {self.pool!r} of label {self.target}"
 
 
 def _draw(size: int, count: int, seed: int, generator: torch.Generator | None) -> Labels:
