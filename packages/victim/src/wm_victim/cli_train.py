@@ -260,7 +260,7 @@ def _attack_metadata(settings: TrainSettings, setup: AttackSetup) -> dict[str, A
     assert plan is not None
     metadata = {
         "trigger": {"kind": trigger.kind, "config": trigger.config},
-        "plan": asdict(plan),
+        "plan": plan.to_dict(),
         "noise_mode": settings.noise_mode,
     }
     if settings.attack is None:

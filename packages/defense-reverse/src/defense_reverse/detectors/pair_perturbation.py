@@ -37,7 +37,8 @@ from wm_victim.inference import predict
 
 MIN_CLASSES = 4  # with images: of fewer, rows and columns cannot be told from their cells
 _FEWEST = 4  # images of a class that pictures are sought for
-_SWEEPS = 10  # of the median polish
+_FITS = 30
+_RESOLUTION = 0.05  # of log sizes: a picture's size is searched to 5 %
 _NEVER = 1e6  # cost of a pair that was not searched
 _MAP_GROWTH = 1.05  # of the map's picture in a step: slow, since its direction takes steps to find
 
@@ -76,8 +77,7 @@ class PairPerturbation:
 
     Source: a perturbation for each pair of classes is that of Xiang, Miller and Kesidis, "Detection
         of Backdoors in Trained Classifiers Without Access to the Training Set" (IEEE TNNLS 2022);
-        rows and columns are taken out by the median polish of Tukey, "Exploratory Data Analysis"
-        (1977). The comparison with the way back and the map of classes are ours.
+        the comparison with the way back and the map of classes are ours.
     """
 
     name: ClassVar[str] = "pairs"
@@ -264,16 +264,29 @@ def too_few_classes(labels: Tensor) -> str | None:
 
 
 def excess(sizes: Tensor) -> Tensor:
-    """How far pairs' log sizes are from what their classes let expect: a median polish ``(K, K)``.
+    """How far pairs' log sizes are from what their classes let expect, ``(K, K)``.
+
+    What is expected is a sum of a number for the source and one for the goal, at the least sum of
+    absolute distances: by least squares, weighted anew, with distances below `_RESOLUTION` squared.
 
     Args:
         sizes: Source by goal; NaN for pairs that are not there, in the result too.
     """
-    rest = sizes.log()
-    for _ in range(_SWEEPS):
-        rest = rest - rest.nanmedian(1, keepdim=True).values
-        rest = rest - rest.nanmedian(0, keepdim=True).values
-    return rest
+    logs = sizes.log()
+    present = ~logs.isnan()
+    sources, goals = present.nonzero(as_tuple=True)
+    count, values = len(sizes), logs[present]
+    design = torch.zeros(len(values), 2 * count, dtype=values.dtype)
+    design[torch.arange(len(values)), sources] = 1
+    design[torch.arange(len(values)), count + goals] = 1
+    weights = torch.ones_like(values)
+    for _ in range(_FITS):
+        root = weights.sqrt()[:, None]
+        fitted = torch.linalg.lstsq(root * design, root * values[:, None], driver="gelsd").solution
+        rest = values - (design @ fitted)[:, 0]
+        weights = (rest.square() + _RESOLUTION**2).rsqrt()
+    logs[present] = rest
+    return logs
 
 
 def pair_scores(sizes: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ A plan is index arithmetic in numpy; torch is imported only where tensors come i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -133,6 +133,12 @@ class PoisonPlan:
             )
         if self.seed < 0:
             raise ValueError(f"expected a seed >= 0, got {self.seed}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON; a plan without a source has none here either."""
+        return {
+            name: value for name, value in asdict(self).items() if (name, value) != ("source", None)
+        }
 
     def eligible(self, labels: _Vector) -> Any:
         """Bool ``(N,)`` of the labels' kind: which images the plan may draw from."""

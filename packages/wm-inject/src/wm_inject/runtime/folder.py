@@ -7,7 +7,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -109,7 +108,7 @@ def poison_files(
     settings = {
         **(record or {}),
         "format": FORMAT,
-        "plan": asdict(plan),
+        "plan": plan.to_dict(),
         "image_size": None if whole else size,
         "channels": None if whole else channels,
         **({"jpeg_quality": jpeg_quality} if whole else {}),
