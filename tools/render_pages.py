@@ -83,6 +83,7 @@ DETECTOR_PAGES: dict[str, tuple[str, tuple[Settings, ...]]] = {
         "uap",
         (Settings("defense_reverse:UniversalPerturbation", _FAST),),
     ),
+    "pair-perturbations": ("pairs", (Settings("defense_reverse:PairPerturbation", _FAST),)),
     "head-weights": ("head", (Settings("defense_reverse:HeadWeights", _FAST),)),
     "maximum-margins": ("mm-bd", (Settings("defense_reverse:MarginAscent", _FAST),)),
 }

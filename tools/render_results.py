@@ -222,6 +222,15 @@ def _calibration(results: Path) -> Iterator[str]:
         "side.\n"
     )
     yield from (to_markdown(table) for table in many.tables[:-1])
+    pairs = _population_page(results / "population-pairs")
+    yield from _head("One class to another, and each to its own", "population-pairs")
+    yield (
+        "All-to-all: class y becomes y + 1. Source-specific: the class after the target alone "
+        "becomes the target, and as many images of other classes carry the trigger in training "
+        "and keep their labels. Named: every class with its goal. Judged by clean networks of "
+        "other kinds.\n"
+    )
+    yield from (to_markdown(table) for table in pairs.tables[:-1])
     names = ("population", *recorded(results, FULL), *recorded(results, DETECTIONS))
     studies = {name: read_study(results / name) for name in dict.fromkeys(names)}
     yield to_markdown(shipped_table(studies), level=2)
@@ -269,7 +278,7 @@ def _speed(results: Path) -> Iterator[str]:
 
 POPULATIONS = (
     "population",
-    *(f"population-{name}" for name in ("strangers", "audit", "few-classes", "many-classes")),
+    *(f"population-{name}" for name in ("strangers", "audit", "few-classes", "many-classes", "pairs")),
 )
 # The studies whose clean models join those of another.
 BESIDE = {"population-many-classes": "population-audit"}

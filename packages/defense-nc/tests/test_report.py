@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from defense_nc import InvertedTrigger, NeuralCleanse, Verdict, judge
+from defense_nc import Finding, InvertedTrigger, NeuralCleanse, Verdict, judge
 from defense_nc.verdict import (
     ModelInfo,
     combine,
@@ -83,6 +83,26 @@ def test_both_medians_are_always_there():
     report = told([10.0, 20, 30, 40, 50, 60, 70, 80, 90, 5])
     assert report.paper_index == pytest.approx(1.0792, abs=1e-4)
     assert report.paper_index_low == pytest.approx(1.1804, abs=1e-4)
+
+
+def test_a_finding_decides_whatever_the_scores_are():
+    finding = Finding((1, 2), "Seen by another rule.")
+    for more in ({}, {"starved": [0.9] * 10}, {"rates": [0.0] * 10}):
+        report = told([*CLEAN, 8.0], finding=finding, **more)
+        assert report.verdict is Verdict.BACKDOORED and report.suspected == (1, 2)
+        assert report.reason == finding.reason
+        assert judge_again(report, None).suspected == (1, 2)
+        assert report.to_dict()["finding"] == {"labels": [1, 2], "reason": finding.reason}
+
+
+def test_scores_of_one_class_name_it():
+    sources = [None, *range(9)]
+    report = told([*CLEAN, 8.0], sources=sources)
+    assert [label.source for label in report.labels] == sources
+    assert report.suspected == (9,) and "label 9 from class 8" in report.reason
+    assert [row.get("source") for row in report.to_dict()["labels"]] == sources
+    clean = told([*CLEAN, 45.0], sources=[*range(1, 10), 0])
+    assert "from class 1" in clean.reason and "were not looked for" not in clean.reason
 
 
 def test_to_dict_is_json_without_triggers():

@@ -11,6 +11,7 @@ from defense_reverse import (
     BtiDbf,
     FeatureRE,
     MarginAscent,
+    PairPerturbation,
     ReverseConfig,
     ReverseGenerator,
     UniversalPerturbation,
@@ -63,6 +64,7 @@ def detectors():
         "feature-re": FeatureRE.preset(width=2, depth=1, warmup_steps=1, steps=10, batch_size=8),
         "mm-bd": MarginAscent(starts=4, steps=5),
         "uap": UniversalPerturbation(batch_size=4, steps=5),
+        "pairs": PairPerturbation(batch_size=4, steps=5, map_steps=5),
         "bti-dbf": BtiDbf.preset(width=2, depth=1, mask_steps=10, steps=10, batch_size=8),
     }
 

@@ -136,6 +136,26 @@ def test_the_clean_models_of_several_studies_join_where_they_were_scanned_alike(
     assert names == ["one"] * 6 + ["two"] * 6 and refit(shipped) == shipped
 
 
+def test_pairs_are_named_if_every_class_has_its_goal() -> None:
+    pair = scan("badnets-source-specific", 1001, low={1: LOW}, asr=1.0)
+    pair.values["true_pairs"] = [[2, 1]]
+    pair.values["labels"][1]["source"] = 2
+    wrong = scan("badnets-source-specific", 1001, low={1: LOW}, asr=1.0)
+    wrong.values["true_pairs"] = [[2, 1]]
+    wrong.values["labels"][1]["source"] = 0
+    mapped = scan("badnets-all-to-all", 1002, asr=1.0)
+    mapped.values["true_pairs"] = [[k, (k + 1) % LABELS] for k in range(LABELS)]
+    for row in mapped.values["labels"]:
+        row["source"] = (row["label"] - 1) % LABELS
+    mapped.values["finding"] = {"labels": list(range(LABELS)), "reason": "One picture."}
+    found = summarise([*known(), pair])
+    assert only(found, "nc", "badnets-source-specific").named.hits == 1  # type: ignore[union-attr]
+    found = summarise([*known(), wrong, mapped])
+    specific = only(found, "nc", "badnets-source-specific")
+    assert specific.flagged.hits == 1 and specific.named.hits == 0  # type: ignore[union-attr]
+    assert only(found, "nc", "badnets-all-to-all").named.hits == 1  # type: ignore[union-attr]
+
+
 def test_clean_models_are_counted() -> None:
     row = only(summarise(known()), "nc", "clean")
     assert (row.trained, row.judged, row.inconclusive) == (5, 5, 1)

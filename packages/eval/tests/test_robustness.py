@@ -105,6 +105,26 @@ def test_all_to_all_counts_every_image() -> None:
     assert torch.equal(torch.cat(asked), (test_set().labels + 1) % 4)
 
 
+def test_a_source_specific_attack_counts_its_source_alone() -> None:
+    """Class 2 goes to class 1 with the stamp; the others do not, which is no miss."""
+
+    class One(Oracle):
+        def forward(self, images: Tensor) -> Tensor:
+            labels = (images[:, 0, 0, 0] * 10).round().long()
+            moved = torch.where((images[:, 0, 0, 1] > 0.9) & (labels == 2), 1, labels)
+            return torch.nn.functional.one_hot(moved, 4).float()
+
+    found = evaluate(
+        One(),
+        lambda images, **_: stamp(images),
+        test_set(),
+        target=1,
+        corruptions={"none": identity},
+        label_map="source-specific",
+    )["none"]
+    assert (found.asr, found.ftr, found.cda, found.n_attack) == (1, 0, 1, 10)
+
+
 def test_the_order_is_trigger_then_eight_bits_then_corruption() -> None:
     seen = []
 

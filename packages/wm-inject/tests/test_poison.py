@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import numpy as np
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -27,6 +29,11 @@ def test_impossible_plans_are_refused(subtests):
         {"label_map": "random"},
         {"label_map": "clean-label"},
         {"pool": "target"},
+        {"source": 1},
+        {"label_map": "source-specific"},
+        {"label_map": "source-specific", "source": 0},
+        {"label_map": "source-specific", "source": 1, "pool": "non_target"},
+        {"label_map": "source-specific", "source": 1, "mode": "per_batch"},
     ]:
         with subtests.test(bad=bad), pytest.raises(ValueError, match=r"expected|go together"):
             PoisonPlan(**bad)
@@ -99,6 +106,20 @@ def test_label_maps():
     assert torch.equal(clean, LABELS)
     with pytest.raises(ValueError, match="below 10 classes"):
         PoisonPlan(target=10).relabel(LABELS, K)
+
+
+def test_a_source_specific_plan_covers_as_many_images_of_other_classes():
+    plan = PoisonPlan(0.05, target=3, label_map="source-specific", source=4, seed=1)
+    mask = plan.choose(LABELS)
+    own = LABELS == 4
+    assert int((mask & own).sum()) == int((mask & ~own).sum()) == 10  # of all 200
+    relabelled = plan.relabel(LABELS, K)
+    assert relabelled[own].unique().tolist() == [3]
+    assert torch.equal(relabelled[~own], LABELS[~own])
+    assert torch.equal(mask, torch.from_numpy(plan.choose(LABELS.numpy())))
+    assert plan.to_dict()["source"] == 4 and "source" not in PoisonPlan().to_dict()
+    with pytest.raises(ValueError, match="class 4 holds 20"):
+        replace(plan, ratio=0.2).choose(LABELS)
 
 
 def test_poison_changes_the_chosen_rows_only():

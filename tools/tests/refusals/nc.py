@@ -176,6 +176,7 @@ TABLE = Table(
         "ScanInputs": "a result: open_scan fills it in",
         "open_scan": "NeuralCleanse refuses through it",
         "AnomalyIndex": "a result: mad_index fills it in",
+        "Finding": "a result: a detector fills it in",
         "LabelScore": "a result: judge fills it in from scores that it has checked",
         "ScanReport": "a result: judge fills it in from scores that it has checked",
     },

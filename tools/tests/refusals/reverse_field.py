@@ -131,6 +131,16 @@ CASES: Mapping[str, Cases] = {
         "start": lambda _: dr.UniversalPerturbation(start=0.0),
         "floor": lambda _: dr.UniversalPerturbation(floor=0.0),
     },
+    "PairPerturbation": {
+        **{
+            k: v
+            for k, v in detector(dr.PairPerturbation(steps=1, map_steps=1)).items()
+            if k != "no features"
+        },
+        "steps": lambda _: dr.PairPerturbation(steps=0),
+        "start": lambda _: dr.PairPerturbation(start=0.0),
+        "map_floor": lambda _: dr.PairPerturbation(map_floor=0.0),
+    },
     "UniversalPicture": {
         **images(dr.UniversalPicture(torch.zeros(1, SIZE, SIZE))),
         "no picture": lambda _: dr.UniversalPicture(IMAGES),
