@@ -278,7 +278,11 @@ def _speed(results: Path) -> Iterator[str]:
 
 POPULATIONS = (
     "population",
-    *(f"population-{name}" for name in ("strangers", "audit", "few-classes", "many-classes", "pairs")),
+    "population-strangers",
+    "population-audit",
+    "population-few-classes",
+    "population-many-classes",
+    "population-pairs",
 )
 # The studies whose clean models join those of another.
 BESIDE = {"population-many-classes": "population-audit"}

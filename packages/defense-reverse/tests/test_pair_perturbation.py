@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from defense_nc import ScanReport, Verdict
 from defense_nc.verdict import judge_again
 from defense_reverse import PairPerturbation, UniversalPicture
+from defense_reverse.detectors.pair_perturbation import Pairs as FoundPairs
 from defense_reverse.detectors.pair_perturbation import (
     excess,
     nearest_sources,
     pair_scores,
     partners,
 )
-from defense_reverse.detectors.pair_perturbation import Pairs as FoundPairs
 
 CLASSES, SIDE = 8, 8
 random = torch.Generator().manual_seed(0)
@@ -104,7 +104,7 @@ def test_a_scan_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
 
 
 def test_rows_and_columns_leave_nothing_over() -> None:
-    """Sizes that are a row's times a column's have no excess; of a changed cell its factor is left."""
+    """Sizes that are a row's times a column's have no excess; of a changed cell its factor."""
     rows, columns = torch.rand(2, 6, generator=random).double() + 0.5
     sizes = rows[:, None] * columns
     sizes.fill_diagonal_(torch.nan)

@@ -14,7 +14,7 @@ from torch import nn
 from defense_nc import Verdict
 from defense_nc.scan_inputs import ScanInputs
 from defense_reverse.detectors import UniversalPerturbation, UniversalPicture
-from defense_reverse.detectors.universal_perturbation import unit
+from defense_reverse.detectors.picture_search import unit
 from wm_inject.core.resume import ResumeFile
 
 CLASSES, SIDE = 8, 8

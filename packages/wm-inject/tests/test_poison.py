@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-import numpy as np
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 

@@ -36,7 +36,7 @@ from wm_inject.core.progress import progress as show_progress
 from wm_victim.inference import predict
 
 MIN_CLASSES = 4  # with images: of fewer, rows and columns cannot be told from their cells
-_FEWEST = 4  # images of a class that pictures are sought for
+_FEWEST = 2  # images of a class: one to search with, one to measure on
 _FITS = 30
 _RESOLUTION = 0.05  # of log sizes: a picture's size is searched to 5 %
 _NEVER = 1e6  # cost of a pair that was not searched
@@ -134,7 +134,7 @@ class PairPerturbation:
             scores are. ``log["raw"]`` has the sizes and the map.
 
         Raises:
-            ValueError: As `Detector.scan`, or fewer than four classes with four images each.
+            ValueError: As `Detector.scan`, or fewer than four classes with two images each.
         """
         with open_scan(model, images, labels=labels, device=device) as inputs:
             if why := too_few_classes(inputs.labels):

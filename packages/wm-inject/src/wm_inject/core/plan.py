@@ -124,7 +124,7 @@ class PoisonPlan:
             )
         if specific and (self.pool != "all" or self.mode != "static"):
             raise ValueError(
-                "a source-specific plan is static and draws from all classes, "
+                "expected a source-specific plan to be static and to draw from all classes, "
                 f"got {self.mode!r} and pool {self.pool!r}"
             )
         if self.source is not None and (self.source < 0 or self.source == self.target):
