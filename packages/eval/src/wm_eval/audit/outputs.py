@@ -186,6 +186,8 @@ def verdict_lines(audit: Audit) -> list[str]:
         sure = report.verdict in (Verdict.CLEAN, Verdict.BACKDOORED)
         verdict = "" if name in in_panels and sure else f"{report.verdict}, "
         figures = f"p {report.p_value:.2g} for label {report.nearest}"
+        if report.finding is not None:
+            figures = f"whatever the p-values are ({report.p_value:.2g} at least)"
         lines.append(f"{detector_title(name)}: {verdict}{figures}")
         lines += _nearest_lines(name, report)
         lines += [f"note: {note}" for note in report.notes]
