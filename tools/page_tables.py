@@ -28,6 +28,7 @@ _DATA = {
     "p1-imagenet10": "ten ImageNet classes, airbench",
     "p1-imagenet10-224": "ten ImageNet classes, EfficientNet-Lite0",
     "marks-cifar10": "CIFAR-10, all images, airbench at half its width",
+    "pairs-cifar10": "CIFAR-10, all images, airbench at half its width, other label maps",
 }
 _MEASURES = {"cda": "CDA, %", "asr": "ASR, %", "ftr": "false triggers, %"}
 _SETTINGS = " Setting: the models' data and network, with residual connections or without."

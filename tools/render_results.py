@@ -66,6 +66,7 @@ FULL = {
     "p1-imagenet10": "Ten ImageNet classes, 64 pixels",
     "p1-imagenet10-224": "Ten ImageNet classes, 224 pixels, EfficientNet-Lite0",
     "marks-cifar10": "Watermarks that ship, CIFAR-10, airbench at half its width",
+    "pairs-cifar10": "All-to-all and source-specific, CIFAR-10, airbench at half its width",
 }
 REVERSE_DIFFERENCES = """\
 - On CIFAR-10 WaNet has three times its published strength: a victim of 24 epochs, trained on
