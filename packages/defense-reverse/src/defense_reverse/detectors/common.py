@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,10 @@ from defense_reverse.detectors.split import (
     split_at_last_map,
 )
 from defense_reverse.generator import UNetGenerator
+from wm_inject.core.progress import progress as show_progress
 from wm_inject.core.resume import ResumeFile, fingerprint
+
+Row = TypeVar("Row")
 
 
 class SplitInputs(NamedTuple):
@@ -101,6 +104,40 @@ def resume_file(
         data = fingerprint(*inputs.model.state_dict().values(), inputs.images, inputs.labels)
         identity = {"seed": seed, "data": data, "settings": dict(settings)}
     return ResumeFile(checkpoint, kind=kind, run=identity)
+
+
+def rows_by_label(
+    inputs: ScanInputs,
+    row: Callable[[int, torch.Generator], Row],
+    *,
+    kind: str,
+    settings: Mapping[str, Any],
+    seed: int,
+    checkpoint: Path | None,
+    progress: bool,
+) -> list[Row]:
+    """A row for every label, in their order; those that a ``checkpoint`` has are not made again.
+
+    Args:
+        row: Makes that of a label, of what a checkpoint can hold; draws from the generator alone.
+        kind: The detector's name, and so are ``settings`` its own.
+
+    Raises:
+        ValueError: A checkpoint that is damaged or belongs to another scan.
+    """
+    random = torch.Generator().manual_seed(seed)
+    file = resume_file(checkpoint, inputs, kind=kind, settings=settings, seed=seed)
+    state = file.load()
+    rows: list[Row] = [] if state is None else state[0]
+    if state is not None:
+        random.set_state(state[1])
+    labels = range(len(rows), inputs.num_classes)
+    for label in show_progress(labels, desc=kind, enabled=progress):
+        rows.append(row(label, random))
+        file.save_sometimes(lambda: (rows, random.get_state()))
+    if labels:
+        file.save((rows, random.get_state()))
+    return rows
 
 
 def check_settings(config: object, counts: Sequence[str], positive: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from defense_nc.config import check_rule
 from defense_nc.scan_inputs import ScanInputs, open_scan
 from defense_nc.verdict import Finding, ScanReport, judge_scan
-from defense_reverse.detectors.common import check_settings, resume_file
+from defense_reverse.detectors.common import check_settings, rows_by_label
 from defense_reverse.detectors.picture_search import (
     Found,
     Group,
@@ -32,7 +33,6 @@ from defense_reverse.detectors.picture_search import (
 )
 from defense_reverse.detectors.universal_perturbation import UniversalPicture
 from wm_inject.core.presets import preset_of
-from wm_inject.core.progress import progress as show_progress
 from wm_victim.inference import predict
 
 MIN_CLASSES = 4  # with images: of fewer, rows and columns cannot be told from their cells
@@ -181,28 +181,24 @@ class PairPerturbation:
         checkpoint: Path | None = None,
     ) -> Pairs:
         """The smallest picture found for every ordered pair of classes with enough images."""
-        random = torch.Generator().manual_seed(seed)
-        file = resume_file(checkpoint, inputs, kind=self.name, settings=self.settings, seed=seed)
-        state = file.load()
-        rows: list[list[list[Any]]] = [] if state is None else state[0]
-        if state is not None:
-            random.set_state(state[1])
         settings = SearchSettings(self.steps, self.batch_size, self.start, self.floor)
         known = classes_with_images(inputs.labels)
-        goals = range(len(rows), inputs.num_classes)
-        for goal in show_progress(goals, desc="pairs", enabled=progress):
+
+        def column(goal: int, random: torch.Generator) -> list[list[Any]]:
             sources = [source for source in known if source != goal]
             groups = [self._group(inputs, source, goal, random) for source in sources]
             found = smallest_pictures(inputs.model, groups, settings, random)
-            rows.append(
-                [
-                    [source, one.picture.cpu(), one.size, one.rate, one.starved]
-                    for source, one in zip(sources, found, strict=True)
-                ]
-            )
-            file.save_sometimes(lambda: (rows, random.get_state()))
-        if goals:
-            file.save((rows, random.get_state()))
+            return [[source, *one.stored()] for source, one in zip(sources, found, strict=True)]
+
+        rows = rows_by_label(
+            inputs,
+            column,
+            kind=self.name,
+            settings=self.settings,
+            seed=seed,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
         return _pairs(rows, inputs.images.device)
 
     def search_map(self, inputs: ScanInputs, pairs: Pairs, *, seed: int) -> ClassMap:
@@ -339,7 +335,7 @@ def _pairs(rows: Sequence[Sequence[Sequence[Any]]], device: torch.device) -> Pai
         for source, picture, size, rate, _ in column:
             sizes[source, goal], rates[source, goal] = size, rate
             pictures[source, goal] = picture.to(device)
-    starved = tuple(min((one[-1] for one in column), default=0.0) for column in rows)
+    starved = tuple(fmean(one[-1] for one in column) if column else 0.0 for column in rows)
     return Pairs(sizes, rates, pictures, starved)
 
 

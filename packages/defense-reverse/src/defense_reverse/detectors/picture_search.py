@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,10 @@ class Found(NamedTuple):
     size: float  # its root mean square, in units of [0, 1]
     rate: float  # success on images that were not searched with
     starved: float  # as `ScanReport.starved`
+
+    def stored(self) -> list[Any]:
+        """As a checkpoint keeps it: a list, on the CPU."""
+        return [self.picture.cpu(), self.size, self.rate, self.starved]
 
 
 class SearchSettings(NamedTuple):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from defense_nc.config import check_rule
 from defense_nc.scan_inputs import ScanInputs, open_scan
 from defense_nc.verdict import ScanReport, judge_scan
-from defense_reverse.detectors.common import check_settings, resume_file
+from defense_reverse.detectors.common import check_settings, rows_by_label
 from defense_reverse.detectors.picture_search import (
     Found,
     SearchSettings,
@@ -27,7 +27,6 @@ from defense_reverse.detectors.picture_search import (
 )
 from wm_inject.core.images import check_images
 from wm_inject.core.presets import preset_of
-from wm_inject.core.progress import progress as show_progress
 
 
 class UniversalPicture(nn.Module):
@@ -165,19 +164,15 @@ class UniversalPerturbation:
         Raises:
             ValueError: A checkpoint that is damaged or belongs to another scan.
         """
-        random = torch.Generator().manual_seed(seed)
-        file = resume_file(checkpoint, inputs, kind=self.name, settings=self.settings, seed=seed)
-        state = file.load()
-        rows: list[list[Any]] = [] if state is None else state[0]
-        if state is not None:
-            random.set_state(state[1])
-        labels = range(len(rows), inputs.num_classes)
-        for label in show_progress(labels, desc="perturbations", enabled=progress):
-            found = self._picture(inputs, label, random)
-            rows.append([found.picture.cpu(), found.size, found.rate, found.starved])
-            file.save_sometimes(lambda: (rows, random.get_state()))
-        if labels:
-            file.save((rows, random.get_state()))
+        rows = rows_by_label(
+            inputs,
+            lambda label, random: self._picture(inputs, label, random).stored(),
+            kind=self.name,
+            settings=self.settings,
+            seed=seed,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
         pictures, sizes, rates, starved_shares = zip(*rows, strict=True)
         return Universal(
             torch.stack(pictures).to(inputs.images.device),
