@@ -30,6 +30,10 @@ _DATA = {
     "marks-cifar10": "CIFAR-10, all images, airbench at half its width",
     "pairs-cifar10": "CIFAR-10, all images, airbench at half its width, other label maps",
 }
+_POPULATIONS = {
+    "population-audit": "networks of many kinds",
+    "population-pairs": "all-to-all and source-specific",
+}
 _MEASURES = {"cda": "CDA, %", "asr": "ASR, %", "ftr": "false triggers, %"}
 _SETTINGS = " Setting: the models' data and network, with residual connections or without."
 
@@ -75,10 +79,11 @@ def detector_tables(results: Path, name: str) -> list[Table]:
     for table in tables:
         note = table.note + (_SETTINGS if "setting" in table.headers else "")
         picked += pick([table._replace(note=note)], "detector", {title})
-    for table in population(results / "population-audit").tables:
-        named = table._replace(title=f"{table.title}, networks of many kinds")
-        if {"detector", "setting"} <= set(named.headers):
-            picked += pick(pick([named], "detector", {title}), "setting", {ALL_SETTINGS})
+    for study_name, what in _POPULATIONS.items():
+        for table in population(results / study_name).tables:
+            named = table._replace(title=f"{table.title}, {what}")
+            if {"detector", "setting"} <= set(named.headers):
+                picked += pick(pick([named], "detector", {title}), "setting", {ALL_SETTINGS})
     for experiment in recorded(results, DETECTIONS):
         page = detection_page(study_of(results / experiment))
         picked += pick(page.tables, "detector", {title})

@@ -153,7 +153,8 @@ def test_pairs_are_named_if_every_class_has_its_goal() -> None:
     found = summarise([*known(), wrong, mapped])
     specific = only(found, "nc", "badnets-source-specific")
     assert specific.flagged.hits == 1 and specific.named.hits == 0  # type: ignore[union-attr]
-    assert only(found, "nc", "badnets-all-to-all").named.hits == 1  # type: ignore[union-attr]
+    every = only(found, "nc", "badnets-all-to-all")
+    assert every.named.hits == 1 and every.auroc == 1  # type: ignore[union-attr]
 
 
 def test_clean_models_are_counted() -> None:

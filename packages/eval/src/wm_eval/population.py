@@ -381,7 +381,7 @@ def _judge(record: Record, calibration: Calibration, alpha: float) -> Judged:
         record,
         report.verdict,
         report.suspected,
-        report.p_value,
+        report.p_value if report.finding is None else 0.0,  # it comes before every p-value
         report.paper_index,
         report.paper_flagged,
         _pairs(report),

@@ -27,7 +27,7 @@ ATTACKS = (*list_attacks(), "watermark", *SHIPPED, "equation2", *MAPPED, CLEAN)
 _OTHERS = {"equation2": "Plain blend, equation 2", CLEAN: "No attack (clean victim)"}
 PAPERS = ("nc", "reverse")  # the detectors of the two papers
 AUDIT = ("head", "uap", "sweep")  # those of an audit, if none are named: cheap at any size
-CALIBRATED = (*PAPERS, *AUDIT)  # the detectors whose verdicts have a calibrated error rate
+CALIBRATED = (*PAPERS, *AUDIT, "pairs")  # the detectors whose verdicts have a calibrated error rate
 DETECTORS = {
     "nc": "Neural Cleanse",
     "reverse": "Reverse generators",
