@@ -215,7 +215,7 @@ class Trial:
         made = attack(trigger, **{"profile": study.profile, **own})
         if label_map is None:
             return made
-        # A fifth of all images, which every class's way takes, or half of the source's.
+        # Of all images, as each class has a way of its own to learn; or of the source's.
         ratio = {"all-to-all": 0.2, "source-specific": 0.5}[label_map]
         return replace(made, label_map=label_map, ratio=ratio)
 

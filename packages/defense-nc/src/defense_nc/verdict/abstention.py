@@ -1,8 +1,8 @@
 """Reasons to abstain, each one sentence for the report, or None.
 
 Triggers bound to an image's own class (that work on one class only, or send class y to y + 1) are
-no such reason: a scan reverses one trigger per label for the images of all other classes together
-and cannot see them. The reason of every clean verdict says so.
+no such reason: a scan that reverses one trigger per label for the images of all other classes
+together cannot see them. The reason of its clean verdict says so, where scores are of no one class.
 """
 
 from __future__ import annotations
