@@ -395,7 +395,7 @@ def _pairs(report: ScanReport) -> tuple[tuple[int, int], ...]:
 
 def _report(record: Record, calibration: Calibration, alpha: float) -> ScanReport:
     """A recorded scan, judged anew."""
-    found = record.values.get("finding")
+    finding = record.values.get("finding")
     return judge(
         record.values["detector"],
         _column(record, "score"),
@@ -407,7 +407,7 @@ def _report(record: Record, calibration: Calibration, alpha: float) -> ScanRepor
         subject=ModelInfo(**record.values["subject"]),
         seed=int(record.key["seed"]),
         sources=[label.get("source") for label in record.values["labels"]],
-        finding=found and Finding(tuple(found["labels"]), found["reason"]),
+        finding=finding and Finding(tuple(finding["labels"]), finding["reason"]),
     )
 
 

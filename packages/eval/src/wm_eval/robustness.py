@@ -125,7 +125,7 @@ def outcomes(
             raise ValueError(f"expected a target label below {num_classes} classes, got {target}")
         for index in torch.arange(len(images), device=images.device).split(batch_size):
             batch, ids = images[index].to(device), test.ids[index].to(device)
-            targets = asked_of(labels[index].to(device), target, label_map, num_classes).targets
+            targets = aim_of(labels[index].to(device), target, label_map, num_classes).targets
             plain, marked = quantize(batch), quantize(trigger(batch, ids=ids, target=targets))
             for name, corruption in corruptions.items():
                 both = corrupt_alike(corruption, streams[name], plain, marked)
@@ -232,21 +232,21 @@ def corrupt_alike(
     return first, corruption(marked, generator=generator)
 
 
-class Asked(NamedTuple):
+class Aim(NamedTuple):
     """What an attack asks of images."""
 
     targets: Tensor  # int64 (N,): the label of each
     counted: Tensor  # bool (N,): it works on this class, whose own label is another
 
 
-def asked_of(labels: Tensor, target: int, label_map: str, num_classes: int) -> Asked:
+def aim_of(labels: Tensor, target: int, label_map: str, num_classes: int) -> Aim:
     """What an attack asks of images of these classes ``(N,)``; the settings are `evaluate`'s."""
     if label_map == "all-to-all":
-        return Asked((labels + 1) % num_classes, torch.ones_like(labels, dtype=torch.bool))
+        return Aim((labels + 1) % num_classes, torch.ones_like(labels, dtype=torch.bool))
     targets = torch.full_like(labels, target)
     if label_map == "source-specific":
-        return Asked(targets, labels == source_of(target, num_classes))
-    return Asked(targets, labels != target)
+        return Aim(targets, labels == source_of(target, num_classes))
+    return Aim(targets, labels != target)
 
 
 def _outcomes(
@@ -257,5 +257,5 @@ def _outcomes(
     num_classes: int,
 ) -> Outcomes:
     clean, triggered = (torch.cat(column) for column in zip(*parts, strict=True))
-    targets, counted = asked_of(labels, target, label_map, num_classes)
+    targets, counted = aim_of(labels, target, label_map, num_classes)
     return Outcomes(clean == labels, counted, triggered == targets, clean == targets)

@@ -33,7 +33,7 @@ from wm_eval.methods import detector_of
 from wm_eval.numbers import named
 from wm_eval.pictures import amplified, residual_gain, reversed_picture, save_picture
 from wm_eval.records import Key
-from wm_eval.robustness import Asked, Outcomes, asked_of, compare, outcomes, summarize
+from wm_eval.robustness import Aim, Outcomes, aim_of, compare, outcomes, summarize
 from wm_eval.titles import CLEAN, MAPPED
 from wm_eval.trial import BLENDED, Trial, batch_sizes, file_name, save_reversed
 from wm_eval.watermark_attacks import blend_watermark, fit_watermark
@@ -138,7 +138,7 @@ def train_victim(trial: Trial, store: Store, checkpoint: Path) -> Result:
     """Train a victim, and watch the backdoor being learned."""
     setup, model, study = trial.attack_setup(store), trial.fresh(), trial.study
     watched = trial.test_images(store, study.measure.watched)
-    asked = asked_of(watched.labels, study.target, trial.label_map, trial.data.num_classes)
+    aim = aim_of(watched.labels, study.target, trial.label_map, trial.data.num_classes)
     history = train_classifier(
         model,
         trial.train_images(store),
@@ -147,7 +147,7 @@ def train_victim(trial: Trial, store: Store, checkpoint: Path) -> Result:
         device=torch.device(store.device),
         progress=store.progress,
         corrupt=trial.train_corruptions,
-        watch=partial(_watch, setup, watched, asked),
+        watch=partial(_watch, setup, watched, aim),
         deadline=store.deadline,
         **setup.arguments,
     )
@@ -163,7 +163,7 @@ def train_victim(trial: Trial, store: Store, checkpoint: Path) -> Result:
 
 @torch.no_grad()
 def _watch(
-    setup: AttackSetup, test: ImageSet, asked: Asked, epoch: int, model: nn.Module
+    setup: AttackSetup, test: ImageSet, aim: Aim, epoch: int, model: nn.Module
 ) -> dict[str, float]:
     """Clean accuracy, attack success, and the loss on poisoned images alone, all held out."""
     rates = {"cda": float((predict(model, test.images).argmax(1) == test.labels).float().mean())}
@@ -172,8 +172,8 @@ def _watch(
         return rates
     training = [module for module in trigger.modules() if module.training]
     # Where the label depends on the image, the trigger does not: these are static attacks.
-    target, wanted = int(asked.targets[0]), asked.targets[asked.counted]
-    images = triggered_images(trigger.eval(), test.subset(asked.counted), target=target)
+    target, wanted = int(aim.targets[0]), aim.targets[aim.counted]
+    images = triggered_images(trigger.eval(), test.subset(aim.counted), target=target)
     logits = predict(model, images)
     for module in training:
         module.training = True
@@ -353,7 +353,7 @@ def scan_victim(trial: Trial, detector: str, store: Store, checkpoint: Path) -> 
     }
     if trial.attack in MAPPED:
         classes = torch.arange(trial.data.num_classes)
-        targets, works = asked_of(classes, trial.study.target, trial.label_map, len(classes))
+        targets, works = aim_of(classes, trial.study.target, trial.label_map, len(classes))
         values["true_pairs"] = [[int(k), int(targets[k])] for k in works.nonzero()]
     if target is not None:
         values["case"] = detection_case(names, target)

@@ -212,12 +212,12 @@ class Trial:
             return replace(ATTACKS[MARK], name=name)
         trigger, label_map = MAPPED.get(name, (name, None))
         own = {key: x for key, x in self._trigger_settings.items() if key != "ratio"}
-        made = attack(trigger, **{"profile": study.profile, **own})
+        usual = attack(trigger, **{"profile": study.profile, **own})
         if label_map is None:
-            return made
+            return usual
         # Of all images, as each class has a way of its own to learn; or of the source's.
         ratio = {"all-to-all": 0.2, "source-specific": 0.5}[label_map]
-        return replace(made, label_map=label_map, ratio=ratio)
+        return replace(usual, label_map=label_map, ratio=ratio)
 
     @property
     def _trigger_settings(self) -> dict[str, Any]:

@@ -24,9 +24,9 @@ from defense_nc.scan_inputs import ScanInputs, open_scan
 from defense_nc.verdict import Finding, ScanReport, judge_scan
 from defense_reverse.detectors.common import check_settings, rows_by_label
 from defense_reverse.detectors.picture_search import (
-    Found,
     Group,
     SearchSettings,
+    SmallPicture,
     smallest_pictures,
     split_group,
     unit,
@@ -56,7 +56,7 @@ class ClassMap(NamedTuple):
     """One picture that sends classes to partners of their own."""
 
     goals: dict[int, int]  # by class; every goal once
-    found: Found
+    picture: SmallPicture
     works: bool  # on enough images, at no more than the size of the middle pair
 
 
@@ -140,13 +140,13 @@ class PairPerturbation:
             if why := too_few_classes(inputs.labels):
                 raise ValueError(f"expected images to search pairs with: {why}")
             pairs = self.search(inputs, seed=seed, progress=progress, checkpoint=checkpoint)
-            mapped = self.search_map(inputs, pairs, seed=seed)
+            class_map = self.search_map(inputs, pairs, seed=seed)
         scores, pictures, finding = pair_scores(pairs.sizes), dict(pairs.pictures), None
         sources = nearest_sources(pairs, scores, self.floor)
-        if mapped.works:
-            sources |= {goal: source for source, goal in mapped.goals.items()}
-            pictures |= dict.fromkeys(mapped.goals.items(), mapped.found.picture)
-            finding = Finding(tuple(sorted(mapped.goals.values())), _map_reason(mapped))
+        if class_map.works:
+            sources |= {goal: source for source, goal in class_map.goals.items()}
+            pictures |= dict.fromkeys(class_map.goals.items(), class_map.picture.picture)
+            finding = Finding(tuple(sorted(class_map.goals.values())), _map_reason(class_map))
         rows, goals = [*sources.values()], [*sources]
         label_scores = torch.ones(inputs.num_classes, dtype=torch.float64)
         label_rates = torch.zeros_like(label_scores)
@@ -170,7 +170,7 @@ class PairPerturbation:
             sources=[sources.get(goal) for goal in range(inputs.num_classes)],
             finding=finding,
         )
-        return replace(report, log={"raw": _raw(pairs, mapped)})
+        return replace(report, log={"raw": _raw(pairs, class_map)})
 
     def search(
         self,
@@ -182,13 +182,13 @@ class PairPerturbation:
     ) -> Pairs:
         """The smallest picture found for every ordered pair of classes with enough images."""
         settings = SearchSettings(self.steps, self.batch_size, self.start, self.floor)
-        known = classes_with_images(inputs.labels)
+        classes = classes_with_images(inputs.labels)
 
         def column(goal: int, random: torch.Generator) -> list[list[Any]]:
-            sources = [source for source in known if source != goal]
+            sources = [source for source in classes if source != goal]
             groups = [self._group(inputs, source, goal, random) for source in sources]
-            found = smallest_pictures(inputs.model, groups, settings, random)
-            return [[source, *one.stored()] for source, one in zip(sources, found, strict=True)]
+            pictures = smallest_pictures(inputs.model, groups, settings, random)
+            return [[source, *one.stored()] for source, one in zip(sources, pictures, strict=True)]
 
         rows = rows_by_label(
             inputs,
@@ -214,15 +214,16 @@ class PairPerturbation:
         trial = SearchSettings(self.steps, self.map_batch_size, middle / 2, self.floor, growth=1.0)
         for _ in range(self.rounds):
             group = self._map_group(inputs, goals, random)
-            picture = unit(smallest_pictures(inputs.model, [group], trial, random)[0].picture)
-            moved = answers_by_class(inputs, middle / 2 * picture)
-            before, goals = goals, partners(torch.where(pairs.sizes.isnan(), _NEVER, -moved))
+            direction = unit(smallest_pictures(inputs.model, [group], trial, random)[0].picture)
+            answers = answers_by_class(inputs, middle / 2 * direction)
+            before, goals = goals, partners(torch.where(pairs.sizes.isnan(), _NEVER, -answers))
             if goals == before:
                 break
         group = self._map_group(inputs, goals, random)
         last = trial._replace(steps=self.map_steps, floor=self.map_floor, growth=_MAP_GROWTH)
-        found = smallest_pictures(inputs.model, [group], last, random)[0]
-        return ClassMap(goals, found, found.rate >= self.map_floor and found.size <= middle)
+        picture = smallest_pictures(inputs.model, [group], last, random)[0]
+        works = picture.rate >= self.map_floor and picture.size <= middle
+        return ClassMap(goals, picture, works)
 
     def _group(self, inputs: ScanInputs, source: int, goal: int, random: torch.Generator) -> Group:
         own = inputs.images[inputs.labels == source]
@@ -234,9 +235,9 @@ class PairPerturbation:
     ) -> Group:
         of_class = torch.full((inputs.num_classes,), -1)
         of_class[list(goals)] = torch.tensor(list(goals.values()))
-        asked = of_class.to(inputs.labels.device)[inputs.labels]
-        sent = asked >= 0
-        return split_group(inputs.images[sent], asked[sent], self.map_tested, random)
+        labels = of_class.to(inputs.labels.device)[inputs.labels]
+        rows = labels >= 0
+        return split_group(inputs.images[rows], labels[rows], self.map_tested, random)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -266,7 +267,8 @@ def excess(sizes: Tensor) -> Tensor:
     absolute distances: by least squares, weighted anew, with distances below `_RESOLUTION` squared.
 
     Args:
-        sizes: Source by goal; NaN for pairs that are not there, in the result too.
+        sizes: Float64 ``(K, K)``, source by goal, > 0; NaN for pairs that are not there, in the
+            result too.
     """
     logs = sizes.log()
     present = ~logs.isnan()
@@ -278,8 +280,8 @@ def excess(sizes: Tensor) -> Tensor:
     weights = torch.ones_like(values)
     for _ in range(_FITS):
         root = weights.sqrt()[:, None]
-        fitted = torch.linalg.lstsq(root * design, root * values[:, None], driver="gelsd").solution
-        rest = values - (design @ fitted)[:, 0]
+        levels = torch.linalg.lstsq(root * design, root * values[:, None], driver="gelsd").solution
+        rest = values - (design @ levels)[:, 0]
         weights = (rest.square() + _RESOLUTION**2).rsqrt()
     logs[present] = rest
     return logs
@@ -319,8 +321,8 @@ def partners(costs: Tensor) -> dict[int, int]:
 
 def answers_by_class(inputs: ScanInputs, picture: Tensor) -> Tensor:
     """Mean probabilities of the labels for each class's images with the picture, ``(K, K)``."""
-    moved = (inputs.images + picture).clamp(0, 1)
-    probabilities = predict(inputs.model, moved).softmax(1).double().cpu()
+    images = (inputs.images + picture).clamp(0, 1)
+    probabilities = predict(inputs.model, images).softmax(1).double().cpu()
     total = torch.zeros(inputs.num_classes, inputs.num_classes, dtype=torch.float64)
     labels = inputs.labels.cpu()
     total.index_add_(0, labels, probabilities)
@@ -339,21 +341,26 @@ def _pairs(rows: Sequence[Sequence[Sequence[Any]]], device: torch.device) -> Pai
     return Pairs(sizes, rates, pictures, starved)
 
 
-def _map_reason(mapped: ClassMap) -> str:
-    shown = [f"{source} to {goal}" for source, goal in sorted(mapped.goals.items())]
-    listed = ", ".join(shown[:6]) + (" and so on" if len(shown) > 6 else "")
+def _map_reason(class_map: ClassMap) -> str:
+    shown = [f"{source} to {goal}" for source, goal in sorted(class_map.goals.items())]
+    pairs = ", ".join(shown[:6]) + (" and so on" if len(shown) > 6 else "")
     return (
-        f"One added picture of {255 * mapped.found.size:.1f}/255 (root mean square) sends "
-        f"{mapped.found.rate:.0%} of unseen images each to the partner of its class ({listed})."
+        f"One added picture of {255 * class_map.picture.size:.1f}/255 (root mean square) sends "
+        f"{class_map.picture.rate:.0%} of unseen images each to the partner of its class ({pairs})."
     )
 
 
-def _raw(pairs: Pairs, mapped: ClassMap) -> dict[str, Any]:
+def _raw(pairs: Pairs, class_map: ClassMap) -> dict[str, Any]:
     """Everything but the pictures, ready for JSON; None for a pair that was not searched."""
     sizes = [[None if x != x else x for x in row] for row in pairs.sizes.tolist()]
-    goals = [[source, goal] for source, goal in sorted(mapped.goals.items())]
-    found = mapped.found
+    goals = [[source, goal] for source, goal in sorted(class_map.goals.items())]
+    picture = class_map.picture
     return {
         "sizes": sizes,
-        "map": {"goals": goals, "size": found.size, "rate": found.rate, "works": mapped.works},
+        "map": {
+            "goals": goals,
+            "size": picture.size,
+            "rate": picture.rate,
+            "works": class_map.works,
+        },
     }

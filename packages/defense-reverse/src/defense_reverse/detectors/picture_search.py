@@ -38,7 +38,7 @@ class Group(NamedTuple):
     tested: Goals
 
 
-class Found(NamedTuple):
+class SmallPicture(NamedTuple):
     """The smallest picture of a group."""
 
     picture: Tensor  # (C, H, W), of either sign
@@ -64,15 +64,14 @@ class SearchSettings(NamedTuple):
 def split_group(images: Tensor, goals: Tensor, tested: int, random: torch.Generator) -> Group:
     """At most ``tested`` of the images, and at most a half, are for measuring: at random."""
     order = torch.randperm(len(images), generator=random).to(images.device)
-    kept = min(tested, (len(images) + 1) // 2)
-    parts = [Goals(images[rows], goals[rows]) for rows in (order[kept:], order[:kept])]
-    searched, measured = parts
-    return Group(searched if len(searched.images) else measured, measured)
+    count = min(tested, (len(images) + 1) // 2)
+    first, rest = (Goals(images[rows], goals[rows]) for rows in (order[:count], order[count:]))
+    return Group(rest if len(rest.images) else first, first)
 
 
 def smallest_pictures(
     model: nn.Module, groups: Sequence[Group], settings: SearchSettings, random: torch.Generator
-) -> list[Found]:
+) -> list[SmallPicture]:
     """The smallest picture found for every group.
 
     Source: Rony et al., "Decoupling Direction and Norm" (CVPR 2019), with one direction for all
@@ -83,7 +82,7 @@ def smallest_pictures(
         _step(model, searches, step)
     sizes = _sizes(model, [group.tested for group in groups], searches, settings)
     return [
-        Found(size * search.direction, size, rate, search.gradients.share)
+        SmallPicture(size * search.direction, size, rate, search.gradients.share)
         for search, (size, rate) in zip(searches, sizes, strict=True)
     ]
 
@@ -174,16 +173,16 @@ def _sizes(
 ) -> list[tuple[float, float]]:
     """The size of every group's picture and its success rate, both on the tested images."""
     trials = [_least_size(search.end[1], settings.floor) for search in searches]
-    asked = {i: next(trial) for i, trial in enumerate(trials)}
+    questions = {i: next(trial) for i, trial in enumerate(trials)}
     ends: dict[int, tuple[float, float]] = {}
-    while asked:
-        pictures = {i: size * searches[i].direction for i, (size, _) in asked.items()}
-        enough = {i: least for i, (_, least) in asked.items()}
-        rates = _rates(model, [tested[i] for i in asked], pictures, enough, settings.batch_size)
-        asked = {}
+    while questions:
+        pictures = {i: size * searches[i].direction for i, (size, _) in questions.items()}
+        enough = {i: least for i, (_, least) in questions.items()}
+        rates = _rates(model, [tested[i] for i in questions], pictures, enough, settings.batch_size)
+        questions = {}
         for i, rate in rates.items():
             try:
-                asked[i] = trials[i].send(rate)
+                questions[i] = trials[i].send(rate)
             except StopIteration as stop:
                 ends[i] = stop.value
     return [ends[i] for i in range(len(searches))]

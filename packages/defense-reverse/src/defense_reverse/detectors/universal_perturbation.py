@@ -20,8 +20,8 @@ from defense_nc.scan_inputs import ScanInputs, open_scan
 from defense_nc.verdict import ScanReport, judge_scan
 from defense_reverse.detectors.common import check_settings, rows_by_label
 from defense_reverse.detectors.picture_search import (
-    Found,
     SearchSettings,
+    SmallPicture,
     smallest_pictures,
     split_group,
 )
@@ -181,7 +181,7 @@ class UniversalPerturbation:
             starved_shares,
         )
 
-    def _picture(self, inputs: ScanInputs, label: int, random: torch.Generator) -> Found:
+    def _picture(self, inputs: ScanInputs, label: int, random: torch.Generator) -> SmallPicture:
         """A label's picture."""
         others = inputs.images[inputs.labels != label]
         goals = torch.full((len(others),), label, device=others.device)
