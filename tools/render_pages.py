@@ -90,22 +90,27 @@ DETECTOR_PAGES: dict[str, tuple[str, tuple[Settings, ...]]] = {
 METHOD_PAGES = {
     "unlearning": (
         ("unlearning-nc", "unlearning-reverse", "unlearning-uap", "control", "control-nc"),
-        Settings("defense_nc:Unlearning", ("fast", "paper", "nc", "reverse")),
+        Settings("defense_nc:Unlearning", ("fast", "batch-128", "paper", "nc", "reverse")),
     ),
     "neuron-pruning": (("neuron-pruning",), Settings("defense_nc:NeuronPruning")),
     "fine-tuning": (
         ("fine-tuning", "control"),
-        Settings("defense_reverse:FineTuning", ("fast", "paper", "reverse")),
+        Settings("defense_reverse:FineTuning", ("fast", "batch-128", "paper", "reverse")),
     ),
     "fine-pruning": (("fine-pruning",), Settings("defense_reverse:FinePruning", _FAST)),
     "nad": (("nad",), Settings("defense_reverse:NAD", _FAST)),
     "anp": (("anp",), Settings("defense_reverse:ANP", _FAST)),
     "i-bau": (("i-bau",), Settings("defense_reverse:IBAU", _FAST)),
-    "ft-sam": (("ft-sam",), Settings("defense_reverse:FTSAM", (*_FAST, "paper-gtsrb"))),
+    "ft-sam": (
+        ("ft-sam",),
+        Settings("defense_reverse:FTSAM", ("fast", "batch-128", "paper", "paper-gtsrb")),
+    ),
     "channel-lipschitz": (("clp",), Settings("defense_reverse:ChannelLipschitzPruning")),
     "feature-shift": (
         ("fst",),
-        Settings("defense_reverse:FeatureShiftTuning", (*_FAST, "fresh-head")),
+        Settings(
+            "defense_reverse:FeatureShiftTuning", ("fast", "batch-128", "paper", "fresh-head")
+        ),
     ),
     "head-unlearning": (("head-unlearning",), Settings("defense_reverse:HeadUnlearning")),
 }
