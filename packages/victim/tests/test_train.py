@@ -250,8 +250,6 @@ def test_bad_training_is_refused(few: ImageSet) -> None:
         train(small_net(), few, plan=plan)
     with pytest.raises(ValueError, match="plan and a trigger together"):
         train(small_net(), few, trigger=trigger)
-    with pytest.raises(ValueError, match="static plan or a hook"):
-        train(small_net(), few, plan=plan, trigger=trigger, hook=Counting())
     with pytest.raises(ValueError, match="static one"):
         train(small_net(), few, plan=PoisonPlan(mode="per_batch"), trigger=trigger)
 

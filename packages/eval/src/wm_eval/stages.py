@@ -19,6 +19,7 @@ from defense_nc import ScanReport, Verdict
 from defense_nc.protocols import Mitigator
 from defense_reverse import detection_case
 from defense_reverse.closeness import compare_images
+from wm_eval.adaptive import fix_head
 from wm_eval.detectors import DETECTORS
 from wm_eval.effectiveness import mitigation_values
 from wm_eval.engine import Result, Store
@@ -137,6 +138,8 @@ def fit_trigger(trial: Trial, store: Store, checkpoint: Path) -> Result:
 def train_victim(trial: Trial, store: Store, checkpoint: Path) -> Result:
     """Train a victim, and watch the backdoor being learned."""
     setup, model, study = trial.attack_setup(store), trial.fresh(), trial.study
+    if trial.adaptation is not None:
+        fix_head(model, length=trial.adaptation.length, seed=trial.seed)
     watched = trial.test_images(store, study.measure.watched)
     aim = aim_of(watched.labels, study.target, trial.label_map, trial.data.num_classes)
     history = train_classifier(
@@ -154,7 +157,7 @@ def train_victim(trial: Trial, store: Store, checkpoint: Path) -> Result:
     metadata = {"seed": trial.seed, "data": trial.fingerprint, "attack": trial.attack}
     files = [trial.victim_file]
     save_classifier(model.cpu(), store.path(files[0]), metadata)
-    if setup.hook is not None:
+    if setup.plan is not None and setup.plan.mode == "per_batch":
         files.append(trial.trained_trigger_file)
         save_trigger(setup.trained_trigger.cpu().eval(), store.path(files[1]), metadata)
     values = {"parameters": parameters(model)}

@@ -187,6 +187,8 @@ def _victim(trial: Trial) -> Iterator[Stage]:
         attack = trial.definition
         settings |= {"attack": trial.described, "target": study.target, "ratio": trial.ratio}
         settings |= {"label_map": attack.label_map, "mode": attack.mode}
+        if trial.adaptation is not None:
+            settings["adaptation"] = plain(trial.adaptation)
         inputs.append(("trigger", trial.trigger_key))
     work = partial(do.train_victim, trial)
     yield trial.stage("victim", trial.victim_key, work, settings, inputs)

@@ -22,8 +22,10 @@ MAPPED: dict[str, tuple[str, LabelMap]] = {
     for label_map in ("all-to-all", "source-specific")
     for trigger in ("badnets", "blend")
 }
+# Attacks by trigger, of an attacker who trains against the detectors of an audit.
+ADAPTIVE = {f"{trigger}-adaptive": trigger for trigger in ("badnets", "blend")}
 # In the order of the tables.
-ATTACKS = (*list_attacks(), "watermark", *SHIPPED, "equation2", *MAPPED, CLEAN)
+ATTACKS = (*list_attacks(), "watermark", *SHIPPED, "equation2", *MAPPED, *ADAPTIVE, CLEAN)
 _OTHERS = {"equation2": "Plain blend, equation 2", CLEAN: "No attack (clean victim)"}
 PAPERS = ("nc", "reverse")  # the detectors of the two papers
 AUDIT = ("head", "uap", "sweep")  # those of an audit, if none are named: cheap at any size
@@ -78,6 +80,8 @@ def attack_title(name: str) -> str:
     if name in MAPPED:
         trigger, label_map = MAPPED[name]
         return f"{definitions[trigger].title} {label_map} (not in the paper)"
+    if name in ADAPTIVE:
+        return f"{definitions[ADAPTIVE[name]].title} by an adaptive attacker (not in the paper)"
     if name not in (*definitions, *_OTHERS):
         return name
     title = _OTHERS[name] if name in _OTHERS else definitions[name].title

@@ -11,11 +11,12 @@ from torch import nn
 
 import defense_nc
 import defense_reverse
+from wm_eval.adaptive import Adaptation, Evasion
 from wm_eval.config import Corruptions, DataConfig, Study, WatermarkConfig, plain
 from wm_eval.detectors import detector
 from wm_eval.engine import Stage
 from wm_eval.records import Key, stage_id
-from wm_eval.titles import CLEAN, MAPPED, SHIPPED
+from wm_eval.titles import ADAPTIVE, CLEAN, MAPPED, SHIPPED
 from wm_extract import (
     PAPER_CORRUPTIONS,
     Corruption,
@@ -210,7 +211,7 @@ class Trial:
         study, name = self.study, self.attack
         if name in (MARK, BLENDED, *SHIPPED):
             return replace(ATTACKS[MARK], name=name)
-        trigger, label_map = MAPPED.get(name, (name, None))
+        trigger, label_map = MAPPED.get(name, (ADAPTIVE.get(name, name), None))
         own = {key: x for key, x in self._trigger_settings.items() if key != "ratio"}
         usual = attack(trigger, **{"profile": study.profile, **own})
         if label_map is None:
@@ -222,10 +223,16 @@ class Trial:
     @property
     def _trigger_settings(self) -> dict[str, Any]:
         """Those of the study for the attack, over those for its trigger."""
-        triggers, name = self.study.triggers, MAPPED.get(self.attack, (self.attack,))[0]
+        triggers, own = self.study.triggers, ADAPTIVE.get(self.attack, self.attack)
+        name = MAPPED.get(own, (own,))[0]
         of_trigger = {key: x for key, x in triggers.get(name, {}).items() if key != "ratio"}
         base = of_trigger if name != self.attack else {}
         return {**base, **triggers.get(self.attack, {})}
+
+    @property
+    def adaptation(self) -> Adaptation | None:
+        """What the attacker does against detectors; None for one who does not know them."""
+        return Adaptation() if self.attack in ADAPTIVE else None
 
     @property
     def watermark(self) -> WatermarkConfig | None:
@@ -289,6 +296,8 @@ class Trial:
         )
         train = self.train_config()
         length = Length(train.steps_per_epoch(len(self.data.train)), train.epochs)
+        if self.adaptation is not None:
+            return AttackSetup(trigger, plan, Evasion(self.study.target, self.adaptation))
         hook = definition.hook(trigger, plan, num_classes=self.data.num_classes, length=length)
         return AttackSetup(trigger, plan, hook)
 

@@ -36,10 +36,10 @@ class AttackSetup(NamedTuple):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """For `train_classifier`: a plan and its trigger, or a hook, or nothing."""
-        if self.hook is not None:
-            return {"hook": self.hook}
-        return {} if self.plan is None else {"plan": self.plan, "trigger": self.trigger}
+        """For `train_classifier`: a static plan and its trigger, a hook, both, or nothing."""
+        static = self.plan is not None and self.plan.mode == "static"
+        poisoned = {"plan": self.plan, "trigger": self.trigger} if static else {}
+        return poisoned if self.hook is None else {**poisoned, "hook": self.hook}
 
     @property
     def trained_trigger(self) -> Any:

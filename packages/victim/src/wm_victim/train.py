@@ -58,8 +58,8 @@ def train_classifier(
     """Train a classifier with SGD and cross entropy, in place.
 
     A static attack is a ``plan`` with its ``trigger``: the data are poisoned once, before training,
-    as a stored set would be. An attack that works on every batch is a ``hook``. The trainer knows
-    no attack by name.
+    as a stored set would be. An attack that works on every batch is a ``hook``; beside a plan it
+    gets batches of the poisoned data. The trainer knows no attack by name.
 
     Args:
         model: The classifier; it ends on ``device``, in eval mode.
@@ -82,7 +82,7 @@ def train_classifier(
 
     Raises:
         ValueError: Labels that the model has no logits for, a plan without a trigger (or the
-            reverse), a per-batch plan, a plan beside a hook, a checkpoint of another run, or a
+            reverse), a per-batch plan, a checkpoint of another run, or a
             ``layout`` or ``compile`` that the model or the device does not allow.
         RuntimeError: The loss became NaN or infinite.
         TimeoutError: The deadline came first. The same call with the same checkpoint continues.
@@ -90,7 +90,7 @@ def train_classifier(
     num_classes = predict(model, data.images[:1]).shape[1]
     check_labels(data.labels, len(data), num_classes=num_classes)
     device = torch.device(device)
-    data = _poisoned(data, plan, trigger, hook, num_classes)
+    data = _poisoned(data, plan, trigger, num_classes)
     run = TrainingRun(model.to(device), data, config, hook, device, corrupt, resident_bytes)
     history, earlier = TrainHistory(), None
     if checkpoint is not None:
@@ -130,15 +130,12 @@ def _poisoned(
     data: ImageSet,
     plan: PoisonPlan | None,
     trigger: Trigger | None,
-    hook: CoTraining | None,
     num_classes: int,
 ) -> ImageSet:
     if (plan is None) != (trigger is None):
         raise ValueError("expected a plan and a trigger together, got only one of them")
     if plan is None or trigger is None:
         return data
-    if hook is not None:
-        raise ValueError("expected a static plan or a hook, got both")
     done = poison(data.images, data.labels, trigger, plan, num_classes=num_classes, ids=data.ids)
     return ImageSet(done.images, done.labels, data.ids)
 
