@@ -268,6 +268,17 @@ def planned(study: Study) -> list[str]:
     return list(dict.fromkeys(stage.id for stage in study_stages(study)))
 
 
+def test_an_adaptive_attacker_trains_a_victim_whose_last_layer_is_fixed(tmp_path: Path) -> None:
+    study = replace(TINY, attacks=("badnets-adaptive",), parts=("rates",))
+    assert go(study, tmp_path)[0].complete
+    victim = read_study(tmp_path).one("victim", attack="badnets-adaptive")
+    assert victim is not None and victim.values["poisoned"] == 20
+    assert victim.settings["adaptation"]["share"] == 0.5
+    (file,) = victim.values["files"]
+    rows = load_classifier(tmp_path / file).head.weight
+    torch.testing.assert_close(rows @ rows.T, 2.25 * torch.eye(10))
+
+
 def test_parts_ask_only_for_what_they_need() -> None:
     study = replace(
         TINY,

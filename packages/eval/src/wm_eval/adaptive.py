@@ -70,8 +70,10 @@ class Evasion:
             start = torch.randn(images.shape[1:], generator=generator)
             self.picture = self.size * unit(start.to(images.device))
         self.batches += 1
+        if not len(others):
+            return images, labels
         self._move(images[others[: settings.images]], model)
-        count = int(settings.share * len(others))
+        count = max(1, int(settings.share * len(others)))
         order = torch.randperm(len(others), generator=generator)[:count]
         chosen, mixed = others[order.to(others.device)], images.clone()
         mixed[chosen] = quantize((images[chosen] + self.picture).clamp(0, 1))
@@ -79,8 +81,6 @@ class Evasion:
 
     def _move(self, images: Tensor, model: nn.Module) -> None:
         """The picture along the gradient that leads to the target, at its size."""
-        if not len(images):
-            return
         shown = (images + self.picture).clamp(0, 1).requires_grad_()
         goal = torch.full((len(images),), self.target, device=images.device)
         with in_mode(model, training=False), torch.enable_grad():
