@@ -262,6 +262,21 @@ def test_seeds_are_summed_up(study: Study) -> None:
     assert row["ASR before"] == "100.0 ± 0.0"
 
 
+def test_a_method_is_summed_up_over_several_attacks(study: Study) -> None:
+    for attack, asr in (("wanet", 0.0), ("blend", 0.3)):
+        study.mitigation("nad", attack=attack, before=(0.99, 1.0), after=(0.97, asr))
+    assert "mitigation-across" not in {t.name for t in mitigation_page(study.records).tables}
+    study.mitigation("nad", attack="sig", done=False, before=(0.99, 0.9), after=(0.99, 0.9))
+    (row,) = rows(table(mitigation_page(study.records), "mitigation-across"))
+    assert (row["clean data"], row["attacks"], row["cleaned"]) == ("5 %", "3", "2 of 3")
+    assert (row["mean change of ACC"], row["mean ASR"], row["highest ASR"]) == (
+        "-1.3",
+        "40.0",
+        "90.0",
+    )
+    assert row["mean DER"] == "0.777"  # of .99, .84 and .5
+
+
 def test_the_oracle_label_is_a_row_of_its_own(study: Study) -> None:
     study.mitigation("unlearning-reverse", done=False, after=NOTHING)
     study.mitigation("unlearning-reverse", oracle_label=True)

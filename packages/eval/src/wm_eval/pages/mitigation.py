@@ -54,6 +54,7 @@ _CLEAN_NOTE = (
     "wait for a verdict leave a model alone that their scan finds clean; rows with the "
     '"oracle label" unlearn the trigger of the label that stood out most.'
 )
+_SEVERAL = 3  # attacks, from which on a mean says something
 _NEVER = "none: the clean victim"
 _AGAIN = (
     "After fine-tuning of the cleaned network on the defender's clean images and so many poisoned "
@@ -71,8 +72,8 @@ _PAPER_NOTE = (
 
 def mitigation_page(study: StudyRecords) -> Page:
     """Attacks by methods, the cost on clean models, and every mitigation one by one."""
-    tables = [_overview(study), _costs(study), _reactivations(study), _scans(study)]
-    tables += [_rescans(study), _details(study), _missing(study)]
+    tables = [_across(study), _overview(study), _costs(study), _reactivations(study)]
+    tables += [_scans(study), _rescans(study), _details(study), _missing(study)]
     title = "What mitigations leave of a backdoor, and what they cost"
     seeds = sorted({*planned(study, "seeds"), *keys(study, "mitigation", "seed")})
     every = tuple(n for n in numbers(study) if n.measure in _MEASURES and "method" in n.key)
@@ -158,6 +159,33 @@ def _overview(study: StudyRecords) -> Table:
     headers = ("attack", "method", "cleaned", "ACC before", "ASR before", *columns)
     title = "Backdoored models, by share of clean data"
     return Table("mitigation", title, (*headers, "steps", "seeds"), tuple(rows), _NOTE)
+
+
+def _across(study: StudyRecords) -> Table:
+    """Each method over all victims that it was tried on, where they are of several attacks."""
+    rows = []
+    for method in _names(study, "method", METHODS):
+        for fraction in _fractions(study):
+            tried = [
+                record
+                for attack in _names(study, "attack", ATTACKS)
+                for record in _of(study, attack, method, False, fraction)
+            ]
+            attacks = {str(r.key["attack"]) for r in tried}
+            if len(attacks) < _SEVERAL:
+                continue
+            cells = [method_title(method), f"{100 * fraction:g} %", str(len(attacks))]
+            asr = [float(r.values["after"]["asr"]) for r in tried]
+            lost = [r.values["after"]["cda"] - r.values["before"]["cda"] for r in tried]
+            cells += [_cleaned(tried), f"{100 * sum(lost) / len(lost):+.1f}"]
+            cells += [f"{100 * rate:.1f}" for rate in (sum(asr) / len(asr), max(asr))]
+            cells.append(f"{sum(r.values['der'] for r in tried) / len(tried):.3f}")
+            rows.append(tuple(cells))
+    headers = split_headers(
+        "method | clean data | attacks | cleaned | mean change of ACC | mean ASR | highest ASR | "
+        "mean DER"
+    )
+    return Table("mitigation-across", "All attacks together", headers, tuple(rows), _NOTE)
 
 
 def _costs(study: StudyRecords) -> Table:
