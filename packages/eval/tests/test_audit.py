@@ -317,7 +317,7 @@ def test_a_label_stands_out_whatever_the_verdict():
     assert conclusion.verdict is Verdict.INCONCLUSIVE
     assert (conclusion.suspected, conclusion.outliers, conclusion.targets) == ((), (9,), (9,))
     # The second accuses nobody, and has reached label 9 as well.
-    assert [label for label, _ in all_triggers(conclusion)] == [9, 9]
+    assert [one.label for one in all_triggers(conclusion)] == [9, 9]
     assert list(reversed_triggers(conclusion)) == [9] and list(
         reversed_triggers(conclusion, (4,))
     ) == [4]

@@ -28,7 +28,7 @@ from wm_eval.audit.cleaning import (
 from wm_eval.audit.conclusion import conclude
 from wm_eval.audit.images import CleanImages
 from wm_eval.audit.onnx_weights import OnnxWeights, describe_graph
-from wm_eval.audit.scan import all_triggers
+from wm_eval.audit.scan import Reversed, all_triggers
 from wm_eval.audit.unfold import fold, unfold
 from wm_eval.cli import main
 from wm_inject import OnnxModel, save_image
@@ -120,9 +120,9 @@ class Flat(nn.Module):
 
 def test_what_the_trigger_needs_is_unlearned():
     model, clean = Flat(), bars()
-    triggers = {3: trigger()}
+    triggers = {3: Reversed(3, trigger())}
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    assert success(model, triggers, clean.images)[3] == 1
+    assert success(model, triggers, clean.images, clean.labels)[3] == 1
     cleaned, cost = clean_model(model, [triggers[3]], clean.images, clean.labels)
     assert cost.images == 12 and cost.within(0.05)
     # Ten passes over fifty images do not take all of it, but what the trigger needs shrinks.
@@ -130,6 +130,21 @@ def test_what_the_trigger_needs_is_unlearned():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     with pytest.raises(ValueError, match="reversed triggers to unlearn"):
         clean_model(model, [], clean.images, clean.labels)
+
+
+def test_a_trigger_of_one_class_is_put_on_its_images_alone():
+    model, clean = Flat(), bars()
+    marked, seen = trigger(), []
+
+    def only(images, **_):
+        seen.append(images.mean((1, 3)).argmax(1) // 2)
+        return marked(images)
+
+    cleaned, cost = clean_model(model, [Reversed(3, only, source=1)], clean.images, clean.labels)
+    assert cost.within(0.05) and cleaned.net.weight[3, 0].item() < 11.9
+    assert set(torch.cat(seen).tolist()) == {1}
+    assert success(model, {3: Reversed(3, only, source=1)}, clean.images, clean.labels)[3] == 1
+    assert set(torch.cat(seen).tolist()) == {1}
 
 
 class Brittle(Flat):
@@ -145,7 +160,7 @@ def test_a_model_that_would_lose_its_accuracy_is_not_cleaned():
     clean = bars()
     for labels in (clean.labels, None):
         with pytest.raises(ValueError, match=r"not cleaned: .* --max-loss 0\.05"):
-            clean_model(Brittle(), [trigger()], clean.images, labels)
+            clean_model(Brittle(), [Reversed(3, trigger())], clean.images, labels)
 
 
 def test_misread_labels_are_not_learned():
@@ -156,7 +171,7 @@ def test_misread_labels_are_not_learned():
         agreement = torch.eq(model(clean.images).argmax(1), shifted).double().mean()
     assert float(agreement) == 0.5
     try:
-        cleaned, cost = clean_model(model, [trigger()], clean.images, shifted)
+        cleaned, cost = clean_model(model, [Reversed(3, trigger())], clean.images, shifted)
     except ValueError as error:
         assert "not cleaned" in str(error)
         return
@@ -216,7 +231,7 @@ def test_labels_that_stand_out_or_are_named_are_cleaned():
     unsure = report(3, verdict=Verdict.INCONCLUSIVE)
     result = conclude({"nc": unsure, "reverse": report()}, {}, 0.05)
     assert labels_to_clean(result) == (3,) and labels_to_clean(result, 1) == (1,)
-    assert [label for label, _ in all_triggers(result, (3,))] == [3, 3]
+    assert [one.label for one in all_triggers(result, (3,))] == [3, 3]
     with pytest.raises(ValueError, match="no label stands out"):
         labels_to_clean(conclude({"nc": report()}, {}, 0.05))
 
@@ -224,8 +239,8 @@ def test_labels_that_stand_out_or_are_named_are_cleaned():
 def test_a_label_without_a_reversed_trigger_is_unlearned_in_the_last_layer():
     """The label is named by its weights alone: a corner of the image adds 12 to its logit."""
     model, clean = Flat(), bars()
-    marked = trigger()
-    assert success(model, {3: marked}, clean.images)[3] == 1
+    marked = Reversed(3, trigger())
+    assert success(model, {3: marked}, clean.images, clean.labels)[3] == 1
     checked = check_model(model, clean, num_classes=CLASSES)
     named = replace(report(3), triggers={})
     answers = [conclude({"head": replace(report(), triggers={})}, {}, 0.05)]
@@ -234,7 +249,8 @@ def test_a_label_without_a_reversed_trigger_is_unlearned_in_the_last_layer():
     )
     cleaned = only.checked.module
     assert only.labels == only.refitted == (3,) and only.cost.within(0.05)
-    assert success(cleaned, {3: marked}, clean.images[clean.labels != 3])[3] < 0.1
+    others = clean.labels != 3
+    assert success(cleaned, {3: marked}, clean.images[others], clean.labels[others])[3] < 0.1
     before, after = (dict(one.named_parameters())["net.weight"] for one in (model, cleaned))
     assert torch.equal(before[:3], after[:3]) and not torch.equal(before[3], after[3])
     none_of_it = torch.where(clean.labels == 3, 2, clean.labels)
@@ -252,7 +268,8 @@ def test_a_label_that_cannot_be_unlearned_is_kept_and_the_others_are_cleaned():
     found = conclude({"head": replace(report(2, 3), triggers={})}, {}, 0.05)
     (only,) = clean_in_rounds(checked, clean, found, scan=lambda one: found)
     assert only.labels == only.refitted == (3,) and [*only.obstacles] == [2]
-    assert success(only.checked.module, {3: trigger()}, every.images[own])[3] < 0.1
+    marked = {3: Reversed(3, trigger())}
+    assert success(only.checked.module, marked, every.images[own], every.labels[own])[3] < 0.1
     with pytest.raises(ValueError, match=r"not cleaned: label 2: .* got 0 of 45"):
         next(clean_in_rounds(checked, clean, found, scan=lambda one: found, label=2))
 

@@ -12,18 +12,21 @@ from torch import Tensor, nn
 
 from defense_nc import Unlearning
 from defense_nc.mitigations import DivergedError, RepairCost, repair_cost
+from defense_nc.trigger import put_trigger
 from defense_reverse.linear_head import FEW, NO_HEAD, find_head
-from defense_reverse.mitigations import HeadUnlearning
+from defense_reverse.mitigations import FineTuning, HeadUnlearning
 from wm_eval.audit.budget import Budget
 from wm_eval.audit.checks import Checked, Stated, check_model
 from wm_eval.audit.conclusion import Audit
 from wm_eval.audit.images import CleanImages
-from wm_eval.audit.scan import all_triggers
+from wm_eval.audit.scan import Reversed, all_triggers
 from wm_eval.audit.unfold import fold, unfold
-from wm_inject.core.plan import Trigger
+from wm_inject.core.images import quantize
 from wm_victim.dataset_files import stratified_order
 from wm_victim.inference import images_a_pass
 from wm_victim.reading import Way
+
+_STRENGTHS = (0.7, 1.0, 1.5)  # of a source's own trigger, which is reversed of few images
 
 
 class Mixed(nn.Module):
@@ -58,7 +61,7 @@ class Cleaned(NamedTuple):
 
 def clean_model(
     module: nn.Module,
-    triggers: Sequence[nn.Module],
+    triggers: Sequence[Reversed],
     images: Tensor,
     labels: Tensor | None = None,
     *,
@@ -75,7 +78,8 @@ def clean_model(
 
     Args:
         module: Images in [0, 1] to logits; not changed.
-        triggers: Reversed ones; a fifth of the images carries each, half of them at most any.
+        triggers: A fifth of the images carries each, half of them at most any. Images of a
+            trigger's own source carry it in copies, weaker and stronger ones among them.
         labels: int64 ``(N,)``; the model's own answers if None.
         targets: Labels without a reversed trigger; the last layer unlearns them, and only this if
             there are no triggers.
@@ -87,7 +91,7 @@ def clean_model(
     """
     if not triggers and not targets:
         raise ValueError("expected reversed triggers to unlearn, got none")
-    answers = _answers(module, images)
+    answers = answers_of(module, images)
     order = torch.from_numpy(stratified_order(answers.numpy(), seed=seed))
     held_out, rest = order.tensor_split([max(1, len(order) // 5)])
     if labels is not None:
@@ -97,35 +101,35 @@ def clean_model(
     if targets:
         module = _refitted(module, images[rest], answers[rest], targets, seed)
     if not triggers:
-        cost = repair_cost(answers[held_out], _answers(module, images[held_out]), held_out_labels)
+        cost = repair_cost(answers[held_out], answers_of(module, images[held_out]), held_out_labels)
         if cost.within(max_loss):
             return Cleaned(module, cost)
         raise ValueError(
             f"not cleaned: new weights in the last layer cost more than --max-loss {max_loss:g} "
             f"({cost})"
         )
-    share = min(0.5, len(triggers) * Unlearning.preset("nc").trigger_share)
+    anywhere = [one.trigger for one in triggers if one.source is None]
+    share = min(0.5, max(1, len(anywhere)) * Unlearning.preset("nc").trigger_share)
     unlearning = Unlearning.preset("nc", trigger_share=share)
-    mixed = {0: copy.deepcopy(Mixed(triggers)).to(device)}
+    shown, taught = _with_copies(images[rest], answers[rest], triggers)
+    mixed = {0: copy.deepcopy(Mixed(anywhere)).to(device)} if anywhere else {}
     start, folded = unfold(module, images)
     last: RepairCost | None = None
     # Networks without normalisation of their own may still not stand a rate that is right for
     # others: the first that leaves the model what it knew is taken.
     for half_decades in range(5):
         sgd = replace(unlearning.sgd, lr=unlearning.sgd.lr * 10 ** (-half_decades / 2))
+        method: Unlearning | FineTuning = replace(unlearning, sgd=sgd)
+        if not mixed:  # the copies are all that there is to unlearn
+            method = FineTuning(sgd=replace(sgd, steps=unlearning.steps(len(shown))))
         try:
-            repaired = replace(unlearning, sgd=sgd).repair(
-                start.to(device),
-                images[rest],
-                answers[rest],
-                triggers=mixed,
-                seed=seed,
-                progress=progress,
+            repaired = method.repair(
+                start.to(device), shown, taught, triggers=mixed, seed=seed, progress=progress
             )
         except DivergedError:
             continue
         cleaned = fold(repaired.model.cpu(), folded)
-        after = _answers(cleaned, images[held_out])
+        after = answers_of(cleaned, images[held_out])
         cost = repair_cost(answers[held_out], after, held_out_labels)
         if cost.within(max_loss):
             return Cleaned(cleaned, cost)
@@ -135,6 +139,22 @@ def clean_model(
         f"not cleaned: unlearning costs more than --max-loss {max_loss:g} at every learning rate "
         f"({why})"
     )
+
+
+def _with_copies(
+    images: Tensor, labels: Tensor, triggers: Sequence[Reversed]
+) -> tuple[Tensor, Tensor]:
+    """The images, and those of triggers' sources with them in it, under their own labels."""
+    parts, taught = [images], [labels]
+    for one in triggers:
+        own = images[labels == one.source] if one.source is not None else images[:0]
+        if not len(own):
+            continue
+        with torch.no_grad():
+            change = put_trigger(one.trigger, own) - own
+        parts += [quantize((own + times * change).clamp(0, 1)) for times in _STRENGTHS]
+        taught += [labels[labels == one.source]] * len(_STRENGTHS)
+    return torch.cat(parts), torch.cat(taught)
 
 
 def _refitted(
@@ -233,7 +253,7 @@ def clean_in_rounds(
     as_it_is = Stated(ways=(Way(),))
     for number in range(1, rounds + 1):
         with budget.enforced():
-            without_trigger = labels - {one for one, _ in triggers}
+            without_trigger = labels - {one.label for one in triggers}
             obstacles = _obstacles(checked, clean, without_trigger)
             targets = tuple(sorted(labels - {*obstacles}))
             refitted = tuple(sorted(without_trigger - {*obstacles}))
@@ -242,7 +262,7 @@ def clean_in_rounds(
                 raise ValueError(f"not cleaned: {'; '.join(reasons)}")
             cleaned = clean_model(
                 checked.module,
-                [trigger for _, trigger in triggers],
+                triggers,
                 clean.images,
                 checked.labels,
                 targets=refitted,
@@ -271,7 +291,7 @@ def _obstacles(checked: Checked, clean: CleanImages, labels: Iterable[int]) -> d
     nothing = "no detector reversed a trigger of it; "
     if not find_head(checked.module, clean.images[:FEW]):
         return dict.fromkeys(targets, nothing + NO_HEAD)
-    answers = _answers(checked.module, clean.images)
+    answers = answers_of(checked.module, clean.images)
     if checked.labels is not None:
         answers = answers[answers == checked.labels]
     counts = {label: int((answers == label).sum()) for label in targets}
@@ -284,7 +304,7 @@ def _obstacles(checked: Checked, clean: CleanImages, labels: Iterable[int]) -> d
     }
 
 
-def _answers(module: nn.Module, images: Tensor) -> Tensor:
+def answers_of(module: nn.Module, images: Tensor) -> Tensor:
     """The label of every image; -1 where the logits are NaN or infinite."""
     parts = images.split(images_a_pass(images, images.device, most=64))
     with torch.no_grad():
@@ -292,11 +312,18 @@ def _answers(module: nn.Module, images: Tensor) -> Tensor:
     return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
 
 
-def success(module: nn.Module, triggers: Mapping[int, Trigger], images: Tensor) -> dict[int, float]:
-    """By label, the share of images that its reversed trigger sends there, in [0, 1]."""
+def success(
+    module: nn.Module, triggers: Mapping[int, Reversed], images: Tensor, classes: Tensor
+) -> dict[int, float]:
+    """By label, the share of images that its reversed trigger sends there, in [0, 1].
+
+    Args:
+        classes: int64 ``(N,)``; where a trigger has a source, images of it alone are counted.
+    """
     rates = {}
     with torch.no_grad():
-        for label, trigger in triggers.items():
-            marked = torch.cat([trigger(part) for part in images.split(64)])
-            rates[label] = float((_answers(module, marked) == label).double().mean())
+        for label, one in triggers.items():
+            own = images if one.source is None else images[classes == one.source]
+            marked = torch.cat([one.trigger(part) for part in own.split(64)])
+            rates[label] = float((answers_of(module, marked) == label).double().mean())
     return rates

@@ -265,7 +265,7 @@ def _clean(args: argparse.Namespace) -> int:
     check_open_options(args)
     budget = Budget(args.minutes)
     from wm_eval.audit.cleaned_file import CleanedFile
-    from wm_eval.audit.cleaning import clean_in_rounds, labels_to_clean, success
+    from wm_eval.audit.cleaning import answers_of, clean_in_rounds, labels_to_clean, success
     from wm_eval.audit.outputs import About
     from wm_eval.audit.scan import reversed_triggers
 
@@ -300,10 +300,15 @@ def _clean(args: argparse.Namespace) -> int:
     assert last is not None
     module = last.checked.module
     triggers = reversed_triggers(before, last.labels)
-    rates = [success(one, triggers, clean.images) for one in (checked.module, module)]
+    classes = checked.labels
+    if classes is None:
+        classes = answers_of(checked.module, clean.images)
+    rates = [success(one, triggers, clean.images, classes) for one in (checked.module, module)]
     for label in triggers:
         change = f"{rates[0][label]:.4f} -> {rates[1][label]:.4f}"
-        print(f"reversed trigger of label {label}: success {change}")
+        source = triggers[label].source
+        whose = "" if source is None else f", on images of label {source}"
+        print(f"reversed trigger of label {label}{whose}: success {change}")
     for label in last.refitted:
         print(f"label {label}: unlearned in the last layer, no trigger of it was reversed")
     for label, why in last.obstacles.items():

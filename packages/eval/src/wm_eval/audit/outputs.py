@@ -124,8 +124,8 @@ def write_html(path: Path, about: About, audit: Audit, images: Tensor | None) ->
     ]
     pictures = {}
     if images is not None:
-        for label, trigger in reversed_triggers(audit).items():
-            pictures[label] = _shown(trigger, images[:_PICTURES])
+        for label, one in reversed_triggers(audit).items():
+            pictures[label] = _shown(one.trigger, images[:_PICTURES])
     model = dict(about.model)
     if "image_size" in model:
         model["image_size"] = describe_size(model["image_size"])

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -222,29 +223,49 @@ def _passes(name: str, preset: str, num_classes: int, images: int) -> float:
     return DETECTORS[name].passes(detector(name, preset).settings, num_classes, images)
 
 
-def reversed_triggers(audit: Audit, labels: Sequence[int] | None = None) -> dict[int, nn.Module]:
+class Reversed(NamedTuple):
+    """What a detector reversed.
+
+    Args:
+        label: Where the trigger leads.
+        trigger: From images to triggered images.
+        source: The class whose images it works on; all classes if None.
+    """
+
+    label: int
+    trigger: nn.Module
+    source: int | None = None
+
+
+def reversed_triggers(audit: Audit, labels: Sequence[int] | None = None) -> dict[int, Reversed]:
     """For every label, the reversed trigger of the detector that is surest of it.
 
     Args:
         labels: Those that stand out if None.
     """
-    best: dict[int, tuple[float, nn.Module]] = {}
+    best: dict[int, tuple[float, Reversed]] = {}
     for label, report in _reaching(audit, labels):
         p_value = report.labels[label].p_value
         if label not in best or p_value < best[label][0]:
-            best[label] = (p_value, report.triggers[label])
+            best[label] = (p_value, _reversed(report, label))
     return {label: trigger for label, (_, trigger) in sorted(best.items())}
 
 
-def all_triggers(audit: Audit, labels: Sequence[int] | None = None) -> list[tuple[int, nn.Module]]:
-    """For every label, what any detector reversed that reaches it, and the label.
+def all_triggers(audit: Audit, labels: Sequence[int] | None = None) -> list[Reversed]:
+    """For every label, what any detector reversed that reaches it.
 
     A detector that accuses nobody may have found another way to the same label.
 
     Args:
         labels: Those that stand out if None.
     """
-    return [(label, report.triggers[label]) for label, report in _reaching(audit, labels)]
+    return [_reversed(report, label) for label, report in _reaching(audit, labels)]
+
+
+def _reversed(report: ScanReport, label: int) -> Reversed:
+    # A finding of pairs is one picture for the images of all classes.
+    source = report.labels[label].source if report.finding is None else None
+    return Reversed(label, report.triggers[label], source)
 
 
 def _reaching(audit: Audit, labels: Sequence[int] | None) -> Iterator[tuple[int, ScanReport]]:
