@@ -6,12 +6,19 @@ from collections.abc import Collection, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
-from tools.render_results import ATTACKS, DETECTIONS, FULL, INDICES, MITIGATIONS, recorded
+from tools.render_results import (
+    ATTACKS,
+    DETECTIONS,
+    FULL,
+    INDICES,
+    MITIGATIONS,
+    population_page,
+    recorded,
+)
 from tools.result_tables import filter_table
 
 from wm_eval.numbers import AVERAGES, keys, select, spread
 from wm_eval.pages.attacks import COLUMNS, TRAINED, about, started, table1, table2
-from wm_eval.pages.calibration import calibration_page
 from wm_eval.pages.detection import detection_page, index_page
 from wm_eval.pages.mitigation import mitigation_page, paper_page
 from wm_eval.population import ALL_SETTINGS
@@ -33,6 +40,7 @@ _DATA = {
 _POPULATIONS = {
     "population-audit": "networks of many kinds",
     "population-pairs": "all-to-all and source-specific",
+    "population-adaptive": "an attacker who knows the detectors",
 }
 _MEASURES = {"cda": "CDA, %", "asr": "ASR, %", "ftr": "false triggers, %"}
 _SETTINGS = " Setting: the models' data and network, with residual connections or without."
@@ -42,12 +50,6 @@ _SETTINGS = " Setting: the models' data and network, with residual connections o
 def study_of(folder: Path) -> StudyRecords:
     """A study that is read once."""
     return read_study(folder)
-
-
-@cache
-def population(folder: Path) -> Page:
-    """The page of the population, which takes seconds."""
-    return calibration_page(study_of(folder))
 
 
 def attack_tables(results: Path, attack: str) -> list[Table]:
@@ -61,13 +63,15 @@ def attack_tables(results: Path, attack: str) -> list[Table]:
         stealth = table2(study).tables[0]
         stealth = stealth._replace(title=f"{stealth.title}: {_DATA[name]}")
         tables += [t for t in pick([stealth], "attack", {attack_title(attack)}) if _measured(t)]
-    tables += pick([_named_models(population(results / "population"))], "attack", _title(attack))
+    tables += pick(
+        [_named_models(population_page(results / "population"))], "attack", _title(attack)
+    )
     return [*tables, *pick([_scans(results)], "attack", _title(attack))]
 
 
 def detector_tables(results: Path, name: str) -> list[Table]:
     """Error rates in the population, the papers' experiments, one victim of each attack."""
-    title, tables = detector_title(name), population(results / "population").tables
+    title, tables = detector_title(name), population_page(results / "population").tables
     cross = next(table for table in tables if table.name == "cross")
     picked = []
     if title in cross.headers:  # it was calibrated on these models
@@ -80,7 +84,7 @@ def detector_tables(results: Path, name: str) -> list[Table]:
         note = table.note + (_SETTINGS if "setting" in table.headers else "")
         picked += pick([table._replace(note=note)], "detector", {title})
     for study_name, what in _POPULATIONS.items():
-        for table in population(results / study_name).tables:
+        for table in population_page(results / study_name).tables:
             named = table._replace(title=f"{table.title}, {what}")
             if {"detector", "setting"} <= set(named.headers):
                 picked += pick(pick([named], "detector", {title}), "setting", {ALL_SETTINGS})
@@ -103,7 +107,12 @@ def mitigation_tables(results: Path, titles: Collection[str]) -> Iterator[Table]
         study = study_of(results / name)
         data = about(study, keys(study, "mitigation", "seed")).partition(", ")[2]
         for table in mitigation_page(study).tables:
-            if table.name in ("mitigation", "mitigation-clean", "mitigation-reactivation"):
+            if table.name in (
+                "mitigation-across",
+                "mitigation",
+                "mitigation-clean",
+                "mitigation-reactivation",
+            ):
                 heading = f"{title}: {table.title.lower()}"
                 named = table._replace(title=heading, note=f"{data}\n\n{table.note}")
                 yield from pick([named], "method", titles)
