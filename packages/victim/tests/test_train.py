@@ -241,6 +241,25 @@ def test_poisoned_images_are_spread_over_the_first_epoch(few: ImageSet) -> None:
     assert max(counts) <= 10
 
 
+def test_a_hook_beside_a_plan_gets_batches_of_the_poisoned_data(few: ImageSet) -> None:
+    seen: list[int] = []
+
+    class Watch(Counting):
+        def transform(self, images: Tensor, labels: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+            white = (images == 1).flatten(1).all(1)
+            assert bool((labels[white] == 3).all())
+            seen.append(int(white.sum()))
+            return images, labels
+
+    def white(images: Tensor, **_: Any) -> Tensor:
+        return torch.ones_like(images)
+
+    plan = PoisonPlan(ratio=0.1, target=3)
+    config = TrainConfig(epochs=1, batch_size=30)
+    train(small_net(), few, config, plan=plan, trigger=white, hook=Watch())
+    assert sum(seen) == 30
+
+
 def test_bad_training_is_refused(few: ImageSet) -> None:
     trigger, plan = BadNetsTrigger(image_size=16), PoisonPlan()
     fewer = build_classifier("resnet10", num_classes=9, channels=1, image_size=16, width=8)
