@@ -145,6 +145,11 @@ def test_a_trigger_of_one_class_is_put_on_its_images_alone():
     assert set(torch.cat(seen).tolist()) == {1}
     assert success(model, {3: Reversed(3, only, source=1)}, clean.images, clean.labels)[3] == 1
     assert set(torch.cat(seen).tolist()) == {1}
+    others = clean.labels != 1
+    with pytest.raises(ValueError, match="not cleaned: no image is of label 1"):
+        clean_model(
+            model, [Reversed(3, only, source=1)], clean.images[others], clean.labels[others]
+        )
 
 
 class Brittle(Flat):

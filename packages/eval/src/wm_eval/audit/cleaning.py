@@ -113,6 +113,12 @@ def clean_model(
     unlearning = Unlearning.preset("nc", trigger_share=share)
     shown, taught = _with_copies(images[rest], answers[rest], triggers)
     mixed = {0: copy.deepcopy(Mixed(anywhere)).to(device)} if anywhere else {}
+    if not mixed and len(shown) == len(rest):
+        sources = sorted({one.source for one in triggers if one.source is not None})
+        raise ValueError(
+            f"not cleaned: no image is of label {', '.join(map(str, sources))}, on which the "
+            "reversed trigger works"
+        )
     start, folded = unfold(module, images)
     last: RepairCost | None = None
     # Networks without normalisation of their own may still not stand a rate that is right for

@@ -54,6 +54,7 @@ _CLEAN_NOTE = (
     "wait for a verdict leave a model alone that their scan finds clean; rows with the "
     '"oracle label" unlearn the trigger of the label that stood out most.'
 )
+_MEAN_NOTE = "Means over the victims of all attacks, those that were not cleaned among them."
 _SEVERAL = 3  # attacks, from which on a mean says something
 _NEVER = "none: the clean victim"
 _AGAIN = (
@@ -185,7 +186,7 @@ def _across(study: StudyRecords) -> Table:
         "method | clean data | attacks | cleaned | mean change of ACC | mean ASR | highest ASR | "
         "mean DER"
     )
-    return Table("mitigation-across", "All attacks together", headers, tuple(rows), _NOTE)
+    return Table("mitigation-across", "All attacks together", headers, tuple(rows), _MEAN_NOTE)
 
 
 def _costs(study: StudyRecords) -> Table:
