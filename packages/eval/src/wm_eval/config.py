@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,7 @@ Split = Literal["calibration", "test", "unseen"]
 SPLITS: tuple[Split, ...] = ("calibration", "test", "unseen")
 SPLIT_SEEDS = 1000  # seeds of a split start at a multiple of it: no seed is ever in two
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_LISTED = 20  # names at most that an error lists; of more, the nearest
 
 
 @dataclass(frozen=True)
@@ -432,7 +434,11 @@ def _filled(start: Study, given: dict[str, Any]) -> Study:
 
 def _known(what: str, names: Iterable[str], known: Collection[str]) -> None:
     if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"expected {what} out of {', '.join(known)}, got {unknown[0]!r}")
+        listing = ", ".join(known)
+        if len(known) > _LISTED:
+            close = get_close_matches(unknown[0], known, n=4, cutoff=0)
+            listing = f"{len(known)} names ({', '.join(close)} are the most alike)"
+        raise ValueError(f"expected {what} out of {listing}, got {unknown[0]!r}")
     _different(what, names)
 
 
