@@ -103,7 +103,7 @@ _DEVELOPED = (
 MITIGATIONS = {
     "mitigation-cifar10": ("Mitigation on CIFAR-10", "Victims that no setting was chosen on."),
     "mitigation-gtsrb": ("Mitigation on GTSRB", ""),
-    "cleaning-cifar10": ("Seven attacks at 91 % clean accuracy, CIFAR-10", _DEVELOPED),
+    "cleaning-cifar10": ("Accurate victims, CIFAR-10", _DEVELOPED),
     "cleaning-marks-cifar10": ("The image-dependent mark, CIFAR-10", ""),
 }
 
