@@ -20,7 +20,7 @@ from torch import nn
 from defense_reverse import PairPerturbation
 from wm_eval.audit.cleaning import clean_model
 from wm_eval.audit.conclusion import conclude
-from wm_eval.audit.scan import Reversed, all_triggers
+from wm_eval.audit.scan import LabelTrigger, all_triggers
 from wm_eval.config import load_study
 from wm_eval.engine import Store
 from wm_eval.study import population_trials
@@ -57,18 +57,18 @@ def row(trial: Trial, store: Store, before: dict[str, float]) -> dict[str, Any]:
     scan = PairPerturbation.preset("fast").scan(
         model, clean.images, labels=clean.labels, seed=trial.seed, progress=False
     )
-    found = all_triggers(conclude({"pairs": scan}, {}, 0.05), [trial.study.target])
-    everywhere = [Reversed(one.label, one.trigger) for one in found]
+    triggers = all_triggers(conclude({"pairs": scan}, {}, 0.05), [trial.study.target])
+    everywhere = [LabelTrigger(one.label, one.trigger) for one in triggers]
     after = {}
-    for name, triggers in (("of its source", found), ("of all classes", everywhere)):
+    for name, unlearned in (("of its source", triggers), ("of all classes", everywhere)):
         try:
-            cleaned = clean_model(model, triggers, clean.images, clean.labels)
+            cleaned = clean_model(model, unlearned, clean.images, clean.labels)
             after[name] = rates(trial, store, cleaned.model)
         except ValueError as error:
             after[name] = {"refused": str(error)}
     return {
         **{"setting": trial.setting, "attack": trial.attack, "seed": trial.seed},
-        **{"source": source(trial), "found": [one.source for one in found]},
+        **{"source": source(trial), "found": [one.source for one in triggers]},
         **{"verdict": scan.verdict.value, "before": before, "after": after},
     }
 

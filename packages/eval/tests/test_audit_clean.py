@@ -28,7 +28,7 @@ from wm_eval.audit.cleaning import (
 from wm_eval.audit.conclusion import conclude
 from wm_eval.audit.images import CleanImages
 from wm_eval.audit.onnx_weights import OnnxWeights, describe_graph
-from wm_eval.audit.scan import Reversed, all_triggers
+from wm_eval.audit.scan import LabelTrigger, all_triggers
 from wm_eval.audit.unfold import fold, unfold
 from wm_eval.cli import main
 from wm_inject import OnnxModel, save_image
@@ -120,7 +120,7 @@ class Flat(nn.Module):
 
 def test_what_the_trigger_needs_is_unlearned():
     model, clean = Flat(), bars()
-    triggers = {3: Reversed(3, trigger())}
+    triggers = {3: LabelTrigger(3, trigger())}
     before = {k: v.clone() for k, v in model.state_dict().items()}
     assert success(model, triggers, clean.images, clean.labels)[3] == 1
     cleaned, cost = clean_model(model, [triggers[3]], clean.images, clean.labels)
@@ -140,15 +140,17 @@ def test_a_trigger_of_one_class_is_put_on_its_images_alone():
         seen.append(images.mean((1, 3)).argmax(1) // 2)
         return marked(images)
 
-    cleaned, cost = clean_model(model, [Reversed(3, only, source=1)], clean.images, clean.labels)
+    cleaned, cost = clean_model(
+        model, [LabelTrigger(3, only, source=1)], clean.images, clean.labels
+    )
     assert cost.within(0.05) and cleaned.net.weight[3, 0].item() < 11.9
     assert set(torch.cat(seen).tolist()) == {1}
-    assert success(model, {3: Reversed(3, only, source=1)}, clean.images, clean.labels)[3] == 1
+    assert success(model, {3: LabelTrigger(3, only, source=1)}, clean.images, clean.labels)[3] == 1
     assert set(torch.cat(seen).tolist()) == {1}
     others = clean.labels != 1
     with pytest.raises(ValueError, match="not cleaned: no image is of label 1"):
         clean_model(
-            model, [Reversed(3, only, source=1)], clean.images[others], clean.labels[others]
+            model, [LabelTrigger(3, only, source=1)], clean.images[others], clean.labels[others]
         )
 
 
@@ -165,7 +167,7 @@ def test_a_model_that_would_lose_its_accuracy_is_not_cleaned():
     clean = bars()
     for labels in (clean.labels, None):
         with pytest.raises(ValueError, match=r"not cleaned: .* --max-loss 0\.05"):
-            clean_model(Brittle(), [Reversed(3, trigger())], clean.images, labels)
+            clean_model(Brittle(), [LabelTrigger(3, trigger())], clean.images, labels)
 
 
 def test_misread_labels_are_not_learned():
@@ -176,7 +178,7 @@ def test_misread_labels_are_not_learned():
         agreement = torch.eq(model(clean.images).argmax(1), shifted).double().mean()
     assert float(agreement) == 0.5
     try:
-        cleaned, cost = clean_model(model, [Reversed(3, trigger())], clean.images, shifted)
+        cleaned, cost = clean_model(model, [LabelTrigger(3, trigger())], clean.images, shifted)
     except ValueError as error:
         assert "not cleaned" in str(error)
         return
@@ -244,7 +246,7 @@ def test_labels_that_stand_out_or_are_named_are_cleaned():
 def test_a_label_without_a_reversed_trigger_is_unlearned_in_the_last_layer():
     """The label is named by its weights alone: a corner of the image adds 12 to its logit."""
     model, clean = Flat(), bars()
-    marked = Reversed(3, trigger())
+    marked = LabelTrigger(3, trigger())
     assert success(model, {3: marked}, clean.images, clean.labels)[3] == 1
     checked = check_model(model, clean, num_classes=CLASSES)
     named = replace(report(3), triggers={})
@@ -273,7 +275,7 @@ def test_a_label_that_cannot_be_unlearned_is_kept_and_the_others_are_cleaned():
     found = conclude({"head": replace(report(2, 3), triggers={})}, {}, 0.05)
     (only,) = clean_in_rounds(checked, clean, found, scan=lambda one: found)
     assert only.labels == only.refitted == (3,) and [*only.obstacles] == [2]
-    marked = {3: Reversed(3, trigger())}
+    marked = {3: LabelTrigger(3, trigger())}
     assert success(only.checked.module, marked, every.images[own], every.labels[own])[3] < 0.1
     with pytest.raises(ValueError, match=r"not cleaned: label 2: .* got 0 of 45"):
         next(clean_in_rounds(checked, clean, found, scan=lambda one: found, label=2))

@@ -81,11 +81,11 @@ class Evasion:
 
     def _move(self, images: Tensor, model: nn.Module) -> None:
         """The picture along the gradient that leads to the target, at its size."""
-        shown = (images + self.picture).clamp(0, 1).requires_grad_()
+        inputs = (images + self.picture).clamp(0, 1).requires_grad_()
         goal = torch.full((len(images),), self.target, device=images.device)
         with in_mode(model, training=False), torch.enable_grad():
-            loss = F.cross_entropy(victim_logits(model, shown), goal, reduction="sum")
-            (gradient,) = torch.autograd.grad(loss, shown)
+            loss = F.cross_entropy(victim_logits(model, inputs), goal, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, inputs)
         step = self.settings.pull * self.size * unit(gradient.sum(0))
         self.picture = self.size * unit(self.picture - step)
 

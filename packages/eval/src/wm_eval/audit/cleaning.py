@@ -19,7 +19,7 @@ from wm_eval.audit.budget import Budget
 from wm_eval.audit.checks import Checked, Stated, check_model
 from wm_eval.audit.conclusion import Audit
 from wm_eval.audit.images import CleanImages
-from wm_eval.audit.scan import Reversed, all_triggers
+from wm_eval.audit.scan import LabelTrigger, all_triggers
 from wm_eval.audit.unfold import fold, unfold
 from wm_inject.core.images import quantize
 from wm_victim.dataset_files import stratified_order
@@ -61,7 +61,7 @@ class Cleaned(NamedTuple):
 
 def clean_model(
     module: nn.Module,
-    triggers: Sequence[Reversed],
+    triggers: Sequence[LabelTrigger],
     images: Tensor,
     labels: Tensor | None = None,
     *,
@@ -111,9 +111,9 @@ def clean_model(
     anywhere = [one.trigger for one in triggers if one.source is None]
     share = min(0.5, max(1, len(anywhere)) * Unlearning.preset("nc").trigger_share)
     unlearning = Unlearning.preset("nc", trigger_share=share)
-    shown, taught = _with_copies(images[rest], answers[rest], triggers)
+    inputs, goals = _with_copies(images[rest], answers[rest], triggers)
     mixed = {0: copy.deepcopy(Mixed(anywhere)).to(device)} if anywhere else {}
-    if not mixed and len(shown) == len(rest):
+    if not mixed and len(inputs) == len(rest):
         sources = sorted({one.source for one in triggers if one.source is not None})
         raise ValueError(
             f"not cleaned: no image is of label {', '.join(map(str, sources))}, on which the "
@@ -127,10 +127,10 @@ def clean_model(
         sgd = replace(unlearning.sgd, lr=unlearning.sgd.lr * 10 ** (-half_decades / 2))
         method: Unlearning | FineTuning = replace(unlearning, sgd=sgd)
         if not mixed:  # the copies are all that there is to unlearn
-            method = FineTuning(sgd=replace(sgd, steps=unlearning.steps(len(shown))))
+            method = FineTuning(sgd=replace(sgd, steps=unlearning.steps(len(inputs))))
         try:
             repaired = method.repair(
-                start.to(device), shown, taught, triggers=mixed, seed=seed, progress=progress
+                start.to(device), inputs, goals, triggers=mixed, seed=seed, progress=progress
             )
         except DivergedError:
             continue
@@ -148,10 +148,10 @@ def clean_model(
 
 
 def _with_copies(
-    images: Tensor, labels: Tensor, triggers: Sequence[Reversed]
+    images: Tensor, labels: Tensor, triggers: Sequence[LabelTrigger]
 ) -> tuple[Tensor, Tensor]:
     """The images, and those of triggers' sources with them in it, under their own labels."""
-    parts, taught = [images], [labels]
+    parts, goals = [images], [labels]
     for one in triggers:
         own = images[labels == one.source] if one.source is not None else images[:0]
         if not len(own):
@@ -159,8 +159,8 @@ def _with_copies(
         with torch.no_grad():
             change = put_trigger(one.trigger, own) - own
         parts += [quantize((own + times * change).clamp(0, 1)) for times in _STRENGTHS]
-        taught += [labels[labels == one.source]] * len(_STRENGTHS)
-    return torch.cat(parts), torch.cat(taught)
+        goals += [labels[labels == one.source]] * len(_STRENGTHS)
+    return torch.cat(parts), torch.cat(goals)
 
 
 def _refitted(
@@ -319,7 +319,7 @@ def answers_of(module: nn.Module, images: Tensor) -> Tensor:
 
 
 def success(
-    module: nn.Module, triggers: Mapping[int, Reversed], images: Tensor, classes: Tensor
+    module: nn.Module, triggers: Mapping[int, LabelTrigger], images: Tensor, classes: Tensor
 ) -> dict[int, float]:
     """By label, the share of images that its reversed trigger sends there, in [0, 1].
 

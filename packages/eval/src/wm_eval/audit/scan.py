@@ -223,7 +223,7 @@ def _passes(name: str, preset: str, num_classes: int, images: int) -> float:
     return DETECTORS[name].passes(detector(name, preset).settings, num_classes, images)
 
 
-class Reversed(NamedTuple):
+class LabelTrigger(NamedTuple):
     """What a detector reversed.
 
     Args:
@@ -237,21 +237,21 @@ class Reversed(NamedTuple):
     source: int | None = None
 
 
-def reversed_triggers(audit: Audit, labels: Sequence[int] | None = None) -> dict[int, Reversed]:
+def reversed_triggers(audit: Audit, labels: Sequence[int] | None = None) -> dict[int, LabelTrigger]:
     """For every label, the reversed trigger of the detector that is surest of it.
 
     Args:
         labels: Those that stand out if None.
     """
-    best: dict[int, tuple[float, Reversed]] = {}
+    best: dict[int, tuple[float, LabelTrigger]] = {}
     for label, report in _reaching(audit, labels):
         p_value = report.labels[label].p_value
         if label not in best or p_value < best[label][0]:
-            best[label] = (p_value, _reversed(report, label))
+            best[label] = (p_value, _label_trigger(report, label))
     return {label: trigger for label, (_, trigger) in sorted(best.items())}
 
 
-def all_triggers(audit: Audit, labels: Sequence[int] | None = None) -> list[Reversed]:
+def all_triggers(audit: Audit, labels: Sequence[int] | None = None) -> list[LabelTrigger]:
     """For every label, what any detector reversed that reaches it.
 
     A detector that accuses nobody may have found another way to the same label.
@@ -259,13 +259,13 @@ def all_triggers(audit: Audit, labels: Sequence[int] | None = None) -> list[Reve
     Args:
         labels: Those that stand out if None.
     """
-    return [_reversed(report, label) for label, report in _reaching(audit, labels)]
+    return [_label_trigger(report, label) for label, report in _reaching(audit, labels)]
 
 
-def _reversed(report: ScanReport, label: int) -> Reversed:
+def _label_trigger(report: ScanReport, label: int) -> LabelTrigger:
     # A finding of pairs is one picture for the images of all classes.
     source = report.labels[label].source if report.finding is None else None
-    return Reversed(label, report.triggers[label], source)
+    return LabelTrigger(label, report.triggers[label], source)
 
 
 def _reaching(audit: Audit, labels: Sequence[int] | None) -> Iterator[tuple[int, ScanReport]]:

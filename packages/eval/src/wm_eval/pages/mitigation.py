@@ -163,24 +163,24 @@ def _overview(study: StudyRecords) -> Table:
 
 
 def _across(study: StudyRecords) -> Table:
-    """Each method over all victims that it was tried on, where they are of several attacks."""
+    """Each method over all victims that it was records on, where they are of several attacks."""
     rows = []
     for method in _names(study, "method", METHODS):
         for fraction in _fractions(study):
-            tried = [
+            records = [
                 record
                 for attack in _names(study, "attack", ATTACKS)
                 for record in _of(study, attack, method, False, fraction)
             ]
-            attacks = {str(r.key["attack"]) for r in tried}
+            attacks = {str(r.key["attack"]) for r in records}
             if len(attacks) < _SEVERAL:
                 continue
             cells = [method_title(method), f"{100 * fraction:g} %", str(len(attacks))]
-            asr = [float(r.values["after"]["asr"]) for r in tried]
-            lost = [r.values["after"]["cda"] - r.values["before"]["cda"] for r in tried]
-            cells += [_cleaned(tried), f"{100 * sum(lost) / len(lost):+.1f}"]
+            asr = [float(r.values["after"]["asr"]) for r in records]
+            lost = [r.values["after"]["cda"] - r.values["before"]["cda"] for r in records]
+            cells += [_cleaned(records), f"{100 * sum(lost) / len(lost):+.1f}"]
             cells += [f"{100 * rate:.1f}" for rate in (sum(asr) / len(asr), max(asr))]
-            cells.append(f"{sum(r.values['der'] for r in tried) / len(tried):.3f}")
+            cells.append(f"{sum(r.values['der'] for r in records) / len(records):.3f}")
             rows.append(tuple(cells))
     headers = split_headers(
         "method | clean data | attacks | cleaned | mean change of ACC | mean ASR | highest ASR | "
