@@ -109,6 +109,12 @@ def fix_head(model: nn.Module, *, length: float, seed: int) -> None:
 
     No row can stand out then. The features learn to fit it.
 
+    Args:
+        model: A classifier that is not trained yet.
+        length: Euclidean, of each row, above 0. With fewer features than labels rows are as
+            orthogonal as they can be.
+        seed: Of the rows.
+
     Raises:
         ValueError: A model without a linear layer at its end.
     """
