@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from defense_reverse.detectors.universal_perturbation import (
         UniversalPicture as UniversalPicture,
     )
+    from defense_reverse.detectors.universal_warp import UniversalWarp as UniversalWarp
+    from defense_reverse.detectors.universal_warp import WarpField as WarpField
     from defense_reverse.generator import UNetGenerator as UNetGenerator
     from defense_reverse.label_state import LambdaSearch as LambdaSearch
     from defense_reverse.mitigations.anp import ANP as ANP

@@ -22,6 +22,7 @@ from defense_reverse import (
     PatchSweep,
     ReverseGenerator,
     UniversalPerturbation,
+    UniversalWarp,
 )
 from defense_reverse.detectors.head_weights import refusal
 from defense_reverse.detectors.pair_perturbation import too_few_classes
@@ -56,6 +57,11 @@ def _batches(settings: Mapping[str, Any], labels: int, images: int) -> float:
     return float(settings["steps"] * settings["batch_size"] * labels)
 
 
+def _universal(settings: Mapping[str, Any], labels: int, images: int) -> float:
+    # The images that success is measured on go forwards only, a dozen times.
+    return _batches(settings, labels, images) + 4 * settings["tested"] * labels
+
+
 DETECTORS: dict[str, Entry] = {
     "nc": Entry(
         NeuralCleanse.preset,
@@ -75,10 +81,9 @@ DETECTORS: dict[str, Entry] = {
     ),
     # One search for all labels.
     "bti-dbf": Entry(BtiDbf.preset, lambda s, labels, images: _batches(s, 1, images)),
-    # The images that success is measured on go forwards only, a dozen times.
     "uap": Entry(
         UniversalPerturbation.preset,
-        lambda s, labels, images: _batches(s, labels, images) + 4 * s["tested"] * labels,
+        _universal,
         inverts=True,
         meaning=lambda label: (
             f"an added picture of {255 * label.score:.1f}/255 (root mean square) sends "
@@ -120,6 +125,15 @@ DETECTORS: dict[str, Entry] = {
         inverts=True,
         meaning=lambda label: (
             f"{1 / label.score:.1f} times as near to class {label.source} as the classes let expect"
+        ),
+    ),
+    "warp": Entry(
+        UniversalWarp.preset,
+        _universal,
+        inverts=True,
+        meaning=lambda label: (
+            f"shifts of {label.score:.1%} of the image's side (root mean square) send "
+            f"{label.success_rate:.0%} of unseen images there"
         ),
     ),
     "mm-bd": Entry(

@@ -17,6 +17,7 @@ _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "unlearning-nc": (_UNLEARNING, {"trigger_share": 0.2, "append": False}),
     "unlearning-reverse": _GENERATORS,
     "unlearning-uap": _GENERATORS,
+    "unlearning-warp": _GENERATORS,
     "unlearning-reverse-lpips": _GENERATORS,
     "head-unlearning": ("defense_reverse.mitigations.head_unlearning:HeadUnlearning", {}),
     "neuron-pruning": ("defense_nc.mitigations.neuron_pruning:NeuronPruning", {}),

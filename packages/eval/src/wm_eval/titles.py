@@ -29,7 +29,12 @@ ATTACKS = (*list_attacks(), "watermark", *SHIPPED, "equation2", *MAPPED, *ADAPTI
 _OTHERS = {"equation2": "Plain blend, equation 2", CLEAN: "No attack (clean victim)"}
 PAPERS = ("nc", "reverse")  # the detectors of the two papers
 AUDIT = ("head", "uap", "sweep")  # those of an audit, if none are named: cheap at any size
-CALIBRATED = (*PAPERS, *AUDIT, "pairs")  # the detectors whose verdicts have a calibrated error rate
+CALIBRATED = (
+    *PAPERS,
+    *AUDIT,
+    "pairs",
+    "warp",
+)  # the detectors whose verdicts have a calibrated error rate
 DETECTORS = {
     "nc": "Neural Cleanse",
     "reverse": "Reverse generators",
@@ -40,6 +45,7 @@ DETECTORS = {
     "sweep": "Patch sweep",
     "head": "Head weights",
     "pairs": "Pair perturbations",
+    "warp": "Universal warps",
     "mm-bd": "Maximum margins",
 }
 # First those that use what a scan found, with their control; then those that need no scan.
@@ -50,6 +56,7 @@ METHODS = {
     "unlearning-reverse": "Unlearning, reverse generators",
     "unlearning-reverse-lpips": "Unlearning, reverse generators with LPIPS",
     "unlearning-uap": "Unlearning, universal perturbations",
+    "unlearning-warp": "Unlearning, universal warps",
     "head-unlearning": "Unlearning in the last layer",
     "neuron-pruning": "Neuron pruning, Neural Cleanse",
     "fine-tuning": "Fine-tuning",

@@ -369,7 +369,10 @@ def save_reversed(trigger: nn.Module, path: Path) -> None:
     """
     if isinstance(trigger, defense_reverse.ReversedTrigger):
         defense_reverse.save_reversed(trigger, path)
-    elif isinstance(trigger, defense_nc.InvertedTrigger | defense_reverse.UniversalPicture):
+    elif isinstance(
+        trigger,
+        defense_nc.InvertedTrigger | defense_reverse.UniversalPicture | defense_reverse.WarpField,
+    ):
         save_checkpoint(path, kind=trigger.kind, config=trigger.config, state=trigger.state_dict())
     else:
         raise ValueError(f"expected a reversed trigger, got {type(trigger).__name__}")
@@ -381,12 +384,14 @@ def load_reversed(path: Path) -> nn.Module:
     Raises:
         CheckpointError: Not such a file.
     """
-    picture = defense_reverse.UniversalPicture.kind
-    kinds = (defense_nc.InvertedTrigger.kind, defense_reverse.ReversedTrigger.kind, picture)
+    picture, warp = defense_reverse.UniversalPicture.kind, defense_reverse.WarpField.kind
+    kinds = (defense_nc.InvertedTrigger.kind, defense_reverse.ReversedTrigger.kind, picture, warp)
     saved = load_checkpoint(path, kind=kinds)
     if saved.kind == defense_reverse.ReversedTrigger.kind:
         return defense_reverse.load_reversed(path)
     if saved.kind == picture:
         return defense_reverse.UniversalPicture(saved.state["picture"])
+    if saved.kind == warp:
+        return defense_reverse.WarpField(saved.state["field"])
     numbers = {name: saved.config[name] for name in ("target", "success_rate", "steps")}
     return defense_nc.InvertedTrigger(saved.state["mask"], saved.state["pattern"], **numbers)

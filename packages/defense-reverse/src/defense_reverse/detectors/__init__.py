@@ -9,6 +9,7 @@ from defense_reverse.detectors.margin_ascent import MarginAscent
 from defense_reverse.detectors.pair_perturbation import PairPerturbation
 from defense_reverse.detectors.patch_sweep import PatchSweep
 from defense_reverse.detectors.universal_perturbation import UniversalPerturbation, UniversalPicture
+from defense_reverse.detectors.universal_warp import UniversalWarp, WarpField
 
 __all__ = [
     "BtiDbf",
@@ -22,4 +23,6 @@ __all__ = [
     "PatchSweep",
     "UniversalPerturbation",
     "UniversalPicture",
+    "UniversalWarp",
+    "WarpField",
 ]

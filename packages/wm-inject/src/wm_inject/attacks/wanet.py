@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from wm_inject.attacks.common import check_batch, show_config
 from wm_inject.attacks.cotraining import CrossTriggerHook
 from wm_inject.attacks.definition import Attack, Length
 from wm_inject.core.images import check_side
 from wm_inject.core.plan import PoisonPlan
+from wm_inject.core.warps import sample, to_every_pixel, unmoved
 
 
 class WaNetTrigger(nn.Module):
@@ -50,11 +50,9 @@ class WaNetTrigger(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         control = torch.rand(1, 2, grid, grid, generator=generator) * 2 - 1
         control = control / control.abs().mean()
-        field = F.interpolate(control, size=image_size, mode="bicubic", align_corners=True)
-        line = torch.linspace(-1, 1, image_size)
-        y, x = torch.meshgrid(line, line, indexing="ij")
-        self.register_buffer("field", field.permute(0, 2, 3, 1).contiguous())  # (1, H, W, 2)
-        self.register_buffer("identity", torch.stack([x, y], dim=2)[None], persistent=False)
+        size = (image_size, image_size)
+        self.register_buffer("field", to_every_pixel(control, size).contiguous())  # (1, H, W, 2)
+        self.register_buffer("identity", unmoved(size), persistent=False)
         self.strength = float(strength)
 
     @property
@@ -68,7 +66,7 @@ class WaNetTrigger(nn.Module):
     ) -> Tensor:
         """Warp the images."""
         check_batch(images, self.config)
-        return _sample(images, self.sampling.expand(images.shape[0], -1, -1, -1))
+        return sample(images, self.sampling.expand(images.shape[0], -1, -1, -1))
 
     def noise_hook(
         self, plan: PoisonPlan, *, num_classes: int, cross_ratio: float = 2.0
@@ -81,12 +79,7 @@ class WaNetTrigger(nn.Module):
         side = self.config["image_size"]
         noise = torch.rand(len(rows), side, side, 2, generator=generator) * 2 - 1
         grid = self.sampling + noise.to(images.device) / side
-        return _sample(images[rows], grid.clamp(-1, 1))
-
-
-def _sample(images: Tensor, grid: Tensor) -> Tensor:
-    warped = F.grid_sample(images, grid, padding_mode="zeros", align_corners=True)
-    return warped.clamp(0, 1)
+        return sample(images[rows], grid.clamp(-1, 1))
 
 
 def _hook(

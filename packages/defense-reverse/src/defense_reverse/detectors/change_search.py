@@ -1,6 +1,7 @@
-"""The smallest picture that, added to every image of a group, sends each to its goal.
+"""The smallest change that, made to every image of a group, sends each to its goal.
 
-Several groups are searched side by side, each for a picture of its own, in passes that they share.
+What a change does to images is an `Effect`: a picture is added, or a field of shifts warps. Several
+groups are searched side by side, each for a change of its own, in passes that they share.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,38 @@ from defense_nc.gradients import GradientCount, reached, vanished
 from defense_reverse.detectors.common import batches_of
 from wm_victim.inference import images_a_pass
 
-# Times the size of the search: as far as a picture is enlarged until it works on other images.
+# Times the size of the search: as far as a change is enlarged until it works on other images.
 _FACTORS = (0.25, 0.35, 0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)
 _HALVINGS = 3  # of the range between two of them, which ends 5 % wide
+
+
+class Effect(Protocol):
+    """What changes of one kind do to images. A change is a tensor; zeros change nothing."""
+
+    def none(self, image: Tensor) -> Tensor:
+        """The change of an image ``(C, H, W)`` that is none: zeros of the shape of a change."""
+        ...
+
+    def on(self, images: Tensor, change: Tensor) -> Tensor:
+        """Changed images ``(N, C, H, W)``, in [0, 1]."""
+        ...
+
+    def gradient(self, images: Tensor, change: Tensor, gradients: Tensor) -> Tensor:
+        """The gradient with respect to the change, from those with respect to changed images."""
+        ...
+
+
+class Addition:
+    """Pictures ``(C, H, W)`` are added. Their gradient is that before pixels are clamped."""
+
+    def none(self, image: Tensor) -> Tensor:  # noqa: D102
+        return torch.zeros_like(image)
+
+    def on(self, images: Tensor, change: Tensor) -> Tensor:  # noqa: D102
+        return (images + change).clamp(0, 1)
+
+    def gradient(self, images: Tensor, change: Tensor, gradients: Tensor) -> Tensor:  # noqa: D102
+        return gradients.sum(0)
 
 
 class Goals(NamedTuple):
@@ -32,33 +62,35 @@ class Goals(NamedTuple):
 
 
 class Group(NamedTuple):
-    """The images that one picture is searched with, and those that it is measured on."""
+    """The images that one change is searched with, and those that it is measured on."""
 
     searched: Goals
     tested: Goals
 
 
-class SmallPicture(NamedTuple):
-    """The smallest picture of a group."""
+class SmallChange(NamedTuple):
+    """The smallest change of a group."""
 
-    picture: Tensor  # (C, H, W), of either sign
-    size: float  # its root mean square, in units of [0, 1]
+    change: Tensor
+    size: float  # its root mean square
     rate: float  # success on images that were not searched with
     starved: float  # as `ScanReport.starved`
 
     def stored(self) -> list[Any]:
         """As a checkpoint keeps it: a list, on the CPU."""
-        return [self.picture.cpu(), self.size, self.rate, self.starved]
+        return [self.change.cpu(), self.size, self.rate, self.starved]
 
 
 class SearchSettings(NamedTuple):
-    """As the arguments of `UniversalPerturbation` of these names, and one more."""
+    """As the arguments of `UniversalPerturbation` of these names, and more."""
 
     steps: int
     batch_size: int
     start: float
     floor: float
-    growth: float = 1.25  # of the size in a step, until a picture works for the first time
+    growth: float = 1.25  # of the size in a step, until a change works for the first time
+    most: float = 1.0  # the largest size of a change
+    effect: Effect = Addition()
 
 
 def split_group(images: Tensor, goals: Tensor, tested: int, random: torch.Generator) -> Group:
@@ -69,10 +101,10 @@ def split_group(images: Tensor, goals: Tensor, tested: int, random: torch.Genera
     return Group(rest if len(rest.images) else first, first)
 
 
-def smallest_pictures(
+def smallest_changes(
     model: nn.Module, groups: Sequence[Group], settings: SearchSettings, random: torch.Generator
-) -> list[SmallPicture]:
-    """The smallest picture found for every group.
+) -> list[SmallChange]:
+    """The smallest change found for every group.
 
     Source: Rony et al., "Decoupling Direction and Norm" (CVPR 2019), with one direction for all
         images of a group.
@@ -82,19 +114,19 @@ def smallest_pictures(
         _step(model, searches, step)
     sizes = _sizes(model, [group.tested for group in groups], searches, settings)
     return [
-        SmallPicture(size * search.direction, size, rate, search.gradients.share)
+        SmallChange(size * search.direction, size, rate, search.gradients.share)
         for search, (size, rate) in zip(searches, sizes, strict=True)
     ]
 
 
 @dataclass
 class _Search:
-    """The search of one group: its picture, the size that it is held to, the best so far."""
+    """The search of one group: its change, the size that it is held to, the best so far."""
 
     settings: SearchSettings
     goals: Goals
     batches: EndlessBatches
-    picture: Tensor
+    change: Tensor
     size: float
     best: tuple[Tensor, float] | None = None
     gradients: GradientCount = field(default_factory=GradientCount)
@@ -103,31 +135,32 @@ class _Search:
     def begin(cls, group: Group, settings: SearchSettings, random: torch.Generator) -> _Search:
         goals = group.searched
         batches = batches_of(goals.images, settings.batch_size, random)
-        return cls(settings, goals, batches, torch.zeros_like(goals.images[0]), settings.start)
+        none = settings.effect.none(goals.images[0])
+        return cls(settings, goals, batches, none, settings.start)
 
     def batch(self) -> Goals:
-        """The images of the next step, with the picture."""
+        """The images of the next step, as they are."""
         rows = next(self.batches).to(self.goals.images.device)
-        images = (self.goals.images[rows] + self.picture).clamp(0, 1)
-        return Goals(images, self.goals.labels[rows])
+        return Goals(self.goals.images[rows], self.goals.labels[rows])
 
     def move(self, gradient: Tensor, rate: float, step: int) -> None:
         """Along the gradient of the batch, then to a size that its success rate decides."""
         works = step > 0 and rate >= self.settings.floor
         if works and (self.best is None or self.size < self.best[1]):
-            self.best = self.picture, self.size
+            self.best = self.change, self.size
         left = 1 - step / self.settings.steps  # both lengths fall with the steps
         if self.best is None:
-            self.size = min(1.0, self.size * self.settings.growth) if step > 0 else self.size
+            grown = self.size * self.settings.growth if step > 0 else self.size
+            self.size = min(self.settings.most, grown)
         else:
             self.size *= 1 - 0.1 * left if works else 1 + 0.1 * left
         length = (0.1 + 0.4 * left) * self.size
-        self.picture = self.size * unit(self.picture - length * unit(gradient))
+        self.change = self.size * unit(self.change - length * unit(gradient))
 
     @property
     def end(self) -> tuple[Tensor, float]:
-        """The smallest picture that worked on its batch, or the last one, and its size."""
-        return self.best or (self.picture, self.size)
+        """The smallest change that worked on its batch, or the last one, and its size."""
+        return self.best or (self.change, self.size)
 
     @property
     def direction(self) -> Tensor:
@@ -139,7 +172,10 @@ def _step(model: nn.Module, searches: Sequence[_Search], step: int) -> None:
     """One step of all searches."""
     batches = [search.batch() for search in searches]
     counts = [len(batch.images) for batch in batches]
-    images = torch.cat([batch.images for batch in batches])
+    effects = [search.settings.effect for search in searches]
+    images = torch.cat(
+        [e.on(b.images, s.change) for e, b, s in zip(effects, batches, searches, strict=True)]
+    )
     labels = torch.cat([batch.labels for batch in batches])
     at_once = images_a_pass(images, images.device, most=len(images))
     parts = [
@@ -147,10 +183,13 @@ def _step(model: nn.Module, searches: Sequence[_Search], step: int) -> None:
         for part in zip(images.split(at_once), labels.split(at_once), strict=True)
     ]
     every = (torch.cat(column).split(counts) for column in zip(*parts, strict=True))
-    for search, gradient, there, lost in zip(searches, *every, strict=True):
+    for search, effect, batch, gradients, there, lost in zip(
+        searches, effects, batches, *every, strict=True
+    ):
         hits = int(there.sum())
         search.gradients.add(len(there) - hits, int(lost.sum()))
-        search.move(gradient.sum(0), hits / len(there), step)
+        gradient = effect.gradient(batch.images, search.change, gradients)
+        search.move(gradient, hits / len(there), step)
 
 
 def _gradients(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,14 +210,14 @@ def _sizes(
     searches: Sequence[_Search],
     settings: SearchSettings,
 ) -> list[tuple[float, float]]:
-    """The size of every group's picture and its success rate, both on the tested images."""
-    trials = [_least_size(search.end[1], settings.floor) for search in searches]
+    """The size of every group's change and its success rate, both on the tested images."""
+    trials = [_least_size(search.end[1], settings.floor, settings.most) for search in searches]
     questions = {i: next(trial) for i, trial in enumerate(trials)}
     ends: dict[int, tuple[float, float]] = {}
     while questions:
-        pictures = {i: size * searches[i].direction for i, (size, _) in questions.items()}
+        changes = {i: size * searches[i].direction for i, (size, _) in questions.items()}
         enough = {i: least for i, (_, least) in questions.items()}
-        rates = _rates(model, [tested[i] for i in questions], pictures, enough, settings.batch_size)
+        rates = _rates(model, [tested[i] for i in questions], changes, enough, settings)
         questions = {}
         for i, rate in rates.items():
             try:
@@ -189,17 +228,17 @@ def _sizes(
 
 
 def _least_size(
-    size: float, floor: float
+    size: float, floor: float, most: float
 ) -> Generator[tuple[float, float], float, tuple[float, float]]:
     """The least size that succeeds, between a fourth and four times this one, and its rate.
 
     Yields sizes to try, each with the rate that is enough, and is sent their rates. The widest, and
-    its rate below the floor, if none does. Success need not grow with the size: a picture that is
+    its rate below the floor, if none does. Success need not grow with the size: a change that is
     too large may lead to a third label.
     """
     low, high, found = 0.0, 0.0, 0.0
     for factor in _FACTORS:
-        low, high = high, min(1.0, factor * size)
+        low, high = high, min(most, factor * size)
         last = factor == _FACTORS[-1]  # its rate is reported, whatever it is
         found = yield high, 0.0 if last else floor
         if found >= floor:
@@ -220,22 +259,22 @@ def _least_size(
 def _rates(
     model: nn.Module,
     tested: Sequence[Goals],
-    pictures: dict[int, Tensor],
+    changes: dict[int, Tensor],
     enough: dict[int, float],
-    batch_size: int,
+    settings: SearchSettings,
 ) -> dict[int, float]:
-    """Success of pictures; of the first images alone, where it cannot be enough any more."""
-    goals = dict(zip(pictures, tested, strict=True))
-    hits, seen = dict.fromkeys(pictures, 0), dict.fromkeys(pictures, 0)
-    open_ = list(pictures)
+    """Success of changes; of the first images alone, where it cannot be enough any more."""
+    goals = dict(zip(changes, tested, strict=True))
+    hits, seen = dict.fromkeys(changes, 0), dict.fromkeys(changes, 0)
+    open_ = list(changes)
     while open_:
         parts = {}
         for i in open_:
-            at_once = images_a_pass(goals[i].images, goals[i].images.device, most=batch_size)
+            images = goals[i].images
+            at_once = images_a_pass(images, images.device, most=settings.batch_size)
             rows = slice(seen[i], seen[i] + at_once)
-            parts[i] = Goals(
-                (goals[i].images[rows] + pictures[i]).clamp(0, 1), goals[i].labels[rows]
-            )
+            changed = settings.effect.on(images[rows], changes[i])
+            parts[i] = Goals(changed, goals[i].labels[rows])
         images = torch.cat([part.images for part in parts.values()])
         at_once = images_a_pass(images, images.device, most=len(images))
         answers = torch.cat([model(part).argmax(1) for part in images.split(at_once)])
@@ -244,7 +283,7 @@ def _rates(
             hits[i] += int((own == part.labels).sum())
             seen[i] += len(own)
         open_ = [i for i in open_ if _undecided(hits[i], seen[i], len(goals[i].images), enough[i])]
-    return {i: hits[i] / seen[i] for i in pictures}
+    return {i: hits[i] / seen[i] for i in changes}
 
 
 def _undecided(hits: int, seen: int, count: int, enough: float) -> bool:
@@ -252,6 +291,6 @@ def _undecided(hits: int, seen: int, count: int, enough: float) -> bool:
     return left > 0 and (hits + left) / count >= enough
 
 
-def unit(picture: Tensor) -> Tensor:
-    """A picture whose root mean square is 1; zeros stay zeros."""
-    return picture / picture.square().mean().sqrt().clamp(min=1e-12)
+def unit(change: Tensor) -> Tensor:
+    """A change whose root mean square is 1; zeros stay zeros."""
+    return change / change.square().mean().sqrt().clamp(min=1e-12)
