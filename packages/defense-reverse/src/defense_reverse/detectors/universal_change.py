@@ -36,6 +36,7 @@ class UniversalChange:
     """Universal changes of one kind as a `defense_nc.Detector`; see the two derived from it."""
 
     name: ClassVar[str]
+    compares_all: ClassVar[bool] = False  # a label that no change reaches has a score as well
     steps: int = 25
     batch_size: int = 24
     tested: int = 50
@@ -81,18 +82,19 @@ class UniversalChange:
         same scan again costs nothing.
 
         Returns:
-            A report whose scores are the sizes, and whose triggers make the changes.
+            A report with `scores`, whose triggers make the changes.
         """
         with open_scan(model, images, labels=labels, device=device) as inputs:
             found = self.search(inputs, seed=seed, progress=progress, checkpoint=checkpoint)
         return judge_scan(
             self.name,
-            found.sizes,
+            self.scores(found),
             found.rates,
             model=model,
             images=images,
             settings=self.settings,
-            floor=self.floor,
+            floor=0.0 if self.compares_all else self.floor,
+            works=self.floor,
             alpha=self.alpha,
             max_ratio=self.max_ratio,
             triggers={k: self.trigger(change) for k, change in enumerate(found.changes)},
@@ -100,6 +102,10 @@ class UniversalChange:
             starved=found.starved,
             notes=inputs.notes,
         )
+
+    def scores(self, found: Universal) -> Tensor:
+        """The scores of all labels, float64 ``(K,)``."""
+        return found.sizes
 
     def search(
         self,

@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from defense_nc.verdict.report import at_least
 from defense_reverse.detectors.change_search import SearchSettings
-from defense_reverse.detectors.universal_change import UniversalChange
+from defense_reverse.detectors.universal_change import Universal, UniversalChange
 from wm_inject.core.images import check_images, check_side
 from wm_inject.core.presets import preset_of
 from wm_inject.core.warps import sample, to_every_pixel, unmoved
@@ -84,7 +85,8 @@ class WarpField(nn.Module):
 class UniversalWarp(UniversalChange):
     """Universal warps of least size as a `defense_nc.Detector`.
 
-    A report's scores are the sizes of the fields, and its triggers are `WarpField`.
+    A report's scores are the sizes of the fields, the largest for a label that none reaches, and
+    its triggers are `WarpField`.
 
     Args:
         steps: Of the search, each on a batch of other classes' images.
@@ -101,6 +103,7 @@ class UniversalWarp(UniversalChange):
     """
 
     name: ClassVar[str] = "warp"
+    compares_all: ClassVar[bool] = True
     steps: int = 40
     batch_size: int = 32
     grid: int = 8
@@ -117,6 +120,11 @@ class UniversalWarp(UniversalChange):
         """Those of the search for a field that warps."""
         settings = super().search_settings
         return settings._replace(growth=_GROWTH, most=self.most, effect=Warp(self.grid))
+
+    def scores(self, found: Universal) -> Tensor:
+        """The sizes, and the largest where no field sends enough images to the label."""
+        reached = at_least(found.rates, self.floor)
+        return torch.where(reached, found.sizes, self.most)
 
     def trigger(self, change: Tensor) -> WarpField:
         """A field as a Trigger."""
