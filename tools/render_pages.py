@@ -83,13 +83,21 @@ DETECTOR_PAGES: dict[str, tuple[str, tuple[Settings, ...]]] = {
         "uap",
         (Settings("defense_reverse:UniversalPerturbation", _FAST),),
     ),
+    "universal-warps": ("warp", (Settings("defense_reverse:UniversalWarp", _FAST),)),
     "pair-perturbations": ("pairs", (Settings("defense_reverse:PairPerturbation", _FAST),)),
     "head-weights": ("head", (Settings("defense_reverse:HeadWeights", _FAST),)),
     "maximum-margins": ("mm-bd", (Settings("defense_reverse:MarginAscent", _FAST),)),
 }
 METHOD_PAGES = {
     "unlearning": (
-        ("unlearning-nc", "unlearning-reverse", "unlearning-uap", "control", "control-nc"),
+        (
+            "unlearning-nc",
+            "unlearning-reverse",
+            "unlearning-uap",
+            "unlearning-warp",
+            "control",
+            "control-nc",
+        ),
         Settings("defense_nc:Unlearning", ("fast", "batch-128", "paper", "nc", "reverse")),
     ),
     "neuron-pruning": (("neuron-pruning",), Settings("defense_nc:NeuronPruning")),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from defense_nc import InvertedTrigger
-from defense_reverse import UniversalPicture
+from defense_reverse import UniversalPicture, WarpField
 from wm_eval.config import WatermarkConfig, load_study
 from wm_eval.titles import attack_title
 from wm_eval.trial import Trial, load_reversed, save_reversed
@@ -55,7 +55,7 @@ def test_equation_2_blends_the_watermark_by_its_weight() -> None:
     assert torch.allclose(trigger(batch), expected, atol=1e-6)
 
 
-def test_reversed_patches_and_pictures_come_back_to_the_bit(tmp_path: Path) -> None:
+def test_reversed_triggers_come_back_to_the_bit(tmp_path: Path) -> None:
     trigger = InvertedTrigger(torch.rand(1, 8, 8), torch.rand(3, 8, 8), target=3, success_rate=0.5)
     save_reversed(trigger, tmp_path / "patch.safetensors")
     again = load_reversed(tmp_path / "patch.safetensors")
@@ -66,5 +66,9 @@ def test_reversed_patches_and_pictures_come_back_to_the_bit(tmp_path: Path) -> N
     save_reversed(picture, tmp_path / "picture.safetensors")
     again = load_reversed(tmp_path / "picture.safetensors")
     assert isinstance(again, UniversalPicture) and torch.equal(again.picture, picture.picture)
+    warp = WarpField(torch.randn(2, 4, 4))
+    save_reversed(warp, tmp_path / "warp.safetensors")
+    again = load_reversed(tmp_path / "warp.safetensors")
+    assert isinstance(again, WarpField) and torch.equal(again.field, warp.field)
     with pytest.raises(ValueError, match="got Identity"):
         save_reversed(torch.nn.Identity(), tmp_path / "other.safetensors")

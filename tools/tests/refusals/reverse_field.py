@@ -146,6 +146,18 @@ CASES: Mapping[str, Cases] = {
         "no picture": lambda _: dr.UniversalPicture(IMAGES),
         "other size": lambda _: dr.UniversalPicture(torch.zeros(1, 4, 4))(IMAGES),
     },
+    "UniversalWarp": {
+        **{
+            k: v for k, v in detector(dr.UniversalWarp(steps=1)).items() if k != "no features"
+        },
+        "steps": lambda _: dr.UniversalWarp(steps=0),
+        "grid": lambda _: dr.UniversalWarp(grid=1),
+        "most": lambda _: dr.UniversalWarp(most=2.0),
+    },
+    "WarpField": {
+        **images(dr.WarpField(torch.zeros(2, 4, 4))),
+        "no field": lambda _: dr.WarpField(IMAGES),
+    },
     "PatchSweep": {
         **{k: v for k, v in detector(dr.PatchSweep(places=1)).items() if k != "no features"},
         "places": lambda _: dr.PatchSweep(places=0),

@@ -23,7 +23,7 @@ _GROWTH = 1.15  # of the size in a step, until a field works for the first time
 
 
 class Warp:
-    """Fields ``(2, k, k)`` of shifts (x, y), as shares of the image's side, warp images."""
+    """Fields ``(2, k, k)`` of shifts (x, y) warp images; the unit is the way from edge to edge."""
 
     def __init__(self, grid: int) -> None:
         self.grid = grid
@@ -33,7 +33,7 @@ class Warp:
 
     def on(self, images: Tensor, change: Tensor) -> Tensor:  # noqa: D102
         size = images.shape[2], images.shape[3]
-        # Edges are two apart, and no pixel is read from beyond them.
+        # Edges are two apart, and nothing is read from beyond them.
         places = unmoved(size).to(images.device) + 2 * to_every_pixel(change[None], size)
         return sample(images, places.clamp(-1, 1).expand(len(images), -1, -1, -1))
 
@@ -48,8 +48,8 @@ class WarpField(nn.Module):
     """A field of shifts that warps images, and itself a Trigger.
 
     Args:
-        field: ``(2, k, k)``, the shifts (x, y) of a control grid over the whole image, as shares of
-            its side.
+        field: ``(2, k, k)``, the shifts (x, y) of a control grid over the whole image; 1 is the way
+            from edge to edge.
     """
 
     kind = "warp-field"
@@ -93,7 +93,7 @@ class UniversalWarp(UniversalChange):
         batch_size: Images a step.
         tested: Images that success is measured on; at most half of those at hand.
         start: Size that the search begins at, a small one: root mean square of the shifts of the
-            control grid, as a share of the image's side.
+            control grid, where 1 is the image's side.
         floor: Success rate that sizes are compared at, in (0, 1].
         grid: Side of the control grid, at least 2.
         most: The largest size that is tried.
