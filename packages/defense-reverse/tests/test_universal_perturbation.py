@@ -14,7 +14,7 @@ from torch import nn
 from defense_nc import Verdict
 from defense_nc.scan_inputs import ScanInputs
 from defense_reverse.detectors import UniversalPerturbation, UniversalPicture
-from defense_reverse.detectors.change_search import unit
+from defense_reverse.detectors.picture_search import unit
 from wm_inject.core.resume import ResumeFile
 
 CLASSES, SIDE = 8, 8
@@ -94,7 +94,7 @@ def test_a_scan_goes_on_where_it_was_interrupted(
     detector, file = UniversalPerturbation(batch_size=8), tmp_path / "state.safetensors"
     whole = detector.scan(rows(8.0), IMAGES, labels=LABELS, progress=False)
     monkeypatch.setattr(ResumeFile, "save_sometimes", lambda self, state: self.save(state()))
-    search = UniversalPerturbation._change
+    search = UniversalPerturbation._picture
     looked_at: list[int] = []
 
     def interrupted(self: UniversalPerturbation, inputs: ScanInputs, label: int, *rest: Any) -> Any:
@@ -104,7 +104,7 @@ def test_a_scan_goes_on_where_it_was_interrupted(
         looked_at.append(label)
         return search(self, inputs, label, *rest)
 
-    monkeypatch.setattr(UniversalPerturbation, "_change", interrupted)
+    monkeypatch.setattr(UniversalPerturbation, "_picture", interrupted)
     scan = partial(detector.scan, rows(8.0), IMAGES, labels=LABELS, progress=False)
     with pytest.raises(KeyboardInterrupt):
         scan(checkpoint=file)

@@ -147,12 +147,11 @@ CASES: Mapping[str, Cases] = {
         "other size": lambda _: dr.UniversalPicture(torch.zeros(1, 4, 4))(IMAGES),
     },
     "UniversalWarp": {
-        **{
-            k: v for k, v in detector(dr.UniversalWarp(steps=1)).items() if k != "no features"
-        },
+        **{k: v for k, v in detector(dr.UniversalWarp(steps=1)).items() if k != "no features"},
         "steps": lambda _: dr.UniversalWarp(steps=0),
         "grid": lambda _: dr.UniversalWarp(grid=1),
-        "most": lambda _: dr.UniversalWarp(most=2.0),
+        "size": lambda _: dr.UniversalWarp(size=0.0),
+        "works": lambda _: dr.UniversalWarp(works=1.1),
     },
     "WarpField": {
         **images(dr.WarpField(torch.zeros(2, 4, 4))),

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from defense_reverse.detectors.change_search import unit
+from defense_reverse.detectors.picture_search import unit
 from wm_inject.attacks.cotraining import check_keys, in_mode, victim_logits
 from wm_inject.core.images import quantize
 from wm_victim.activations import last_linear

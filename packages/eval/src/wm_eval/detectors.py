@@ -57,11 +57,6 @@ def _batches(settings: Mapping[str, Any], labels: int, images: int) -> float:
     return float(settings["steps"] * settings["batch_size"] * labels)
 
 
-def _universal(settings: Mapping[str, Any], labels: int, images: int) -> float:
-    # The images that success is measured on go forwards only, a dozen times.
-    return _batches(settings, labels, images) + 4 * settings["tested"] * labels
-
-
 DETECTORS: dict[str, Entry] = {
     "nc": Entry(
         NeuralCleanse.preset,
@@ -81,9 +76,10 @@ DETECTORS: dict[str, Entry] = {
     ),
     # One search for all labels.
     "bti-dbf": Entry(BtiDbf.preset, lambda s, labels, images: _batches(s, 1, images)),
+    # The images that success is measured on go forwards only, a dozen times.
     "uap": Entry(
         UniversalPerturbation.preset,
-        _universal,
+        lambda s, labels, images: _batches(s, labels, images) + 4 * s["tested"] * labels,
         inverts=True,
         meaning=lambda label: (
             f"an added picture of {255 * label.score:.1f}/255 (root mean square) sends "
@@ -129,12 +125,9 @@ DETECTORS: dict[str, Entry] = {
     ),
     "warp": Entry(
         UniversalWarp.preset,
-        _universal,
+        lambda s, labels, images: _batches(s, labels, images) + s["tested"] * labels / 3,
         inverts=True,
-        meaning=lambda label: (
-            f"shifts of {label.score:.1%} of the image's side (root mean square) send "
-            f"{label.success_rate:.0%} of unseen images there"
-        ),
+        meaning=lambda label: f"small shifts send {label.success_rate:.0%} of the images there",
     ),
     "mm-bd": Entry(
         MarginAscent.preset,

@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from defense_nc.config import check_rule
 from defense_nc.scan_inputs import ScanInputs, open_scan
 from defense_nc.verdict import Finding, ScanReport, judge_scan
-from defense_reverse.detectors.change_search import (
+from defense_reverse.detectors.common import check_settings, rows_by_label
+from defense_reverse.detectors.picture_search import (
     Group,
     SearchSettings,
-    SmallChange,
-    smallest_changes,
+    SmallPicture,
+    smallest_pictures,
     split_group,
     unit,
 )
-from defense_reverse.detectors.common import check_settings, rows_by_label
 from defense_reverse.detectors.universal_perturbation import UniversalPicture
 from wm_inject.core.presets import preset_of
 from wm_victim.inference import predict
@@ -56,7 +56,7 @@ class ClassMap(NamedTuple):
     """One picture that sends classes to partners of their own."""
 
     goals: dict[int, int]  # by class; every goal once
-    picture: SmallChange
+    picture: SmallPicture
     works: bool  # on enough images, at no more than the size of the middle pair
 
 
@@ -145,7 +145,7 @@ class PairPerturbation:
         sources = nearest_sources(pairs, scores, self.floor)
         if class_map.works:
             sources |= {goal: source for source, goal in class_map.goals.items()}
-            pictures |= dict.fromkeys(class_map.goals.items(), class_map.picture.change)
+            pictures |= dict.fromkeys(class_map.goals.items(), class_map.picture.picture)
             finding = Finding(tuple(sorted(class_map.goals.values())), _map_reason(class_map))
         rows, goals = [*sources.values()], [*sources]
         label_scores = torch.ones(inputs.num_classes, dtype=torch.float64)
@@ -187,7 +187,7 @@ class PairPerturbation:
         def column(goal: int, random: torch.Generator) -> list[list[Any]]:
             sources = [source for source in classes if source != goal]
             groups = [self._group(inputs, source, goal, random) for source in sources]
-            pictures = smallest_changes(inputs.model, groups, settings, random)
+            pictures = smallest_pictures(inputs.model, groups, settings, random)
             return [[source, *one.stored()] for source, one in zip(sources, pictures, strict=True)]
 
         rows = rows_by_label(
@@ -214,14 +214,14 @@ class PairPerturbation:
         trial = SearchSettings(self.steps, self.map_batch_size, middle / 2, self.floor, growth=1.0)
         for _ in range(self.rounds):
             group = self._map_group(inputs, goals, random)
-            direction = unit(smallest_changes(inputs.model, [group], trial, random)[0].change)
+            direction = unit(smallest_pictures(inputs.model, [group], trial, random)[0].picture)
             answers = answers_by_class(inputs, middle / 2 * direction)
             before, goals = goals, partners(torch.where(pairs.sizes.isnan(), _NEVER, -answers))
             if goals == before:
                 break
         group = self._map_group(inputs, goals, random)
         last = trial._replace(steps=self.map_steps, floor=self.map_floor, growth=_MAP_GROWTH)
-        picture = smallest_changes(inputs.model, [group], last, random)[0]
+        picture = smallest_pictures(inputs.model, [group], last, random)[0]
         works = picture.rate >= self.map_floor and picture.size <= middle
         return ClassMap(goals, picture, works)
 

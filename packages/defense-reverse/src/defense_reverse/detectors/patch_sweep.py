@@ -20,9 +20,9 @@ from defense_nc.config import check_rule
 from defense_nc.scan_inputs import ScanInputs, open_scan
 from defense_nc.verdict import ScanReport, judge_scan
 from defense_reverse.detectors.common import check_settings, resume_file
+from defense_reverse.detectors.trials import Trial, scores_of
 from wm_inject.core.presets import preset_of
 from wm_inject.core.progress import progress as show_progress
-from wm_victim.inference import images_a_pass
 
 _LEAST = 3  # pixels a side of a square
 _CELLS = 3  # a side of a chequered one
@@ -155,9 +155,7 @@ class PatchSweep:
 
     def scores(self, sweep: Sweep) -> Tensor:
         """The scores of all labels, float64 ``(K,)``."""
-        scores = sweep.gaps + 0.5 / self.tested
-        # What moves some images only, as a square that hides the object does, is no trigger.
-        return scores + (sweep.rates < self.works).double()
+        return scores_of(sweep.gaps, sweep.rates, works=self.works, tested=self.tested)
 
     def search(
         self,
@@ -188,17 +186,17 @@ class PatchSweep:
         order = torch.randperm(len(inputs.images), generator=torch.Generator().manual_seed(seed))
         order = order.to(inputs.images.device)
         rest = order[self.searched :][: self.tested]
-        searched = _Trial.of(inputs, order[: self.searched])
-        tested = _Trial.of(inputs, rest if len(rest) else order)
+        searched = Trial.of(inputs, order[: self.searched])
+        tested = Trial.of(inputs, rest if len(rest) else order)
         gaps = torch.full((inputs.num_classes,), torch.inf, dtype=torch.float64)
         rates, best = torch.zeros_like(gaps), [0] * inputs.num_classes
         for index, patch in enumerate(show_progress(patches, desc="patches", enabled=progress)):
-            moved = searched.with_patch(patch)
+            moved = searched.after(patch.on)
             for label in (moved.gaps < gaps).nonzero().flatten().tolist():
                 gaps[label], rates[label] = moved.gaps[label], moved.rates[label]
                 best[label] = index
         for label in gaps.argsort(stable=True)[: self.candidates].tolist():
-            moved = tested.with_patch(patches[best[label]])
+            moved = tested.after(patches[best[label]].on)
             gaps[label], rates[label] = moved.gaps[label], moved.rates[label]
         return best, gaps, rates
 
@@ -224,45 +222,3 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def _places(last: int, count: int) -> list[int]:
     return [int(place) for place in np.unique(np.linspace(0, last, count).round())]
-
-
-class _Moved(NamedTuple):
-    gaps: Tensor  # float64 (K,)
-    rates: Tensor  # float64 (K,)
-
-
-class _Trial(NamedTuple):
-    """Images to try patches on."""
-
-    model: nn.Module
-    images: Tensor
-    free: Tensor  # bool (N, K): the label is neither the image's nor the model's answer to it
-    ways: Tensor  # float64 (K,): the mean gap of these images as they are
-
-    @classmethod
-    def of(cls, inputs: ScanInputs, indices: Tensor) -> _Trial:
-        images, labels = inputs.images[indices], inputs.labels[indices]
-        gaps = _gaps(inputs.model, images)
-        every = torch.arange(inputs.num_classes, device=images.device)
-        free = (labels[:, None] != every) & (gaps > 0)
-        return cls(inputs.model, images, free, _mean(gaps, free).clamp(min=1e-12))
-
-    def with_patch(self, patch: Patch) -> _Moved:
-        """What is left of the ways to all labels, and the share of images at their end."""
-        gaps = _gaps(self.model, patch.on(self.images))
-        left = _mean(gaps, self.free) / self.ways
-        # No image could be moved to a label that all of these have: nothing is known of it.
-        left[~self.free.any(0).cpu()] = 1.0
-        return _Moved(left, _mean((gaps == 0).double(), self.free))
-
-
-def _gaps(model: nn.Module, images: Tensor) -> Tensor:
-    """How far each label's logit is below the highest, float64 ``(N, K)``."""
-    at_once = images_a_pass(images, images.device, most=256)
-    logits = torch.cat([model(part) for part in images.split(at_once)]).double()
-    return logits.amax(1, keepdim=True) - logits
-
-
-def _mean(values: Tensor, free: Tensor) -> Tensor:
-    """The mean over the images that are free, ``(K,)``."""
-    return ((values * free).sum(0) / free.sum(0).clamp(min=1)).cpu()

@@ -7,13 +7,24 @@ a label at any size of image.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from defense_reverse.detectors.change_search import Addition
-from defense_reverse.detectors.universal_change import UniversalChange
+from defense_nc.config import check_rule
+from defense_nc.scan_inputs import ScanInputs, open_scan
+from defense_nc.verdict import ScanReport, judge_scan
+from defense_reverse.detectors.common import check_settings, rows_by_label
+from defense_reverse.detectors.picture_search import (
+    SearchSettings,
+    SmallPicture,
+    smallest_pictures,
+    split_group,
+)
 from wm_inject.core.images import check_images
 from wm_inject.core.presets import preset_of
 
@@ -45,14 +56,21 @@ class UniversalPicture(nn.Module):
         """Triggered images, in [0, 1]; ``ids`` and ``target`` change nothing."""
         channels, height, width = self.picture.shape
         check_images(images, channels=channels, size=(height, width))
-        return Addition().on(images, self.picture)
+        return (images + self.picture).clamp(0, 1)
+
+
+class Universal(NamedTuple):
+    """The pictures of all labels."""
+
+    pictures: Tensor  # float32 (K, C, H, W)
+    sizes: Tensor  # float64 (K,): root mean square of each picture, in units of [0, 1]
+    rates: Tensor  # float64 (K,): success on images that were not searched with
+    starved: tuple[float, ...]  # by label: as `ScanReport.starved`
 
 
 @dataclass(frozen=True)
-class UniversalPerturbation(UniversalChange):
+class UniversalPerturbation:
     """Universal perturbations of least size as a `defense_nc.Detector`.
-
-    A report's scores are the sizes of the pictures, and its triggers are `UniversalPicture`.
 
     Args:
         steps: Of the search, each on a batch of other classes' images.
@@ -69,10 +87,19 @@ class UniversalPerturbation(UniversalChange):
     """
 
     name: ClassVar[str] = "uap"
+    steps: int = 25
+    batch_size: int = 24
+    tested: int = 50
+    start: float = 2 / 255
+    floor: float = 0.8
+    alpha: float = 0.05
+    max_ratio: float = 0.5
 
-    def trigger(self, change: Tensor) -> UniversalPicture:
-        """A picture as a Trigger."""
-        return UniversalPicture(change)
+    def __post_init__(self) -> None:
+        check_settings(self, ("steps", "batch_size", "tested"), ("start",))
+        if not 0 < self.floor <= 1:
+            raise ValueError(f"expected a floor in (0, 1], got {self.floor}")
+        check_rule(self.alpha, self.max_ratio)
 
     @classmethod
     def preset(cls, name: str = "fast", **changes: Any) -> UniversalPerturbation:
@@ -81,6 +108,86 @@ class UniversalPerturbation(UniversalChange):
         "paper" has its success rate, and enough steps to converge; "fast" is ours.
         """
         return preset_of(cls, PRESETS, name, **changes)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The settings of the search, ready for JSON."""
+        return {k: v for k, v in asdict(self).items() if k not in ("alpha", "max_ratio")}
+
+    def scan(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        *,
+        labels: Tensor | None = None,
+        seed: int = 0,
+        progress: bool = True,
+        device: torch.device | str | None = None,
+        checkpoint: Path | None = None,
+    ) -> ScanReport:
+        """Find every label's picture, and decide whether one is unusually small.
+
+        A ``checkpoint`` holds the labels that are done. It stays after the last one, so that the
+        same scan again costs nothing.
+
+        Returns:
+            A report whose scores are the sizes, and whose triggers are `UniversalPicture`.
+        """
+        with open_scan(model, images, labels=labels, device=device) as inputs:
+            found = self.search(inputs, seed=seed, progress=progress, checkpoint=checkpoint)
+        return judge_scan(
+            self.name,
+            found.sizes,
+            found.rates,
+            model=model,
+            images=images,
+            settings=self.settings,
+            floor=self.floor,
+            alpha=self.alpha,
+            max_ratio=self.max_ratio,
+            triggers={k: UniversalPicture(picture) for k, picture in enumerate(found.pictures)},
+            seed=seed,
+            starved=found.starved,
+            notes=inputs.notes,
+        )
+
+    def search(
+        self,
+        inputs: ScanInputs,
+        *,
+        seed: int,
+        progress: bool = False,
+        checkpoint: Path | None = None,
+    ) -> Universal:
+        """The smallest picture found for every label; ``checkpoint`` as for `scan`.
+
+        Raises:
+            ValueError: A checkpoint that is damaged or belongs to another scan.
+        """
+        rows = rows_by_label(
+            inputs,
+            lambda label, random: self._picture(inputs, label, random).stored(),
+            kind=self.name,
+            settings=self.settings,
+            seed=seed,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+        pictures, sizes, rates, starved_shares = zip(*rows, strict=True)
+        return Universal(
+            torch.stack(pictures).to(inputs.images.device),
+            torch.tensor(sizes, dtype=torch.float64),
+            torch.tensor(rates, dtype=torch.float64),
+            starved_shares,
+        )
+
+    def _picture(self, inputs: ScanInputs, label: int, random: torch.Generator) -> SmallPicture:
+        """A label's picture."""
+        others = inputs.images[inputs.labels != label]
+        goals = torch.full((len(others),), label, device=others.device)
+        group = split_group(others, goals, self.tested, random)
+        settings = SearchSettings(self.steps, self.batch_size, self.start, self.floor)
+        return smallest_pictures(inputs.model, [group], settings, random)[0]
 
 
 PRESETS: dict[str, dict[str, Any]] = {

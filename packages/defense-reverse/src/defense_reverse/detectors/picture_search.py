@@ -1,7 +1,6 @@
-"""The smallest change that, made to every image of a group, sends each to its goal.
+"""The smallest picture that, added to every image of a group, sends each to its goal.
 
-What a change does to images is an `Effect`: a picture is added, or a field of shifts warps. Several
-groups are searched side by side, each for a change of its own, in passes that they share.
+Several groups are searched side by side, each for a picture of its own, in passes that they share.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,38 +19,9 @@ from defense_nc.gradients import GradientCount, reached, vanished
 from defense_reverse.detectors.common import batches_of
 from wm_victim.inference import images_a_pass
 
-# Times the size of the search: as far as a change is enlarged until it works on other images.
+# Times the size of the search: as far as a picture is enlarged until it works on other images.
 _FACTORS = (0.25, 0.35, 0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)
 _HALVINGS = 3  # of the range between two of them, which ends 5 % wide
-
-
-class Effect(Protocol):
-    """What changes of one kind do to images. A change is a tensor; zeros change nothing."""
-
-    def none(self, image: Tensor) -> Tensor:
-        """The change of an image ``(C, H, W)`` that is none: zeros of the shape of a change."""
-        ...
-
-    def on(self, images: Tensor, change: Tensor) -> Tensor:
-        """Changed images ``(N, C, H, W)``, in [0, 1]."""
-        ...
-
-    def gradient(self, images: Tensor, change: Tensor, gradients: Tensor) -> Tensor:
-        """The gradient with respect to the change, from those with respect to changed images."""
-        ...
-
-
-class Addition:
-    """Pictures ``(C, H, W)`` are added. Their gradient is that before pixels are clamped."""
-
-    def none(self, image: Tensor) -> Tensor:  # noqa: D102
-        return torch.zeros_like(image)
-
-    def on(self, images: Tensor, change: Tensor) -> Tensor:  # noqa: D102
-        return (images + change).clamp(0, 1)
-
-    def gradient(self, images: Tensor, change: Tensor, gradients: Tensor) -> Tensor:  # noqa: D102
-        return gradients.sum(0)
 
 
 class Goals(NamedTuple):
@@ -62,35 +32,33 @@ class Goals(NamedTuple):
 
 
 class Group(NamedTuple):
-    """The images that one change is searched with, and those that it is measured on."""
+    """The images that one picture is searched with, and those that it is measured on."""
 
     searched: Goals
     tested: Goals
 
 
-class SmallChange(NamedTuple):
-    """The smallest change of a group."""
+class SmallPicture(NamedTuple):
+    """The smallest picture of a group."""
 
-    change: Tensor
-    size: float  # its root mean square
+    picture: Tensor  # (C, H, W), of either sign
+    size: float  # its root mean square, in units of [0, 1]
     rate: float  # success on images that were not searched with
     starved: float  # as `ScanReport.starved`
 
     def stored(self) -> list[Any]:
         """As a checkpoint keeps it: a list, on the CPU."""
-        return [self.change.cpu(), self.size, self.rate, self.starved]
+        return [self.picture.cpu(), self.size, self.rate, self.starved]
 
 
 class SearchSettings(NamedTuple):
-    """As the arguments of `UniversalPerturbation` of these names, and more."""
+    """As the arguments of `UniversalPerturbation` of these names, and one more."""
 
     steps: int
     batch_size: int
     start: float
     floor: float
-    growth: float = 1.25  # of the size in a step, until a change works for the first time
-    most: float = 1.0  # the largest size of a change
-    effect: Effect = Addition()
+    growth: float = 1.25  # of the size in a step, until a picture works for the first time
 
 
 def split_group(images: Tensor, goals: Tensor, tested: int, random: torch.Generator) -> Group:
@@ -101,10 +69,10 @@ def split_group(images: Tensor, goals: Tensor, tested: int, random: torch.Genera
     return Group(rest if len(rest.images) else first, first)
 
 
-def smallest_changes(
+def smallest_pictures(
     model: nn.Module, groups: Sequence[Group], settings: SearchSettings, random: torch.Generator
-) -> list[SmallChange]:
-    """The smallest change found for every group.
+) -> list[SmallPicture]:
+    """The smallest picture found for every group.
 
     Source: Rony et al., "Decoupling Direction and Norm" (CVPR 2019), with one direction for all
         images of a group.
@@ -114,19 +82,19 @@ def smallest_changes(
         _step(model, searches, step)
     sizes = _sizes(model, [group.tested for group in groups], searches, settings)
     return [
-        SmallChange(size * search.direction, size, rate, search.gradients.share)
+        SmallPicture(size * search.direction, size, rate, search.gradients.share)
         for search, (size, rate) in zip(searches, sizes, strict=True)
     ]
 
 
 @dataclass
 class _Search:
-    """The search of one group: its change, the size that it is held to, the best so far."""
+    """The search of one group: its picture, the size that it is held to, the best so far."""
 
     settings: SearchSettings
     goals: Goals
     batches: EndlessBatches
-    change: Tensor
+    picture: Tensor
     size: float
     best: tuple[Tensor, float] | None = None
     gradients: GradientCount = field(default_factory=GradientCount)
@@ -135,32 +103,31 @@ class _Search:
     def begin(cls, group: Group, settings: SearchSettings, random: torch.Generator) -> _Search:
         goals = group.searched
         batches = batches_of(goals.images, settings.batch_size, random)
-        none = settings.effect.none(goals.images[0])
-        return cls(settings, goals, batches, none, settings.start)
+        return cls(settings, goals, batches, torch.zeros_like(goals.images[0]), settings.start)
 
     def batch(self) -> Goals:
-        """The images of the next step, as they are."""
+        """The images of the next step, with the picture."""
         rows = next(self.batches).to(self.goals.images.device)
-        return Goals(self.goals.images[rows], self.goals.labels[rows])
+        images = (self.goals.images[rows] + self.picture).clamp(0, 1)
+        return Goals(images, self.goals.labels[rows])
 
     def move(self, gradient: Tensor, rate: float, step: int) -> None:
         """Along the gradient of the batch, then to a size that its success rate decides."""
         works = step > 0 and rate >= self.settings.floor
         if works and (self.best is None or self.size < self.best[1]):
-            self.best = self.change, self.size
+            self.best = self.picture, self.size
         left = 1 - step / self.settings.steps  # both lengths fall with the steps
         if self.best is None:
-            grown = self.size * self.settings.growth if step > 0 else self.size
-            self.size = min(self.settings.most, grown)
+            self.size = min(1.0, self.size * self.settings.growth) if step > 0 else self.size
         else:
             self.size *= 1 - 0.1 * left if works else 1 + 0.1 * left
         length = (0.1 + 0.4 * left) * self.size
-        self.change = self.size * unit(self.change - length * unit(gradient))
+        self.picture = self.size * unit(self.picture - length * unit(gradient))
 
     @property
     def end(self) -> tuple[Tensor, float]:
-        """The smallest change that worked on its batch, or the last one, and its size."""
-        return self.best or (self.change, self.size)
+        """The smallest picture that worked on its batch, or the last one, and its size."""
+        return self.best or (self.picture, self.size)
 
     @property
     def direction(self) -> Tensor:
@@ -172,27 +139,23 @@ def _step(model: nn.Module, searches: Sequence[_Search], step: int) -> None:
     """One step of all searches."""
     batches = [search.batch() for search in searches]
     counts = [len(batch.images) for batch in batches]
-    effects = [search.settings.effect for search in searches]
-    images = torch.cat(
-        [e.on(b.images, s.change) for e, b, s in zip(effects, batches, searches, strict=True)]
-    )
+    images = torch.cat([batch.images for batch in batches])
     labels = torch.cat([batch.labels for batch in batches])
     at_once = images_a_pass(images, images.device, most=len(images))
     parts = [
-        _gradients(model, *part)
+        image_gradients(model, *part)
         for part in zip(images.split(at_once), labels.split(at_once), strict=True)
     ]
     every = (torch.cat(column).split(counts) for column in zip(*parts, strict=True))
-    for search, effect, batch, gradients, there, lost in zip(
-        searches, effects, batches, *every, strict=True
-    ):
+    for search, gradient, there, lost in zip(searches, *every, strict=True):
         hits = int(there.sum())
         search.gradients.add(len(there) - hits, int(lost.sum()))
-        gradient = effect.gradient(batch.images, search.change, gradients)
-        search.move(gradient, hits / len(there), step)
+        search.move(gradient.sum(0), hits / len(there), step)
 
 
-def _gradients(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def image_gradients(
+    model: nn.Module, images: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the cross-entropies, which images are at their labels, which have none."""
     images = images.detach().requires_grad_()
     with torch.enable_grad():
@@ -210,14 +173,14 @@ def _sizes(
     searches: Sequence[_Search],
     settings: SearchSettings,
 ) -> list[tuple[float, float]]:
-    """The size of every group's change and its success rate, both on the tested images."""
-    trials = [_least_size(search.end[1], settings.floor, settings.most) for search in searches]
+    """The size of every group's picture and its success rate, both on the tested images."""
+    trials = [_least_size(search.end[1], settings.floor) for search in searches]
     questions = {i: next(trial) for i, trial in enumerate(trials)}
     ends: dict[int, tuple[float, float]] = {}
     while questions:
-        changes = {i: size * searches[i].direction for i, (size, _) in questions.items()}
+        pictures = {i: size * searches[i].direction for i, (size, _) in questions.items()}
         enough = {i: least for i, (_, least) in questions.items()}
-        rates = _rates(model, [tested[i] for i in questions], changes, enough, settings)
+        rates = _rates(model, [tested[i] for i in questions], pictures, enough, settings.batch_size)
         questions = {}
         for i, rate in rates.items():
             try:
@@ -228,17 +191,17 @@ def _sizes(
 
 
 def _least_size(
-    size: float, floor: float, most: float
+    size: float, floor: float
 ) -> Generator[tuple[float, float], float, tuple[float, float]]:
     """The least size that succeeds, between a fourth and four times this one, and its rate.
 
     Yields sizes to try, each with the rate that is enough, and is sent their rates. The widest, and
-    its rate below the floor, if none does. Success need not grow with the size: a change that is
+    its rate below the floor, if none does. Success need not grow with the size: a picture that is
     too large may lead to a third label.
     """
     low, high, found = 0.0, 0.0, 0.0
     for factor in _FACTORS:
-        low, high = high, min(most, factor * size)
+        low, high = high, min(1.0, factor * size)
         last = factor == _FACTORS[-1]  # its rate is reported, whatever it is
         found = yield high, 0.0 if last else floor
         if found >= floor:
@@ -259,22 +222,22 @@ def _least_size(
 def _rates(
     model: nn.Module,
     tested: Sequence[Goals],
-    changes: dict[int, Tensor],
+    pictures: dict[int, Tensor],
     enough: dict[int, float],
-    settings: SearchSettings,
+    batch_size: int,
 ) -> dict[int, float]:
-    """Success of changes; of the first images alone, where it cannot be enough any more."""
-    goals = dict(zip(changes, tested, strict=True))
-    hits, seen = dict.fromkeys(changes, 0), dict.fromkeys(changes, 0)
-    open_ = list(changes)
+    """Success of pictures; of the first images alone, where it cannot be enough any more."""
+    goals = dict(zip(pictures, tested, strict=True))
+    hits, seen = dict.fromkeys(pictures, 0), dict.fromkeys(pictures, 0)
+    open_ = list(pictures)
     while open_:
         parts = {}
         for i in open_:
-            images = goals[i].images
-            at_once = images_a_pass(images, images.device, most=settings.batch_size)
+            at_once = images_a_pass(goals[i].images, goals[i].images.device, most=batch_size)
             rows = slice(seen[i], seen[i] + at_once)
-            changed = settings.effect.on(images[rows], changes[i])
-            parts[i] = Goals(changed, goals[i].labels[rows])
+            parts[i] = Goals(
+                (goals[i].images[rows] + pictures[i]).clamp(0, 1), goals[i].labels[rows]
+            )
         images = torch.cat([part.images for part in parts.values()])
         at_once = images_a_pass(images, images.device, most=len(images))
         answers = torch.cat([model(part).argmax(1) for part in images.split(at_once)])
@@ -283,7 +246,7 @@ def _rates(
             hits[i] += int((own == part.labels).sum())
             seen[i] += len(own)
         open_ = [i for i in open_ if _undecided(hits[i], seen[i], len(goals[i].images), enough[i])]
-    return {i: hits[i] / seen[i] for i in changes}
+    return {i: hits[i] / seen[i] for i in pictures}
 
 
 def _undecided(hits: int, seen: int, count: int, enough: float) -> bool:
@@ -291,6 +254,6 @@ def _undecided(hits: int, seen: int, count: int, enough: float) -> bool:
     return left > 0 and (hits + left) / count >= enough
 
 
-def unit(change: Tensor) -> Tensor:
-    """A change whose root mean square is 1; zeros stay zeros."""
-    return change / change.square().mean().sqrt().clamp(min=1e-12)
+def unit(picture: Tensor) -> Tensor:
+    """A picture whose root mean square is 1; zeros stay zeros."""
+    return picture / picture.square().mean().sqrt().clamp(min=1e-12)
