@@ -190,10 +190,8 @@ def _injector(results: Path) -> Iterator[str]:
 @cache  # several pages and a CSV are made of it
 def population_page(folder: Path) -> Page:
     """The page of a population, with the clean models of another where it joins them."""
-    beside = BESIDE.get(folder.name)
-    return calibration_page(
-        read_study(folder), beside=read_study(folder.with_name(beside)) if beside else None
-    )
+    beside = [read_study(folder.with_name(name)) for name in BESIDE.get(folder.name, ())]
+    return calibration_page(read_study(folder), beside=beside)
 
 
 def _calibration(results: Path) -> Iterator[str]:
@@ -299,11 +297,15 @@ POPULATIONS = (
     "population-many-classes",
     "population-pairs",
     "population-adaptive",
+    "population-attacks",
 )
 # The studies whose clean models join those of another.
 BESIDE = {
-    "population-many-classes": "population-audit",
-    "population-adaptive": "population-audit",
+    "population-audit": ("population-pairs",),
+    "population-many-classes": ("population-audit",),
+    "population-pairs": ("population-audit",),
+    "population-adaptive": ("population-audit", "population-pairs"),
+    "population-attacks": ("population-audit", "population-pairs"),
 }
 QUESTIONS = (
     Question("demo.md", "Can a backdoor be planted, found and removed?", _demo),

@@ -186,7 +186,7 @@ def test_models_whose_labels_are_not_known_count_for_nothing(calibrations):
 
 
 def test_those_of_an_audit_ship_with_the_same_models():
-    of_audit = [load_calibration(name, "fast") for name in ("head", "uap", "sweep")]
+    of_audit = [load_calibration(name, "fast") for name in ("head", "uap", "sweep", "warp")]
     joint = fit_joint(*(c for c in of_audit if c is not None))
-    assert joint is not None and len(joint.calibrations) == 3
+    assert joint is not None and len(joint.calibrations) == 4
     assert joint.tail.exponent == 1.0  # no heavier than independent detectors'

@@ -6,6 +6,7 @@ import csv
 import json
 import time
 from dataclasses import replace
+from importlib import import_module
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,6 +30,7 @@ from wm_eval.audit.scan import (
     reversed_triggers,
 )
 from wm_eval.cli import main
+from wm_eval.titles import AUDIT
 from wm_inject import save_image, to_onnx
 from wm_inject.core.image_files import LeftOut
 from wm_inject.runtime import ScannedFile
@@ -483,7 +485,7 @@ def full_disk(path, value):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_model_is_scanned_from_its_file(folder, tmp_path, monkeypatch, make_up_scans, capsys):
     """A classifier of ours from its checkpoint, with the search itself made up."""
-    low = dict.fromkeys(("head", "uap", "sweep"), 45.0)
+    low = dict.fromkeys(AUDIT, 45.0)
     make_up_scans(monkeypatch, lambda name, *args, **_: report(low[name]))
     model = build_classifier("resnet10", num_classes=3, channels=3, image_size=16, width=8).eval()
     images = read_clean(folder, size=16, channels=3).images
@@ -526,6 +528,7 @@ def test_no_error_of_a_scan_is_taken_for_a_verdict(folder, tmp_path, monkeypatch
     def fail(*args, **options):
         raise error
 
+    import_module("wm_eval.audit.cleaned_file")  # it would keep what it imports from the patch
     monkeypatch.setattr("wm_victim.loading.open_model", fail)
     (tmp_path / "m.onnx").write_bytes(b"")
     for command in (["scan"], ["clean", "--out", str(tmp_path / "c.onnx")]):
@@ -559,7 +562,7 @@ def test_the_detectors_of_an_audit_are_those_calibrated_for_the_model():
         return choose_detectors(SimpleNamespace(module=model, labels=None), clean, classes, **more)
 
     # Smaller than any that was calibrated on: all look, the cheapest first.
-    assert chosen(32) == chosen(8) == ("head", "sweep", "uap")
+    assert chosen(32) == chosen(8) == ("head", "sweep", "warp", "uap")
     assert chosen(8, wanted=("reverse", "nc")) == ("reverse", "nc")
     # A calibration of a detector that cannot look at the model.
     with pytest.raises(ValueError, match="linear layer"):

@@ -112,13 +112,17 @@ class Population(NamedTuple):
 def population_scans(study: StudyRecords) -> list[Record]:
     """The scans that belong to a split, by setting, each with the attack success of its victim.
 
+    Where the study's name is known, they have it too: models of several studies have one name else.
+
     Raises:
         ValueError: There are none.
     """
     scans = [r for r in study.select(kind="scan") if "split" in r.key]
     if not scans:
         raise ValueError("expected scans with a split, got none")
-    scans = [replace(r, values={**r.values, "asr": victim_asr(study, r)}) for r in scans]
+    plan = study.one("study")
+    name = {"study": plan.key["study"]} if plan else {}
+    scans = [replace(r, values={**r.values, **name, "asr": victim_asr(study, r)}) for r in scans]
     return sorted(scans, key=lambda r: str(r.key.get("setting", "")))
 
 
@@ -135,7 +139,7 @@ def calibrate(scans: Sequence[Record]) -> Calibration:
     models = _clean_models(scans)
     if len(models) < MIN_MODELS:
         raise _too_few(len(models))
-    return _fit(models.values(), next(r for r in scans if _clean_of(r)))
+    return _fit([model for _, model in models], models[0][0])
 
 
 def calibrations_of(folder: Path, *others: Path) -> list[Calibration]:
@@ -349,15 +353,15 @@ def _fit(models: Collection[CleanModel], like: Record) -> Calibration:
     )
 
 
-def _clean_models(scans: Sequence[Record]) -> dict[str, CleanModel]:
-    """By record: what one detector can be calibrated on, from scans that were all made alike."""
+def _clean_models(scans: Sequence[Record]) -> list[tuple[Record, CleanModel]]:
+    """What one detector can be calibrated on, by scan, from scans that were all made alike."""
     if any(r.settings["detector"] != scans[0].settings["detector"] for r in scans):
         raise ValueError("expected one set of detector settings in both splits, got more")
     images = sorted({r.settings["images"] for r in scans})
     if len(images) > 1:
         got = ", ".join(map(str, images))
         raise ValueError(f"expected one number of the defender's images in both splits, got {got}")
-    return {r.id: model for r in scans if _clean_of(r) and (model := _clean(r)) is not None}
+    return [(r, model) for r in scans if _clean_of(r) and (model := _clean(r)) is not None]
 
 
 def _clean(record: Record) -> CleanModel | None:
@@ -445,13 +449,12 @@ def _calibrated(scans: Sequence[Record], joining: Sequence[Record]) -> Iterator[
         every = [*same, *joining] if classes == ANY_CLASSES else same
         clean = _clean_models(every)
         if classes != ANY_CLASSES:
-            parts = [([r for r in same if r.key["split"] == "test"], [*clean.values()])]
+            parts = [([r for r in same if r.key["split"] == "test"], [model for _, model in clean])]
         else:
-            of_kind = {r.id: _kind(r) for r in every}
             parts = [
                 (
-                    [r for r in same if of_kind[r.id] == kind],
-                    [model for name, model in clean.items() if of_kind[name] != kind],
+                    [r for r in same if _kind(r) == kind],
+                    [model for r, model in clean if _kind(r) != kind],
                 )
                 for kind in sorted({_kind(r) for r in same})
             ]

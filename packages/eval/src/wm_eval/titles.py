@@ -28,13 +28,8 @@ ADAPTIVE = {f"{trigger}-adaptive": trigger for trigger in ("badnets", "blend")}
 ATTACKS = (*list_attacks(), "watermark", *SHIPPED, "equation2", *MAPPED, *ADAPTIVE, CLEAN)
 _OTHERS = {"equation2": "Plain blend, equation 2", CLEAN: "No attack (clean victim)"}
 PAPERS = ("nc", "reverse")  # the detectors of the two papers
-AUDIT = ("head", "uap", "sweep")  # those of an audit, if none are named: cheap at any size
-CALIBRATED = (
-    *PAPERS,
-    *AUDIT,
-    "pairs",
-    "warp",
-)  # the detectors whose verdicts have a calibrated error rate
+AUDIT = ("head", "uap", "sweep", "warp")  # those of an audit, if none are named: cheap at any size
+CALIBRATED = (*PAPERS, *AUDIT, "pairs")  # the detectors whose verdicts have a calibrated error rate
 DETECTORS = {
     "nc": "Neural Cleanse",
     "reverse": "Reverse generators",

@@ -33,7 +33,7 @@ def calibration_page(
     *,
     floor: float = 0.9,
     alpha: float = 0.05,
-    beside: StudyRecords | None = None,
+    beside: Sequence[StudyRecords] = (),
 ) -> Page:
     """False alarms, backdoors found, attacks by detectors, and what is done of the plan.
 
@@ -41,13 +41,13 @@ def calibration_page(
         study: Its records.
         floor: Attack success that a backdoored model must have to be judged.
         alpha: Share of clean models that may be called backdoored.
-        beside: Records of another, whose clean models join the null distributions (`summarise`).
+        beside: Records of others, whose clean models join the null distributions (`summarise`).
 
     Raises:
         ValueError: As `summarise`.
     """
     scans = population_scans(study)
-    joining = population_scans(beside) if beside else ()
+    joining = [record for other in beside for record in population_scans(other)]
     population = summarise(scans, floor=floor, alpha=alpha, beside=joining)
     tables = population_tables(population, floor=floor, alpha=alpha)
     tables += _plan_table(study, scans)
