@@ -41,6 +41,7 @@ _POPULATIONS = {
     "population-audit": "networks of many kinds",
     "population-pairs": "all-to-all and source-specific",
     "population-adaptive": "an attacker who knows the detectors",
+    "population-attacks": "every attack",
 }
 _MEASURES = {"cda": "CDA, %", "asr": "ASR, %", "ftr": "false triggers, %"}
 _SETTINGS = " Setting: the models' data and network, with residual connections or without."

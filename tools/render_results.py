@@ -206,8 +206,9 @@ def _calibration(results: Path) -> Iterator[str]:
     joint = population_page(results / "population-audit")
     yield from _head("The detectors of an audit, on the same networks", "population-audit")
     yield (
-        "Networks of the same kinds, trained anew, that all three have seen; judged in the same "
-        "way. The calibration of head weights that ships is fitted to these.\n"
+        "Networks of the same kinds, trained anew, that all three have seen; judged by clean "
+        "networks of other kinds, those of population-pairs among them. The calibrations that ship "
+        "are fitted to the clean ones of both.\n"
     )
     yield from (to_markdown(table) for table in joint.tables[:-1])
     few = population_page(results / "population-few-classes")
@@ -241,9 +242,18 @@ def _calibration(results: Path) -> Iterator[str]:
     yield (
         "Victims that are trained against universal perturbations, with a last layer that is fixed "
         "([how](../docs/verdicts.md#an-attacker-who-knows-the-detectors)), beside ordinary ones of "
-        "the same networks. Judged by clean networks of other kinds, those of population-audit.\n"
+        "the same networks. Judged by clean networks of other kinds, those of population-audit and "
+        "population-pairs.\n"
     )
     yield from (to_markdown(table) for table in adaptive.tables[:-1])
+    attacks = population_page(results / "population-attacks")
+    yield from _head("Every attack", "population-attacks")
+    yield (
+        "The detectors of an audit on small networks, with every attack that can be trained on the "
+        "data. Judged by clean networks of other kinds, those of population-audit and "
+        "population-pairs. No setting of a detector was chosen on these networks.\n"
+    )
+    yield from (to_markdown(table) for table in attacks.tables[:-1])
     names = ("population", *recorded(results, FULL), *recorded(results, DETECTIONS))
     studies = {name: read_study(results / name) for name in dict.fromkeys(names)}
     yield to_markdown(shipped_table(studies), level=2)

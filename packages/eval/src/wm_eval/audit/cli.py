@@ -162,7 +162,7 @@ def _add_model(parser: Parser, settings: type) -> None:
     add_reading_options(parser)
     group = parser.add_argument_group("the scan")
     helps = {
-        "detectors": "their names; auto: head,uap,sweep where they are calibrated for such a model",
+        "detectors": "their names; auto: head,uap,sweep,warp where calibrated for such a model",
         "preset": "of the detectors; fast is calibrated",
         "alpha": "false-positive rate of the verdict",
     }
