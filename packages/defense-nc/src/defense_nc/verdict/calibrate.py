@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def fit_calibration(
     prior = prior_of([model.spread for model in models])
     nominal = [
         moderated_p_values(values, prior)
-        for values, prior in zip(logs, priors_of_others(models), strict=True)
+        for values, prior in zip(logs, priors_of_others(tuple(models)), strict=True)
     ]
     return Calibration(
         detector=detector,
@@ -89,11 +90,11 @@ def fit_calibration(
     )
 
 
-def priors_of_others(models: Sequence[CleanModel]) -> Iterator[Prior]:
+@lru_cache(maxsize=64)  # every joint null of a calibration needs them
+def priors_of_others(models: tuple[CleanModel, ...]) -> tuple[Prior, ...]:
     """Of each model, the spread of the other models like it: what it is judged by as a new one."""
-    for i, model in enumerate(models):
-        others = alike([*models[:i], *models[i + 1 :]], model.subject)
-        yield prior_of([other.spread for other in others])
+    others = (alike([*models[:i], *models[i + 1 :]], one.subject) for i, one in enumerate(models))
+    return tuple(prior_of([other.spread for other in same]) for same in others)
 
 
 def refit(calibration: Calibration) -> Calibration:
