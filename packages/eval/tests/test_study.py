@@ -24,8 +24,8 @@ from wm_eval.engine import Outcome, Store, run
 from wm_eval.local_processes import LocalProcesses
 from wm_eval.pages import write_page, write_tables
 from wm_eval.pages.report import render_report
-from wm_eval.records import StudyRecords, read_study
-from wm_eval.study import study_stages
+from wm_eval.records import Record, StudyRecords, read_study
+from wm_eval.study import _with_oracle_label, study_stages
 from wm_eval.trial import Trial, images_of
 from wm_extract import PAPER_CORRUPTIONS, JointConfig
 from wm_inject import PoisonPlan, default_watermark, load_checkpoint, quantize
@@ -397,6 +397,19 @@ def out(victims: Path, tmp_path: Path) -> Path:
     import shutil
 
     return Path(shutil.copytree(victims, tmp_path / "out"))
+
+
+def test_a_true_label_without_a_reversed_trigger_is_not_unlearned() -> None:
+    warps = {"detectors": {"warp": {}}, "mitigations": {"unlearning-warp": {}}}
+    trial = Trial(replace(MITIGATION, **warps), seed=0, attack="badnets")  # type: ignore[arg-type]
+
+    def stages(*files: str) -> int:
+        values = {"oracle_label": 0, "named": [], "files": dict.fromkeys(files, "")}
+        scan = Record("scan", {}, {}, {}, "", values, {})
+        return len([*_with_oracle_label(trial, "warp", scan)])
+
+    assert stages() == stages(trial.reversed_file("warp", 1)) == 0
+    assert stages(trial.reversed_file("warp", 0)) == 2  # fractions
 
 
 def test_mitigation_of_a_backdoored_and_a_clean_victim(

@@ -251,11 +251,14 @@ def _mitigations(trial: Trial) -> Iterator[Stage]:
 
 
 def _with_oracle_label(trial: Trial, detector: str, scan: Record) -> Iterator[Stage]:
-    """Mitigation with the true label, where the scan did not name it."""
-    defender = trial.study.defender
+    """Mitigation with the true label, where the scan did not name it but has a trigger of it."""
+    defender, label = trial.study.defender, scan.values["oracle_label"]
     if trial.attack == CLEAN and not defender.clean_victims:
         return
-    if not defender.oracle_labels or scan.values["oracle_label"] in scan.values["named"]:
+    if not defender.oracle_labels or label in scan.values["named"]:
+        return
+    kept = scan.values.get("files", {})  # of universal warps those alone that work
+    if DETECTORS[detector].inverts and trial.reversed_file(detector, label) not in kept:
         return
     for method in trial.study.methods:
         if detector_of(method) == detector:
