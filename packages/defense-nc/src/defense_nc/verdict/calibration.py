@@ -165,15 +165,14 @@ def any_of(single: Tensor) -> Tensor:
 
 
 def alike(models: Sequence[CleanModel], subject: ModelInfo | None) -> tuple[CleanModel, ...]:
-    """The models of the same classes and image shape if there are five of them, or else all."""
+    """Those of as many classes, such images and such a network if there are five, or else all."""
     if subject is None:
         return tuple(models)
-    shape = (subject.classes, subject.image_size, subject.channels)
-    same = tuple(
-        model
-        for model in models
-        if (model.subject.classes, model.subject.image_size, model.subject.channels) == shape
-    )
+
+    def shape(info: ModelInfo) -> tuple[int, int, int, str]:
+        return info.classes, info.image_size, info.channels, info.network
+
+    same = tuple(model for model in models if shape(model.subject) == shape(subject))
     return same if len(same) >= _PEERS else tuple(models)
 
 
