@@ -250,6 +250,7 @@ def test_peers_are_models_of_the_same_shape(calibration, subject, simulated):
     assert len(calibration.peers(subject)) == 6
     assert len(calibration.peers(None)) == 12
     assert len(calibration.peers(replace(subject, channels=1))) == 12
+    assert len(calibration.peers(replace(subject, network="transformer"))) == 12
 
 
 def test_a_clean_model_keeps_the_labels_that_were_reached(subject):

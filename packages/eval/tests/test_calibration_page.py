@@ -25,6 +25,7 @@ from wm_eval.population import (
     calibrate,
     calibrations_of,
     judge_shipped,
+    population_scans,
     summarise,
 )
 from wm_eval.records import Failure, Record, StudyRecords
@@ -134,6 +135,16 @@ def test_the_clean_models_of_several_studies_join_where_they_were_scanned_alike(
     (shipped,) = calibrations_of(Path("one"), Path("two"))
     names = [model.name.split("/")[0] for model in shipped.models]
     assert names == ["one"] * 6 + ["two"] * 6 and refit(shipped) == shipped
+
+
+def test_models_of_two_studies_may_share_a_name() -> None:
+    def scans(name: str) -> list[Record]:
+        plan = Record("study", {"study": name}, {}, {}, "abc", {}, {})
+        models = [of_kind(kind, seed) for kind in "ab" for seed in range(3)]
+        return population_scans(StudyRecords((plan, *models)))
+
+    (fitted,) = summarise(scans("one"), beside=scans("two")).calibrations.values()
+    assert len({model.name for model in fitted.models}) == len(fitted.models) == 12
 
 
 def test_pairs_are_named_if_every_class_has_its_goal() -> None:
