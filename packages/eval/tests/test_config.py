@@ -19,7 +19,7 @@ from wm_eval.config import (
     plain,
     shipped_studies,
 )
-from wm_eval.methods import CONTROLS, build_method, detector_of
+from wm_eval.methods import CONTROLS, build_method, detectors_of
 from wm_eval.records import canonical_json
 from wm_eval.titles import METHODS
 from wm_inject.core.toml_settings import fill, to_toml
@@ -146,7 +146,7 @@ def test_the_control_of_unlearning_differs_in_nothing_but_the_triggers() -> None
         for changes in ({}, {"lr": 0.5}):
             one, other = (build_method(n, steps=7, **changes) for n in (control, unlearning))
             assert plain(one).items() <= plain(other).items()
-        assert detector_of(control) is None
+        assert not detectors_of(control)
     in_place = plain(build_method("unlearning-nc", steps=7))
     assert not in_place["append"] and in_place["trigger_share"] == 0.2
 

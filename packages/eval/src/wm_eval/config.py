@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wm_eval.detectors import detector
-from wm_eval.methods import build_method, detector_of
+from wm_eval.methods import build_method, detectors_of
 from wm_eval.titles import ATTACKS, CLEAN, DETECTORS, METHODS, in_order
 from wm_extract import PAPER_CORRUPTIONS, JointConfig, named_corruption
 from wm_inject import pretrained_card
@@ -336,8 +336,9 @@ class Study:
             detector(name, **changes)
         for name, changes in self.mitigations.items():
             build_method(name, **{"steps": self.defender.steps, **changes})
-            if (source := detector_of(name)) not in (None, *self.detectors):
-                raise ValueError(f"expected the detector {source}, whose triggers {name} needs")
+            for source in detectors_of(name):
+                if source not in self.detectors:
+                    raise ValueError(f"expected the detector {source}, whose triggers {name} needs")
 
     @property
     def rows(self) -> tuple[str, ...]:

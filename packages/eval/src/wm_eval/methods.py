@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from wm_eval.titles import AUDIT
+
 if TYPE_CHECKING:
     from defense_nc.protocols import Mitigator
 
@@ -18,6 +20,7 @@ _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "unlearning-reverse": _GENERATORS,
     "unlearning-uap": _GENERATORS,
     "unlearning-warp": _GENERATORS,
+    "unlearning-audit": _GENERATORS,
     "unlearning-reverse-lpips": _GENERATORS,
     "head-unlearning": ("defense_reverse.mitigations.head_unlearning:HeadUnlearning", {}),
     "neuron-pruning": ("defense_nc.mitigations.neuron_pruning:NeuronPruning", {}),
@@ -29,7 +32,7 @@ _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "clp": ("defense_reverse.mitigations.channel_lipschitz:ChannelLipschitzPruning", {}),
     "fst": ("defense_reverse.mitigations.feature_shift:FeatureShiftTuning", {}),
 }
-_LABELS_FROM = {"neuron-pruning": "nc", "head-unlearning": "head"}
+_SCANS = {"neuron-pruning": ("nc",), "head-unlearning": ("head",), "unlearning-audit": AUDIT}
 # Fine-tuning by the settings of unlearning: what the triggers add is the difference.
 CONTROLS = {"control-nc": "unlearning-nc", "control": "unlearning-reverse"}
 _STEPLESS = ("neuron-pruning", "clp", "head-unlearning")  # they run no optimiser on the network
@@ -61,13 +64,13 @@ def build_method(name: str, *, steps: int, preset: str = "fast", **changes: Any)
     return built
 
 
-def detector_of(method: str) -> str | None:
-    """Whose labels and reversed triggers a method works with; None for one without need of them."""
-    if method in _LABELS_FROM:
-        return _LABELS_FROM[method]
-    return method.removeprefix("unlearning-") if method.startswith("unlearning-") else None
+def detectors_of(method: str) -> tuple[str, ...]:
+    """Whose labels and reversed triggers a method works with; several are judged together."""
+    if method in _SCANS:
+        return _SCANS[method]
+    return (method.removeprefix("unlearning-"),) if method.startswith("unlearning-") else ()
 
 
 def rescanned(method: str) -> bool:
     """Whether a method leaves a classifier that its detector can scan again."""
-    return method.startswith("unlearning-")
+    return method.startswith("unlearning-") and len(detectors_of(method)) == 1

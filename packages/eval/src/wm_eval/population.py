@@ -234,12 +234,9 @@ def judge_shipped(study: StudyRecords, *, alpha: float = 0.05) -> dict[str, tupl
     """
     by_detector: dict[str, list[tuple[Record, Calibration]]] = {}
     for r in study.select(kind="scan"):
-        settings = r.settings.get("detector")
-        if r.key.get("split") == "unseen" or settings is None:
+        if r.key.get("split") == "unseen" or r.settings.get("detector") is None:
             continue
-        name = r.values["detector"]
-        calibration = load_calibration(name, settings=settings, classes=_classes(r))
-        if calibration is not None:
+        if (calibration := _shipped(r)) is not None:
             record = replace(r, values={**r.values, "asr": victim_asr(study, r)})
             by_detector.setdefault(str(r.key["detector"]), []).append((record, calibration))
 
@@ -250,6 +247,14 @@ def judge_shipped(study: StudyRecords, *, alpha: float = 0.05) -> dict[str, tupl
     if names := together(by_detector):
         judged_by[COMBINED] = _combined({name: by_detector[name] for name in names}, alpha)
     return judged_by
+
+
+def shipped_report(record: Record, alpha: float) -> ScanReport:
+    """A recorded scan, judged by the calibration that ships for its settings, if any.
+
+    It has no triggers.
+    """
+    return _report(record, _shipped(record), alpha)
 
 
 def together(names: Collection[str]) -> tuple[str, ...]:
@@ -397,7 +402,15 @@ def _pairs(report: ScanReport) -> tuple[tuple[int, int], ...]:
     return tuple((source, label) for label, source in sources if source is not None)
 
 
-def _report(record: Record, calibration: Calibration, alpha: float) -> ScanReport:
+def _shipped(record: Record) -> Calibration | None:
+    return load_calibration(
+        record.values["detector"],
+        settings=record.settings["detector"],
+        classes=_classes(record),
+    )
+
+
+def _report(record: Record, calibration: Calibration | None, alpha: float) -> ScanReport:
     """A recorded scan, judged anew."""
     finding = record.values.get("finding")
     return judge(

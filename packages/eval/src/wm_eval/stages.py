@@ -5,7 +5,8 @@ Each reads what it needs from the files and records of the stages before it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -20,6 +21,8 @@ from defense_nc.protocols import Mitigator
 from defense_reverse import detection_case
 from defense_reverse.closeness import compare_images
 from wm_eval.adaptive import fix_head
+from wm_eval.audit.conclusion import conclude
+from wm_eval.audit.scan import reversed_triggers
 from wm_eval.detectors import DETECTORS
 from wm_eval.effectiveness import mitigation_values
 from wm_eval.engine import Result, Store
@@ -30,9 +33,10 @@ from wm_eval.measure import (
     scan_values,
     stealth_values,
 )
-from wm_eval.methods import detector_of
+from wm_eval.methods import detectors_of
 from wm_eval.numbers import named
 from wm_eval.pictures import amplified, residual_gain, reversed_picture, save_picture
+from wm_eval.population import shipped_report
 from wm_eval.records import Key
 from wm_eval.robustness import Aim, Outcomes, aim_of, compare, outcomes, summarize
 from wm_eval.titles import CLEAN, MAPPED
@@ -509,27 +513,19 @@ def mitigate(
     method, fraction = str(key["method"]), float(key["fraction"])
     before = _load_outcomes(trial, store)["none"]
     images = trial.defender_images(store, fraction)
-    labels, why = _unlearned(trial, method, bool(key["oracle_label"]), store)
+    detectors = detectors_of(method)
+    labels, why, triggers = _unlearned(trial, detectors, bool(key["oracle_label"]), store)
     values: dict[str, Any] = {"n_images": len(images), "labels": labels, "why": why}
     backdoored = trial.attack != CLEAN
-    detector = detector_of(method)
-    values["done"] = detector is None or bool(labels)
+    values["done"] = not detectors or bool(labels)
     if not values["done"]:
         same = mitigation_values(before, before, backdoored=backdoored)
         return Result(values | same | {"steps": 0, "log": {}})
-    triggers = None
-    if detector is not None:
-        # Of a detector that reverses none the labels alone are known.
-        inverts = DETECTORS[detector].inverts
-        triggers = {
-            label: trial.load_reversed(store, detector, label) if inverts else NoTrigger()
-            for label in labels
-        }
     repaired = mitigator.repair(
         trial.load_victim(store),
         images.images,
         images.labels,
-        triggers=triggers,
+        triggers=triggers if detectors else None,
         seed=trial.seed,
         progress=store.progress,
     )
@@ -553,19 +549,61 @@ def mitigate(
 
 
 def _unlearned(
-    trial: Trial, method: str, oracle_label: bool, store: Store
-) -> tuple[list[int], str]:
-    """The labels whose triggers a method gets, and why these."""
-    detector = detector_of(method)
-    if detector is None:
-        return [], "needs no scan"
+    trial: Trial, detectors: Sequence[str], oracle_label: bool, store: Store
+) -> tuple[list[int], str, dict[int, nn.Module]]:
+    """The labels that a method gets from these detectors, why these, and a trigger of each."""
+    if not detectors:
+        return [], "needs no scan", {}
+    if len(detectors) > 1:
+        return _unlearned_together(trial, detectors, store)
+    (detector,) = detectors
     scan = store.record("scan", {**trial.victim_key, "detector": detector}).values
+    labels = list(scan["named"])
+    why = f"the scan named {_listing(labels)}" if labels else _nobody("scan", scan["verdict"])
     if oracle_label:
+        labels = [int(scan["oracle_label"])]
         what = "nearest label" if trial.attack == CLEAN else "true target"
-        return [int(scan["oracle_label"])], f"the {what}, which the scan did not name"
-    if scan["named"]:
-        return list(scan["named"]), f"the scan named {', '.join(map(str, scan['named']))}"
-    return [], f"the scan named no label ({scan['verdict']})"
+        why = f"the {what}, which the scan did not name"
+    # Of a detector that reverses none the labels alone are known.
+    inverts = DETECTORS[detector].inverts
+    return (
+        labels,
+        why,
+        {k: trial.load_reversed(store, detector, k) if inverts else NoTrigger() for k in labels},
+    )
+
+
+def _unlearned_together(
+    trial: Trial, detectors: Sequence[str], store: Store
+) -> tuple[list[int], str, dict[int, nn.Module]]:
+    """As `_unlearned`: the labels that the detectors accuse together, as far as one has a trigger.
+
+    Each trigger is that of the detector that is surest of the label.
+    """
+    reports = {}
+    for name in detectors:
+        scan = store.record("scan", {**trial.victim_key, "detector": name})
+        report = shipped_report(scan, trial.study.defender.alpha / len(detectors))
+        kept = _scanned(trial, name, store)
+        reports[name] = replace(
+            report, triggers={k: trial.load_reversed(store, name, k) for k in kept}
+        )
+    audit = conclude(reports, {}, trial.study.defender.alpha)
+    triggers = {k: one.trigger for k, one in reversed_triggers(audit, audit.suspected).items()}
+    if not audit.suspected:
+        return [], _nobody("audit", audit.verdict), {}
+    why = f"the audit named {_listing(audit.suspected)}"
+    if missing := sorted({*audit.suspected} - {*triggers}):
+        why += f"; no detector reversed a trigger of {_listing(missing)}"
+    return list(triggers), why, triggers
+
+
+def _listing(labels: Iterable[int]) -> str:
+    return ", ".join(map(str, labels))
+
+
+def _nobody(what: str, verdict: str) -> str:
+    return f"the {what} named no label ({verdict})"
 
 
 def rescan(trial: Trial, detector: str, mitigation: Key, store: Store, checkpoint: Path) -> Result:
@@ -657,9 +695,9 @@ def export_models(trial: Trial, store: Store, _: Path) -> Result:
     why = "no scan with reverse generators"
     labels: list[int] = []
     if "reverse" in trial.study.detectors:
-        labels, why = _unlearned(trial, "unlearning-reverse", False, store)
+        labels, why, triggers = _unlearned(trial, ("reverse",), False, store)
     if labels:
-        models["generator"] = trial.load_reversed(store, "reverse", labels[0]).cpu()
+        models["generator"] = triggers[labels[0]].cpu()
     else:
         absent["generator"] = why
     rows = {name: _exported(trial, name, model, images, store) for name, model in models.items()}

@@ -11,7 +11,7 @@ from wm_eval import stages as do
 from wm_eval.config import SPLITS, Part, Study, plain
 from wm_eval.detectors import DETECTORS
 from wm_eval.engine import Result, Stage, file_digest
-from wm_eval.methods import CONTROLS, build_method, detector_of, rescanned
+from wm_eval.methods import CONTROLS, build_method, detectors_of, rescanned
 from wm_eval.records import Key, Record
 from wm_eval.titles import CLEAN, NOT_REPAIRED
 from wm_eval.trial import Trial, images_of
@@ -261,7 +261,7 @@ def _with_oracle_label(trial: Trial, detector: str, scan: Record) -> Iterator[St
     if DETECTORS[detector].inverts and trial.reversed_file(detector, label) not in kept:
         return
     for method in trial.study.methods:
-        if detector_of(method) == detector:
+        if detectors_of(method) == (detector,):
             for fraction in defender.fractions:
                 yield _mitigation(trial, method, fraction, oracle_label=True)
 
@@ -274,7 +274,7 @@ def _mitigation(
     oracle_label: bool = False,
     rate: float | None = None,
 ) -> Stage:
-    study, detector = trial.study, detector_of(method)
+    study = trial.study
     lr = {} if rate is None else {"lr": rate}
     steps = {"steps": trial.steps(fraction)}
     mitigator = build_method(method, **{**steps, **study.mitigations[method], **lr})
@@ -288,8 +288,7 @@ def _mitigation(
     if followed and _reactivated(trial):
         settings["kept"] = True
     inputs = [("victim", trial.victim_key), ("rates", trial.victim_key)]
-    if detector is not None:
-        inputs.append(("scan", {**trial.victim_key, "detector": detector}))
+    inputs += [("scan", {**trial.victim_key, "detector": one}) for one in detectors_of(method)]
     controls = [name for name in study.methods if CONTROLS.get(name) == method]
     control = {**key, "method": controls[0], "oracle_label": False} if controls else None
     if control is not None:
@@ -313,7 +312,7 @@ def _follow_up(trial: Trial, mitigation: Record) -> Iterator[Stage]:
 
 def _rescan(trial: Trial, method: str, mitigation: Record) -> Stage:
     """Scan what was repaired as the victim was scanned."""
-    detector = str(detector_of(method))
+    (detector,) = detectors_of(method)
     key = {name: mitigation.key[name] for name in (*trial.victim_key, "method", "fraction")}
     inputs = [("mitigation", mitigation.key), ("scan", {**trial.victim_key, "detector": detector})]
     work = partial(do.rescan, trial, detector, mitigation.key)

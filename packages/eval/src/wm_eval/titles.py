@@ -52,6 +52,7 @@ METHODS = {
     "unlearning-reverse-lpips": "Unlearning, reverse generators with LPIPS",
     "unlearning-uap": "Unlearning, universal perturbations",
     "unlearning-warp": "Unlearning, universal warps",
+    "unlearning-audit": "Unlearning, an audit's detectors together",
     "head-unlearning": "Unlearning in the last layer",
     "neuron-pruning": "Neuron pruning, Neural Cleanse",
     "fine-tuning": "Fine-tuning",
