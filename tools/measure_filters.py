@@ -1,4 +1,4 @@
-"""What filters of incoming images catch that need no scan: STRIP and parameter scaling.
+"""What filters of incoming images catch that need no scan: STRIP, parameter scaling, layer ranks.
 
 ``python tools/measure_filters.py STUDY FOLDER --out results/artefacts-cifar10`` takes the victims
 that a study has trained in its folder. A thousand test images choose the threshold, others are
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from defense_nc import ParameterScaling, Strip, auroc
+from defense_nc import LayerRanks, ParameterScaling, Strip, auroc
 from wm_eval.config import Study, load_study, plain
 from wm_eval.engine import Result, Stage, Store, run
 from wm_eval.intervals import wilson
@@ -26,9 +26,10 @@ from wm_inject.command.common import Parser, add_common, resolve_device, run_cli
 from wm_victim.metrics import triggered_images
 
 KNOWN, JUDGED, RATE = 1000, 2000, 0.05
-FILTERS: dict[str, Strip | ParameterScaling] = {
+FILTERS: dict[str, Strip | ParameterScaling | LayerRanks] = {
     "strip": Strip(false_positive_rate=RATE, calibration=KNOWN),
     "parameter-scaling": ParameterScaling(false_positive_rate=RATE),
+    "layer-ranks": LayerRanks(false_positive_rate=RATE),
 }
 
 

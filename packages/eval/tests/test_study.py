@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from defense_nc import InvertedTrigger, ScanReport, Verdict, judge
+from defense_nc.mitigations.unlearning import Unlearning
+from defense_nc.protocols import Repaired
+from defense_nc.verdict import describe_model
 from wm_eval import stages
 from wm_eval.config import DataConfig, DefenderConfig, MeasureConfig, Setting, Study, VictimConfig
 from wm_eval.config import WatermarkConfig as Mark
@@ -410,6 +413,49 @@ def test_a_true_label_without_a_reversed_trigger_is_not_unlearned() -> None:
 
     assert stages() == stages(trial.reversed_file("warp", 1)) == 0
     assert stages(trial.reversed_file("warp", 0)) == 2  # fractions
+
+
+def test_unlearning_what_an_audit_names(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Label 4 by what warps reverse, who are surer; label 7, of which nothing is, is left."""
+    lowest = {"uap": {4: 20.0}, "warp": {4: 0.1}, "sweep": {7: 1.0}, "head": {}}
+
+    def scan(
+        trial: Trial, detector: str, model: nn.Module, store: Store, checkpoint: Path
+    ) -> ScanReport:
+        scores = torch.linspace(50.0, 51.0, 10)
+        for label, score in lowest[detector].items():
+            scores[label] = score
+        shade = {"uap": 0.2, "warp": 0.3}.get(detector)
+        pattern = torch.full(trial.defender_images(store).images.shape[1:], shade or 0.0)
+        trigger = InvertedTrigger(torch.ones_like(pattern[:1]), pattern, target=4)
+        triggers = {4: trigger} if shade else {}
+        subject = describe_model(model, trial.defender_images(store).images, classes=10)
+        settings = {"floor": 0.9, "triggers": triggers, "subject": subject}
+        return judge(f"fake {detector}", scores, torch.ones(10), **settings)
+
+    seen: list[dict[int, nn.Module]] = []
+
+    def repair(self: Unlearning, model: nn.Module, *data: Tensor, **rest: Any) -> Repaired:
+        seen.append(rest["triggers"])
+        return Repaired(model, {"steps": 0})
+
+    monkeypatch.setattr(stages, "_scan", scan)
+    monkeypatch.setattr(Unlearning, "repair", repair)
+    study = replace(
+        MITIGATION,
+        detectors={name: {} for name in ("uap", "head", "sweep", "warp")},
+        mitigations={"unlearning-audit": {}},
+        defender=DefenderConfig(images=40, fractions=(0.1,), steps=2),
+    )
+    assert go(study, out)[0].complete
+    record = values(read_study(out), "mitigation", attack="badnets")
+    assert record["labels"] == [4] and record["why"].startswith("the audit named 4, 7; no detector")
+    (triggers,) = seen
+    assert triggers.keys() == {4} and float(triggers[4].pattern.max()) == pytest.approx(0.3)
+    lowest["uap"], lowest["warp"], lowest["sweep"] = {}, {}, {}
+    assert go(replace(study, seeds=(1,)), out)[0].complete
+    record = values(read_study(out), "mitigation", attack="badnets", seed=1)
+    assert not record["done"] and record["why"] == "the audit named no label (clean)"
 
 
 def test_mitigation_of_a_backdoored_and_a_clean_victim(

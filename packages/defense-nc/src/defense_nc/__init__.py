@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from defense_nc.input_filters import DiscriminantFilter as DiscriminantFilter
     from defense_nc.input_filters import InputDetector as InputDetector
     from defense_nc.input_filters import InputFilter as InputFilter
+    from defense_nc.input_filters import LayerRanks as LayerRanks
     from defense_nc.input_filters import ParameterScaling as ParameterScaling
     from defense_nc.input_filters import Strip as Strip
     from defense_nc.input_filters import auroc as auroc

@@ -10,6 +10,7 @@ from defense_nc.input_filters.detector import (
 from defense_nc.input_filters.discriminant_filter import DiscriminantFilter
 from defense_nc.input_filters.export import export_filter
 from defense_nc.input_filters.input_filter import InputFilter
+from defense_nc.input_filters.layer_ranks import LayerRanks
 from defense_nc.input_filters.parameter_scaling import ParameterScaling
 from defense_nc.input_filters.strip import Strip, strip_entropy
 
@@ -18,6 +19,7 @@ __all__ = [
     "DiscriminantFilter",
     "InputDetector",
     "InputFilter",
+    "LayerRanks",
     "ParameterScaling",
     "Strip",
     "auroc",

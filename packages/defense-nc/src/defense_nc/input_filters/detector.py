@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from wm_inject.core.images import check_images
 from wm_inject.core.plan import Trigger
 
+MIN_IMAGES = 40  # twenty to set a filter up, twenty for its threshold
+
 
 class InputDetector(Protocol):
     """Settings of an input detector, which are calibrated once on clean images."""
@@ -126,6 +128,19 @@ def auroc(scores: Tensor, truths: Tensor) -> float:
     ranks = counts.cumsum(0).double() - (counts.double() - 1) / 2
     total = float(ranks[group][truths].sum())
     return (total - positives * (positives + 1) / 2) / (positives * negatives)
+
+
+def two_halves(images: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Clean images in two halves: one sets a filter up, the other chooses nothing but a threshold.
+
+    Raises:
+        ValueError: Bad images, or fewer than 40.
+    """
+    check_images(images)
+    if len(images) < MIN_IMAGES:
+        raise ValueError(f"expected at least {MIN_IMAGES} images, got {len(images)}")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return images[order[::2]], images[order[1::2]]
 
 
 def check_rate(false_positive_rate: float) -> None:

@@ -12,15 +12,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from defense_nc.input_filters.detector import CalibratedDetector, check_rate, conformal_threshold
+from defense_nc.input_filters.detector import (
+    CalibratedDetector,
+    check_rate,
+    conformal_threshold,
+    two_halves,
+)
 from defense_nc.input_filters.feature_score import FeatureScore
 from defense_nc.trigger import put_trigger
 from wm_inject.core.images import check_images, quantize
 from wm_inject.core.plan import Trigger
 from wm_inject.core.presets import preset_of
 from wm_victim.activations import last_linear, penultimate
-
-MIN_IMAGES = 40  # twenty to fit on, twenty for the threshold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +73,8 @@ class DiscriminantFilter:
         check_images(images)
         if not triggers or len(triggers) != 1:
             raise ValueError(f"expected one reversed trigger, got {len(triggers or ())}")
-        if len(images) < MIN_IMAGES:
-            raise ValueError(f"expected at least {MIN_IMAGES} images, got {len(images)}")
         ((label, trigger),) = triggers.items()
-        images = images.to(last_linear(model).weight.device)
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-        first, second = images[order[::2]], images[order[1::2]]
+        first, second = two_halves(images.to(last_linear(model).weight.device), seed)
         clean = penultimate(model, first).double().cpu()
         triggered = penultimate(model, quantize(put_trigger(trigger, first))).double().cpu()
         weight = _direction(clean, triggered, self.shrinkage)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from defense_nc.input_filters.detector import CalibratedDetector
 from defense_nc.input_filters.feature_score import FeatureScore
+from defense_nc.input_filters.layer_ranks import RankScore
 from defense_nc.input_filters.parameter_scaling import ScalingScore
 from wm_inject import Parity, check_images, to_onnx
 from wm_victim.loading.onnx_module import OnnxNet
@@ -36,13 +37,16 @@ def export_filter(
         ValueError: Another kind of detector, images of another shape, or as `wm_inject.to_onnx`.
         ParityError: The file computes something else.
     """
-    kinds = FeatureScore | ScalingScore
+    kinds = FeatureScore | RankScore | ScalingScore
     if not isinstance(detector, CalibratedDetector) or not isinstance(detector.scorer, kinds):
         name = getattr(detector, "name", type(detector).__name__)
         raise ValueError(f"expected a calibrated input filter, got {name}")
     channels, height, width = detector.shape
     check_images(images, channels=channels, size=(height, width))
+    ranked = isinstance(detector.scorer, RankScore)
     looks_for = "answers that scaled normalisation does not change"
+    if ranked:
+        looks_for = "layers in which an image lies far from the class that it is taken for"
     if "label" in detector.log:
         looks_for = f"a reversed trigger of label {detector.log['label']}"
     about = {
@@ -63,8 +67,8 @@ def export_filter(
         **{
             "tolerance": TOLERANCE,
             "relative": True,
-            # Sizes pass through tensors in imported graphs.
-            "traced": any(isinstance(part, OnnxNet) for part in network.modules()),
+            # Layers are listened to; sizes pass through tensors in imported graphs.
+            "traced": ranked or any(isinstance(part, OnnxNet) for part in network.modules()),
             **settings,
             "metadata": {
                 "kind": "input-filter",

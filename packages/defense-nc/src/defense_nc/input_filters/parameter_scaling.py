@@ -11,14 +11,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from defense_nc.input_filters.detector import CalibratedDetector, check_rate, conformal_threshold
-from wm_inject.core.images import check_images
+from defense_nc.input_filters.detector import (
+    CalibratedDetector,
+    check_rate,
+    conformal_threshold,
+    two_halves,
+)
 from wm_inject.core.plan import Trigger
 from wm_inject.core.presets import preset_of
 from wm_victim.inference import device_of, frozen, images_a_pass, predict
 
 _NOTHING = -1e9  # logarithm of a probability that is left out
-MIN_IMAGES = 40  # twenty choose the layers, twenty the threshold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +80,7 @@ class ParameterScaling:
         Raises:
             ValueError: Bad images, or a model without batch normalisation that has weights.
         """
-        check_images(images)
-        if len(images) < MIN_IMAGES:
-            raise ValueError(f"expected at least {MIN_IMAGES} images, got {len(images)}")
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-        first, second = images[order[::2]], images[order[1::2]]
+        first, second = two_halves(images, seed)
         layers = _normalisations(model, first[:1])
         own = predict(model, first).argmax(1)
         depth = len(layers)
