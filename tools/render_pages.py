@@ -95,6 +95,7 @@ METHOD_PAGES = {
             "unlearning-reverse",
             "unlearning-uap",
             "unlearning-warp",
+            "unlearning-audit",
             "control",
             "control-nc",
         ),
@@ -127,6 +128,7 @@ IMAGE_PAGES = {
     "input-filter": Settings("defense_nc:InputFilter"),
     "discriminant-filter": Settings("defense_nc:DiscriminantFilter"),
     "parameter-scaling": Settings("defense_nc:ParameterScaling"),
+    "layer-ranks": Settings("defense_nc:LayerRanks"),
 }
 
 

@@ -120,6 +120,15 @@ CASES: Mapping[str, Cases] = {
         "preset": lambda _: nc.ParameterScaling.preset("secret"),
         "few images": lambda _: nc.ParameterScaling().calibrate(MODEL, IMAGES),
     },
+    "LayerRanks": {
+        **images(lambda bad: nc.LayerRanks().calibrate(MODEL, bad)),
+        "references": lambda _: nc.LayerRanks(references=1),
+        "reach": lambda _: nc.LayerRanks(reach=0.0),
+        "rate": lambda _: nc.LayerRanks(false_positive_rate=1.0),
+        "preset": lambda _: nc.LayerRanks.preset("secret"),
+        "few images": lambda _: nc.LayerRanks().calibrate(MODEL, IMAGES),
+        "no layers": lambda _: nc.LayerRanks().calibrate(FLAT, IMAGES.repeat(20, 1, 1, 1)),
+    },
     "export_filter": {
         **images(lambda bad: nc.export_filter(SMALL, bad, Path("filter.onnx"))),
         "no filter": lambda tmp: nc.export_filter(nc.Strip(), IMAGES, tmp / "f.onnx"),  # type: ignore[arg-type]
