@@ -59,14 +59,14 @@ def measure(trial: Trial, folder: Path, name: str, store: Store, _: Path) -> Res
     )
 
 
-def stages(study: Study, folder: Path) -> Iterator[Stage]:
-    """Every filter on every backdoored victim in the folder."""
+def stages(study: Study, folder: Path, names: Sequence[str]) -> Iterator[Stage]:
+    """These filters on every backdoored victim in the folder."""
     for record in read_study(folder).select(kind="victim"):
         attack, seed = str(record.key["attack"]), int(record.key["seed"])
         if attack == CLEAN or record.key["corruptions"] != "plain":
             continue
         trial = Trial(study, seed, attack=attack)
-        for name, settings in FILTERS.items():
+        for name, settings in ((name, FILTERS[name]) for name in names):
             key: Key = {"study": study.name, "attack": attack, "seed": seed, "filter": name}
             facts = {"victim": record.digest, "filter": plain(settings), "judged": JUDGED}
             work = partial(measure, trial, folder, name)
@@ -78,9 +78,11 @@ def _main(argv: Sequence[str] | None) -> int:
     parser.add_argument("study", help="the name of one that ships")
     parser.add_argument("folder", type=Path, help="where it has been run")
     parser.add_argument("--out", type=Path, required=True, help="folder for records")
+    text = f"default: {','.join(FILTERS)}"
+    parser.add_argument("--filters", metavar="A,B", default=",".join(FILTERS), help=text)
     add_common(parser, version="with the workspace")
     args = parser.parse_args(argv)
-    made = stages(load_study(args.study), args.folder)
+    made = stages(load_study(args.study), args.folder, args.filters.split(","))
     return 0 if run(made, args.out, device=str(resolve_device(args.device))).complete else 1
 
 

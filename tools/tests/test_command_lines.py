@@ -36,6 +36,7 @@ CONFIG = {
     "defense-reverse clean",
     "wm-eval scan",
     "wm-eval clean",
+    "wm-eval filter",
 }
 # These read their settings from a file that is called otherwise, or have a preset for one.
 PRINT_ONLY = {"wm-eval run", "wm-eval demo"}

@@ -1,4 +1,7 @@
-"""Untrusted models and images: ``scan``, ``clean``, ``graph``, ``calibrate`` and ``inspect``."""
+"""Untrusted models and images, one sub-command each.
+
+``scan``, ``clean``, ``graph``, ``calibrate``, ``filter`` and ``inspect``.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wm_eval.audit.cli_graph import add_graph, judge, look_before_scan, with_graph
 from wm_eval.audit.open_options import add_open_options, check_open_options, open_options
-from wm_eval.audit.settings import AUTO, CleanSettings, ScanSettings
+from wm_eval.audit.settings import AUTO, CleanSettings, FilterSettings, ScanSettings
 from wm_eval.audit.stated import add_reading_options, read_stated
 from wm_inject.command.common import (
     EXIT_NOT_SCANNED,
@@ -72,6 +75,14 @@ examples:
 The models must be clean, and like those that are to be judged. Scan them with the detectors and the
 number of images that you will use.
 """
+_FILTER_EPILOG = """\
+examples:
+  wm-eval filter model.onnx --images clean/ --out filter.onnx
+  wm-eval inspect incoming/ --extractor filter.onnx
+
+It needs no scan, and no backdoor that is known: it flags images that the model does not treat as it
+treats clean ones. Half of the images choose the threshold.
+"""
 _INSPECT_EPILOG = """\
 examples:
   wm-eval inspect incoming/ --extractor detector.onnx --csv found.csv --html found.html
@@ -81,7 +92,7 @@ The exit code is 0 whatever is flagged, and 1 after an error or if no image coul
 
 
 def add_audit(command: CommandLine) -> None:
-    """Add ``scan``, ``clean``, ``graph``, ``calibrate`` and ``inspect``."""
+    """Add the sub-commands."""
     scan = command.add(
         "scan",
         _scan,
@@ -90,6 +101,7 @@ def add_audit(command: CommandLine) -> None:
         exit_error=EXIT_NOT_SCANNED,
     )
     _add_model(scan, ScanSettings)
+    _add_scan(scan, ScanSettings)
     add_json(scan, "write the whole report here as JSON")
     scan.add_argument("--sarif", type=output_file, help="write a SARIF 2.1.0 log here")
     scan.add_argument("--html", type=output_file, help="write a page here")
@@ -102,6 +114,7 @@ def add_audit(command: CommandLine) -> None:
         exit_error=EXIT_NOT_SCANNED,
     )
     _add_model(clean, CleanSettings)
+    _add_scan(clean, CleanSettings)
     clean.add_argument("--out", type=output_file, required=True, help="the cleaned model's file")
     clean.add_argument(
         "--label",
@@ -128,6 +141,21 @@ def add_audit(command: CommandLine) -> None:
     calibrate.add_argument("--preset", default="fast", help="of the scans (default: fast)")
     calibrate.add_argument("--out", type=output_file, required=True, help="write it here, as JSON")
     add_json(calibrate)
+    kept = command.add(
+        "filter",
+        _filter,
+        "write a filter for incoming images, as ONNX; it needs no scan",
+        epilog=_FILTER_EPILOG,
+    )
+    _add_model(kept, FilterSettings)
+    kept.add_argument("--out", type=output_file, required=True, help="the filter's file")
+    add_json(kept)
+    helps = {
+        "method": "layer-ranks, or parameter-scaling for models with batch normalisation",
+        "rate": "share of clean images that it may flag",
+    }
+    add_options(kept, FilterSettings, helps)
+    add_config(kept)
     inspect = command.add(
         "inspect",
         _inspect,
@@ -160,6 +188,9 @@ def _add_model(parser: Parser, settings: type) -> None:
     add_options(parser, settings, {"count": "images to use, at most"})
     add_open_options(parser)
     add_reading_options(parser)
+
+
+def _add_scan(parser: Parser, settings: type) -> None:
     group = parser.add_argument_group("the scan")
     helps = {
         "detectors": "their names; auto: head,uap,sweep,warp where calibrated for such a model",
@@ -363,6 +394,29 @@ def _calibrate(args: argparse.Namespace) -> None:
     write_results(args, {"detectors": results})
 
 
+def _filter(args: argparse.Namespace) -> None:
+    settings = read_settings(args, FilterSettings())
+    if args.print_config:
+        print_config(settings)
+        return
+    check_open_options(args)
+    from defense_nc import export_filter
+    from wm_eval.audit.outputs import About
+
+    about = About(args.model.name)
+    opened, clean, checked, device = _open_model(args, settings, about)
+    kept = settings.build().calibrate(
+        checked.module.to(device), clean.images.to(device), seed=settings.seed
+    )
+    parity = export_filter(kept, clean.images[:8], args.out)
+    print(
+        f"wrote {args.out}: flags at most {settings.rate:g} of clean images, by "
+        f"{kept.log['images']} of them (largest difference to the model {parity.max_rel:.1g})"
+    )
+    results = {"method": settings.method, "threshold": kept.threshold, "from_sha256": opened.sha256}
+    write_results(args, results | dict(kept.log))
+
+
 def _inspect(args: argparse.Namespace) -> None:
     from wm_eval.audit.inspect import inspect_folder, write_csv, write_page
     from wm_inject.core.image_files import LeftOut, describe, find_images, refuse_unread
@@ -394,8 +448,17 @@ def _inspect(args: argparse.Namespace) -> None:
     refuse_unread(unread, len(rows), skip=True)
 
 
+class _Opened(NamedTuple):
+    """A model, and clean images that fit it."""
+
+    opened: OpenedModel
+    clean: CleanImages
+    checked: Checked
+    device: torch.device
+
+
 class _Subject(NamedTuple):
-    """A model, and the images to look with."""
+    """A model, and what to look at it with."""
 
     opened: OpenedModel
     clean: CleanImages
@@ -408,20 +471,37 @@ class _Subject(NamedTuple):
 def _open(
     args: argparse.Namespace, settings: ScanSettings | CleanSettings, about: About
 ) -> _Subject:
-    """Open the model, read the images, check both; what becomes known is printed at once."""
-    for path in (args.model, args.images, args.labels, args.calibration):
+    """As `_open_model`, with the detectors that fit."""
+    _found(args.model, args.images, args.labels, args.calibration)
+    from wm_eval.audit.own_calibration import load_own
+    from wm_eval.audit.scan import choose_detectors
+
+    wanted, preset = settings.detectors, settings.preset
+    own = {} if args.calibration is None else load_own(args.calibration, preset)
+    opened, clean, checked, device = _open_model(args, settings, about)
+    detectors = choose_detectors(
+        checked, clean, opened.num_classes, wanted=wanted, preset=preset, own=own
+    )
+    return _Subject(opened, clean, checked, detectors, own, device)
+
+
+def _found(*paths: Path | None) -> None:
+    for path in paths:
         if path is not None and not path.exists():
             raise ValueError(f"expected a file or folder at {path}, found none")
+
+
+def _open_model(
+    args: argparse.Namespace, settings: ScanSettings | CleanSettings | FilterSettings, about: About
+) -> _Opened:
+    """Open the model, read the images, check both; what becomes known is printed at once."""
+    _found(args.model, args.images, args.labels)
     device = resolve_device(args.device)
     from wm_eval.audit.checks import check_model, choose_size
     from wm_eval.audit.images import common_size, read_clean
     from wm_eval.audit.outputs import check_line, model_line
-    from wm_eval.audit.own_calibration import load_own
-    from wm_eval.audit.scan import choose_detectors
     from wm_victim.loading import open_model
 
-    wanted, preset = settings.detectors, settings.preset
-    own = {} if args.calibration is None else load_own(args.calibration, preset)
     opened = open_model(args.model, **open_options(args))
     about.sha256, about.notes = opened.sha256, opened.notes
     names = ("source", "arch", "image_size", "channels", "num_classes", "layout", "outputs")
@@ -456,10 +536,7 @@ def _open(
         device = resolve_device("cpu")
         about.notes = (*about.notes, f"scanned on the CPU: {why}")
         _print(f"note: {about.notes[-1]}")
-    detectors = choose_detectors(
-        checked, clean, opened.num_classes, wanted=wanted, preset=preset, own=own
-    )
-    return _Subject(opened, clean, checked, detectors, own, device)
+    return _Opened(opened, clean, checked, device)
 
 
 def _stays_on_cpu(checked: Checked, clean: CleanImages, device: torch.device) -> str | None:

@@ -1,9 +1,10 @@
-"""Settings of ``wm-eval scan`` and ``clean``, checked without importing torch."""
+"""Settings of ``wm-eval scan``, ``clean`` and ``filter``, checked without importing torch."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from defense_nc.config import PRESETS as NC_PRESETS
 from defense_nc.config import check_rule
@@ -11,8 +12,12 @@ from defense_reverse.config import PRESETS as REVERSE_PRESETS
 from wm_eval.titles import AUDIT, DETECTORS
 from wm_inject.core.checks import check_choice
 
+if TYPE_CHECKING:
+    from defense_nc import LayerRanks, ParameterScaling
+
 AUTO = ("auto",)  # in place of detectors: the cheap ones that are calibrated for the model
 MIN_IMAGES = 20  # fewer say nothing of ten classes
+FILTERS = ("layer-ranks", "parameter-scaling")  # those that need no scan, and become a file
 _PRESETS: dict[str, Collection[str]] = {
     "nc": NC_PRESETS,
     "reverse": REVERSE_PRESETS,
@@ -62,10 +67,41 @@ class CleanSettings:
             raise ValueError(f"expected max_loss in (0, 1], got {self.max_loss}")
 
 
+@dataclass(frozen=True)
+class FilterSettings:
+    """Settings of ``wm-eval filter``, as its options describe them.
+
+    Raises:
+        ValueError: A value outside its range.
+    """
+
+    method: str = "layer-ranks"
+    rate: float = 0.01
+    count: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("a method", self.method, FILTERS)
+        if not 0 < self.rate < 1:
+            raise ValueError(f"expected a rate in (0, 1), got {self.rate}")
+        _check_count(self.count)
+
+    def build(self) -> LayerRanks | ParameterScaling:
+        """The filter."""
+        from defense_nc import LayerRanks, ParameterScaling
+
+        kind = LayerRanks if self.method == LayerRanks.name else ParameterScaling
+        return kind(false_positive_rate=self.rate)
+
+
 def _check(settings: ScanSettings | CleanSettings) -> None:
     check_detectors(settings.detectors, settings.preset, settings.alpha)
-    if settings.count < MIN_IMAGES:
-        raise ValueError(f"expected a count of at least {MIN_IMAGES}, got {settings.count}")
+    _check_count(settings.count)
+
+
+def _check_count(count: int) -> None:
+    if count < MIN_IMAGES:
+        raise ValueError(f"expected a count of at least {MIN_IMAGES}, got {count}")
 
 
 def check_detectors(names: Sequence[str], preset: str, alpha: float) -> None:
