@@ -106,6 +106,7 @@ MITIGATIONS = {
     "cleaning-cifar10": ("Accurate victims, CIFAR-10", _DEVELOPED),
     "cleaning-marks-cifar10": ("The image-dependent mark, CIFAR-10", ""),
 }
+TIMED = ("cleaning-cifar10",)  # their records come with the seconds that they took
 
 
 class Question(NamedTuple):
@@ -276,6 +277,8 @@ def _mitigation(results: Path) -> Iterator[str]:
         yield from _head(title, name)
         yield from ([f"{note}\n"] if note else [])
         yield markdown(mitigation_page(read_study(results / name)), level=3)
+        if name in TIMED:
+            yield to_markdown(tables.cleaning_seconds_table(results / name), level=3)
 
 
 def _exports(results: Path) -> Iterator[str]:
@@ -297,6 +300,9 @@ def _speed(results: Path) -> Iterator[str]:
     commands = " and ".join(f"`{command}`" for command in tables.SCANS.values())
     yield to_markdown(tables.scan_speed_table(folder), level=2)
     yield f"{commands} make it; [records](speed).\n"
+    yield to_markdown(tables.scan_cost_table(folder), level=2)
+    yield "`python tools/measure_scan_costs.py MODEL --data NAME --out FILE` makes it; "
+    yield f"[record](speed/{tables.SCAN_COSTS}).\n"
 
 
 POPULATIONS = (

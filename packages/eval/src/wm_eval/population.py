@@ -33,7 +33,7 @@ from wm_eval.audit.conclusion import conclude
 from wm_eval.intervals import Interval, exact_interval
 from wm_eval.numbers import victim_asr
 from wm_eval.records import Record, StudyRecords, read_study
-from wm_eval.titles import ATTACKS, AUDIT, CALIBRATED, CLEAN, PAPERS
+from wm_eval.titles import ATTACKS, AUDIT, CALIBRATED, CLEAN, EVERY_LABEL, PAPERS
 
 ALL_SETTINGS = "all"
 ANY_CLASSES = 0  # stands for the number of classes of a null distribution for all of them
@@ -60,8 +60,13 @@ class Judged(NamedTuple):
 
     @property
     def correct(self) -> bool:
-        """Whether it does and names the true target, or each class with its own."""
+        """Whether it does and names the true target, or each class with its own.
+
+        Where every label is a target, none is wrong, and none need be named.
+        """
         values = self.record.values
+        if self.record.key["attack"] in EVERY_LABEL:
+            return self.backdoored
         if pairs := values.get("true_pairs"):
             return self.backdoored and {tuple(pair) for pair in pairs} <= set(self.pairs)
         return self.backdoored and values["true_target"] in self.suspected

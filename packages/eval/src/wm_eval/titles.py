@@ -24,6 +24,7 @@ MAPPED: dict[str, tuple[str, LabelMap]] = {
 }
 # Attacks by trigger, of an attacker who trains against the detectors of an audit.
 ADAPTIVE = {f"{trigger}-adaptive": trigger for trigger in ("badnets", "blend")}
+EVERY_LABEL = ("marksman",)  # attacks with a trigger for each label
 # In the order of the tables.
 ATTACKS = (*list_attacks(), "watermark", *SHIPPED, "equation2", *MAPPED, *ADAPTIVE, CLEAN)
 _OTHERS = {"equation2": "Plain blend, equation 2", CLEAN: "No attack (clean victim)"}
