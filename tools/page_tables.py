@@ -148,8 +148,8 @@ def blind_filters(results: Path, name: str) -> list[Table]:
     headers = ("attack", "victim of", "false alarms", "hits", "AUROC")
     note = (
         "A thousand test images choose the threshold, for a rate of 5 %; the next 2,000 are "
-        "judged, as they are and, those of other classes than the target, with the trigger. With "
-        "95 % intervals. `python tools/measure_filters.py` makes it."
+        "judged, as they are and, those of other classes than the target, with the trigger, also "
+        "where it does not work. With 95 % intervals. `python tools/measure_filters.py` makes it."
     )
     return [Table("filter", "Images with a trigger", headers, tuple(rows), note)] if rows else []
 

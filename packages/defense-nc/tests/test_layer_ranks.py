@@ -136,8 +136,10 @@ def test_outputs_are_averaged_and_kept_in_the_order_they_run():
     _, outputs = _layer_outputs(model, torch.rand(2, 1, 8, 8))
     assert [tuple(x.shape) for x in outputs] == [(2, 108), (2, 108), (2, 4), (2, 4)]
     assert not any(module._forward_hooks for module in model.modules())
-    with pytest.raises(ValueError, match="layers that are modules"):
-        _layer_outputs(nn.Flatten(), torch.rand(2, 1, 8, 8))
+    windows = nn.Sequential(nn.Unflatten(2, (2, 4)), nn.Flatten(0, 2), nn.Linear(8, 3))
+    for parts in (nn.Flatten(), windows):
+        with pytest.raises(ValueError, match="layers that are modules"):
+            _layer_outputs(parts, torch.rand(2, 1, 8, 8))
 
 
 def test_images_taken_for_another_class_are_flagged():

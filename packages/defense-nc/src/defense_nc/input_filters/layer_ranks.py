@@ -242,7 +242,8 @@ def _layer_outputs(model: nn.Module, images: Tensor) -> tuple[Tensor, list[Tenso
     outputs: list[Tensor] = []
 
     def record(module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.ndim in (2, 3, 4):
+        # Layers that see an image in parts, as a Swin transformer's windows, give a row for each.
+        if isinstance(output, Tensor) and output.ndim in (2, 3, 4) and len(output) == len(images):
             outputs.append(_averaged(output))
 
     hooks = [m.register_forward_hook(record) for m in model.modules() if _looked_at(m)]
