@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -438,8 +438,7 @@ def cleaning_seconds_table(folder: Path) -> Table:
         for fraction in fractions:
             same = [r for r in done if r.key["method"] == method and r.key["fraction"] == fraction]
             seconds = [runs[r.id]["seconds"] for r in same if r.id in runs]
-            span = f"{median(seconds):.0f} ({min(seconds):.0f} to {max(seconds):.0f})"
-            cells.append(f"{span}, n = {len(seconds)}" if seconds else ABSENT)
+            cells.append(_span(seconds) if seconds else ABSENT)
         rows.append(tuple(cells))
     headers = ("method", *(f"seconds, {100 * fraction:g} %" for fraction in fractions))
     note = (
@@ -448,6 +447,12 @@ def cleaning_seconds_table(folder: Path) -> Table:
         "images, which pruning by channel does little beside; the scans are not."
     )
     return Table("cleaning-seconds", "How long it takes", headers, tuple(rows), note)
+
+
+def _span(values: Sequence[float]) -> str:
+    """Median, range and number."""
+    low, middle, high = min(values), median(values), max(values)
+    return f"{middle:.0f} ({low:.0f} to {high:.0f}), n = {len(values)}"
 
 
 def _short(name: str) -> str:

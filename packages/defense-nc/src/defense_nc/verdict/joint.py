@@ -2,8 +2,7 @@
 
 What one detector sees faintly another may see too, and two faint signs of the same label are worth
 more than one: the p-values of a label are multiplied. How small products become by chance, clean
-models tell that all of the detectors have scanned. A small share of the error rate goes to the
-model as a whole, for backdoors that have a trigger for every label.
+models tell that all of the detectors have scanned.
 """
 
 from __future__ import annotations
@@ -24,11 +23,9 @@ from defense_nc.verdict.report import at_least
 from defense_nc.verdict.scan_report import ScanReport, Verdict
 from defense_nc.verdict.shrinkage import Prior, log_scores
 from defense_nc.verdict.tail_fit import SMALLEST, Tail, fit_tail, tail_p_values
-from defense_nc.verdict.whole_model import NO_LABEL, whole_model_p_value
 
 # What a joint null takes at least: clean models, and labels of them.
 _MODELS, _LABELS = 5, 20
-_WHOLE = 0.02  # of the error rate, for the whole model: labels lose little by it
 
 
 class JointCalibration(NamedTuple):
@@ -53,20 +50,11 @@ class JointReport(NamedTuple):
     p_values: tuple[float, ...]  # by label, multiplicity included
     suspected: tuple[int, ...]
     reason: str
-    whole_model: float | None = None  # its p-value, where the detectors give one
 
     @property
     def p_value(self) -> float:
-        """The smallest of the labels, or the whole model's, each by its share of the error rate."""
-        label = self.p_values[self.nearest]
-        if self.whole_model is None:
-            return label
-        return min(1.0, label / (1 - _WHOLE), self.whole_model / _WHOLE)
-
-    @property
-    def of_whole_model(self) -> bool:
-        """Whether `p_value` is the whole model's."""
-        return self.whole_model is not None and self.p_value == self.whole_model / _WHOLE
+        """The smallest of the labels."""
+        return self.p_values[self.nearest]
 
     @property
     def nearest(self) -> int:
@@ -79,7 +67,6 @@ class JointReport(NamedTuple):
             "verdict": self.verdict.value,
             "p_value": self.p_value,
             "p_values": list(self.p_values),
-            "whole_model": self.whole_model,
             "suspected": list(self.suspected),
             "reason": self.reason,
         }
@@ -141,8 +128,7 @@ def judge_together(reports: Mapping[str, ScanReport], *, alpha: float) -> JointR
         alpha: In (0, 1): share of clean models that they may accuse together.
 
     Returns:
-        backdoored: a label is suspected, or none alone, but the whole model
-        (`whole_model_p_value`). inconclusive: none is, and one of the scans abstains, or
+        backdoored: a label is suspected. inconclusive: none is, and one of the scans abstains, or
         so many are that the others give no reference; not-scanned: one had no gradients to follow.
         clean: none of these.
 
@@ -159,9 +145,8 @@ def judge_together(reports: Mapping[str, ScanReport], *, alpha: float) -> JointR
     joint = fit_joint(*calibrations)
     if joint is None:
         raise ValueError("expected detectors that were calibrated on the same clean models")
-    values, whole = joint.p_values(every), whole_model_p_value(every, calibrations)
-    rate = alpha if whole is None else (1 - _WHOLE) * alpha
-    suspects: tuple[int, ...] = tuple((values <= rate).nonzero().flatten().tolist())
+    values = joint.p_values(every)
+    suspects: tuple[int, ...] = tuple((values <= alpha).nonzero().flatten().tolist())
     comparable = torch.tensor([[label.converged for label in r.labels] for r in every]).any(0)
     starvation = [
         f"{title}: {why}"
@@ -176,19 +161,16 @@ def judge_together(reports: Mapping[str, ScanReport], *, alpha: float) -> JointR
     }
     if starvation:
         verdict, suspects, reason = Verdict.NOT_SCANNED, (), " ".join(starvation)
-    elif suspects and not limit:
-        verdict, reason = Verdict.BACKDOORED, _accusation(suspects, values, reports)
-    elif whole is not None and whole <= _WHOLE * alpha:
-        verdict, suspects = Verdict.BACKDOORED, ()
-        reason = f"No single label: {NO_LABEL} (p = {whole / _WHOLE:.2g})."
     elif limit:
         verdict, reason = Verdict.INCONCLUSIVE, limit
+    elif suspects:
+        verdict, reason = Verdict.BACKDOORED, _accusation(suspects, values, reports)
     elif unsure:
         verdict = Verdict.INCONCLUSIVE
         reason = " ".join(f"{title}: {why}" for title, why in unsure.items())
     else:
         verdict, reason = Verdict.CLEAN, _nothing(values, reports)
-    return JointReport(verdict, tuple(values.tolist()), suspects, reason, whole)
+    return JointReport(verdict, tuple(values.tolist()), suspects, reason)
 
 
 def _with_priors(calibration: Calibration) -> list[tuple[CleanModel, Prior]]:

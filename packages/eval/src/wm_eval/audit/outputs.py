@@ -192,8 +192,7 @@ def verdict_lines(audit: Audit) -> list[str]:
         lines += _nearest_lines(name, report)
         lines += [f"note: {note}" for note in report.notes]
     for names, joint in audit.together.items():
-        where = "the whole model" if joint.of_whole_model else f"label {joint.nearest}"
-        figures = f"p {joint.p_value:.2g} for {where}"
+        figures = f"p {joint.p_value:.2g} for label {joint.nearest}"
         lines.append(f"{panel_title(names)}: {joint.verdict}, {figures}")
     lines += [f"{title}: {why}" for title, why in audit.silent.items()]
     return [*lines, f"verdict: {audit.verdict}. {audit.reason}"]
