@@ -26,6 +26,7 @@ from wm_eval.render import (
 from wm_eval.titles import (
     ATTACKS,
     CLEAN,
+    DETECTORS,
     METHODS,
     attack_title,
     detector_title,
@@ -403,7 +404,8 @@ def scan_cost_table(folder: Path) -> Table:
     models = json.loads((folder / SCAN_COSTS).read_text(encoding="utf-8"))
     rows = []
     for model in models.values():
-        for name, row in model["detectors"].items():
+        for name in in_order(model["detectors"], DETECTORS):
+            row = model["detectors"][name]
             fast, paper = (row[f"passes_{preset}"] / 1000 for preset in ("fast", "paper"))
             seconds = decimal(row["cpu_seconds"], digits=0)
             cells = [str(model["classes"]), detector_title(name)]

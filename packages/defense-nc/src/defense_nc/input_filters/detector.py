@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from wm_inject.core.images import check_images
 from wm_inject.core.plan import Trigger
+from wm_victim.inference import device_of, frozen, images_a_pass
 
 MIN_IMAGES = 40  # twenty to set a filter up, twenty for its threshold
 
@@ -128,6 +129,14 @@ def auroc(scores: Tensor, truths: Tensor) -> float:
     ranks = counts.cumsum(0).double() - (counts.double() - 1) / 2
     total = float(ranks[group][truths].sum())
     return (total - positives * (positives + 1) / 2) / (positives * negatives)
+
+
+def scores_of(network: nn.Module, images: Tensor) -> Tensor:
+    """What a network gives for images of any number, as they fit: float64 ``(N,)`` on the CPU."""
+    device = device_of(network)
+    with frozen(network), torch.no_grad():
+        parts = images.split(images_a_pass(images, device, most=256))
+        return torch.cat([network(part.to(device)).double().cpu() for part in parts])
 
 
 def two_halves(images: Tensor, seed: int) -> tuple[Tensor, Tensor]:

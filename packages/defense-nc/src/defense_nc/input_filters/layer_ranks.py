@@ -17,6 +17,7 @@ from defense_nc.input_filters.detector import (
     CalibratedDetector,
     check_rate,
     conformal_threshold,
+    scores_of,
     two_halves,
 )
 from wm_inject.core.plan import Trigger
@@ -121,10 +122,7 @@ class RankScore:
 
     def __call__(self, images: Tensor) -> Tensor:
         """The scores of float32 ``(N, C, H, W)`` in [0, 1]: float64 ``(N,)`` on the CPU."""
-        device, network = device_of(self.model), _Score(self.model, self.ranks)
-        with frozen(network), torch.no_grad():
-            parts = images.split(images_a_pass(images, device, most=256))
-            return torch.cat([network(part.to(device)).double().cpu() for part in parts])
+        return scores_of(_Score(self.model, self.ranks), images)
 
     def network(self) -> nn.Module:
         """Classifier and references as one network, which gives the score ``(N,)``."""

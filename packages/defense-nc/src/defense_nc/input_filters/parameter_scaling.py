@@ -15,11 +15,12 @@ from defense_nc.input_filters.detector import (
     CalibratedDetector,
     check_rate,
     conformal_threshold,
+    scores_of,
     two_halves,
 )
 from wm_inject.core.plan import Trigger
 from wm_inject.core.presets import preset_of
-from wm_victim.inference import device_of, frozen, images_a_pass, predict
+from wm_victim.inference import predict
 
 _NOTHING = -1e9  # logarithm of a probability that is left out
 
@@ -109,11 +110,7 @@ class ScalingScore:
 
     def __call__(self, images: Tensor) -> Tensor:
         """The scores of float32 ``(N, C, H, W)`` in [0, 1]: float64 ``(N,)`` on the CPU."""
-        device = device_of(self.model)
-        network = _Agreement(self.model, self.copies)
-        with frozen(network), torch.no_grad():
-            parts = images.split(images_a_pass(images, device, most=256))
-            return torch.cat([network(part.to(device)).double().cpu() for part in parts])
+        return scores_of(_Agreement(self.model, self.copies), images)
 
     def network(self) -> nn.Module:
         """Classifier and copies as one network, which gives the score ``(N,)``."""
