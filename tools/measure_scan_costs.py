@@ -1,8 +1,8 @@
 """What an audit of one model costs, detector by detector: time and memory of ``wm-eval scan``.
 
 ``python tools/measure_scan_costs.py MODEL --data cifar10 --out results/speed/scan-costs.json``
-scans MODEL with 500 test images, each detector in a process of its own, and adds a row for each to
-the file. Detectors of the papers are broken off after ``--minutes``.
+scans MODEL with 500 test images, each detector in a process of its own, and writes an entry for it
+into the file. A detector that takes longer than ``--minutes`` is broken off.
 """
 
 from __future__ import annotations
