@@ -41,21 +41,21 @@ def save_images(data: Dataset, folder: Path) -> None:
 
 def scan(model: Path, images: Path, name: str, minutes: float) -> dict[str, Any]:
     """One detector's scan: seconds, the largest memory, and what it said."""
-    report = images.parent / f"{name}.json"
+    file = images.parent / f"{name}.json"
     command = [sys.executable, "-m", "wm_eval.cli", "scan", str(model), "--images", str(images)]
-    command += ["--detectors", name, "--minutes", str(minutes), "--json", str(report)]
+    command += ["--detectors", name, "--minutes", str(minutes), "--json", str(file)]
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, _, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
-    said = json.loads(report.read_text(encoding="utf-8"))
+    report = json.loads(file.read_text(encoding="utf-8"))
     return {
         "seconds": round(seconds, 1),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "mebibytes": round(usage.ru_maxrss / 1024),
-        "verdict": said["verdict"],
-        "suspected": said["suspected"],
-        "finished": name not in said["out_of_time"],
+        "verdict": report["verdict"],
+        "suspected": report["suspected"],
+        "finished": name not in report["out_of_time"],
     }
 
 
@@ -97,10 +97,10 @@ def _main(argv: Sequence[str] | None) -> int:
     parser.add_argument("--minutes", type=float, default=30, help="for each detector, at most")
     add_common(parser, version="with the workspace")
     args = parser.parse_args(argv)
-    known = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+    entries = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     names = args.detectors.split(",")
-    found = measure(args.model, load_dataset(args.data), names, args.minutes)
-    write_json(args.out, known | {args.model.stem: found})
+    entry = measure(args.model, load_dataset(args.data), names, args.minutes)
+    write_json(args.out, entries | {args.model.stem: entry})
     return 0
 
 

@@ -430,15 +430,17 @@ def scan_cost_table(folder: Path) -> Table:
 def cleaning_seconds_table(folder: Path) -> Table:
     """How long each mitigation took."""
     study, runs = read_study(folder), read_environments(folder)
-    done = [
+    repairs = [
         r for r in study.select(kind="mitigation") if r.values["done"] and not r.key["oracle_label"]
     ]
-    fractions = sorted({float(r.key["fraction"]) for r in done})
+    fractions = sorted({float(r.key["fraction"]) for r in repairs})
     rows = []
-    for method in in_order({str(r.key["method"]) for r in done}, METHODS):
+    for method in in_order({str(r.key["method"]) for r in repairs}, METHODS):
         cells = [method_title(method)]
         for fraction in fractions:
-            same = [r for r in done if r.key["method"] == method and r.key["fraction"] == fraction]
+            same = [
+                r for r in repairs if r.key["method"] == method and r.key["fraction"] == fraction
+            ]
             seconds = [runs[r.id]["seconds"] for r in same if r.id in runs]
             cells.append(_span(seconds) if seconds else ABSENT)
         rows.append(tuple(cells))

@@ -63,11 +63,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_unknown_graph_gets_a_filter(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, found = tmp_path / "filter.onnx", tmp_path / "filter.json"
+    out, file = tmp_path / "filter.onnx", tmp_path / "filter.json"
     command = ["filter", str(folder / "model.onnx"), "--images", str(folder / "clean")]
-    assert main([*command, "--out", str(out), "--json", str(found), "--rate", "0.05"]) == 0
+    assert main([*command, "--out", str(out), "--json", str(file), "--rate", "0.05"]) == 0
     assert "flags at most 0.05" in capsys.readouterr().out
-    facts = json.loads(found.read_text())
+    facts = json.loads(file.read_text())
     assert facts["method"] == "layer-ranks" and facts["images"] == 100
     scanner = Scanner(out)
     assert scanner.false_positive_rate == 0.05

@@ -584,9 +584,9 @@ def _unlearned_together(
     for name in detectors:
         scan = store.record("scan", {**trial.victim_key, "detector": name})
         report = shipped_report(scan, trial.study.defender.alpha / len(detectors))
-        kept = _scanned(trial, name, store)
+        labels = _scanned(trial, name, store)
         reports[name] = replace(
-            report, triggers={k: trial.load_reversed(store, name, k) for k in kept}
+            report, triggers={k: trial.load_reversed(store, name, k) for k in labels}
         )
     audit = conclude(reports, {}, trial.study.defender.alpha)
     triggers = {k: one.trigger for k, one in reversed_triggers(audit, audit.suspected).items()}

@@ -132,7 +132,11 @@ def auroc(scores: Tensor, truths: Tensor) -> float:
 
 
 def scores_of(network: nn.Module, images: Tensor) -> Tensor:
-    """What a network gives for images of any number, as they fit: float64 ``(N,)`` on the CPU."""
+    """The scores that a network gives: float64 ``(N,)`` on the CPU, as many at once as fit.
+
+    Args:
+        images: Checked, float32 ``(N, C, H, W)`` in [0, 1], on any device.
+    """
     device = device_of(network)
     with frozen(network), torch.no_grad():
         parts = images.split(images_a_pass(images, device, most=256))
@@ -140,10 +144,15 @@ def scores_of(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def two_halves(images: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Clean images in two halves: one sets a filter up, the other chooses nothing but a threshold.
+    """Clean images in two random halves: one sets a filter up, the other chooses its threshold.
+
+    The second is to choose nothing else (`conformal_threshold`).
+
+    Args:
+        images: Float32 ``(N, C, H, W)`` in [0, 1], at least 40.
 
     Raises:
-        ValueError: Bad images, or fewer than 40.
+        ValueError: Bad images, or fewer.
     """
     check_images(images)
     if len(images) < MIN_IMAGES:

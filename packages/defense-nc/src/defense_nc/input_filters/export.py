@@ -43,9 +43,9 @@ def export_filter(
         raise ValueError(f"expected a calibrated input filter, got {name}")
     channels, height, width = detector.shape
     check_images(images, channels=channels, size=(height, width))
-    ranked = isinstance(detector.scorer, RankScore)
+    of_ranks = isinstance(detector.scorer, RankScore)
     looks_for = "answers that scaled normalisation does not change"
-    if ranked:
+    if of_ranks:
         looks_for = "layers in which an image lies far from the class that it is taken for"
     if "label" in detector.log:
         looks_for = f"a reversed trigger of label {detector.log['label']}"
@@ -68,7 +68,7 @@ def export_filter(
             "tolerance": TOLERANCE,
             "relative": True,
             # Layers are listened to; sizes pass through tensors in imported graphs.
-            "traced": ranked or any(isinstance(part, OnnxNet) for part in network.modules()),
+            "traced": of_ranks or any(isinstance(part, OnnxNet) for part in network.modules()),
             **settings,
             "metadata": {
                 "kind": "input-filter",

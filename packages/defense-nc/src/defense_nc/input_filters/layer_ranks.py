@@ -87,11 +87,11 @@ class LayerRanks:
         """
         first, second = two_halves(images, seed)
         sureness, answers = predict(model, first).softmax(1).max(1)
-        chosen = _surest(sureness, answers, self.references)
-        score = RankScore(model, first, answers, chosen, reach=self.reach)
+        rows = _surest(sureness, answers, self.references)
+        score = RankScore(model, first, answers, rows, reach=self.reach)
         log = {
             "layers": score.ranks.layers,
-            "references": len(chosen),
+            "references": len(rows),
             "images": len(second),
             "false_positive_rate": self.false_positive_rate,
         }
@@ -103,21 +103,23 @@ class RankScore:
     """How far images lie from their class, layer by layer. It refers to the classifier.
 
     Args:
-        known: Clean images ``(N, C, H, W)``.
-        answers: The classifier's, ``(N,)``.
-        chosen: Indices of those that are references.
+        images: Clean ones, float32 ``(N, C, H, W)`` in [0, 1].
+        answers: The classifier's, int64 ``(N,)``.
+        rows: Indices of the M images that are references, int64 ``(M,)``.
         reach: As `LayerRanks.reach`.
     """
 
     def __init__(
-        self, model: nn.Module, known: Tensor, answers: Tensor, chosen: Tensor, *, reach: float
+        self, model: nn.Module, images: Tensor, answers: Tensor, rows: Tensor, *, reach: float
     ) -> None:
         device = device_of(model)
-        parts = known.split(images_a_pass(known, device, most=256))
+        parts = images.split(images_a_pass(images, device, most=256))
         with frozen(model), torch.no_grad():
-            rows = [_layer_outputs(model, part.to(device))[1] for part in parts]
-            outputs = [torch.cat(layer) for layer in zip(*rows, strict=True)]
-            ranks = _Ranks(outputs, answers.to(device), chosen.to(device), reach)
+            layers = zip(
+                *(_layer_outputs(model, part.to(device))[1] for part in parts), strict=True
+            )
+            outputs = [torch.cat(layer) for layer in layers]
+            ranks = _Ranks(outputs, answers.to(device), rows.to(device), reach)
         self.model, self.ranks = model, ranks
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -152,7 +154,7 @@ class _Ranks(nn.Module):
     Args:
         outputs: Of every layer: those for clean images ``(N, D)``, whose ranks are the usual ones.
         labels: The classes of these, ``(N,)``.
-        chosen: Indices of the M of them that are references.
+        rows: Indices of the M of them that are references.
         reach: As `LayerRanks.reach`.
     """
 
@@ -162,20 +164,20 @@ class _Ranks(nn.Module):
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, outputs: list[Tensor], labels: Tensor, chosen: Tensor, reach: float) -> None:
+    def __init__(self, outputs: list[Tensor], labels: Tensor, rows: Tensor, reach: float) -> None:
         super().__init__()
         self.layers = len(outputs)
-        self.register_buffer("answers", labels[chosen])
+        self.register_buffer("answers", labels[rows])
         radii, widths = [], []
         for i, output in enumerate(outputs):
-            self.register_buffer(f"outputs_{i}", output[chosen])
-            between = _distances(output[chosen], output[chosen])
-            radii.append(_radii(between, labels[chosen], reach))
+            self.register_buffer(f"outputs_{i}", output[rows])
+            between = _distances(output[rows], output[rows])
+            radii.append(_radii(between, labels[rows], reach))
             widths.append((_STEP * between.median()).clamp(min=1e-12))
         self.register_buffer("radii", torch.stack(radii))
         self.register_buffer("widths", torch.stack(widths))
-        itself = torch.arange(len(labels), device=labels.device)[:, None] == chosen
-        logs = self.log_ranks(outputs, labels, left_out=itself)
+        itself = torch.arange(len(labels), device=labels.device)[:, None] == rows
+        logs = self.log_ranks(outputs, labels, apart=itself)
         self.register_buffer("mean", logs.mean(0))
         self.register_buffer("deviation", logs.std(0) + _SLACK)
 
@@ -184,15 +186,21 @@ class _Ranks(nn.Module):
         return ((self.log_ranks(outputs, labels) - self.mean) / self.deviation).mean(1)
 
     def log_ranks(
-        self, outputs: list[Tensor], labels: Tensor, left_out: Tensor | None = None
+        self, outputs: list[Tensor], labels: Tensor, apart: Tensor | None = None
     ) -> Tensor:
-        """Logarithms of one more than the ranks ``(N, layers)``; pairs may be left out."""
+        """Logarithms of one more than the ranks ``(N, layers)``, >= 0.
+
+        Args:
+            outputs: Of every layer, ``(N, D)``.
+            labels: The classes that the images are taken for, ``(N,)``.
+            apart: Pairs that do not count, bool ``(N, M)``: an image and itself.
+        """
         columns, most = [], len(self.answers) - 1
         of_class = self.answers == labels[:, None]
         for i, output in enumerate(outputs):
             distances = _distances(output, getattr(self, f"outputs_{i}"))
-            if left_out is not None:
-                distances = distances.masked_fill(left_out, _FAR)
+            if apart is not None:
+                distances = distances.masked_fill(apart, _FAR)
             nearest, which = distances.masked_fill(~of_class, _FAR).min(1)
             step = partial(_share, width=self.widths[i])
             # The nearest itself counts half.
@@ -227,12 +235,12 @@ def _distances(first: Tensor, second: Tensor) -> Tensor:
 
 def _surest(sureness: Tensor, answers: Tensor, most: int) -> Tensor:
     """The indices of the references: of each class the surest, half of it at most."""
-    chosen = []
+    surest = []
     for label in answers.unique():
         rows = (answers == label).nonzero().flatten()
         count = min(most, (len(rows) + 1) // 2)
-        chosen.append(rows[sureness[rows].sort(descending=True, stable=True).indices[:count]])
-    return torch.cat(chosen)
+        surest.append(rows[sureness[rows].sort(descending=True, stable=True).indices[:count]])
+    return torch.cat(surest)
 
 
 def _layer_outputs(model: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor]]:

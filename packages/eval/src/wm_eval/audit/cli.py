@@ -141,21 +141,21 @@ def add_audit(command: CommandLine) -> None:
     calibrate.add_argument("--preset", default="fast", help="of the scans (default: fast)")
     calibrate.add_argument("--out", type=output_file, required=True, help="write it here, as JSON")
     add_json(calibrate)
-    kept = command.add(
+    screen = command.add(
         "filter",
         _filter,
         "write a filter for incoming images, as ONNX; it needs no scan",
         epilog=_FILTER_EPILOG,
     )
-    _add_model(kept, FilterSettings)
-    kept.add_argument("--out", type=output_file, required=True, help="the filter's file")
-    add_json(kept)
+    _add_model(screen, FilterSettings)
+    screen.add_argument("--out", type=output_file, required=True, help="the filter's file")
+    add_json(screen)
     helps = {
         "method": "layer-ranks, or parameter-scaling for models with batch normalisation",
         "rate": "share of clean images that it may flag",
     }
-    add_options(kept, FilterSettings, helps)
-    add_config(kept)
+    add_options(screen, FilterSettings, helps)
+    add_config(screen)
     inspect = command.add(
         "inspect",
         _inspect,
@@ -405,16 +405,20 @@ def _filter(args: argparse.Namespace) -> None:
 
     about = About(args.model.name)
     opened, clean, checked, device = _open_model(args, settings, about)
-    kept = settings.build().calibrate(
+    detector = settings.build().calibrate(
         checked.module.to(device), clean.images.to(device), seed=settings.seed
     )
-    parity = export_filter(kept, clean.images[:8], args.out)
+    parity = export_filter(detector, clean.images[:8], args.out)
     print(
         f"wrote {args.out}: flags at most {settings.rate:g} of clean images, by "
-        f"{kept.log['images']} of them (largest difference to the model {parity.max_rel:.1g})"
+        f"{detector.log['images']} of them (largest difference to the model {parity.max_rel:.1g})"
     )
-    results = {"method": settings.method, "threshold": kept.threshold, "from_sha256": opened.sha256}
-    write_results(args, results | dict(kept.log))
+    results = {
+        "method": settings.method,
+        "threshold": detector.threshold,
+        "from_sha256": opened.sha256,
+    }
+    write_results(args, results | dict(detector.log))
 
 
 def _inspect(args: argparse.Namespace) -> None:
